@@ -1,0 +1,43 @@
+"""The `softlabels` command: one file a subcommand, and the way from arguments to it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from softlabels import __version__
+from softlabels.cli import demo, distill, inspect, precompute, resume, serve
+from softlabels.errors import SoftLabelsError
+
+__all__ = ["build_parser", "main"]
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+"""What shells report for a process ended by Ctrl-C: 128 + SIGINT."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand; each one's file adds its own arguments and names its own `run`."""
+    parser = argparse.ArgumentParser(
+        prog="softlabels",
+        description="Run a teacher ensemble once, keep its soft targets, serve them, train students without a teacher.",
+    )
+    parser.add_argument("--version", action="version", version=f"softlabels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (precompute, resume, inspect, serve, distill, demo):
+        module.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; an error that the product foresees ends in one plain message and exit code 1."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except SoftLabelsError as error:
+        print(f"softlabels {options.command}: {error}\n[{error.code}]", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"\nsoftlabels {options.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED

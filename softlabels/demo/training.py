@@ -1,0 +1,179 @@
+"""How is a network trained on hard labels here? A plain loop: one-cycle SGD with Nesterov momentum, read top to bottom.
+
+Legend: B rows, C classes, H and W an image's height and width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from softlabels.errors import JobError
+from softlabels.progress import QUIET, Progress
+from softlabels.transfer import UNLABELLED, ArrayTransferSet
+
+MOMENTUM = 0.9
+WARM_UP_SHARE = 0.2
+"""Share of all steps in which the rate rises to its peak."""
+
+
+class Augment(Protocol):
+    """Turns a batch of inputs into a freshly augmented one, by the generator's draws alone."""
+
+    def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """An augmented batch of the same shape and dtype."""
+        ...
+
+
+def fit_hard(
+    model: nn.Module,
+    inputs: NDArray[Any],
+    labels: NDArray[np.int64],
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    augment: Augment | None = None,
+    max_norm: float | None = None,
+    progress: Progress = QUIET,
+) -> None:
+    """Train `model` in place on hard labels; the same arguments give the same weights on the same machine.
+
+    Args:
+        model: maps a batch of inputs to logits_BC.
+        inputs: [N, ...] as the model takes them.
+        labels: [N], each in 0 to C - 1.
+        epochs: passes over the data; 0 leaves the model as it is.
+        batch_size: rows a step; the rows left over at an epoch's end wait for another epoch's shuffle.
+        learning_rate: the peak of the one-cycle schedule.
+        seed: of the shuffles, the augmentation and the dropout; torch's global generator is left as it was.
+        augment: applied to each batch.
+        max_norm: bound on the L2 norm of each unit's incoming weights, kept after every step.
+        progress: advanced by the rows of each step.
+    """
+    inputs_N, labels_N = torch.as_tensor(np.array(inputs)), torch.as_tensor(np.array(labels))
+    rows = min(batch_size, len(inputs_N))
+    steps_an_epoch = len(inputs_N) // rows if rows else 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=MOMENTUM, nesterov=True)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    with _seeded(seed):
+        for epoch in range(epochs):
+            order = torch.randperm(len(inputs_N), generator=generator)
+            for step in range(steps_an_epoch):
+                chosen = order[step * rows : (step + 1) * rows]
+                batch = inputs_N[chosen]
+                if augment is not None:
+                    batch = augment(batch, generator)
+                done_share = (epoch * steps_an_epoch + step) / (epochs * steps_an_epoch)
+                set_learning_rate(optimizer, learning_rate * one_cycle(done_share))
+                with fast_arithmetic():
+                    logits_BC = model(batch)
+                loss = nn.functional.cross_entropy(logits_BC.float(), labels_N[chosen])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                if max_norm is not None:
+                    constrain_incoming_weights(model, max_norm)
+                progress.advance(rows)
+            progress.note(f"epoch {epoch + 1} of {epochs}")
+
+
+def hard_labels(transfer_set: ArrayTransferSet) -> NDArray[np.int64]:
+    """The labels of a set that has one for each sample.
+
+    Raises:
+        JobError: a sample has none.
+    """
+    labels = transfer_set.labels
+    if labels is None or (labels == UNLABELLED).any():
+        unlabelled = len(transfer_set) if labels is None else int((labels == UNLABELLED).sum())
+        raise JobError(
+            f"{unlabelled:,} of {len(transfer_set):,} samples of {transfer_set.name!r} have no hard label: training "
+            "without soft targets needs one for each, so leave those samples out"
+        )
+    return labels
+
+
+def one_cycle(done_share: float) -> float:
+    """The factor on the peak learning rate after `done_share` of all steps: a linear rise, then a cosine fall to 0."""
+    if done_share < WARM_UP_SHARE:
+        return done_share / WARM_UP_SHARE
+    fallen = (done_share - WARM_UP_SHARE) / (1.0 - WARM_UP_SHARE)
+    return 0.5 * (1.0 + math.cos(math.pi * fallen))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Make the next step use `learning_rate` for all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+class Jitter:
+    """Moves each image by a random whole number of pixels along both axes; what comes in at the rim is 0.
+
+    Args:
+        pixels: the largest move either way. The paper's teacher saw up to 2.
+    """
+
+    def __init__(self, pixels: int = 2) -> None:
+        self.pixels = pixels
+
+    def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """inputs_BHW moved, each image by a draw of its own; same shape and dtype."""
+        rows, height, width = inputs.shape
+        rim = self.pixels
+        padded = nn.functional.pad(inputs, (rim, rim, rim, rim))
+        windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view [B, 2*rim+1, 2*rim+1, H, W], no copy
+        down, right = torch.randint(0, 2 * rim + 1, (2, rows), generator=generator)
+        return windows[torch.arange(rows), down, right]
+
+
+@torch.no_grad()
+def constrain_incoming_weights(model: nn.Module, max_norm: float) -> None:
+    """Scale down, in place, each unit's incoming weights whose L2 norm is above `max_norm`."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            norms = module.weight.norm(dim=1, keepdim=True)
+            module.weight.mul_((max_norm / norms.clamp_min(1e-12)).clamp_max(1.0))
+
+
+@torch.no_grad()
+def count_errors(model: nn.Module, inputs: NDArray[Any], labels: NDArray[np.int64], *, batch_size: int = 2_000) -> int:
+    """How many rows the model's most probable class gets wrong, in eval mode; its mode is given back afterwards."""
+    was_training = model.training
+    model.eval()
+    wrong = 0
+    for start in range(0, len(inputs), batch_size):
+        rows = slice(start, start + batch_size)
+        guesses = model(torch.as_tensor(np.array(inputs[rows]))).argmax(dim=1).numpy()
+        wrong += int((guesses != labels[rows]).sum())
+    model.train(was_training)
+    return wrong
+
+
+def fast_arithmetic() -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 matrix products where the CPU has instructions for them (two to four times as fast), else no change."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16_products())
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; emulated, it would be slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator, which dropout draws from, and give its state back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

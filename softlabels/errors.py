@@ -1,0 +1,370 @@
+"""What can go wrong: one tree of errors, each with a stable code and an HTTP status.
+
+    SoftLabelsError                        anything this product raises on purpose
+    ├── RequestError                       the caller asked for something that cannot be: change the call
+    │   ├── EmptyBatchError                    a batch of no ids
+    │   ├── BatchTooLargeError                 more ids than one reply may hold
+    │   ├── UnknownFieldError                  a field that the store does not keep
+    │   ├── BadIdsError                        ids of the wrong kind, shape or type
+    │   ├── TemperatureError                   a temperature that is not a finite positive number
+    │   ├── TemperatureLockedError             these targets exist only at the temperatures they were captured at
+    │   └── ShapeMismatchError                 two arrays that must agree in shape do not
+    ├── NotFoundError                      the caller asked for something that is not there: change the name
+    │   ├── UnknownStoreError                  no store of that name or at that place
+    │   └── UnknownIdError                     a sample id that the store does not hold
+    ├── ConflictError                      both sides are sound but do not belong together: find out which is right
+    │   ├── FingerprintMismatchError           the targets were computed for other data
+    │   ├── StoreChangedError                  the store is not the version that the caller holds
+    │   ├── RowsNotCommittedError              the store is unfinished and these rows are not there yet
+    │   ├── StoreExistsError                   a store stands there already
+    │   ├── ShardClaimedError                  another writer holds this shard
+    │   └── ShardConflictError                 a shard was committed before with other contents
+    ├── DamageError                        bytes are not what was written: verify, repair, resume
+    │   ├── ChecksumError                      a chunk's checksum fails
+    │   ├── TruncatedError                     a file or reply ends too early or is missing
+    │   ├── ManifestError                      a manifest or receipt that cannot be read or believed
+    │   └── WireError                          a reply that is not what the wire format says
+    ├── FormatVersionError                 written by a newer softlabels: upgrade
+    ├── JobError                           a job that cannot run as written: mend the job file
+    │   ├── ReferenceLoadError                 a `module:name` reference that cannot be loaded
+    │   └── DataUnavailableError               a data set that cannot be had here
+    ├── TeacherError                       a teacher that gives no sound targets: mend the teacher
+    │   ├── TeacherShapeError                  its output has the wrong shape
+    │   └── NonFiniteLogitsError               its output holds NaN or Inf
+    ├── EncodingError                      a distribution that this encoding cannot hold within its bound
+    ├── UnknownEncodingError               no encoding of that name
+    ├── MissingExtraError                  an optional dependency is not installed: pip install it
+    └── ServerUnreachableError             no usable answer from the server after every retry
+
+Codes are append-only: clients match on them. The server turns an error into RFC 9457 problem details by
+`to_problem`, the client turns those back into the same class by `from_problem`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+PROBLEM_TYPE_PREFIX = "urn:softlabels:error:"
+
+
+class SoftLabelsError(Exception):
+    """Anything this product raises on purpose.
+
+    Args:
+        message: what is wrong, why it matters and what to do, in plain words.
+        context: JSON-able facts for programs (ids, temperatures, paths); they travel with the error over HTTP.
+    """
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "softlabels failed"
+
+    def __init__(self, message: str, **context: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.context: dict[str, Any] = context
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions cross process borders (DataLoader workers); keyword context would be lost by the default.
+        return (_rebuild, (type(self), self.message, self.context))
+
+
+class RequestError(SoftLabelsError, ValueError):
+    """The caller asked for something that cannot be: change the call."""
+
+    code = "bad-request"
+    status = 422
+    title = "The request cannot be met as it stands"
+
+
+class EmptyBatchError(RequestError):
+    """A batch of no ids."""
+
+    code = "empty-batch"
+    title = "A batch needs at least one id"
+
+
+class BatchTooLargeError(RequestError):
+    """More ids than one reply may hold."""
+
+    code = "batch-too-large"
+    status = 413
+    title = "The batch is larger than this server replies with at once"
+
+
+class UnknownFieldError(RequestError):
+    """A field that the store does not keep."""
+
+    code = "unknown-field"
+    title = "The store keeps no such field"
+
+
+class BadIdsError(RequestError):
+    """Ids of the wrong kind, shape or type."""
+
+    code = "bad-ids"
+    title = "These are not sample ids of this store's kind"
+
+
+class TemperatureError(RequestError):
+    """A temperature that is not a finite positive number."""
+
+    code = "bad-temperature"
+    title = "A temperature is a finite positive number"
+
+
+class TemperatureLockedError(RequestError):
+    """These targets exist only at the temperatures they were captured at."""
+
+    code = "temperature-locked"
+    status = 409
+    title = "The targets are locked to the temperature they were captured at"
+
+
+class ShapeMismatchError(RequestError):
+    """Two arrays that must agree in shape do not."""
+
+    code = "shape-mismatch"
+    title = "Shapes differ that must agree"
+
+
+class NotFoundError(SoftLabelsError, LookupError):
+    """The caller asked for something that is not there: change the name."""
+
+    code = "not-found"
+    status = 404
+    title = "Not found"
+
+
+class UnknownStoreError(NotFoundError):
+    """No store of that name or at that place."""
+
+    code = "unknown-store"
+    title = "There is no such store"
+
+
+class UnknownIdError(NotFoundError):
+    """A sample id that the store does not hold."""
+
+    code = "unknown-id"
+    title = "The store holds no such sample"
+
+
+class ConflictError(SoftLabelsError, ValueError):
+    """Both sides are sound but do not belong together: find out which is right."""
+
+    code = "conflict"
+    status = 409
+    title = "These do not belong together"
+
+
+class FingerprintMismatchError(ConflictError):
+    """The targets were computed for other data: row i there is not your row i."""
+
+    code = "fingerprint-mismatch"
+    title = "The targets were computed for other data"
+
+
+class StoreChangedError(ConflictError):
+    """The store is not the version that the caller holds."""
+
+    code = "store-changed"
+    status = 412
+    title = "The store changed since it was opened"
+
+
+class RowsNotCommittedError(ConflictError):
+    """The store is unfinished and these rows are not there yet."""
+
+    code = "rows-not-committed"
+    title = "The store is unfinished and these rows are not there yet"
+
+
+class StoreExistsError(ConflictError, FileExistsError):
+    """A store stands there already."""
+
+    code = "store-exists"
+    title = "A store stands there already"
+
+
+class ShardClaimedError(ConflictError):
+    """Another writer holds this shard."""
+
+    code = "shard-claimed"
+    title = "Another writer holds this shard"
+
+
+class ShardConflictError(ConflictError):
+    """A shard was committed before with other contents."""
+
+    code = "shard-conflict"
+    title = "This shard was committed before with other contents"
+
+
+class DamageError(SoftLabelsError, OSError):
+    """Bytes are not what was written: verify, repair, resume."""
+
+    code = "damage"
+    status = 500
+    title = "Stored bytes are not what was written"
+
+
+class ChecksumError(DamageError):
+    """A chunk's checksum fails."""
+
+    code = "checksum-mismatch"
+    title = "A checksum fails"
+
+
+class TruncatedError(DamageError):
+    """A file or reply ends too early or is missing."""
+
+    code = "truncated"
+    title = "A file or reply ends too early"
+
+
+class ManifestError(DamageError):
+    """A manifest or receipt that cannot be read or believed."""
+
+    code = "bad-manifest"
+    title = "The manifest cannot be believed"
+
+
+class WireError(DamageError):
+    """A reply that is not what the wire format says."""
+
+    code = "bad-reply"
+    status = 502
+    title = "The reply is not what the wire format says"
+
+
+class FormatVersionError(SoftLabelsError):
+    """Written by a newer softlabels: upgrade."""
+
+    code = "format-version"
+    status = 501
+    title = "Written in a format that this softlabels does not know"
+
+
+class JobError(SoftLabelsError, ValueError):
+    """A job that cannot run as written: mend the job file."""
+
+    code = "bad-job"
+    status = 422
+    title = "The job cannot run as written"
+
+
+class ReferenceLoadError(JobError):
+    """A `module:name` reference that cannot be loaded."""
+
+    code = "bad-reference"
+    title = "A Python reference cannot be loaded"
+
+
+class DataUnavailableError(JobError):
+    """A data set that cannot be had here."""
+
+    code = "data-unavailable"
+    title = "A data set cannot be had here"
+
+
+class TeacherError(SoftLabelsError, ValueError):
+    """A teacher that gives no sound targets: mend the teacher."""
+
+    code = "bad-teacher"
+    status = 422
+    title = "A teacher gives no sound targets"
+
+
+class TeacherShapeError(TeacherError):
+    """A teacher's output has the wrong shape."""
+
+    code = "teacher-shape"
+    title = "A teacher's output has the wrong shape"
+
+
+class NonFiniteLogitsError(TeacherError):
+    """A teacher's output holds NaN or Inf."""
+
+    code = "non-finite-logits"
+    title = "A teacher's output holds NaN or Inf"
+
+
+class EncodingError(SoftLabelsError, ValueError):
+    """A distribution that this encoding cannot hold within its bound."""
+
+    code = "encoding-range"
+    status = 422
+    title = "The encoding cannot hold this distribution"
+
+
+class UnknownEncodingError(SoftLabelsError, LookupError):
+    """No encoding of that name."""
+
+    code = "unknown-encoding"
+    status = 422
+    title = "There is no such encoding"
+
+
+class MissingExtraError(SoftLabelsError, ImportError):
+    """An optional dependency is not installed: pip install it."""
+
+    code = "missing-extra"
+    status = 501
+    title = "An optional dependency is not installed"
+
+
+class ServerUnreachableError(SoftLabelsError, ConnectionError):
+    """No usable answer from the server after every retry."""
+
+    code = "unreachable"
+    status = 503
+    title = "The server gives no usable answer"
+
+
+def every_class(root: type[SoftLabelsError] = SoftLabelsError) -> list[type[SoftLabelsError]]:
+    """`root` and every error class below it, parents first."""
+    found = [root]
+    for child in root.__subclasses__():
+        found.extend(every_class(child))
+    return found
+
+
+def to_problem(error: SoftLabelsError) -> dict[str, Any]:
+    """An error as RFC 9457 problem details, ready for JSON."""
+    return {
+        "type": PROBLEM_TYPE_PREFIX + error.code,
+        "title": error.title,
+        "status": error.status,
+        "detail": error.message,
+        "code": error.code,
+        "context": error.context,
+    }
+
+
+def from_problem(problem: Mapping[str, Any]) -> SoftLabelsError:
+    """The error that a server's problem details stand for; an unknown code becomes its nearest parent by status."""
+    message = str(problem.get("detail") or problem.get("title") or "the server gave no reason")
+    context = problem.get("context")
+    facts = {str(k): v for k, v in context.items()} if isinstance(context, Mapping) else {}
+    by_code = {cls.code: cls for cls in every_class()}
+    known = by_code.get(str(problem.get("code")))
+    if known is not None:
+        return _rebuild(known, message, facts)
+    status = problem.get("status")
+    fallback: type[SoftLabelsError] = {404: NotFoundError, 409: ConflictError}.get(
+        status if isinstance(status, int) else 0, SoftLabelsError
+    )
+    if fallback is SoftLabelsError and isinstance(status, int) and 400 <= status < 500:
+        fallback = RequestError
+    return _rebuild(fallback, message, facts)
+
+
+def _rebuild(cls: type[SoftLabelsError], message: str, context: dict[str, Any]) -> SoftLabelsError:
+    error = cls(message)
+    error.context = dict(context)
+    return error

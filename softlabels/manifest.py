@@ -1,0 +1,363 @@
+"""What a store says of itself: the manifest, its JSON form, and the digest that names one version of a store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar, cast
+
+import numpy as np
+
+from softlabels.encodings import Encoding, make_encoding
+from softlabels.errors import FormatVersionError, ManifestError
+from softlabels.ids import MAX_STRING_ID_BYTES, IdKind
+
+FORMAT = "softlabels-store"
+FORMAT_VERSION = 1
+
+# Bounds that no real store reaches and a hostile manifest must not pass: they are checked before anything is allocated.
+MAX_ROWS = 1 << 48
+MAX_CLASSES = 1 << 31
+MAX_MANIFEST_BYTES = 16 << 20
+
+STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What a store may be called: it is a path segment in URLs and on disk, so nothing that climbs out of a folder."""
+
+Container = Literal["zarr", "hdf5"]
+LayoutKind = Literal["single", "views", "sequences"]
+MeanKind = Literal["none", "arithmetic", "geometric"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How rows follow from samples: one each, `views` each, or a varying number through offsets."""
+
+    kind: LayoutKind
+    samples: int
+    rows: int
+    views: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdSpec:
+    """How sample ids are kept.
+
+    Attributes:
+        kind: int or str.
+        dense_start: sample i has the id `dense_start + i`; None when ids must be looked up.
+        width_bytes: UTF-8 bytes a string id may take; 0 for integers.
+    """
+
+    kind: IdKind
+    dense_start: int | None = None
+    width_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingSpec:
+    """Name and parameters of the encoding."""
+
+    name: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemperatureSpec:
+    """Temperatures of the kept rows.
+
+    Attributes:
+        default: what a batch is tempered with when nobody asks otherwise.
+        captured: what the kept rows are tempered with already.
+        locked: True when only `captured` may be asked for.
+    """
+
+    default: float
+    captured: float
+    locked: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """One member of the ensemble, as the job named it."""
+
+    name: str
+    model: str
+    arguments: Mapping[str, Any]
+    weights: str | None
+    weights_sha256: str | None
+    weight: float
+    code_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSetSpec:
+    """What the targets were computed for; `fingerprint` is None until every shard is committed."""
+
+    name: str
+    source: str
+    arguments: Mapping[str, Any]
+    fingerprint: str | None = None
+    labelled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSpec:
+    """How rows are cut: shards are the unit of commit, chunks the unit of checksum."""
+
+    count: int
+    rows_per_shard: int
+    rows_per_chunk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One array of the store: little-endian dtype and the shape each row has in it."""
+
+    dtype: str
+    row_shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one row takes."""
+        size = np.dtype(self.dtype).itemsize
+        for extent in self.row_shape:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One transfer set × one ensemble × one encoding.
+
+    Attributes:
+        ledger: digest over all receipts; None while the store is unfinished.
+        metadata_sha256: SHA-256 of the container's metadata files and of the id index, by path; empty in a plan.
+        audit: error of the encoding over every row written, see `softlabels.audit`.
+        plan_sha256: digest of the plan that every receipt of this store names; None in the plan itself.
+    """
+
+    name: str
+    container: Container
+    layout: Layout
+    ids: IdSpec
+    classes: int
+    encoding: EncodingSpec
+    temperature: TemperatureSpec
+    mean: MeanKind
+    teachers: tuple[TeacherSpec, ...]
+    transfer_set: TransferSetSpec
+    shards: ShardSpec
+    arrays: Mapping[str, ArraySpec]
+    software: Mapping[str, str]
+    metadata_sha256: Mapping[str, str]
+    audit: Mapping[str, Any] | None = None
+    ledger: str | None = None
+    plan_sha256: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def finished(self) -> bool:
+        """Whether every shard is committed."""
+        return self.ledger is not None
+
+    @property
+    def rows(self) -> int:
+        """How many rows the store has when finished."""
+        return self.layout.rows
+
+    @property
+    def samples(self) -> int:
+        """How many samples the store has when finished."""
+        return self.layout.samples
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits that name this version of this store: SHA-256 of the canonical JSON."""
+        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
+
+    def make_encoding(self) -> Encoding:
+        """The encoding of this store's rows."""
+        return make_encoding(self.encoding.name, classes=self.classes, params=self.encoding.params)
+
+    def finish(
+        self, *, ledger: str, fingerprint: str, audit: Mapping[str, Any], metadata_sha256: Mapping[str, str]
+    ) -> Manifest:
+        """The manifest of the finished store that this plan describes."""
+        transfer_set = replace(self.transfer_set, fingerprint=fingerprint)
+        return replace(
+            self,
+            ledger=ledger,
+            transfer_set=transfer_set,
+            audit=audit,
+            metadata_sha256=metadata_sha256,
+            plan_sha256=self.digest,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able description that `from_json` reads back."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Manifest:
+        """Read a manifest and believe nothing of it that does not add up.
+
+        Raises:
+            FormatVersionError: written by a newer softlabels.
+            ManifestError: anything missing, of the wrong type, out of bounds or contradicting itself.
+        """
+        _check_version(document)
+        try:
+            manifest = cls(
+                name=_typed(document, "name", str),
+                container=cast(Container, _one_of(document, "container", ("zarr", "hdf5"))),
+                layout=Layout(**_table(document, "layout")),
+                ids=IdSpec(**_table(document, "ids")),
+                classes=_typed(document, "classes", int),
+                encoding=EncodingSpec(**_table(document, "encoding")),
+                temperature=TemperatureSpec(**_table(document, "temperature")),
+                mean=cast(MeanKind, _one_of(document, "mean", ("none", "arithmetic", "geometric"))),
+                teachers=tuple(TeacherSpec(**teacher) for teacher in _typed(document, "teachers", list)),
+                transfer_set=TransferSetSpec(**_table(document, "transfer_set")),
+                shards=ShardSpec(**_table(document, "shards")),
+                arrays={str(k): _array_spec(v) for k, v in _table(document, "arrays").items()},
+                software=_table(document, "software"),
+                metadata_sha256=_table(document, "metadata_sha256"),
+                audit=document.get("audit"),
+                ledger=document.get("ledger"),
+                plan_sha256=document.get("plan_sha256"),
+            )
+            _check_sense(manifest)
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+            raise ManifestError(f"the manifest does not say what a store needs: {error}") from error
+        return manifest
+
+
+def canonical_json(document: Any) -> bytes:
+    """The one byte string for a JSON document: sorted keys, no spaces, ASCII, NaN refused."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """A document with its own digest, as it is written to disk: a flipped bit anywhere shows when it is read."""
+    digest = hashlib.sha256(canonical_json(document)).hexdigest()
+    return json.dumps({"sha256": digest, "body": document}, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def unseal(raw: bytes, *, what: str) -> dict[str, Any]:
+    """Read what `seal` wrote.
+
+    Raises:
+        ManifestError: not JSON, too large, nested too deeply, or its digest fails.
+    """
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{what} has {len(raw)} bytes, more than the {MAX_MANIFEST_BYTES} that any real one needs")
+    try:
+        document = json.loads(raw)
+        body = document["body"]
+        digest = hashlib.sha256(canonical_json(body)).hexdigest()
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ManifestError(f"{what} cannot be read ({error}): restore it or run `softlabels repair`") from error
+    if digest != document.get("sha256") or not isinstance(body, dict):
+        raise ManifestError(f"{what} fails its own checksum: a byte of it changed after it was written")
+    return body
+
+
+def check_store_name(name: str) -> str:
+    """The name, if a store may be called so.
+
+    Raises:
+        ManifestError: it may not.
+    """
+    if not STORE_NAME.fullmatch(name):
+        raise ManifestError(
+            f"{name!r} cannot name a store: use letters, digits, '.', '_' and '-', starting with a letter or digit"
+        )
+    return name
+
+
+def _check_version(document: Mapping[str, Any]) -> None:
+    if document.get("format") != FORMAT:
+        raise ManifestError(f"not a softlabels manifest: its format is {document.get('format')!r}, not {FORMAT!r}")
+    version = document.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ManifestError(f"the manifest's format version is {version!r}, not a positive whole number")
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"this store has format version {version}, this softlabels reads up to {FORMAT_VERSION}: upgrade softlabels",
+            found=version,
+            supported=FORMAT_VERSION,
+        )
+
+
+def _check_sense(manifest: Manifest) -> None:
+    check_store_name(manifest.name)
+    layout, shards = manifest.layout, manifest.shards
+    for label, value, least, most in (
+        ("layout.samples", layout.samples, 1, MAX_ROWS),
+        ("layout.rows", layout.rows, 1, MAX_ROWS),
+        ("layout.views", layout.views, 1, 1 << 20),
+        ("classes", manifest.classes, 1, MAX_CLASSES),
+        ("shards.rows_per_chunk", shards.rows_per_chunk, 1, MAX_ROWS),
+        ("shards.rows_per_shard", shards.rows_per_shard, 1, MAX_ROWS),
+        ("ids.width_bytes", manifest.ids.width_bytes, 0, MAX_STRING_ID_BYTES),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{label} is {value!r}, not a whole number from {least} to {most}")
+    if layout.kind not in ("single", "views", "sequences"):
+        raise ValueError(f"layout.kind {layout.kind!r} is unknown")
+    if layout.kind != "sequences" and layout.rows != layout.samples * layout.views:
+        raise ValueError(f"{layout.rows} rows are not {layout.samples} samples × {layout.views} views")
+    if manifest.ids.kind not in ("int", "str") or (manifest.ids.kind == "str") != (manifest.ids.width_bytes > 0):
+        raise ValueError(f"ids of kind {manifest.ids.kind!r} and width {manifest.ids.width_bytes}")
+    if shards.rows_per_shard % shards.rows_per_chunk:
+        raise ValueError("rows_per_shard is not a multiple of rows_per_chunk")
+    if shards.count != -(-layout.rows // shards.rows_per_shard):
+        raise ValueError(f"{shards.count} shards of {shards.rows_per_shard} rows do not hold {layout.rows} rows")
+    temperature = manifest.temperature
+    for value in (temperature.default, temperature.captured):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise ValueError(f"temperature {value!r} is not a finite positive number")
+    if temperature.locked not in (True, False) or (temperature.locked and temperature.default != temperature.captured):
+        raise ValueError("a locked temperature must also be the default")
+    for name, spec in manifest.arrays.items():
+        check_store_name(name)
+        if spec.row_bytes <= 0 or spec.row_bytes * shards.rows_per_chunk > 1 << 40:
+            raise ValueError(f"array {name!r} has rows of {spec.row_bytes} bytes")
+    for name, field in manifest.make_encoding().fields.items():
+        if manifest.arrays.get(name) != ArraySpec(dtype=field.dtype.str, row_shape=field.row_shape):
+            raise ValueError(f"array {name!r} is not what encoding {manifest.encoding.name!r} writes")
+
+
+def _array_spec(value: Any) -> ArraySpec:
+    shape = value["row_shape"]
+    if not isinstance(shape, list | tuple) or len(shape) > 8:
+        raise ValueError(f"row_shape {shape!r}")
+    for extent in shape:
+        if not isinstance(extent, int) or isinstance(extent, bool) or not 1 <= extent <= MAX_CLASSES:
+            raise ValueError(f"row_shape {shape!r}")
+    dtype = value["dtype"]
+    if not isinstance(dtype, str) or not re.fullmatch(r"[<|][fiu][1248]", dtype):
+        raise ValueError(f"dtype {dtype!r} is not a little-endian number type")
+    return ArraySpec(dtype=dtype, row_shape=tuple(shape))
+
+
+def _typed(document: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    value = document[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{key} is {value!r}, not a {kind.__name__}")
+    return value
+
+
+def _table(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return _typed(document, key, dict)
+
+
+def _one_of(document: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> str:
+    value = document[key]
+    if value not in allowed:
+        raise ValueError(f"{key} is {value!r}, not one of {', '.join(allowed)}")
+    return cast(str, value)

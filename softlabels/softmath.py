@@ -1,0 +1,340 @@
+"""What is the exact mathematics of soft targets? NumPy, pure functions, the reference for everything faster.
+
+Shapes: B rows, C classes, M members. `logits_` are natural-log units free up to a row constant, `logp_` are
+log-probabilities, `p_` and `q_` probabilities (p the target's, q the student's), y a one-hot label.
+Arithmetic is float64 inside; float16 and float32 come back as float32, float64 as float64; a figure a row is float64.
+A logit of -inf is a class of probability 0. A row with NaN, +inf or no finite entry has no distribution and comes
+back as NaN, never as something plausible.
+Source, where nothing else is named: Hinton, Vinyals, Dean 2015, sections 2 and 2.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.errors import NonFiniteLogitsError, RequestError, ShapeMismatchError, TemperatureError
+
+FloatArray = NDArray[np.floating[Any]]
+Mean = Literal["none", "arithmetic", "geometric"]
+
+UNLABELLED = -1
+_NAMED_AT_MOST = 8  # an error names this many offenders, so that a whole bad batch still reads as one sentence
+
+
+def check_temperature(temperature: object) -> float:
+    """The temperature as a float; `TemperatureError` unless it is a finite number above 0 (True is not a number)."""
+    if isinstance(temperature, Real) and not isinstance(temperature, bool):
+        try:
+            value = float(temperature)
+        except OverflowError:
+            value = math.inf
+        if math.isfinite(value) and value > 0:
+            return value
+    raise TemperatureError(
+        f"the temperature is {temperature!r}; logits are divided by it, so it has to be a finite number above 0, "
+        "for instance 4.0 (1.0 leaves the distribution as the teacher gave it)",
+        temperature=repr(temperature),
+    )
+
+
+def check_mean(mean: object) -> Mean:
+    """The mean's name, or `RequestError` listing the names there are."""
+    if mean == "none" or mean == "arithmetic" or mean == "geometric":
+        return mean
+    raise RequestError(f"there is no mean {mean!r}; choose 'none', 'arithmetic' or 'geometric'", mean=repr(mean))
+
+
+def is_locked(mean: Mean, members: int) -> bool:
+    """Whether the result exists only at the temperature it was taken at.
+
+    One member, and a geometric mean, is one vector of logits and re-tempers exactly to any T. The log of an
+    arithmetic mean of two or more members is not: tempering does not commute with adding probabilities.
+    """
+    return check_mean(mean) == "arithmetic" and members > 1
+
+
+def check_weights(weights_M: Sequence[float] | FloatArray | None, members: int) -> NDArray[np.float64]:
+    """Members' weights, scaled to sum to 1; None weighs all alike.
+
+    Raises:
+        ShapeMismatchError: not one weight a member.
+        RequestError: a weight that is not finite and above 0 (a member of weight 0 is to be left out instead).
+    """
+    if members < 1:
+        raise ShapeMismatchError("a mean needs at least one member and there is none", members=members)
+    weights = [1.0] * members if weights_M is None else list(weights_M)
+    if len(weights) != members:
+        raise ShapeMismatchError(
+            f"there are {len(weights)} weights and {members} members: give one weight a member",
+            weights=len(weights),
+            members=members,
+        )
+    share = np.array([_weight(weight) for weight in weights])
+    share /= share.max() or 1.0  # first, so that the sum cannot overflow
+    share /= share.sum() or 1.0
+    if not (share > 0).all():
+        raise RequestError(
+            f"the members' weights are {weights}; each has to be a finite number above 0 and not vanish beside the "
+            "others: leave a member out rather than weigh it 0",
+            weights=[repr(weight) for weight in weights],
+        )
+    return share
+
+
+def check_labels(labels_B: NDArray[Any], *, rows: int, classes: int) -> NDArray[np.int64]:
+    """Hard labels as int64, each a class or -1 for unlabelled.
+
+    Raises:
+        ShapeMismatchError: not one label a row.
+        RequestError: not integers, or some outside [-1, classes), which the message names.
+    """
+    labels = np.asarray(labels_B)
+    if labels.shape != (rows,):
+        raise ShapeMismatchError(
+            f"the labels have shape {list(labels.shape)} and the batch has {rows} rows: give one label a row, "
+            f"{UNLABELLED} where there is none",
+            labels=list(labels.shape),
+            rows=rows,
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise RequestError(f"the labels are {labels.dtype}; a label is a class number, so give integers")
+    bad_rows = np.flatnonzero((labels < UNLABELLED) | (labels >= classes))
+    if bad_rows.size:
+        named = {int(row): int(labels[row]) for row in bad_rows[:_NAMED_AT_MOST]}
+        more = f" and {bad_rows.size - len(named)} more" if bad_rows.size > len(named) else ""
+        listed = ", ".join(f"{label} in row {row}" for row, label in named.items())
+        raise RequestError(
+            f"these targets have {classes} classes, so a label is 0 to {classes - 1}, or {UNLABELLED} for unlabelled; "
+            f"the batch holds {listed}{more}. Check that data and teacher share one list of classes",
+            rows=list(named),
+            labels=list(named.values()),
+            classes=classes,
+        )
+    return labels.astype(np.int64, copy=False)
+
+
+def soften(logits_BC: FloatArray, *, temperature: float) -> FloatArray:
+    """Logits to soft targets: p_i = exp(z_i/T) / sum_j exp(z_j/T), eq. 1.
+
+    Args:
+        logits_BC: [..., classes].
+        temperature: dimensionless, above 0; 1 leaves the distribution as the teacher gave it.
+    Returns:
+        p_BC, the same shape; each row sums to 1 within 1e-6.
+    Raises:
+        TemperatureError: the temperature is not a finite number above 0.
+    """
+    return _like(np.exp(_log_softmax(logits_BC, temperature)), logits_BC)
+
+
+def log_soften(logits_BC: FloatArray, *, temperature: float) -> FloatArray:
+    """Logits to log-probabilities at a temperature: the log of `soften`, exact where that underflows."""
+    return _like(_log_softmax(logits_BC, temperature), logits_BC)
+
+
+def shift_rows(logits_BC: FloatArray) -> FloatArray:
+    """The same distributions with each row's largest logit at 0: how a store keeps them."""
+    return _like(_shifted(logits_BC), logits_BC)
+
+
+def zero_mean(logits_BC: FloatArray) -> FloatArray:
+    """The same distributions with each row's mean at 0, as section 2.1 needs.
+
+    Raises:
+        NonFiniteLogitsError: a row holds NaN or an infinity and so has no mean.
+    """
+    z = _rows(logits_BC)
+    bad_rows = np.flatnonzero(~np.isfinite(z).all(axis=-1))
+    if bad_rows.size:
+        raise NonFiniteLogitsError(
+            f"{bad_rows.size} rows hold NaN or an infinity, the first in row {bad_rows[0]}; such a row has no mean, so "
+            "its logits cannot be matched: use the soft targets instead, which take -inf as a probability of 0",
+            rows=bad_rows[:_NAMED_AT_MOST].tolist(),
+        )
+    return _like(z - z.mean(axis=-1, keepdims=True), logits_BC)
+
+
+def retemper(logits_BC: FloatArray, *, captured: float, temperature: float) -> FloatArray:
+    """Rows tempered with `captured` to rows tempered with `temperature`: softmax at 1 of the result is the target.
+
+    The largest entry of a row comes back as 0. Whether targets may be re-tempered at all is `is_locked`'s.
+    """
+    kept, asked = check_temperature(captured), check_temperature(temperature)
+    z = _shifted(logits_BC)
+    if kept == asked:
+        return _like(z, logits_BC)
+    with np.errstate(over="ignore"):
+        return _like(z * kept / asked, logits_BC)
+
+
+def mean_arithmetic(
+    logits_MBC: FloatArray, *, temperature: float, weights_M: Sequence[float] | FloatArray | None = None
+) -> FloatArray:
+    """Log of the weighted arithmetic mean of the members' distributions at one temperature.
+
+    Returns:
+        logp_BC; locked to `temperature` where there are two members or more.
+    """
+    z = _members(logits_MBC)
+    share_M = check_weights(weights_M, len(z))
+    logp_MBC = _log_softmax(z, temperature) + np.log(share_M)[:, None, None]
+    peak_BC = np.maximum(logp_MBC.max(axis=0), np.finfo(np.float64).min)  # all members at -inf: no -inf minus -inf
+    with np.errstate(divide="ignore"):
+        return _like(np.log(np.exp(logp_MBC - peak_BC).sum(axis=0)) + peak_BC, logits_MBC)
+
+
+def mean_geometric(logits_MBC: FloatArray, *, weights_M: Sequence[float] | FloatArray | None = None) -> FloatArray:
+    """Weighted geometric mean of the members' distributions: the mean of their logits.
+
+    Returns:
+        logits_BC; softened at any T they are the normalised geometric mean of the members' distributions at that T.
+    """
+    z = _members(logits_MBC)
+    return _like((z * check_weights(weights_M, len(z))[:, None, None]).sum(axis=0), logits_MBC)
+
+
+def entropy(logp_BC: FloatArray) -> NDArray[np.float64]:
+    """H(p) of each row, nats, [B]."""
+    return soft_cross_entropy(logp_BC, logp_BC)
+
+
+def soft_cross_entropy(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float64]:
+    """-sum_i p_i log q_i of each row, nats, [B]; a class with p = 0 adds nothing even where q = 0."""
+    logp, logq = _pair(logp_BC, logq_BC)
+    p = np.exp(logp)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(0.0 - np.where(p == 0, 0.0, p * logq).sum(axis=-1), dtype=np.float64)
+
+
+def kl_divergence(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float64]:
+    """KL(p, q) of each row, nats, [B]; inf where q = 0 < p.
+
+    Summed as p log(p/q) - p + q. For rows that sum to 1 that is the same number, but no term is negative and a row
+    whose sum is off by e adds e²/2 instead of e, so that float32 rows can be told apart down to 1e-12 and not 1e-7.
+    """
+    logp, logq = _pair(logp_BC, logq_BC)
+    p, q = np.exp(logp), np.exp(logq)
+    with np.errstate(invalid="ignore", over="ignore"):
+        gap = logq - logp
+        near = p * (np.expm1(gap) - gap)  # q - p cancels where the two agree
+        far = q - p - np.where(p == 0, 0.0, p * gap)
+        return np.asarray(np.where(np.abs(gap) < 1, near, far).sum(axis=-1), dtype=np.float64)
+
+
+def hard_cross_entropy(student_logits_BC: FloatArray, labels_B: NDArray[Any]) -> float:
+    """Mean of -log q_label at T = 1 over the labelled rows, nats; 0 where no row is labelled."""
+    logq = _log_softmax(student_logits_BC, 1.0)
+    labels = check_labels(labels_B, rows=len(logq), classes=logq.shape[-1])
+    rows = np.flatnonzero(labels != UNLABELLED)
+    return float(-logq[rows, labels[rows]].mean()) if rows.size else 0.0
+
+
+def distillation_objective(
+    student_logits_BC: FloatArray,
+    logp_BC: FloatArray,
+    *,
+    temperature: float,
+    labels_B: NDArray[Any] | None = None,
+    hard_weight: float = 0.5,
+    soft_weight: float = 1.0,
+) -> float:
+    """The paper's objective: soft_weight T² CE(p, q at T) + hard_weight CE(y, q at 1), each a mean over its rows.
+
+    Args:
+        student_logits_BC: the student's.
+        logp_BC: log-probabilities of the targets at `temperature`.
+        temperature: T of the targets.
+        labels_B: classes, -1 for unlabelled; None where no row has one. Unlabelled rows have the soft term alone.
+        hard_weight: of the labels' term.
+        soft_weight: of the targets' term.
+    """
+    logq = _log_softmax(student_logits_BC, temperature)
+    soft = check_temperature(temperature) ** 2 * float(soft_cross_entropy(logp_BC, logq).mean())
+    hard = 0.0 if labels_B is None else hard_cross_entropy(student_logits_BC, labels_B)
+    return soft_weight * soft + hard_weight * hard
+
+
+def soft_gradient(student_logits_BC: FloatArray, logp_BC: FloatArray, *, temperature: float) -> FloatArray:
+    """d CE(p, q) / dz = (q - p)/T of each row, eq. 2: before T² and before the mean over rows."""
+    q = np.exp(_log_softmax(student_logits_BC, temperature))
+    return _like((q - np.exp(_rows(logp_BC))) / check_temperature(temperature), student_logits_BC)
+
+
+def hard_gradient(student_logits_BC: FloatArray, labels_B: NDArray[Any]) -> FloatArray:
+    """d CE(y, q) / dz = q - y of each row at T = 1; 0 for unlabelled rows."""
+    gradient = np.exp(_log_softmax(student_logits_BC, 1.0))
+    labels = check_labels(labels_B, rows=len(gradient), classes=gradient.shape[-1])
+    gradient[labels == UNLABELLED] = 0.0
+    rows = np.flatnonzero(labels != UNLABELLED)
+    gradient[rows, labels[rows]] -= 1.0
+    return _like(gradient, student_logits_BC)
+
+
+def logit_matching_gradient_limit(
+    student_logits_BC: FloatArray, teacher_logits_BC: FloatArray, *, temperature: float
+) -> FloatArray:
+    """(z - v)/(N T²) with both zero-meaned, N classes: what `soft_gradient` tends to as T grows, eq. 4."""
+    gap = zero_mean(_rows(student_logits_BC)) - zero_mean(_rows(teacher_logits_BC))
+    return _like(gap / (gap.shape[-1] * check_temperature(temperature) ** 2), student_logits_BC)
+
+
+def _weight(weight: object) -> float:
+    # 0 stands for everything that is no weight: it is refused for all its kinds in one place.
+    sound = isinstance(weight, Real) and not isinstance(weight, bool)
+    value = float(weight) if sound and isinstance(weight, Real) else 0.0
+    return value if math.isfinite(value) and value > 0 else 0.0
+
+
+def _rows(logits_BC: FloatArray) -> NDArray[np.float64]:
+    z = np.asarray(logits_BC, dtype=np.float64)
+    if z.ndim == 0 or z.shape[-1] == 0:
+        raise ShapeMismatchError(
+            f"expected rows of at least one class, got shape {list(z.shape)}: give [rows, classes]", shape=list(z.shape)
+        )
+    return z
+
+
+def _members(logits_MBC: FloatArray) -> NDArray[np.float64]:
+    z = _rows(logits_MBC)
+    if z.ndim != 3:
+        raise ShapeMismatchError(
+            f"expected [members, rows, classes], got shape {list(z.shape)}: stack the members first",
+            shape=list(z.shape),
+        )
+    return z
+
+
+def _pair(logp_BC: FloatArray, logq_BC: FloatArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    logp, logq = _rows(logp_BC), _rows(logq_BC)
+    if logp.shape != logq.shape:
+        raise ShapeMismatchError(
+            f"the rows compared have shapes {list(logp.shape)} and {list(logq.shape)}: they have to be the same",
+            left=list(logp.shape),
+            right=list(logq.shape),
+        )
+    return logp, logq
+
+
+def _shifted(logits_BC: FloatArray) -> NDArray[np.float64]:
+    z = _rows(logits_BC)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.asarray(z - z.max(axis=-1, keepdims=True), dtype=np.float64)
+
+
+def _log_softmax(logits_BC: FloatArray, temperature: float) -> NDArray[np.float64]:
+    asked = check_temperature(temperature)
+    with np.errstate(over="ignore"):  # shifted first: a huge gap over a tiny T ends at -inf, a probability of 0
+        z = _shifted(logits_BC) / asked
+    return np.asarray(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)), dtype=np.float64)
+
+
+def _like(values: NDArray[np.float64], given: FloatArray) -> FloatArray:
+    half_or_single = np.asarray(given).dtype in (np.float16, np.float32)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32) if half_or_single else values

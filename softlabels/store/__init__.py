@@ -1,0 +1,22 @@
+"""Stores on disk: written shard by shard, read row by row."""
+
+from __future__ import annotations
+
+from softlabels.errors import MissingExtraError
+
+try:
+    import google_crc32c as _crc32c
+except ImportError as error:
+    raise MissingExtraError(
+        "stores on disk need crc32c, zarr and h5py, which are not installed: `pip install softlabels[store]`; a store "
+        "behind http(s) needs none of them",
+        extra="store",
+    ) from error
+
+from softlabels.store.planning import plan_store
+from softlabels.store.rows import LocalRows
+from softlabels.store.writer import ShardClaim, StoreWriter
+
+__all__ = ["LocalRows", "ShardClaim", "StoreWriter", "plan_store"]
+
+del _crc32c

@@ -1,0 +1,121 @@
+"""Which row a sample id has: arithmetic where ids are dense, else a binary search in sorted ids mapped from disk."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.errors import BadIdsError, ManifestError, UnknownIdError
+from softlabels.ids import IdArray, kind_of
+from softlabels.manifest import Manifest
+from softlabels.store.files import sha256_of, write_atomically
+
+SORTED_IDS = "index/sorted_ids.npy"
+POSITIONS = "index/positions.npy"
+
+_SHOWN = 5
+"""How many unknown ids a message spells out."""
+
+
+class DenseIndex:
+    """Ids `start`, `start + 1`, …: the position is a subtraction."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        assert manifest.ids.dense_start is not None
+        self._start, self._samples, self._name = manifest.ids.dense_start, manifest.samples, manifest.name
+
+    def positions(self, ids: IdArray) -> NDArray[np.int64]:
+        """Position of each sample in the transfer set. Raises UnknownIdError, BadIdsError."""
+        _refuse_other_kind(ids, "int", self._name)
+        positions = ids.astype(np.int64, copy=False) - self._start
+        outside = (positions < 0) | (positions >= self._samples)
+        if outside.any():
+            last = self._start + self._samples - 1
+            raise _unknown(ids[outside], self._name, f"its ids run from {self._start} to {last}")
+        return positions
+
+
+class SortedIndex:
+    """Ids in sorted order beside their positions, both mapped from disk."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self._root, self._manifest = root, manifest
+        self._sorted = _load(root / SORTED_IDS)
+        self._positions = _load(root / POSITIONS)
+        if len(self._sorted) != manifest.samples or len(self._positions) != manifest.samples:
+            raise ManifestError(f"the id index of {root} does not have {manifest.samples} entries: run `softlabels verify`")
+
+    def positions(self, ids: IdArray) -> NDArray[np.int64]:
+        """Position of each sample in the transfer set. Raises UnknownIdError, BadIdsError."""
+        _refuse_other_kind(ids, self._manifest.ids.kind, self._manifest.name)
+        wanted: NDArray[Any] = ids
+        if kind_of(ids) == "str":
+            wanted = np.char.encode(ids, "utf-8")
+        slot = np.searchsorted(self._sorted, wanted)
+        found = self._sorted[np.minimum(slot, len(self._sorted) - 1)] == wanted
+        if not found.all():
+            self._refuse_damage()
+            raise _unknown(ids[~found], self._manifest.name, f"it holds {self._manifest.samples} samples")
+        return self._positions[slot].astype(np.int64, copy=False)
+
+    def _refuse_damage(self) -> None:
+        # Before an id is called unknown the index itself must be sound: a flipped bit in it hides samples.
+        for path in (SORTED_IDS, POSITIONS):
+            if sha256_of(self._root / path) != self._manifest.metadata_sha256.get(path):
+                raise ManifestError(f"{self._root / path} is damaged: run `softlabels repair`")
+
+
+def make_index(root: Path, manifest: Manifest) -> DenseIndex | SortedIndex:
+    """The index of a store, whichever kind its ids call for."""
+    return DenseIndex(manifest) if manifest.ids.dense_start is not None else SortedIndex(root, manifest)
+
+
+def write_index(root: Path, ids: IdArray) -> dict[str, str]:
+    """Write the sorted ids of a store and their positions.
+
+    Args:
+        ids: [samples], in the order of the store; held in memory whole, 8 bytes a sample (strings: their width).
+    Returns:
+        SHA-256 of the files by path.
+    Raises:
+        BadIdsError: an id stands twice.
+    """
+    keys: NDArray[Any] = ids if kind_of(ids) == "int" else np.char.encode(ids, "utf-8")
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    twice = ordered[1:] == ordered[:-1]
+    if twice.any():
+        example = ids[order[1:][twice][0]]
+        raise BadIdsError(f"{int(twice.sum())} sample ids stand twice in the transfer set, {example!r} among them")
+    digests = {}
+    for path, array in ((SORTED_IDS, ordered), (POSITIONS, order.astype("<i8"))):
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        digests[path] = write_atomically(root / path, [buffer.getbuffer()])[1]
+    return digests
+
+
+def _load(path: Path) -> NDArray[Any]:
+    try:
+        loaded: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ManifestError(f"the id index {path} cannot be read ({error}): run `softlabels repair`") from error
+    return loaded
+
+
+def _refuse_other_kind(ids: IdArray, kind: str, name: str) -> None:
+    if kind_of(ids) != kind:
+        words = {"int": "integers", "str": "strings"}
+        raise BadIdsError(f"sample ids of {name!r} are {words[kind]}, not {words[kind_of(ids)]}")
+
+
+def _unknown(missing: NDArray[Any], name: str, hint: str) -> UnknownIdError:
+    shown = missing[:_SHOWN].tolist()
+    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    return UnknownIdError(
+        f"{name!r} holds no sample {', '.join(map(repr, shown))}{more}; {hint}", ids=shown, missing=len(missing)
+    )

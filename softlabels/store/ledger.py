@@ -1,0 +1,183 @@
+"""Which shards are committed: one receipt a shard, written last, and the claim that keeps a second writer out."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from softlabels.errors import ManifestError, ShardClaimedError, TruncatedError
+from softlabels.manifest import canonical_json, seal, unseal
+from softlabels.store.files import TEMPORARY, make_folder, write_atomically
+from softlabels.store.geometry import Part
+
+FOLDER = "ledger"
+LOCKS = "locks"
+STAGING = "staging"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """A committed file: its size in bytes and SHA-256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What a shard's writer vouches for; a shard without a receipt does not exist, whatever files lie there.
+
+    Attributes:
+        plan_sha256: digest of the plan that the shard was computed for.
+        rows: first row and the one after the last.
+        files: by path relative to the store.
+        parts: where each array lies.
+        fingerprint: of the shard's samples, see `softlabels.transfer.FingerprintSum`.
+        audit: mergeable error statistics of the encoding over these rows.
+    """
+
+    shard: int
+    plan_sha256: str
+    rows: tuple[int, int]
+    files: Mapping[str, FileRecord]
+    parts: Mapping[str, Part]
+    fingerprint: str
+    audit: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able description that `from_json` reads back."""
+        return asdict(self)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Receipt:
+        """Read a receipt.
+
+        Raises:
+            ManifestError: not what a receipt looks like, or a path that leaves the store.
+        """
+        try:
+            first, last = document["rows"]
+            receipt = cls(
+                shard=int(document["shard"]),
+                plan_sha256=str(document["plan_sha256"]),
+                rows=(int(first), int(last)),
+                files={_safe(path): FileRecord(**record) for path, record in document["files"].items()},
+                parts={str(name): Part(**part) for name, part in document["parts"].items()},
+                fingerprint=str(document["fingerprint"]),
+                audit=document["audit"],
+            )
+            for part in receipt.parts.values():
+                _safe(part.path)
+                if part.path not in receipt.files or min(part.offset, part.stride, part.rows) < 0:
+                    raise ValueError(f"array at {part.path!r}, offset {part.offset}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ManifestError(f"a receipt of the ledger does not say what it must: {error}") from error
+        return receipt
+
+
+class Ledger:
+    """The receipts of the store at `root`."""
+
+    def __init__(self, root: Path, *, plan_sha256: str) -> None:
+        self._root = root
+        self._plan_sha256 = plan_sha256
+
+    def path(self, shard: int) -> Path:
+        """Where the receipt of a shard lies."""
+        return self._root / FOLDER / f"{shard:08d}.json"
+
+    def read(self, shard: int) -> Receipt | None:
+        """The receipt of a shard, None where it is not committed.
+
+        Raises:
+            ManifestError: there is one, but it is damaged, of another shard or of another plan.
+        """
+        path = self.path(shard)
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        receipt = Receipt.from_json(unseal(raw, what=f"receipt {path}"))
+        if receipt.shard != shard or receipt.plan_sha256 != self._plan_sha256:
+            raise ManifestError(f"receipt {path} belongs to another shard or another store: do not mix stores' files")
+        return receipt
+
+    def committed(self) -> list[int]:
+        """Numbers of the shards that have a receipt, in order; the receipts are not read."""
+        folder = self._root / FOLDER
+        names = os.listdir(folder) if folder.is_dir() else []
+        return sorted(int(name[:8]) for name in names if name.endswith(".json") and name[:8].isdigit())
+
+    def write(self, receipt: Receipt) -> None:
+        """Commit a shard: from here on its rows exist. The caller holds the claim, and its files are durable."""
+        staging = self._root / STAGING / f"{receipt.shard:08d}.receipt{TEMPORARY}"
+        write_atomically(self.path(receipt.shard), [seal(receipt.to_json())], staging=staging)
+
+    def digest(self, shards: int) -> str:
+        """SHA-256 over the receipts of shards 0 … shards−1.
+
+        Raises:
+            TruncatedError: one is missing.
+        """
+        total = hashlib.sha256()
+        for shard in range(shards):
+            receipt = self.read(shard)
+            if receipt is None:
+                raise TruncatedError(f"shard {shard} has no receipt: the store is not complete; run `softlabels resume`")
+            total.update(bytes.fromhex(receipt.sha256))
+        return total.hexdigest()
+
+    @contextlib.contextmanager
+    def claim(self, shard: int) -> Iterator[None]:
+        """Hold a shard alone while the context lasts; a claim dies with its process, also by kill -9 or power loss.
+
+        Raises:
+            ShardClaimedError: another writer holds it.
+        """
+        with self._lock(f"{shard:08d}", wait=False) as held:
+            if not held:
+                raise ShardClaimedError(
+                    f"shard {shard} of {self._root} is being written by another process: let it finish, or stop it and "
+                    "resume",
+                    shard=shard,
+                )
+            yield
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until nobody else begins or finishes this store, and keep others from it while the context lasts."""
+        with self._lock("store", wait=True):
+            yield
+
+    @contextlib.contextmanager
+    def _lock(self, name: str, *, wait: bool) -> Iterator[bool]:
+        folder = self._root / LOCKS
+        make_folder(folder)
+        descriptor = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            held = True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                held = False
+            yield held
+        finally:
+            os.close(descriptor)
+
+
+def _safe(path: str) -> str:
+    parts = path.split("/")
+    if path.startswith("/") or not all(parts) or any(part in (".", "..") or "\\" in part for part in parts):
+        raise ValueError(f"path {path!r} leaves the store")
+    return path

@@ -1,0 +1,226 @@
+"""How a store on disk is read: ids to rows, rows only where the ledger says so, chunks verified at first touch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.errors import (
+    ChecksumError,
+    ManifestError,
+    RowsNotCommittedError,
+    TruncatedError,
+    UnknownFieldError,
+    UnknownStoreError,
+)
+from softlabels.ids import IdArray, from_fixed_bytes
+from softlabels.manifest import MAX_MANIFEST_BYTES, ArraySpec, Manifest, unseal
+from softlabels.store.container import container_of
+from softlabels.store.geometry import Part, chunk_stride
+from softlabels.store.index import make_index
+from softlabels.store.ledger import Ledger, Receipt
+from softlabels.store.mapping import MappedArray
+
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+IDS = "ids"
+
+
+class LocalRows:
+    """The rows of a store in a folder. Opening takes constant time and memory, whatever the number of rows.
+
+    Safe under threads and after fork; pickling re-opens.
+
+    Args:
+        root: the store's folder.
+    Raises:
+        UnknownStoreError: there is no store. ManifestError, FormatVersionError: it cannot be believed or understood.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = Path(root)
+        self._manifest = load_manifest(self._root)
+        self._ledger = Ledger(self._root, plan_sha256=plan_digest(self._manifest))
+        self._container = container_of(self._manifest)
+        self._index = make_index(self._root, self._manifest) if self._manifest.finished else None
+        self._arrays: dict[str, MappedArray] = {}
+        self._sound: dict[str, NDArray[np.bool_]] = {}
+        self._digest = store_digest(self._manifest)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the store says of itself; of an unfinished one, its plan."""
+        return self._manifest
+
+    @property
+    def digest(self) -> str:
+        """The version of the store; of an unfinished one, of its plan, since committed rows never change."""
+        return self._digest
+
+    def fetch(self, ids: IdArray, fields: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        """Rows of these ids, in the order asked; ids may repeat.
+
+        Returns:
+            One array a field, [B, ...]; string ids come back as strings.
+        Raises:
+            UnknownIdError, BadIdsError, UnknownFieldError, RowsNotCommittedError, ChecksumError, TruncatedError.
+        """
+        return self.fetch_rows(self.rows_of(ids), fields, ids=ids)
+
+    def rows_of(self, ids: IdArray) -> NDArray[np.int64]:
+        """Row numbers of these ids."""
+        if self._index is None:
+            if self._manifest.ids.dense_start is None:
+                raise RowsNotCommittedError(
+                    f"{self._manifest.name!r} is unfinished and its ids are not dense: they can be looked up when it is "
+                    "finished; run `softlabels resume`"
+                )
+            self._index = make_index(self._root, self._manifest)
+        return self._index.positions(ids)
+
+    def fetch_rows(
+        self, rows_B: NDArray[np.int64], fields: tuple[str, ...], *, ids: IdArray | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Rows by number; with `ids`, also checked to be theirs where the ids were looked up. Raises as `fetch` does."""
+        for field in fields:
+            if field not in self._manifest.arrays:
+                kept = ", ".join(self._manifest.arrays)
+                raise UnknownFieldError(f"{self._manifest.name!r} keeps no {field!r}; it keeps {kept}", field=field)
+        chunks = np.unique(rows_B // self._manifest.shards.rows_per_chunk)
+        found = {field: self._gather(field, rows_B, chunks) for field in fields}
+        if ids is not None and self._manifest.ids.dense_start is None:
+            kept_ids = found[IDS] if IDS in found else self._gather(IDS, rows_B, chunks)
+            self._refuse_other_ids(_as_ids(kept_ids), ids)
+        if IDS in found:
+            found[IDS] = _as_ids(found[IDS])
+        return found
+
+    def close(self) -> None:
+        """Let go of the mapped files; views that were handed out keep theirs."""
+        self._arrays.clear()
+        self._sound.clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self._root,))
+
+    def _gather(self, field: str, rows_B: NDArray[np.int64], chunks: NDArray[np.int64]) -> NDArray[Any]:
+        array = self._array(field)
+        sound = self._sound[field]
+        unseen = chunks[~sound[chunks]]
+        if len(unseen):
+            self._verify_chunks(field, array, unseen)
+            sound[unseen] = True
+        return array.gather(rows_B)
+
+    def _array(self, field: str) -> MappedArray:
+        array = self._arrays.get(field)
+        if array is None:
+            spec, shards = self._manifest.arrays[field], self._manifest.shards
+            array = MappedArray(
+                dtype=np.dtype(spec.dtype),
+                row_shape=spec.row_shape,
+                shards=shards.count,
+                rows_per_shard=shards.rows_per_shard,
+                rows_per_chunk=shards.rows_per_chunk,
+            )
+            chunks = shards.count * (shards.rows_per_shard // shards.rows_per_chunk)
+            self._sound.setdefault(field, np.zeros(chunks, dtype=np.bool_))
+            array = self._arrays.setdefault(field, array)
+        return array
+
+    def _verify_chunks(self, field: str, array: MappedArray, chunks: NDArray[np.int64]) -> None:
+        per_shard = self._manifest.shards.rows_per_shard // self._manifest.shards.rows_per_chunk
+        for number in chunks.tolist():
+            shard, chunk = divmod(number, per_shard)
+            if not array.is_mapped(shard):
+                array.map(shard, self._part(shard, field), self._root)
+            if not self._container.chunk_is_sound(array.chunk(shard, chunk)):
+                first = number * self._manifest.shards.rows_per_chunk
+                last = min(first + self._manifest.shards.rows_per_chunk, self._manifest.rows) - 1
+                raise ChecksumError(
+                    f"{self._manifest.name!r}: array {field!r}, shard {shard}, chunk {chunk} (rows {first} to {last}) is "
+                    "not what was written; run `softlabels verify`, then `softlabels repair` and `softlabels resume`",
+                    field=field,
+                    shard=shard,
+                    chunk=chunk,
+                    rows=[first, last],
+                )
+
+    def _part(self, shard: int, field: str) -> Part:
+        receipt = self._ledger.read(shard)
+        if receipt is None:
+            raise self._not_committed(shard)
+        return checked_part(receipt, field, self._manifest)
+
+    def _not_committed(self, shard: int) -> RowsNotCommittedError | TruncatedError:
+        if self._manifest.finished:
+            return TruncatedError(
+                f"{self._manifest.name!r}: the receipt of shard {shard} is gone from a finished store; run `softlabels "
+                "repair`, then `softlabels resume`",
+                shard=shard,
+            )
+        first = shard * self._manifest.shards.rows_per_shard
+        return RowsNotCommittedError(
+            f"{self._manifest.name!r} is unfinished: shard {shard} (rows from {first} on) is not committed; run "
+            "`softlabels resume`",
+            shard=shard,
+        )
+
+    def _refuse_other_ids(self, kept: IdArray, asked: IdArray) -> None:
+        if not np.array_equal(kept, asked):
+            raise ManifestError(
+                f"the id index of {self._manifest.name!r} leads to other samples' rows: run `softlabels repair`"
+            )
+
+
+def load_manifest(root: Path) -> Manifest:
+    """The manifest of a finished store, else its plan.
+
+    Raises:
+        UnknownStoreError: neither is there. ManifestError, FormatVersionError.
+    """
+    for name in (MANIFEST, PLAN):
+        path = root / name
+        try:
+            if path.stat().st_size > MAX_MANIFEST_BYTES:
+                raise ManifestError(f"{path} is larger than any manifest: this is no softlabels store")
+            raw = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        return Manifest.from_json(unseal(raw, what=str(path)))
+    raise UnknownStoreError(f"there is no store at {root}: it has neither {MANIFEST} nor {PLAN}", where=str(root))
+
+
+def plan_digest(manifest: Manifest) -> str:
+    """The digest of the plan that a manifest came from; of a plan, its own."""
+    return manifest.plan_sha256 or manifest.digest
+
+
+def store_digest(manifest: Manifest) -> str:
+    """What names this version of the store to caches and clients."""
+    if manifest.finished:
+        return manifest.digest
+    return hashlib.sha256(b"unfinished" + bytes.fromhex(manifest.digest)).hexdigest()
+
+
+def checked_part(receipt: Receipt, field: str, manifest: Manifest) -> Part:
+    """Where a field of a shard lies, if the receipt says so soundly.
+
+    Raises:
+        ManifestError: it names no place, or one that contradicts the manifest.
+    """
+    part = receipt.parts.get(field)
+    spec: ArraySpec = manifest.arrays[field]
+    first = receipt.shard * manifest.shards.rows_per_shard
+    rows = min(manifest.shards.rows_per_shard, manifest.rows - first)
+    if part is None or part.rows != rows or part.stride != chunk_stride(spec, manifest.shards.rows_per_chunk):
+        raise ManifestError(f"the receipt of shard {receipt.shard} of {manifest.name!r} contradicts the manifest")
+    return part
+
+
+def _as_ids(kept: NDArray[Any]) -> IdArray:
+    return from_fixed_bytes(kept) if kept.ndim == 2 else kept

@@ -1,0 +1,286 @@
+"""How a store comes to be: planned once, shards committed one by one in any order, the manifest last."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.audit import Audit
+from softlabels.errors import (
+    ManifestError,
+    ShapeMismatchError,
+    ShardClaimedError,
+    ShardConflictError,
+    StoreExistsError,
+    TruncatedError,
+)
+from softlabels.ids import IdArray, to_fixed_bytes
+from softlabels.manifest import Manifest, seal, unseal
+from softlabels.store.container import ShardFile, container_of
+from softlabels.store.files import TEMPORARY, make_folder, write_atomically
+from softlabels.store.geometry import shard_rows
+from softlabels.store.index import write_index
+from softlabels.store.ledger import LOCKS, STAGING, FileRecord, Ledger, Receipt
+from softlabels.store.rows import MANIFEST, PLAN, LocalRows, load_manifest
+from softlabels.transfer import UNLABELLED, FingerprintSum
+
+
+class StoreWriter:
+    """Writes shards of one store; several writers, in one process or many, may work on different shards at once.
+
+    Made by `create` or `resume`.
+    """
+
+    def __init__(self, root: Path, plan: Manifest) -> None:
+        self.root = root
+        self.plan = plan
+        self._plan_sha256 = plan.digest
+        self._container = container_of(plan)
+        self._ledger = Ledger(root, plan_sha256=self._plan_sha256)
+        make_folder(root / STAGING)
+        self._purge()
+
+    @classmethod
+    def create(cls, root: Path, plan: Manifest) -> StoreWriter:
+        """Begin a store, or go on with one begun from the very same plan.
+
+        Raises:
+            StoreExistsError: something else stands there: a store of another plan, or files that are no store.
+        """
+        root = Path(root)
+        make_folder(root)
+        with Ledger(root, plan_sha256=plan.digest).alone():
+            if (root / PLAN).exists():
+                _refuse_other_plan(root, load_plan(root), plan)
+            else:
+                if any(path.name not in (LOCKS, PLAN + TEMPORARY) for path in root.iterdir()):
+                    raise StoreExistsError(f"{root} holds files that are no store: choose another path, or empty it")
+                write_atomically(root / PLAN, [seal(plan.to_json())])
+        return cls(root, plan)
+
+    @classmethod
+    def resume(cls, root: Path) -> StoreWriter:
+        """Go on with the store at `root`.
+
+        Raises:
+            UnknownStoreError: nothing was begun there.
+        """
+        load_manifest(Path(root))
+        return cls(Path(root), load_plan(Path(root)))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest is published."""
+        return (self.root / MANIFEST).exists()
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that are not committed, in order."""
+        committed = set(self._ledger.committed())
+        return [shard for shard in range(self.plan.shards.count) if shard not in committed]
+
+    def receipt(self, shard: int) -> Receipt | None:
+        """The receipt of a shard, None where it is not committed."""
+        return self._ledger.read(shard)
+
+    @contextlib.contextmanager
+    def claim(self, shard: int) -> Iterator[ShardClaim]:
+        """Hold a shard alone in order to write it.
+
+        Raises:
+            ShardClaimedError: another writer holds it.
+        """
+        with self._ledger.claim(shard):
+            yield ShardClaim(self, shard)
+
+    def finish(self) -> Manifest:
+        """Publish the manifest: from here on the store is complete and never changes. Idempotent.
+
+        Raises:
+            TruncatedError: a shard is missing. BadIdsError: a sample id stands twice.
+        """
+        with self._ledger.alone():
+            if self.finished:
+                return load_manifest(self.root)
+            receipts = self._receipts()
+            fingerprint, audit, ledger = FingerprintSum(), Audit(), hashlib.sha256()
+            for receipt in receipts:
+                fingerprint.merge(FingerprintSum.from_hexdigest(receipt.fingerprint))
+                audit.merge(Audit.from_json(receipt.audit))
+                ledger.update(bytes.fromhex(receipt.sha256))
+            metadata = {
+                path: write_atomically(self.root / path, [contents])[1]
+                for path, contents in self._container.metadata(self.plan).items()
+            }
+            if self.plan.ids.dense_start is None:
+                metadata |= write_index(self.root, self._all_ids())
+            manifest = self.plan.finish(
+                ledger=ledger.hexdigest(),
+                fingerprint=fingerprint.hexdigest(),
+                audit=audit.summary(),
+                metadata_sha256=metadata,
+            )
+            write_atomically(self.root / MANIFEST, [seal(manifest.to_json())])
+            return manifest
+
+    def commit(
+        self, shard: int, arrays: Mapping[str, NDArray[Any]], *, fingerprint: str, audit: Mapping[str, Any]
+    ) -> Receipt:
+        """Write and commit a shard that the caller holds; see `ShardClaim.commit`."""
+        files = self._container.shard_files(self.plan, shard, arrays)
+        before = self._ledger.read(shard)
+        if before is not None:
+            _refuse_other_contents(self.root, before, files)
+            return before
+        records = {}
+        for file in files:
+            staging = self.root / STAGING / f"{shard:08d}.{file.path.replace('/', '-')}{TEMPORARY}"
+            size, sha256 = write_atomically(self.root / file.path, file.buffers, staging=staging)
+            records[file.path] = FileRecord(size=size, sha256=sha256)
+        rows = shard_rows(self.plan, shard)
+        receipt = Receipt(
+            shard=shard,
+            plan_sha256=self._plan_sha256,
+            rows=(rows.start, rows.stop),
+            files=records,
+            parts={name: part for file in files for name, part in file.parts.items()},
+            fingerprint=fingerprint,
+            audit=audit,
+        )
+        self._ledger.write(receipt)
+        return receipt
+
+    def _receipts(self) -> list[Receipt]:
+        receipts = [self._ledger.read(shard) for shard in range(self.plan.shards.count)]
+        missing = [shard for shard, receipt in enumerate(receipts) if receipt is None]
+        if missing:
+            raise TruncatedError(
+                f"{len(missing)} of {self.plan.shards.count} shards of {self.root} are not committed (the first is shard "
+                f"{missing[0]}): run `softlabels resume`",
+                shards=missing[:100],
+            )
+        return [receipt for receipt in receipts if receipt is not None]
+
+    def _purge(self) -> None:
+        """Remove what writers left behind that died; a file of a living writer is held by its claim."""
+        for path in sorted((self.root / STAGING).glob("*" + TEMPORARY)):
+            with contextlib.suppress(ShardClaimedError), self._ledger.claim(int(path.name[:8])):
+                path.unlink(missing_ok=True)
+
+    def _all_ids(self) -> IdArray:
+        rows = LocalRows(self.root)
+        pieces = []
+        for shard in range(self.plan.shards.count):
+            span = shard_rows(self.plan, shard)
+            pieces.append(rows.fetch_rows(np.arange(span.start, span.stop), ("ids",))["ids"])
+        joined: IdArray = np.concatenate(pieces)
+        return joined
+
+
+class ShardClaim:
+    """One shard, held alone by this writer while its `claim` context lasts.
+
+    Attributes:
+        rows: the rows of the store that the shard holds.
+    """
+
+    def __init__(self, writer: StoreWriter, shard: int) -> None:
+        self._writer = writer
+        self.shard = shard
+        self.rows = shard_rows(writer.plan, shard)
+
+    def commit(
+        self,
+        *,
+        ids: IdArray,
+        encoded: Mapping[str, NDArray[Any]],
+        fingerprints: NDArray[np.uint8],
+        labels: NDArray[np.int64] | None,
+        audit: Mapping[str, Any],
+    ) -> Receipt:
+        """Write the shard's files and, when all of them are durable, its receipt.
+
+        Committing the same contents again changes nothing and returns the receipt there is.
+
+        Args:
+            ids: [rows of the shard].
+            encoded: the encoding's arrays, [rows, ...] each.
+            fingerprints: [rows, 16].
+            labels: [rows] or None.
+            audit: `Audit.to_json()` of these rows.
+        Raises:
+            ShapeMismatchError: arrays of another shape or type than the plan's, or ids that the plan excludes.
+            ShardConflictError: the shard is committed with other contents.
+        """
+        plan = self._writer.plan
+        arrays: dict[str, NDArray[Any]] = {**encoded, "fingerprints": fingerprints}
+        arrays["ids"] = to_fixed_bytes(ids, width_bytes=plan.ids.width_bytes) if plan.ids.kind == "str" else ids
+        if "labels" in plan.arrays:
+            found = np.full(len(ids), UNLABELLED, dtype=np.int64) if labels is None else labels
+            arrays["labels"] = found.astype(plan.arrays["labels"].dtype)
+        self._check(arrays, ids)
+        total = FingerprintSum()
+        total.add(ids, fingerprints)
+        return self._writer.commit(self.shard, arrays, fingerprint=total.hexdigest(), audit=audit)
+
+    def _check(self, arrays: Mapping[str, NDArray[Any]], ids: IdArray) -> None:
+        plan = self._writer.plan
+        if set(arrays) != set(plan.arrays):
+            raise ShapeMismatchError(f"a shard needs the arrays {sorted(plan.arrays)}, not {sorted(arrays)}")
+        for name, spec in plan.arrays.items():
+            expected = (len(self.rows), *spec.row_shape)
+            if arrays[name].shape != expected or arrays[name].dtype != np.dtype(spec.dtype):
+                raise ShapeMismatchError(
+                    f"array {name!r} of shard {self.shard} is {arrays[name].dtype}{list(arrays[name].shape)}, the plan "
+                    f"says {spec.dtype}{list(expected)}"
+                )
+        start = plan.ids.dense_start
+        if start is not None and not np.array_equal(ids, np.arange(self.rows.start, self.rows.stop) + start):
+            raise ShapeMismatchError(
+                f"the ids of shard {self.shard} are not {start + self.rows.start} … {start + self.rows.stop - 1} as the "
+                "plan says: the transfer set changed, or it was planned as dense by mistake"
+            )
+
+
+def load_plan(root: Path) -> Manifest:
+    """The plan of the store at `root`.
+
+    Raises:
+        ManifestError: it is gone or damaged.
+    """
+    path = root / PLAN
+    try:
+        return Manifest.from_json(unseal(path.read_bytes(), what=str(path)))
+    except FileNotFoundError as error:
+        raise ManifestError(f"{path} is gone: without it nothing can be added to the store") from error
+
+
+def _refuse_other_plan(root: Path, existing: Manifest, plan: Manifest) -> None:
+    if existing.digest == plan.digest:
+        return
+    old, new = existing.to_json(), plan.to_json()
+    differs = sorted(key for key in old if old[key] != new.get(key))
+    raise StoreExistsError(
+        f"a store made from another job stands at {root} (they differ in {', '.join(differs)}): choose another path, or "
+        "delete it first",
+        differs=differs,
+    )
+
+
+def _refuse_other_contents(root: Path, before: Receipt, files: list[ShardFile]) -> None:
+    for file in files:
+        digest = hashlib.sha256()
+        for buffer in file.buffers:
+            digest.update(buffer)
+        record = before.files.get(file.path)
+        if record is None or record.sha256 != digest.hexdigest():
+            raise ShardConflictError(
+                f"shard {before.shard} of {root} is committed with other contents than these: the teacher is not "
+                "deterministic, or the inputs changed; committed shards never change",
+                shard=before.shard,
+            )

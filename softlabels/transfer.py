@@ -1,0 +1,172 @@
+"""What targets are computed for: transfer sets, their samples, and fingerprints that tell one data set from another."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.errors import BadIdsError, ShapeMismatchError
+from softlabels.ids import IdArray, as_ids
+
+UNLABELLED = -1
+"""The hard label of a sample that has none."""
+
+FINGERPRINT_BYTES = 16
+"""128 bits: among 10^12 samples the chance of one accidental collision is about 10^-15."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Some samples of a transfer set, in the order asked.
+
+    Attributes:
+        ids: [B].
+        inputs: [B, ...], as the data set keeps them: fingerprints are taken of these very bytes.
+        labels: [B] int64, `UNLABELLED` where absent; None when no sample of the set has one.
+    """
+
+    ids: IdArray
+    inputs: NDArray[Any]
+    labels: NDArray[np.int64] | None
+
+    def __post_init__(self) -> None:
+        counts = {len(self.ids), len(self.inputs)} | (set() if self.labels is None else {len(self.labels)})
+        if len(counts) != 1:
+            labels = "no" if self.labels is None else len(self.labels)
+            raise ShapeMismatchError(
+                f"{len(self.ids)} ids, {len(self.inputs)} inputs and {labels} labels do not describe the same samples"
+            )
+
+
+class TransferSet(Protocol):
+    """Samples by position, each with a stable id; two passes give the same samples in the same order."""
+
+    @property
+    def name(self) -> str:
+        """A short name for people and manifests."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, positions: NDArray[np.int64]) -> Samples:
+        """The samples at these positions, in this order; positions may repeat."""
+        ...
+
+
+class ArrayTransferSet:
+    """A transfer set over arrays that lie in memory or are mapped into it.
+
+    Args:
+        name: a short name for people and manifests.
+        inputs: [N, ...].
+        labels: [N] integers, `UNLABELLED` where absent; None when no sample has one.
+        ids: [N] unique integers or strings; 0 … N−1 when left out.
+    Raises:
+        BadIdsError: ids repeat.
+        ShapeMismatchError: the arrays differ in length.
+    """
+
+    def __init__(
+        self, name: str, inputs: NDArray[Any], *, labels: NDArray[Any] | None = None, ids: IdArray | None = None
+    ) -> None:
+        self._name = name
+        self.inputs = inputs
+        self.labels = None if labels is None else np.asarray(labels).astype(np.int64)
+        self.ids: IdArray = np.arange(len(inputs), dtype=np.int64) if ids is None else as_ids(ids)
+        Samples(ids=self.ids, inputs=self.inputs, labels=self.labels)  # checks that the lengths agree
+        if ids is not None and len(np.unique(self.ids)) != len(self.ids):
+            raise BadIdsError(f"sample ids of {name!r} repeat: each sample needs an id of its own")
+
+    @property
+    def name(self) -> str:
+        """A short name for people and manifests."""
+        return self._name
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def take(self, positions: NDArray[np.int64]) -> Samples:
+        """The samples at these positions, in this order; positions may repeat."""
+        labels = None if self.labels is None else self.labels[positions]
+        return Samples(ids=self.ids[positions], inputs=np.asarray(self.inputs[positions]), labels=labels)
+
+
+def sample_fingerprints(inputs: NDArray[Any]) -> NDArray[np.uint8]:
+    """A content fingerprint of each sample.
+
+    Args:
+        inputs: [B, ...].
+    Returns:
+        uint8, shape [B, 16]: BLAKE2b of dtype, shape and bytes, so that the same pixels as floats or transposed differ.
+    """
+    rows = np.ascontiguousarray(inputs)
+    preamble = f"{rows.dtype.str}{rows.shape[1:]}".encode()
+    seeded = hashlib.blake2b(preamble, digest_size=FINGERPRINT_BYTES)
+    out = np.empty((len(rows), FINGERPRINT_BYTES), dtype=np.uint8)
+    flat = rows.reshape(len(rows), -1).view(np.uint8) if rows.size else np.empty((len(rows), 0), np.uint8)
+    for position, row in enumerate(flat):
+        digest = seeded.copy()
+        digest.update(row)
+        out[position] = np.frombuffer(digest.digest(), dtype=np.uint8)
+    return out
+
+
+class FingerprintSum:
+    """The fingerprint of a set of samples: independent of order, and mergeable over shards.
+
+    Each (id, sample fingerprint) is hashed to 128 bits and the hashes are added modulo 2^64 in two lanes: an additive
+    set hash, proof against accident (its purpose), not against an adversary who may choose the samples.
+    """
+
+    def __init__(self, lanes: NDArray[np.uint64] | None = None, count: int = 0) -> None:
+        self._lanes = np.zeros(2, dtype=np.uint64) if lanes is None else lanes.copy()
+        self.count = count
+
+    def add(self, ids: IdArray, fingerprints: NDArray[np.uint8]) -> None:
+        """Add samples: ids [B] and their content fingerprints [B, 16]."""
+        digests = bytearray()
+        for sample_id, fingerprint in zip(ids.tolist(), fingerprints, strict=True):
+            prefix = b"i" if isinstance(sample_id, int) else b"s"
+            keyed = prefix + str(sample_id).encode() + b"\0" + fingerprint.tobytes()
+            digests += hashlib.blake2b(keyed, digest_size=16).digest()
+        self._lanes += np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2).sum(axis=0, dtype=np.uint64)
+        self.count += len(ids)
+
+    def merge(self, other: FingerprintSum) -> None:
+        """Add the samples that `other` has seen."""
+        self._lanes += other._lanes
+        self.count += other.count
+
+    def hexdigest(self) -> str:
+        """The fingerprint: 32 hex digits and the sample count."""
+        return f"{self._lanes.astype('<u8').tobytes().hex()}-{self.count}"
+
+    @classmethod
+    def from_hexdigest(cls, text: str) -> FingerprintSum:
+        """The sum that `hexdigest` described.
+
+        Raises:
+            ValueError: the text is not such a digest.
+        """
+        lanes, _, count = text.partition("-")
+        raw = bytes.fromhex(lanes)
+        if len(raw) != 16 or not count.isdigit():
+            raise ValueError(f"not a transfer set fingerprint: {text!r}")
+        return cls(np.frombuffer(raw, dtype="<u8").astype(np.uint64), int(count))
+
+
+def transfer_set_fingerprint(transfer_set: TransferSet, *, batch_size: int = 4096) -> str:
+    """The fingerprint of a whole transfer set: the same ids with the same contents, in any order, give the same one.
+
+    Labels are left out: a set relabelled is still the set that the teacher saw.
+    """
+    total = FingerprintSum()
+    for start in range(0, len(transfer_set), batch_size):
+        positions = np.arange(start, min(start + batch_size, len(transfer_set)), dtype=np.int64)
+        samples = transfer_set.take(positions)
+        total.add(samples.ids, sample_fingerprints(samples.inputs))
+    return total.hexdigest()

@@ -1,0 +1,110 @@
+"""What travels: named arrays as one safetensors file, written and read with NumPy alone.
+
+The format (https://github.com/huggingface/safetensors#format), whole: 8 bytes little-endian header length H; H bytes of
+JSON, `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}`, padded with spaces so
+that data begin at a multiple of 8; then the arrays' bytes, in the order of the header, without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.errors import WireError
+
+MEDIA_TYPE = "application/vnd.safetensors"
+"""Media type of a batch reply."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""The bound that the safetensors library itself sets."""
+
+_TO_WIRE = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "<i2": "I16", "|i1": "I8",
+            "<u8": "U64", "<u4": "U32", "<u2": "U16", "|u1": "U8"}  # fmt: skip
+_FROM_WIRE = {wire: np.dtype(numpy) for numpy, wire in _TO_WIRE.items()}
+
+
+def header_bytes(shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The length field and header of a safetensors file whose arrays have these dtypes and shapes.
+
+    Arrays follow in the order of the mapping; give wider dtypes first, then all are aligned.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name, (dtype, shape) in shapes.items():
+        end = begin + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        table[name] = {"dtype": _TO_WIRE[dtype.newbyteorder("<").str], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def to_buffers(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """A safetensors file as buffers to be sent one after the other; the arrays are not copied."""
+    ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
+    packed = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("<")) for name, array in ordered.items()}
+    header = header_bytes({name: (array.dtype, array.shape) for name, array in packed.items()}, metadata)
+    return [header, *(memoryview(array.reshape(-1).view(np.uint8)) for array in packed.values())]
+
+
+def to_bytes(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file in one piece."""
+    return b"".join(to_buffers(arrays, metadata))
+
+
+def from_bytes(blob: bytes | bytearray | memoryview) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Read a safetensors file.
+
+    Returns:
+        Arrays by name, views of `blob` where it is aligned and read-only if it is; and the metadata.
+    Raises:
+        WireError: truncated, overlapping, with gaps, out of bounds, of an unknown dtype, or not safetensors at all.
+    """
+    view = memoryview(blob).cast("B")
+    table, data = _read_header(view)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise WireError("the safetensors metadata are not strings")
+    arrays: dict[str, NDArray[Any]] = {}
+    expected_begin = 0
+    try:
+        for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+            arrays[name], expected_begin = _read_array(data, entry, expected_begin)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise WireError(f"the safetensors header contradicts itself: {error}") from error
+    if expected_begin != len(data):
+        raise WireError(f"{len(data)} bytes of data where the header announces {expected_begin}: the reply is cut or padded")
+    return arrays, metadata
+
+
+def _read_header(view: memoryview) -> tuple[dict[str, Any], memoryview]:
+    if len(view) < 8:
+        raise WireError(f"{len(view)} bytes are no safetensors file: the reply is cut")
+    length = int.from_bytes(view[:8], "little")
+    if length > MAX_HEADER_BYTES or 8 + length > len(view):
+        raise WireError(f"the header announces {length} bytes, {len(view) - 8} follow: the reply is cut or no safetensors")
+    try:
+        table = json.loads(bytes(view[8 : 8 + length]))
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the safetensors header is not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise WireError("the safetensors header is not a JSON object")
+    return table, view[8 + length :]
+
+
+def _read_array(data: memoryview, entry: Mapping[str, Any], expected_begin: int) -> tuple[NDArray[Any], int]:
+    dtype = _FROM_WIRE[entry["dtype"]]
+    shape = tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if any(type(extent) is not int or extent < 0 for extent in (*shape, begin, end)):
+        raise ValueError(f"shape {shape} at {begin}:{end}")
+    size = dtype.itemsize
+    for extent in shape:
+        size *= extent
+    if begin != expected_begin or end - begin != size or end > len(data):
+        raise ValueError(f"{entry['dtype']}{list(shape)} does not lie at {begin}:{end} of {len(data)} bytes")
+    return np.frombuffer(data[begin:end], dtype=dtype).reshape(shape), end
