@@ -172,9 +172,9 @@ def logit_matching_loss(student_logits_BC: Tensor, targets: SoftTargetBatch) -> 
     z_BC = _matched(student_logits_BC, targets)
     if targets.locked:
         raise TemperatureLockedError(
-            f"these targets are locked to temperature {targets.captured_temperature}, as an arithmetic mean, a cut or a "
-            "sampled row is: they hold no teacher's logits to match. Use distillation_loss, or precompute whole rows "
-            "of one teacher or of the geometric mean",
+            f"these targets are locked to temperature {targets.captured_temperature}, as an arithmetic mean, a cut "
+            "or a sampled row is: they hold no teacher's logits to match. Use distillation_loss, or precompute whole "
+            "rows of one teacher or of the geometric mean",
             captured=targets.captured_temperature,
         )
     v_BC = targets.logits_BC.to(z_BC.dtype) * targets.captured_temperature
@@ -216,8 +216,10 @@ class DistillationLoss(nn.Module):
 def _soft_terms(z_BC: Tensor, targets: SoftTargetBatch) -> tuple[Tensor, Tensor]:
     # (entropy of p, cross-entropy of p and q), batch means in nats at the targets' T.
     with torch.no_grad():
-        p_BC = torch.softmax(targets.tempered().to(z_BC.dtype), dim=-1)
-        entropy = torch.special.entr(p_BC).sum(dim=-1).mean()
+        logp_BC = torch.log_softmax(targets.tempered().to(z_BC.dtype), dim=-1)
+        p_BC = logp_BC.exp()
+        # In place, on what is ours alone: 0 times the most negative number is 0, and 0 times -inf is not.
+        entropy = -(logp_BC.clamp_min_(torch.finfo(logp_BC.dtype).min) * p_BC).sum(dim=-1).mean()
     logq_BC = torch.log_softmax(z_BC / targets.temperature, dim=-1)
     # Where p = 0 a class adds nothing, even if the student rules it out too and log q is -inf.
     return entropy, -torch.where(p_BC > 0, p_BC * logq_BC, 0.0).sum(dim=-1).mean()

@@ -90,6 +90,7 @@ class TeacherSpec:
     weights: str | None
     weights_sha256: str | None
     weight: float
+    preprocess: str | None = None
     code_sha256: str | None = None
 
 

@@ -23,6 +23,7 @@ from softlabels.errors import NonFiniteLogitsError, RequestError, ShapeMismatchE
 FloatArray = NDArray[np.floating[Any]]
 Mean = Literal["none", "arithmetic", "geometric"]
 
+MEANS: tuple[Mean, ...] = ("none", "arithmetic", "geometric")
 UNLABELLED = -1
 _NAMED_AT_MOST = 8  # an error names this many offenders, so that a whole bad batch still reads as one sentence
 
@@ -45,8 +46,9 @@ def check_temperature(temperature: object) -> float:
 
 def check_mean(mean: object) -> Mean:
     """The mean's name, or `RequestError` listing the names there are."""
-    if mean == "none" or mean == "arithmetic" or mean == "geometric":
-        return mean
+    for known in MEANS:
+        if mean == known:
+            return known
     raise RequestError(f"there is no mean {mean!r}; choose 'none', 'arithmetic' or 'geometric'", mean=repr(mean))
 
 

@@ -1,0 +1,50 @@
+"""softlabels_client: what a student's process needs. Light to import: torch comes with what needs it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from softlabels_client.address import StoreAddress, parse_address
+from softlabels_client.retrying import RetryPolicy
+from softlabels_client.rows import HttpRows
+from softlabels_client.transport import HttpTransport
+
+if TYPE_CHECKING:
+    from softlabels_client.batches import DistillationBatch, collate_batches
+    from softlabels_client.datasets import SoftTargetDataset, data_loader
+    from softlabels_client.trainer import DistillResult, DistillSettings, distill, save_student
+
+__all__ = [
+    "DistillResult",
+    "DistillSettings",
+    "DistillationBatch",
+    "HttpRows",
+    "HttpTransport",
+    "RetryPolicy",
+    "SoftTargetDataset",
+    "StoreAddress",
+    "collate_batches",
+    "data_loader",
+    "distill",
+    "parse_address",
+    "save_student",
+]
+
+_NEEDS_TORCH = {
+    "DistillResult": "trainer",
+    "DistillSettings": "trainer",
+    "DistillationBatch": "batches",
+    "SoftTargetDataset": "datasets",
+    "collate_batches": "batches",
+    "data_loader": "datasets",
+    "distill": "trainer",
+    "save_student": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _NEEDS_TORCH.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

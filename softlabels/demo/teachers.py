@@ -1,4 +1,4 @@
-"""How does one teacher of the MNIST job come to be? Trained from its seed, counted on the test set, kept as safetensors."""
+"""How does one teacher come to be? Trained from its seed, counted on the test set, kept as safetensors."""
 
 from __future__ import annotations
 

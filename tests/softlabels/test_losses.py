@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from softlabels import losses, softmath
-from softlabels.encodings import F32, make_encoding
+from softlabels.encodings import make_encoding
 from softlabels.errors import (
     EmptyBatchError,
     NonFiniteLogitsError,
@@ -516,7 +516,7 @@ class TestSoftTargetBatch:
 class TestFromSoftTargets:
     def targets(self, logits_BC: NDArray[np.float32], labels: NDArray[np.int64] | None) -> SoftTargets:
         """A batch as a store gives it."""
-        encoding = F32(classes=logits_BC.shape[1])
+        encoding = make_encoding("f32", classes=logits_BC.shape[1])
         return SoftTargets(
             ids=np.arange(len(logits_BC)),
             encoded=encoding.encode(logits_BC),

@@ -1,0 +1,84 @@
+"""Where is a served store? From `http(s)://host[:port][/prefix]/NAME` to the server's address and the store's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from softlabels.errors import RequestError, UnknownStoreError
+from softlabels.manifest import STORE_NAME
+
+API_PATH = "/v1/stores"
+"""What stands between a server's base address and a store's name in every route."""
+
+_EXAMPLE = "http://127.0.0.1:8000/mnist"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreAddress:
+    """A store behind a server.
+
+    Attributes:
+        scheme: http or https.
+        host: name or number, without brackets.
+        port: as given, else the scheme's own.
+        prefix: path that a proxy puts before the server's routes; empty or beginning with "/".
+        name: the store's.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    prefix: str
+    name: str
+
+    @property
+    def base_url(self) -> str:
+        """The server's address, without a "/" at its end."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
+
+    @property
+    def path(self) -> str:
+        """The path of the store's manifest, below `base_url`."""
+        return f"{API_PATH}/{self.name}"
+
+
+def parse_address(url: str) -> StoreAddress:
+    """Take a store's URL apart.
+
+    The URL of the manifest, with `/v1/stores` in it, means the same store.
+
+    Raises:
+        RequestError: not an http(s) URL, or one with a user name, query or fragment in it.
+        UnknownStoreError: the URL names no store, or a name that no store can have.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise RequestError(f"{url!r} is not a URL ({error}): write it like {_EXAMPLE}") from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise RequestError(f"{url!r} is not the URL of a store: write it like {_EXAMPLE}")
+    if any(character <= " " or character > "~" for character in host + parts.path):
+        raise RequestError(f"{url!r} holds spaces or characters outside ASCII: write it like {_EXAMPLE}")
+    if parts.username is not None or parts.password is not None:
+        raise RequestError("a URL with a user name or password in it ends up in logs: pass `token=...` instead")
+    if parts.query or parts.fragment:
+        raise RequestError(f"{url!r} has a query or fragment, which says nothing here: write it like {_EXAMPLE}")
+    prefix, _, name = parts.path.rstrip("/").rpartition("/")
+    prefix = prefix.rstrip("/").removesuffix(API_PATH)
+    base = f"{parts.scheme}://{parts.netloc}{prefix}"
+    if not name:
+        raise UnknownStoreError(
+            f"{url!r} names a server and no store: end it with the store's name, {base}/NAME; {base}{API_PATH} lists "
+            "the names that it has"
+        )
+    if not STORE_NAME.fullmatch(name):
+        raise UnknownStoreError(
+            f"no store can be called {name!r}; {base}{API_PATH} lists the names that the server has"
+        )
+    default_port = 443 if parts.scheme == "https" else 80
+    return StoreAddress(
+        scheme=parts.scheme, host=host, port=default_port if port is None else port, prefix=prefix, name=name
+    )

@@ -1,0 +1,98 @@
+"""What does a training step get? Inputs and their soft targets side by side, paired by sample id."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from softlabels.errors import EmptyBatchError, MissingExtraError, ShapeMismatchError
+
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise MissingExtraError(
+        "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
+    ) from error
+
+from softlabels.ids import IdArray
+from softlabels.losses import SoftTargetBatch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DistillationBatch:
+    """B samples with their soft targets: row i of all three belongs together.
+
+    Attributes:
+        inputs: [B, ...], as the data set keeps them.
+        targets: with the temperature that they carry, and hard labels where there are any.
+        ids: [B].
+    """
+
+    inputs: Tensor
+    targets: SoftTargetBatch
+    ids: IdArray
+
+    def __post_init__(self) -> None:
+        rows = {len(self.inputs), len(self.targets.logits_BC), len(self.ids)}
+        if len(rows) != 1:
+            raise ShapeMismatchError(
+                f"{len(self.inputs)} inputs, {len(self.targets.logits_BC)} targets and {len(self.ids)} ids are no batch"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DistillationBatch:
+        """The same batch on another device; ids stay with the host."""
+        return dataclasses.replace(
+            self,
+            inputs=self.inputs.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+        )
+
+
+def collate_batches(fetched: DistillationBatch | Iterable[DistillationBatch]) -> DistillationBatch:
+    """Make one batch of what a `SoftTargetDataset` gave a loader: pass it as `collate_fn`.
+
+    Args:
+        fetched: the batch itself, from `__getitems__`, or several batches or samples to be joined.
+    Raises:
+        EmptyBatchError: nothing to join. ShapeMismatchError: batches that carry different temperatures.
+    """
+    if isinstance(fetched, DistillationBatch):
+        return fetched
+    parts = list(fetched)
+    if not parts:
+        raise EmptyBatchError("a batch needs at least one sample")
+    if len(parts) == 1:
+        return parts[0]
+    targets = [part.targets for part in parts]
+    carried = {(t.temperature, t.captured_temperature, t.locked) for t in targets}
+    if len(carried) != 1:
+        raise ShapeMismatchError(
+            f"targets of different temperatures {sorted(carried)} cannot share a batch: the loss has one T"
+        )
+    return DistillationBatch(
+        inputs=torch.cat([part.inputs for part in parts]),
+        targets=dataclasses.replace(
+            targets[0],
+            logits_BC=torch.cat([t.logits_BC for t in targets]),
+            labels_B=_joined_labels(targets),
+        ),
+        ids=np.concatenate([part.ids for part in parts]),
+    )
+
+
+def _joined_labels(targets: list[SoftTargetBatch]) -> Tensor | None:
+    labels = [t.labels_B for t in targets if t.labels_B is not None]
+    if not labels:
+        return None
+    if len(labels) != len(targets):
+        raise ShapeMismatchError(
+            "targets with labels and targets without cannot share a batch: mark unlabelled rows -1"
+        )
+    return torch.cat(labels)

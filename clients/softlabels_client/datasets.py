@@ -1,0 +1,160 @@
+"""How does a torch DataLoader get soft targets? A map-style data set that pairs by sample id, one request a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.errors import FingerprintMismatchError, MissingExtraError, RequestError, UnknownFieldError
+
+try:
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+except ImportError as error:
+    raise MissingExtraError(
+        "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
+    ) from error
+
+from softlabels.ids import IdArray
+from softlabels.losses import SoftTargetBatch
+from softlabels.opening import FINGERPRINTS, TargetStore
+from softlabels.softmath import check_temperature
+from softlabels.targets import refuse_if_locked
+from softlabels.transfer import TransferSet, sample_fingerprints
+from softlabels_client.batches import DistillationBatch, collate_batches
+from softlabels_client.inputs import MapStyle, as_transfer_set
+
+Check = Literal["first", "always", "never"]
+
+_NAMED_AT_MOST = 5
+
+
+class SoftTargetDataset(Dataset[DistillationBatch]):
+    """Inputs paired with soft targets by sample id, never by position.
+
+    A DataLoader asks for a batch at a time (`__getitems__`), which is one request; pass `collate_batches` as its
+    `collate_fn`, or use `data_loader`. Pickles, and works in workers under fork, spawn and forkserver.
+
+    Args:
+        inputs: a transfer set, or a sequence, an array or a map-style torch data set together with `ids`.
+        store: what `softlabels.open` returned.
+        ids: [N] sample ids of `inputs`, where it is no transfer set.
+        temperature: what the targets are tempered with; the store's default when left out.
+        check: whether an input is the one that the teacher saw, by its fingerprint: the "first" time that a process
+            sees it, "always", or "never".
+    Raises:
+        TemperatureError, TemperatureLockedError: targets of this temperature cannot be had.
+        UnknownFieldError: the store keeps no fingerprints to check by.
+        RequestError: an unknown `check`, or ids missing.
+
+    Labels are the inputs' own where they have any, else the store's.
+    """
+
+    def __init__(
+        self,
+        inputs: TransferSet | MapStyle,
+        store: TargetStore,
+        *,
+        ids: Iterable[Any] | NDArray[Any] | None = None,
+        temperature: float | None = None,
+        check: Check = "first",
+    ) -> None:
+        if check not in ("first", "always", "never"):
+            raise RequestError(f"check is {check!r}; choose 'first', 'always' or 'never'")
+        spec = store.manifest.temperature
+        wanted = spec.default if temperature is None else check_temperature(temperature)
+        refuse_if_locked(wanted, captured=spec.captured, locked=spec.locked)
+        if check != "never" and FINGERPRINTS not in store.manifest.arrays:
+            raise UnknownFieldError(
+                f"{store.manifest.name!r} keeps no fingerprints, so nobody can tell whether an input is the one that the "
+                "teacher saw; pass check='never' if you are certain that ids agree"
+            )
+        self.samples = as_transfer_set(inputs, ids)
+        self.store = store
+        self.temperature = wanted
+        self._check = check
+        self._seen = np.zeros(len(self.samples), dtype=np.bool_)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, position: int) -> DistillationBatch:
+        """One sample as a batch of one row. A request of its own: loaders ask for whole batches instead."""
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int]) -> DistillationBatch:
+        """The samples at these positions, as one batch by one request.
+
+        Raises:
+            FingerprintMismatchError: an input is not the one that the targets of its id were computed for.
+            UnknownIdError: the store has no targets for a sample.
+        """
+        wanted = np.asarray(positions, dtype=np.int64)
+        samples = self.samples.take(wanted)
+        checked = self._check == "always" or (self._check == "first" and not self._seen[wanted].all())
+        targets = self.store.batch(
+            samples.ids, temperature=self.temperature, labels=samples.labels is None, fingerprints=checked
+        )
+        if checked:
+            assert targets.fingerprints is not None
+            self._refuse_other_inputs(samples.inputs, samples.ids, targets.fingerprints)
+            self._seen[wanted] = True
+        batch = SoftTargetBatch.from_soft_targets(targets, labels=samples.labels)
+        return DistillationBatch(inputs=_tensor(samples.inputs), targets=batch, ids=samples.ids)
+
+    def _refuse_other_inputs(self, inputs: NDArray[Any], ids: IdArray, expected: NDArray[np.uint8]) -> None:
+        differs = (sample_fingerprints(inputs) != expected).any(axis=1)
+        if not differs.any():
+            return
+        wrong = ids[differs][:_NAMED_AT_MOST].tolist()
+        raise FingerprintMismatchError(
+            f"{int(differs.sum())} of {len(ids)} inputs are not those that the targets of {self.store.manifest.name!r} "
+            f"were computed for, ids {', '.join(map(repr, wrong))} among them (here {inputs.dtype}"
+            f"{list(inputs.shape[1:])} a sample): the order, the ids, the type or the preprocessing differs from "
+            f"transfer set {self.store.manifest.transfer_set.name!r}, and the student would learn other samples' targets",
+            ids=wrong,
+            mismatched=int(differs.sum()),
+        )
+
+
+def data_loader(
+    dataset: SoftTargetDataset,
+    *,
+    batch_size: int,
+    shuffle: bool = True,
+    seed: int = 0,
+    workers: int = 0,
+    drop_last: bool = False,
+    start_method: Literal["fork", "spawn", "forkserver"] | None = None,
+) -> DataLoader[DistillationBatch]:
+    """A DataLoader over the data set: its order follows from the seed, epoch after epoch, whatever the workers.
+
+    Args:
+        dataset: the samples.
+        batch_size: rows a batch, and so a request.
+        shuffle: a new order each epoch.
+        seed: of the orders.
+        workers: processes that fetch; 0 fetches in this one.
+        drop_last: leave out a last batch that is not full.
+        start_method: how workers start; torch's default when None.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        generator=torch.Generator().manual_seed(seed),
+        num_workers=workers,
+        collate_fn=collate_batches,
+        drop_last=drop_last,
+        multiprocessing_context=start_method if workers else None,
+        # Kept from epoch to epoch: a fresh worker connects again and checks every fingerprint again.
+        persistent_workers=workers > 0,
+    )
+
+
+def _tensor(inputs: NDArray[Any]) -> torch.Tensor:
+    # torch has no read-only tensors; what is mapped or lies in a reply is copied.
+    return torch.from_numpy(inputs if inputs.flags.writeable else inputs.copy())

@@ -1,0 +1,103 @@
+"""How an app is run: one process that listens, announces itself, and stops when told to."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from softlabels.errors import RequestError
+from softlabels_server.connections import bounded_protocol
+from softlabels_server.settings import Settings
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted: uvicorn's own choice."""
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket that listens where the settings say.
+
+    Raises:
+        RequestError: the address is taken, not this machine's, or not allowed.
+    """
+    host, port = settings.host, settings.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise RequestError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; where another program has the port, "
+            "choose another with --port, or let --port 0 find a free one",
+            host=host,
+            port=port,
+        ) from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address to reach a listening socket at, from this machine when it listens on every address."""
+    host, port = listener.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def make_server(app: FastAPI, settings: Settings, *, announce: Callable[[], None] = lambda: None) -> StoppableServer:
+    """A server of this app; `run(sockets=[listener])` runs it until it is told to stop.
+
+    Args:
+        app: what answers.
+        settings: bounds of connections; the address is the listener's business.
+        announce: called once, when requests are being answered.
+    """
+    config = uvicorn.Config(
+        app,
+        http=bounded_protocol(header_timeout_s=settings.header_timeout_s),
+        ws="none",
+        lifespan="on",
+        # Logging is set up by whoever starts the process.
+        log_config=None,
+        access_log=settings.access_log,
+        # Nothing here depends on where a request came from; a proxy's word on it would be one more thing to trust.
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=settings.keep_alive_timeout_s,
+        timeout_graceful_shutdown=settings.shutdown_timeout_s,
+        backlog=BACKLOG,
+    )
+    return StoppableServer(config, announce=announce)
+
+
+class StoppableServer(uvicorn.Server):
+    """uvicorn, ending quietly on SIGTERM and Ctrl-C: being told to stop is no failure.
+
+    Args:
+        config: uvicorn's.
+        announce: called once, when requests are being answered.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer, then say so."""
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._announce()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on SIGINT and SIGTERM; unlike uvicorn's own, do not raise them again afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

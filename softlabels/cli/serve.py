@@ -1,0 +1,116 @@
+"""`softlabels serve`: hand out the targets of every store in a folder over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from softlabels.errors import MissingExtraError, RequestError, UnknownStoreError
+
+if TYPE_CHECKING:
+    from softlabels_server import Settings, StoreFolder
+
+_DESCRIPTION = """\
+Serve every store that lies directly in DIR, or DIR itself when it is a store. Students then open
+http://HOST:PORT/NAME with `softlabels.open`. Stores that appear or are replaced later are noticed. Listens on this
+machine alone unless told otherwise; ends on Ctrl-C or SIGTERM. The interface is described in docs/http.md.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `softlabels serve` to the command line."""
+    parser = commands.add_parser("serve", help="serve the stores of a folder over HTTP", description=_DESCRIPTION)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of stores, or one store")
+    parser.add_argument(
+        "--host", metavar="ADDRESS", help="address to listen on (default 127.0.0.1: this machine alone)"
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="port to listen on (default 8000); 0 takes a free one")
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="ask for the bearer token in this file's first line"
+    )
+    parser.add_argument("--max-batch-ids", type=int, metavar="N", help="most ids in one batch (default 65536)")
+    parser.add_argument("--max-reply-bytes", type=int, metavar="N", help="most bytes in one reply (default 268435456)")
+    parser.add_argument("--max-body-bytes", type=int, metavar="N", help="most bytes in a request (default 16777216)")
+    parser.add_argument("--access-log", action="store_true", help="log a line a request")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until told to stop; 0 then."""
+    try:
+        from softlabels_server import StoreFolder, create_app
+        from softlabels_server.running import listen, make_server, url_of
+    except MissingExtraError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError(
+            f"softlabels serve needs {error.name or error}, which is not installed: pip install 'softlabels[server]'"
+        ) from error
+    settings = _settings(options)
+    stores = StoreFolder(options.folder)
+    lines = _describe(stores)
+    if not lines:
+        raise UnknownStoreError(
+            f"there is no store in {options.folder}: make one with `softlabels precompute JOB`, or give the folder "
+            "that holds the stores",
+            where=str(options.folder),
+        )
+    _set_up_logging(settings)
+    with listen(settings) as listener:
+        url = url_of(listener)
+
+        def announce() -> None:
+            print(f"softlabels: serving {len(lines)} store(s) at {url}", *lines, sep="\n", flush=True)
+
+        if not settings.on_loopback and settings.token is None:
+            print(
+                f"softlabels: warning: anyone who reaches {settings.host} can read these stores; ask for a token with "
+                "--token-file, or listen on 127.0.0.1",
+                flush=True,
+            )
+        make_server(create_app(stores, settings), settings, announce=announce).run(sockets=[listener])
+    print("softlabels: stopped", flush=True)
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from softlabels_server import Settings
+
+    names = ("host", "port", "max_batch_ids", "max_reply_bytes", "max_body_bytes", "access_log")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return Settings(token=None if options.token_file is None else _token_in(options.token_file), **given)
+
+
+def _token_in(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the token file cannot be read: {error}") from error
+    if not lines or not lines[0].strip():
+        raise RequestError(f"the first line of {path} is empty: it should hold the token, a long random text")
+    return lines[0].strip()
+
+
+def _describe(stores: StoreFolder) -> list[str]:
+    """A line a store: its name and size, or why it cannot be opened."""
+    from softlabels_server.catalog import BrokenStore
+
+    lines = []
+    for store in stores:
+        if isinstance(store, BrokenStore):
+            lines.append(f"  {store.name}: cannot be opened: {store.error}")
+            continue
+        manifest = store.manifest
+        state = "" if manifest.finished else ", unfinished"
+        lines.append(
+            f"  {store.name}: {manifest.rows} rows × {manifest.classes} classes, {manifest.encoding.name}{state}"
+        )
+    return lines
+
+
+def _set_up_logging(settings: Settings) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if settings.access_log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)

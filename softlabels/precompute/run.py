@@ -1,0 +1,207 @@
+"""How a job becomes a store: plan, claim, compute, commit, shard by shard, and the manifest last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from softlabels.encodings import make_encoding
+from softlabels.errors import JobError, ShardClaimedError, TeacherError, UnknownStoreError
+from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec, seal, unseal
+from softlabels.precompute.job import Job, job_from_json
+from softlabels.precompute.shards import ShardComputer, ensemble_logits
+from softlabels.precompute.teachers import Teacher, load_teacher
+from softlabels.progress import Progress, track
+from softlabels.references import load_reference
+from softlabels.softmath import check_temperature
+from softlabels.store.files import write_atomically
+from softlabels.store.planning import plan_store
+from softlabels.store.writer import StoreWriter
+from softlabels.transfer import ArrayTransferSet, TransferSet
+
+JOB = "job.json"
+"""The job that a store was begun with, beside its plan: what `softlabels resume STORE` goes on from."""
+
+ShowProgress = Callable[..., AbstractContextManager[Progress]]
+
+
+def precompute(
+    job: Job,
+    *,
+    transfer_set: TransferSet | None = None,
+    teachers: Sequence[Teacher] | None = None,
+    show: ShowProgress = track,
+) -> Manifest:
+    """Run the teachers once over the transfer set and keep what they say.
+
+    Goes on where an earlier run of the same job stopped: committed shards are kept, all others are computed.
+
+    Args:
+        job: what to do.
+        transfer_set, teachers: given where they live in this process already; else the job's references are loaded.
+        show: how progress is shown.
+    Returns:
+        The manifest of the finished store; its plan, where other processes still work on shards of it.
+    Raises:
+        JobError, TeacherError, EncodingError: nothing of the shard in work is kept, all committed ones are.
+        StoreExistsError: a store of another job stands there.
+    """
+    device = choose_device(job.run.device)
+    data = transfer_set if transfer_set is not None else load_transfer_set(job)
+    members = teachers if teachers is not None else load_teachers(job, device)
+    plan = plan_job(job, data, members, device)
+    writer = StoreWriter.create(job.store_path, plan)
+    _keep_job(job)
+    computer = ShardComputer(plan, data, members, batch_size=job.run.batch_size, device=device)
+    missing = writer.missing_shards()
+    done = plan.rows - sum(_rows_in(plan, shard) for shard in missing)
+    with show(plan.rows, f"precompute {plan.name}", "samples", done=done) as progress:
+        for shard in missing:
+            _write_shard(writer, computer, shard, progress)
+    return writer.finish() if not writer.missing_shards() else plan
+
+
+def resume(where: Path, *, show: ShowProgress = track) -> Manifest:
+    """Go on with the store that an earlier `precompute` began at `where`.
+
+    Raises:
+        UnknownStoreError: nothing was begun there; and all that `precompute` raises.
+    """
+    path = Path(where) / JOB
+    if not path.is_file():
+        raise UnknownStoreError(f"nothing to resume at {where}: it has no {JOB}; start with `softlabels precompute`")
+    document = unseal(path.read_bytes(), what=str(path))
+    base = Path(document.pop("base"))
+    job = job_from_json(document, base=base, what=str(path))
+    return precompute(_at(job, Path(where)), show=show)
+
+
+def load_transfer_set(job: Job) -> TransferSet:
+    """The transfer set that a job names.
+
+    Raises:
+        JobError: the reference leads nowhere or gives something else.
+    """
+    make = load_reference(job.transfer_set.source, base=job.base)
+    try:
+        found = make(**job.transfer_set.arguments) if callable(make) else make
+    except TypeError as error:
+        raise JobError(
+            f"transfer set {job.transfer_set.source} does not take {dict(job.transfer_set.arguments)}: {error}"
+        ) from error
+    if not all(hasattr(found, name) for name in ("name", "take", "__len__")):
+        raise JobError(
+            f"transfer set {job.transfer_set.source} gives a {type(found).__name__}, not a TransferSet (name, __len__, take)"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def load_teachers(job: Job, device: torch.device) -> list[Teacher]:
+    """The ensemble that a job names, in its order."""
+    return [load_teacher(t, number=n, base=job.base, device=device) for n, t in enumerate(job.teachers)]
+
+
+def plan_job(job: Job, data: TransferSet, teachers: Sequence[Teacher], device: torch.device) -> Manifest:
+    """The plan of a job: the teachers are asked about a first few samples, so that their class count is known.
+
+    Raises:
+        JobError, TeacherError: also when a teacher answers the same batch twice differently.
+    """
+    temperature = check_temperature(job.targets.temperature)
+    if len(data) == 0:
+        raise JobError(f"transfer set {data.name!r} is empty: there is nothing to compute targets for")
+    first = data.take(np.arange(min(len(data), job.run.batch_size, 16), dtype=np.int64))
+    mean = "none" if len(teachers) == 1 else job.targets.mean
+    ask = partial(ensemble_logits, teachers, first, mean=mean, temperature=temperature, device=device)
+    combined = ask()
+    if not torch.allclose(combined.logits_BC, ask().logits_BC, rtol=1e-3, atol=1e-3):
+        raise TeacherError(
+            "the ensemble answers the same batch twice differently: something random is still on (dropout by hand, "
+            "sampling, noise), so its targets could never be verified"
+        )
+    captured = combined.captured_temperature
+    return plan_store(
+        name=job.store.name or job.store_path.name,
+        samples=len(data),
+        ids=id_spec_of(data),
+        encoding=make_encoding(job.targets.encoding, classes=combined.logits_BC.shape[1]),
+        temperature=TemperatureSpec(default=temperature, captured=captured, locked=combined.locked),
+        mean=mean,
+        teachers=tuple(teacher.spec for teacher in teachers),
+        transfer_set=TransferSetSpec(
+            name=data.name,
+            source=job.transfer_set.source,
+            arguments=dict(job.transfer_set.arguments),
+            labelled=first.labels is not None,
+        ),
+        container=job.store.format,
+        rows_per_shard=job.store.rows_per_shard,
+        rows_per_chunk=job.store.rows_per_chunk,
+    )
+
+
+def id_spec_of(data: TransferSet) -> IdSpec:
+    """How a store keeps the ids of this transfer set: dense where they count up by one, else looked up."""
+    ids = data.ids if isinstance(data, ArrayTransferSet) else data.take(np.zeros(1, dtype=np.int64)).ids
+    if ids.dtype.kind == "U":
+        known = isinstance(data, ArrayTransferSet)
+        return IdSpec(kind="str", width_bytes=np.char.encode(ids, "utf-8").dtype.itemsize if known else 255)
+    if isinstance(data, ArrayTransferSet) and bool((np.diff(ids) == 1).all()):
+        return IdSpec(kind="int", dense_start=int(ids[0]))
+    return IdSpec(kind="int")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes an accelerator where there is one.
+
+    Raises:
+        JobError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise JobError(f"device {name!r} cannot be used here: {error}") from error
+    return device
+
+
+def _write_shard(writer: StoreWriter, computer: ShardComputer, shard: int, progress: Progress) -> None:
+    try:
+        with writer.claim(shard) as claim:
+            if writer.receipt(shard) is not None:  # another process committed it since we looked
+                progress.advance(len(claim.rows))
+                return
+            computed = computer.compute(claim.rows, progress)
+            claim.commit(
+                ids=computed.ids,
+                encoded=computed.encoded,
+                fingerprints=computed.fingerprints,
+                labels=computed.labels,
+                audit=computed.audit.to_json(),
+            )
+    except ShardClaimedError:
+        progress.note("other processes work on this store too")
+
+
+def _keep_job(job: Job) -> None:
+    write_atomically(job.store_path / JOB, [seal(job.to_json())])
+
+
+def _at(job: Job, where: Path) -> Job:
+    resolved = str(where.resolve())
+    return replace(job, store=replace(job.store, path=resolved, name=job.store.name or job.store_path.name))
+
+
+def _rows_in(plan: Manifest, shard: int) -> int:
+    size = plan.shards.rows_per_shard
+    return min(size, plan.rows - shard * size)
+
+

@@ -1,0 +1,147 @@
+"""How one shard is computed: inputs in batches through every teacher, averaged, encoded, audited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabels.audit import Audit
+from softlabels.encodings import Encoding
+from softlabels.ensemble import Combined, combine
+from softlabels.errors import EncodingError, NonFiniteLogitsError, TeacherError
+from softlabels.ids import IdArray
+from softlabels.manifest import Manifest
+from softlabels.precompute.teachers import Teacher
+from softlabels.progress import Progress
+from softlabels.transfer import Samples, TransferSet, sample_fingerprints
+
+_SHOWN = 5
+"""How many sample ids a message spells out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputedShard:
+    """All that a shard's writer needs; arrays are [rows of the shard, …]."""
+
+    ids: IdArray
+    encoded: dict[str, NDArray[Any]]
+    fingerprints: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    audit: Audit
+
+
+class ShardComputer:
+    """Computes shards of one plan with one set of teachers."""
+
+    def __init__(
+        self,
+        plan: Manifest,
+        transfer_set: TransferSet,
+        teachers: Sequence[Teacher],
+        *,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self._plan, self._transfer_set, self._teachers = plan, transfer_set, teachers
+        self._batch_size, self._device = batch_size, device
+        self._encoding: Encoding = plan.make_encoding()
+
+    def compute(self, rows: range, progress: Progress) -> ComputedShard:
+        """Compute the targets of these rows of the store.
+
+        Batches start at the shard's first row, so that a shard computed again is computed in the same batches: the
+        kernels of some devices round differently for another batch size.
+
+        Raises:
+            NonFiniteLogitsError, TeacherError, EncodingError: with the sample ids that are to blame.
+        """
+        spec = self._plan.temperature
+        audit = Audit(audit_temperatures(self._plan))
+        pieces: list[tuple[Samples, dict[str, NDArray[Any]], NDArray[np.uint8]]] = []
+        for start in range(rows.start, rows.stop, self._batch_size):
+            positions = np.arange(start, min(start + self._batch_size, rows.stop), dtype=np.int64)
+            samples = self._transfer_set.take(positions)
+            combined = ensemble_logits(
+                self._teachers, samples, mean=self._plan.mean, temperature=spec.default, device=self._device
+            )
+            encoded = self._encode(combined, samples)
+            audit.add(combined.logits_BC.cpu().numpy(), self._encoding.decode(encoded), captured=spec.captured)
+            pieces.append((samples, encoded, sample_fingerprints(samples.inputs)))
+            progress.advance(len(positions))
+        return _joined(pieces, audit)
+
+    def _encode(self, combined: Combined, samples: Samples) -> dict[str, NDArray[Any]]:
+        try:
+            encoded = self._encoding.encode_torch(combined.logits_BC)
+        except EncodingError as error:
+            blamed = samples.ids[error.context.get("rows", [])].tolist()
+            raise EncodingError(f"{error.message} (sample ids {_listed(blamed)})", ids=blamed) from error
+        return {name: tensor.cpu().numpy() for name, tensor in encoded.items()}
+
+
+def ensemble_logits(
+    teachers: Sequence[Teacher], samples: Samples, *, mean: str, temperature: float, device: torch.device
+) -> Combined:
+    """What a store keeps of these samples: every teacher's answer, averaged.
+
+    Raises:
+        NonFiniteLogitsError: an answer holds NaN or Inf. TeacherError: of the wrong shape or number of rows.
+    """
+    inputs = torch.from_numpy(np.ascontiguousarray(samples.inputs)).to(device)
+    answers = [teacher.logits(inputs) for teacher in teachers]
+    for teacher, answer in zip(teachers, answers, strict=True):
+        _refuse_unsound(answer, samples, teacher.spec.name)
+    return combine(
+        answers,
+        mean=mean,  # type: ignore[arg-type]
+        temperature=temperature,
+        weights=[teacher.spec.weight for teacher in teachers],
+        names=[teacher.spec.name for teacher in teachers],
+    )
+
+
+def audit_temperatures(plan: Manifest) -> tuple[float, ...]:
+    """The temperatures at which an encoding's error is measured: those that the store can be asked for most."""
+    spec = plan.temperature
+    return (spec.captured,) if spec.locked else tuple(sorted({1.0, spec.default}))
+
+
+def _refuse_unsound(answer: Tensor, samples: Samples, name: str) -> None:
+    if answer.ndim == 2 and len(answer) != len(samples.ids):
+        raise TeacherError(f"teacher {name!r} answers {len(answer)} rows for {len(samples.ids)} samples")
+    finite = answer.isfinite()
+    if not bool(finite.all()):
+        per_row = finite.reshape(len(answer), -1).all(dim=1).cpu().numpy()
+        blamed = samples.ids[~per_row].tolist() if len(per_row) == len(samples.ids) else []
+        raise NonFiniteLogitsError(
+            f"teacher {name!r} gives NaN or Inf for {len(blamed)} samples (sample ids {_listed(blamed)}): the shard is "
+            "refused and nothing of it is kept; look at these inputs, or run the teacher in f32",
+            teacher=name,
+            ids=blamed,
+        )
+
+
+def _listed(ids: list[Any]) -> str:
+    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
+    return ", ".join(map(repr, ids[:_SHOWN])) + more
+
+
+def _joined(pieces: list[tuple[Samples, dict[str, NDArray[Any]], NDArray[np.uint8]]], audit: Audit) -> ComputedShard:
+    unlabelled = all(samples.labels is None for samples, _, _ in pieces)
+    return ComputedShard(
+        ids=np.concatenate([samples.ids for samples, _, _ in pieces]),
+        encoded={name: np.concatenate([encoded[name] for _, encoded, _ in pieces]) for name in pieces[0][1]},
+        fingerprints=np.concatenate([fingerprints for _, _, fingerprints in pieces]),
+        labels=None if unlabelled else np.concatenate([_labels(samples) for samples, _, _ in pieces]),
+        audit=audit,
+    )
+
+
+def _labels(samples: Samples) -> NDArray[np.int64]:
+    return np.full(len(samples.ids), -1, dtype=np.int64) if samples.labels is None else samples.labels
