@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +52,13 @@ def kind_of(ids: IdArray) -> IdKind:
     return "str" if ids.dtype.kind == "U" else "int"
 
 
-def to_fixed_bytes(ids: NDArray[np.str_], *, width_bytes: int) -> NDArray[np.uint8]:
+def utf8(ids: IdArray) -> NDArray[np.bytes_]:
+    """String ids as UTF-8, zero-padded to the longest."""
+    assert ids.dtype.kind == "U", "integer ids have no encoding"
+    return np.char.encode(cast("NDArray[np.str_]", ids), "utf-8")
+
+
+def to_fixed_bytes(ids: IdArray, *, width_bytes: int) -> NDArray[np.uint8]:
     """String ids as zero-padded UTF-8.
 
     Returns:
@@ -60,7 +66,7 @@ def to_fixed_bytes(ids: NDArray[np.str_], *, width_bytes: int) -> NDArray[np.uin
     Raises:
         BadIdsError: an id is longer than the width.
     """
-    encoded = np.char.encode(ids, "utf-8")
+    encoded = utf8(ids)
     if encoded.dtype.itemsize > width_bytes:
         raise BadIdsError(
             f"an id of {encoded.dtype.itemsize} UTF-8 bytes does not fit the store's {width_bytes}: "

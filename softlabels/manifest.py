@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -131,10 +131,29 @@ class ArraySpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """How the views of a sample were made, so that a trainer replays each of them exactly.
+
+    Attributes:
+        transform: a reference to what makes a view, for people and trainers.
+        parameters: names of the recorded parameters, the columns of the array `view_parameters`; empty when seeded.
+        seed_key: the views' seeds follow from this key, the sample id and the view's number (`softlabels.views`).
+        libraries: versions that a replay must match.
+    """
+
+    transform: str
+    parameters: tuple[str, ...] = ()
+    seed_key: str | None = None
+    libraries: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """One transfer set × one ensemble × one encoding.
 
     Attributes:
+        members: how many members' rows are kept side by side; None when their mean is kept.
+        views: how views were made; None where samples have one row, or none that was augmented.
         ledger: digest over all receipts; None while the store is unfinished.
         metadata_sha256: SHA-256 of the container's metadata files and of the id index, by path; empty in a plan.
         audit: error of the encoding over every row written, see `softlabels.audit`.
@@ -155,6 +174,8 @@ class Manifest:
     arrays: Mapping[str, ArraySpec]
     software: Mapping[str, str]
     metadata_sha256: Mapping[str, str]
+    members: int | None = None
+    views: ViewSpec | None = None
     audit: Mapping[str, Any] | None = None
     ledger: str | None = None
     plan_sha256: str | None = None
@@ -227,6 +248,8 @@ class Manifest:
                 arrays={str(k): _array_spec(v) for k, v in _table(document, "arrays").items()},
                 software=_table(document, "software"),
                 metadata_sha256=_table(document, "metadata_sha256"),
+                members=document.get("members"),
+                views=None if document.get("views") is None else _view_spec(_table(document, "views")),
                 audit=document.get("audit"),
                 ledger=document.get("ledger"),
                 plan_sha256=document.get("plan_sha256"),
@@ -235,6 +258,15 @@ class Manifest:
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise ManifestError(f"the manifest does not say what a store needs: {error}") from error
         return manifest
+
+
+def encoded_arrays(encoding: Encoding, members: int | None) -> dict[str, ArraySpec]:
+    """The arrays that an encoding's rows are kept in, with a leading axis for members where those are kept."""
+    axis = () if members is None else (members,)
+    return {
+        name: ArraySpec(dtype=field.dtype.str, row_shape=(*axis, *field.row_shape))
+        for name, field in encoding.fields.items()
+    }
 
 
 def canonical_json(document: Any) -> bytes:
@@ -319,17 +351,19 @@ def _check_sense(manifest: Manifest) -> None:
     if shards.count != -(-layout.rows // shards.rows_per_shard):
         raise ValueError(f"{shards.count} shards of {shards.rows_per_shard} rows do not hold {layout.rows} rows")
     temperature = manifest.temperature
-    for value in (temperature.default, temperature.captured):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise ValueError(f"temperature {value!r} is not a finite positive number")
+    for degree in (temperature.default, temperature.captured):
+        if not isinstance(degree, int | float) or isinstance(degree, bool) or not 0 < degree < float("inf"):
+            raise ValueError(f"temperature {degree!r} is not a finite positive number")
     if temperature.locked not in (True, False) or (temperature.locked and temperature.default != temperature.captured):
         raise ValueError("a locked temperature must also be the default")
     for name, spec in manifest.arrays.items():
         check_store_name(name)
         if spec.row_bytes <= 0 or spec.row_bytes * shards.rows_per_chunk > 1 << 40:
             raise ValueError(f"array {name!r} has rows of {spec.row_bytes} bytes")
-    for name, field in manifest.make_encoding().fields.items():
-        if manifest.arrays.get(name) != ArraySpec(dtype=field.dtype.str, row_shape=field.row_shape):
+    if manifest.members is not None and (type(manifest.members) is not int or not 1 <= manifest.members <= 1 << 20):
+        raise ValueError(f"members is {manifest.members!r}")
+    for name, spec in encoded_arrays(manifest.make_encoding(), manifest.members).items():
+        if manifest.arrays.get(name) != spec:
             raise ValueError(f"array {name!r} is not what encoding {manifest.encoding.name!r} writes")
 
 
@@ -344,6 +378,13 @@ def _array_spec(value: Any) -> ArraySpec:
     if not isinstance(dtype, str) or not re.fullmatch(r"[<|][fiu][1248]", dtype):
         raise ValueError(f"dtype {dtype!r} is not a little-endian number type")
     return ArraySpec(dtype=dtype, row_shape=tuple(shape))
+
+
+def _view_spec(value: Mapping[str, Any]) -> ViewSpec:
+    names = value.get("parameters", ())
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"views.parameters is {names!r}")
+    return ViewSpec(**{**value, "parameters": tuple(names)})
 
 
 def _typed(document: Mapping[str, Any], key: str, kind: type[T]) -> T:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +15,21 @@ from softlabels.encodings import Encoding
 from softlabels.errors import (
     EmptyBatchError,
     FingerprintMismatchError,
+    RequestError,
     ShapeMismatchError,
     UnknownFieldError,
     UnknownStoreError,
 )
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import Manifest
-from softlabels.softmath import check_temperature
-from softlabels.targets import SoftTargets, refuse_if_locked
+from softlabels.softmath import check_mean, check_temperature, check_weights, is_locked
+from softlabels.targets import MemberMean, SoftTargets, refuse_if_locked
 
 LABELS = "labels"
 FINGERPRINTS = "fingerprints"
 IDS = "ids"
+ROW_OFFSETS = "row_offsets"
+VIEW_PARAMETERS = "view_parameters"
 
 
 class RowSource(Protocol):
@@ -42,8 +45,19 @@ class RowSource(Protocol):
         """The version of the store that `fetch` reads."""
         ...
 
-    def fetch(self, ids: IdArray, fields: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        """Rows of these ids, in the order asked; ids may repeat. One array a field, [B, ...]."""
+    def fetch(
+        self,
+        ids: IdArray,
+        fields: tuple[str, ...],
+        *,
+        views: NDArray[np.int64] | None = None,
+        spans: NDArray[np.int64] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Rows of these ids, in the order asked; ids may repeat. One array a field, [B, ...].
+
+        `views` [B] where the store keeps views; `spans` [B, 2] ranges of sequences, None for whole ones, whose rows
+        come joined, with `row_offsets` [B + 1].
+        """
         ...
 
     def close(self) -> None:
@@ -86,47 +100,90 @@ class TargetStore:
         ids: Iterable[Any] | NDArray[Any],
         *,
         temperature: float | None = None,
+        mean: Literal["arithmetic", "geometric"] | None = None,
+        weights: Sequence[float] | None = None,
+        views: int | Iterable[int] | NDArray[np.int64] | None = None,
+        spans: Iterable[tuple[int, int]] | NDArray[np.int64] | None = None,
         labels: bool = True,
         fingerprints: bool = False,
+        view_parameters: bool = False,
     ) -> SoftTargets:
         """The soft targets of these samples, in the order asked; ids may repeat.
 
         Args:
             ids: [B] sample ids, at least one.
             temperature: what the batch is to carry; the store's default when left out.
+            mean, weights: over the members, where the store keeps them; the job's own when left out.
+            views: which view of each sample, [B] or one for all, where the store keeps views.
+            spans: [B, 2] first row and the one after the last of each sample, for sequences; whole ones when left out.
             labels: also return hard labels, where the store keeps them.
             fingerprints: also return the samples' content fingerprints.
+            view_parameters: also return the recorded parameters of each view.
         Raises:
-            EmptyBatchError, BadIdsError, UnknownIdError, TemperatureError, TemperatureLockedError,
+            EmptyBatchError, BadIdsError, UnknownIdError, TemperatureError, TemperatureLockedError, RequestError,
             RowsNotCommittedError, ChecksumError; from a server also ServerUnreachableError.
         """
         wanted = as_ids(ids)
         if len(wanted) == 0:
             raise EmptyBatchError("a batch needs at least one id: an empty one usually means a mistake in the sampler")
-        manifest = self.manifest
-        spec = manifest.temperature
+        spec = self.manifest.temperature
         carried = spec.default if temperature is None else check_temperature(temperature)
-        refuse_if_locked(carried, captured=spec.captured, locked=spec.locked)
-        fields = tuple(self._encoding.fields)
-        if labels and LABELS in manifest.arrays:
-            fields += (LABELS,)
-        if fingerprints:
-            if FINGERPRINTS not in manifest.arrays:
-                raise UnknownFieldError(f"store {manifest.name!r} keeps no fingerprints")
-            fields += (FINGERPRINTS,)
-        arrays = self._rows.fetch(wanted, fields)
+        members, captured, locked = self._mean_of(mean, weights, carried)
+        refuse_if_locked(carried, captured=captured, locked=locked)
+        keys: dict[str, NDArray[np.int64]] = {}
+        if views is not None:
+            keys["views"] = _whole_numbers(np.broadcast_to(np.asarray(views), (len(wanted),)), "views")
+        if spans is not None:
+            keys["spans"] = _whole_numbers(np.asarray(spans).reshape(len(wanted), 2), "spans")
+        arrays = self._rows.fetch(wanted, self._fields(labels, fingerprints, view_parameters), **keys)
         found_labels = arrays.get(LABELS)
         return SoftTargets(
             ids=wanted,
             encoded={name: arrays[name] for name in self._encoding.fields},
             encoding=self._encoding,
             temperature=carried,
-            captured_temperature=spec.captured,
-            locked=spec.locked,
+            captured_temperature=captured,
+            locked=locked,
             labels=None if found_labels is None else found_labels.astype(np.int64),
             fingerprints=arrays.get(FINGERPRINTS),
             store_digest=self.digest,
+            members=members,
+            row_offsets=arrays.get(ROW_OFFSETS),
+            view_parameters=arrays.get(VIEW_PARAMETERS),
         )
+
+    def _mean_of(
+        self, mean: str | None, weights: Sequence[float] | None, carried: float
+    ) -> tuple[MemberMean | None, float, bool]:
+        """How members are averaged, what the result is tempered with, and whether it is locked to that."""
+        manifest, spec = self.manifest, self.manifest.temperature
+        if manifest.members is None:
+            if mean not in (None, manifest.mean) or weights is not None:
+                raise RequestError(
+                    f"{manifest.name!r} keeps the {manifest.mean} mean of its teachers: another mean or other weights need "
+                    "a store that keeps its members"
+                )
+            return None, spec.captured, spec.locked
+        kind = check_mean(manifest.mean if mean is None else mean)
+        own = tuple(teacher.weight for teacher in manifest.teachers) or (1.0,) * manifest.members
+        chosen = own if weights is None else tuple(float(weight) for weight in weights)
+        check_weights(chosen, manifest.members)
+        locked = is_locked(kind, manifest.members)
+        as_mean: Literal["arithmetic", "geometric"] = "arithmetic" if locked else "geometric"
+        return MemberMean(kind=as_mean, weights=chosen), carried if locked else 1.0, locked
+
+    def _fields(self, labels: bool, fingerprints: bool, view_parameters: bool) -> tuple[str, ...]:
+        manifest = self.manifest
+        fields = tuple(self._encoding.fields)
+        if labels and LABELS in manifest.arrays:
+            fields += (LABELS,)
+        if fingerprints:
+            fields += (FINGERPRINTS,)
+        if view_parameters:
+            if VIEW_PARAMETERS not in manifest.arrays:
+                raise UnknownFieldError(f"store {manifest.name!r} records no view parameters")
+            fields += (VIEW_PARAMETERS,)
+        return fields
 
     def require(self, *, transfer_set: str | None = None, classes: int | None = None) -> None:
         """Refuse a store that does not fit.
@@ -157,6 +214,12 @@ class TargetStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _whole_numbers(values: NDArray[Any], what: str) -> NDArray[np.int64]:
+    if values.dtype.kind not in "iu":
+        raise RequestError(f"{what} must be whole numbers, not {values.dtype}")
+    return values.astype(np.int64)
 
 
 def refuse_other_transfer_set(manifest: Manifest, fingerprint: str | None) -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
-from softlabels.errors import TemperatureLockedError
+from softlabels.errors import TemperatureLockedError, UnknownFieldError
 from softlabels.ids import IdArray
-from softlabels.softmath import check_temperature, retemper, soften
+from softlabels.softmath import check_temperature, mean_arithmetic, mean_geometric, retemper, soften
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberMean:
+    """How members that are kept side by side are averaged: kind of mean, and one weight a member."""
+
+    kind: Literal["arithmetic", "geometric"]
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +38,9 @@ class SoftTargets:
         labels: [B], -1 where absent; None when the store keeps none or none were asked for.
         fingerprints: [B, 16] of the samples' contents; None when not asked for.
         store_digest: the version of the store that the rows come from.
+        members: how the rows of a store that keeps every member are averaged; None where the mean itself is kept.
+        row_offsets: [B + 1] where each sample's rows begin, for sequences: R rows in all instead of one a sample.
+        view_parameters: [B, parameters] of each view; None when not asked for.
     """
 
     ids: IdArray
@@ -41,6 +52,9 @@ class SoftTargets:
     labels: NDArray[np.int64] | None = None
     fingerprints: NDArray[np.uint8] | None = None
     store_digest: str = ""
+    members: MemberMean | None = None
+    row_offsets: NDArray[np.int64] | None = None
+    view_parameters: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,7 +66,24 @@ class SoftTargets:
 
     @cached_property
     def _decoded(self) -> NDArray[np.float32]:
-        return self.encoding.decode(self.encoded)
+        if self.members is None:
+            return self.encoding.decode(self.encoded)
+        logits_MBC = np.moveaxis(self.member_logits(), 1, 0)
+        if self.locked:
+            return mean_arithmetic(logits_MBC, temperature=self.captured_temperature, weights_M=self.members.weights)
+        return mean_geometric(logits_MBC, weights_M=self.members.weights)
+
+    def member_logits(self) -> NDArray[np.float32]:
+        """logits_BMC of every member, untempered, up to a constant a row and member.
+
+        Raises:
+            UnknownFieldError: the store keeps the members' mean only.
+        """
+        if self.members is None:
+            raise UnknownFieldError("this store keeps the ensemble's mean, not its members: precompute with keep = 'members'")
+        count = len(self.members.weights)
+        flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in self.encoded.items()}
+        return self.encoding.decode(flat).reshape(-1, count, self.classes)
 
     def logits(self) -> NDArray[np.float32]:
         """logits_BC as kept: tempered at `captured_temperature`, up to a row constant."""

@@ -110,7 +110,7 @@ def sample_fingerprints(inputs: NDArray[Any]) -> NDArray[np.uint8]:
     flat = rows.reshape(len(rows), -1).view(np.uint8) if rows.size else np.empty((len(rows), 0), np.uint8)
     for position, row in enumerate(flat):
         digest = seeded.copy()
-        digest.update(row)
+        digest.update(row.data)
         out[position] = np.frombuffer(digest.digest(), dtype=np.uint8)
     return out
 

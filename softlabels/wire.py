@@ -48,7 +48,7 @@ def to_buffers(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) 
     ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
     packed = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("<")) for name, array in ordered.items()}
     header = header_bytes({name: (array.dtype, array.shape) for name, array in packed.items()}, metadata)
-    return [header, *(memoryview(array.reshape(-1).view(np.uint8)) for array in packed.values())]
+    return [header, *(array.reshape(-1).view(np.uint8).data for array in packed.values())]
 
 
 def to_bytes(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:

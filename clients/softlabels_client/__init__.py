@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from softlabels_client.address import StoreAddress, parse_address
 from softlabels_client.retrying import RetryPolicy
 from softlabels_client.rows import HttpRows
+from softlabels_client.settings import DistillSettings
 from softlabels_client.transport import HttpTransport
 
 if TYPE_CHECKING:
     from softlabels_client.batches import DistillationBatch, collate_batches
     from softlabels_client.datasets import SoftTargetDataset, data_loader
-    from softlabels_client.trainer import DistillResult, DistillSettings, distill, save_student
+    from softlabels_client.evaluation import count_errors
+    from softlabels_client.trainer import DistillResult, distill
+    from softlabels_client.weights import save_student
 
 __all__ = [
     "DistillResult",
@@ -25,6 +28,7 @@ __all__ = [
     "SoftTargetDataset",
     "StoreAddress",
     "collate_batches",
+    "count_errors",
     "data_loader",
     "distill",
     "parse_address",
@@ -33,13 +37,13 @@ __all__ = [
 
 _NEEDS_TORCH = {
     "DistillResult": "trainer",
-    "DistillSettings": "trainer",
     "DistillationBatch": "batches",
     "SoftTargetDataset": "datasets",
     "collate_batches": "batches",
+    "count_errors": "evaluation",
     "data_loader": "datasets",
     "distill": "trainer",
-    "save_student": "trainer",
+    "save_student": "weights",
 }
 
 

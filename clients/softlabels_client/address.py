@@ -66,7 +66,8 @@ def parse_address(url: str) -> StoreAddress:
         raise RequestError("a URL with a user name or password in it ends up in logs: pass `token=...` instead")
     if parts.query or parts.fragment:
         raise RequestError(f"{url!r} has a query or fragment, which says nothing here: write it like {_EXAMPLE}")
-    prefix, _, name = parts.path.rstrip("/").rpartition("/")
+    path = parts.path.rstrip("/")
+    prefix, _, name = (path + "/" if path.endswith(API_PATH) else path).rpartition("/")
     prefix = prefix.rstrip("/").removesuffix(API_PATH)
     base = f"{parts.scheme}://{parts.netloc}{prefix}"
     if not name:

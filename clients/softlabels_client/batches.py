@@ -18,7 +18,7 @@ except ImportError as error:
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
     ) from error
 
-from softlabels.ids import IdArray
+from softlabels.ids import IdArray, as_ids
 from softlabels.losses import SoftTargetBatch
 
 
@@ -83,7 +83,7 @@ def collate_batches(fetched: DistillationBatch | Iterable[DistillationBatch]) ->
             logits_BC=torch.cat([t.logits_BC for t in targets]),
             labels_B=_joined_labels(targets),
         ),
-        ids=np.concatenate([part.ids for part in parts]),
+        ids=as_ids(np.concatenate([part.ids for part in parts])),
     )
 
 

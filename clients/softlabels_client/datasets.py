@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from softlabels.errors import FingerprintMismatchError, MissingExtraError, Reque
 
 try:
     import torch
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 except ImportError as error:
     raise MissingExtraError(
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
@@ -69,8 +70,8 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
         refuse_if_locked(wanted, captured=spec.captured, locked=spec.locked)
         if check != "never" and FINGERPRINTS not in store.manifest.arrays:
             raise UnknownFieldError(
-                f"{store.manifest.name!r} keeps no fingerprints, so nobody can tell whether an input is the one that the "
-                "teacher saw; pass check='never' if you are certain that ids agree"
+                f"{store.manifest.name!r} keeps no fingerprints, so nobody can tell whether an input is the one that "
+                "the teacher saw; pass check='never' if you are certain that ids agree"
             )
         self.samples = as_transfer_set(inputs, ids)
         self.store = store
@@ -102,19 +103,24 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
             assert targets.fingerprints is not None
             self._refuse_other_inputs(samples.inputs, samples.ids, targets.fingerprints)
             self._seen[wanted] = True
-        batch = SoftTargetBatch.from_soft_targets(targets, labels=samples.labels)
-        return DistillationBatch(inputs=_tensor(samples.inputs), targets=batch, ids=samples.ids)
+        if samples.labels is not None:
+            targets = dataclasses.replace(targets, labels=samples.labels)
+        return DistillationBatch(
+            inputs=_tensor(samples.inputs), targets=SoftTargetBatch.from_soft_targets(targets), ids=samples.ids
+        )
 
     def _refuse_other_inputs(self, inputs: NDArray[Any], ids: IdArray, expected: NDArray[np.uint8]) -> None:
         differs = (sample_fingerprints(inputs) != expected).any(axis=1)
         if not differs.any():
             return
         wrong = ids[differs][:_NAMED_AT_MOST].tolist()
+        manifest = self.store.manifest
         raise FingerprintMismatchError(
-            f"{int(differs.sum())} of {len(ids)} inputs are not those that the targets of {self.store.manifest.name!r} "
-            f"were computed for, ids {', '.join(map(repr, wrong))} among them (here {inputs.dtype}"
-            f"{list(inputs.shape[1:])} a sample): the order, the ids, the type or the preprocessing differs from "
-            f"transfer set {self.store.manifest.transfer_set.name!r}, and the student would learn other samples' targets",
+            f"{int(differs.sum())} of {len(ids)} inputs are not those that the targets of {manifest.name!r} were "
+            f"computed for, ids {', '.join(map(repr, wrong))} among them; here a sample is {inputs.dtype}"
+            f"{list(inputs.shape[1:])}. Order, ids, type or preprocessing differ from transfer set "
+            f"{manifest.transfer_set.name!r}, and the student would learn other samples' targets: load the data as the "
+            "teacher's job did",
             ids=wrong,
             mismatched=int(differs.sum()),
         )
@@ -141,10 +147,15 @@ def data_loader(
         drop_last: leave out a last batch that is not full.
         start_method: how workers start; torch's default when None.
     """
+    # The sampler draws from a generator of its own: a loader with workers takes other draws from its generator than one
+    # without, and the order would depend on the workers.
+    order = (
+        RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else SequentialSampler(dataset)
+    )
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        shuffle=shuffle,
+        sampler=order,
         generator=torch.Generator().manual_seed(seed),
         num_workers=workers,
         collate_fn=collate_batches,

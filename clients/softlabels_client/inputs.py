@@ -1,4 +1,4 @@
-"""How do a trainer's own data become samples with ids? Transfer sets as they are, sequences with ids given beside them."""
+"""How do a trainer's own data become samples with ids? Transfer sets bring them, sequences get them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import BadIdsError, RequestError, ShapeMismatchError
-from softlabels.ids import IdArray, as_ids
+from softlabels.ids import as_ids
 from softlabels.softmath import UNLABELLED
 from softlabels.transfer import ArrayTransferSet, Samples, TransferSet
 
@@ -79,15 +79,16 @@ def as_transfer_set(inputs: TransferSet | MapStyle, ids: Iterable[Any] | NDArray
     Raises:
         RequestError: ids are missing, or given twice.
     """
-    if hasattr(inputs, "take") and hasattr(inputs, "name"):
+    # Arrays and tensors can `take` too, but have no name.
+    if hasattr(inputs, "take") and isinstance(getattr(inputs, "name", None), str):
         if ids is not None:
             raise RequestError("a transfer set brings its own ids: leave `ids` out, or pass the bare inputs with `ids`")
         return cast(TransferSet, inputs)
     if ids is None:
         raise RequestError(
-            "these inputs have no sample ids: pass `ids`, the ids that their targets were computed under; a position in a "
-            "shuffled or filtered data set is no id, and targets would go to other samples without a sign"
+            "these inputs have no sample ids: pass `ids`, the ids that their targets were computed under; a position "
+            "in a shuffled or filtered data set is no id, and targets would go to other samples without a sign"
         )
     if isinstance(inputs, np.ndarray):
         return ArrayTransferSet("inputs", inputs, ids=as_ids(ids))
-    return SequenceTransferSet(inputs, ids=ids, name=type(inputs).__name__)
+    return SequenceTransferSet(cast(MapStyle, inputs), ids=ids, name=type(inputs).__name__)

@@ -111,24 +111,60 @@ def from_binary(body: bytes, query: str, settings: Settings) -> BatchRequest:
     )
 
 
-def gather(store: ServedStore, request: BatchRequest, settings: Settings) -> list[bytes | memoryview]:
-    """The reply: a safetensors file of encoded rows in the order asked, as buffers to be sent one after the other.
+@dataclass(frozen=True, kw_only=True)
+class Gathering:
+    """A batch that may be had: what is left to do is to copy its rows.
+
+    Attributes:
+        store: the version that it is a batch of.
+        ids: [B].
+        names: of the arrays to copy, `ids` among them.
+        temperature: what the reply says it is tempered for.
+        reply_bytes: how many bytes the arrays take.
+    """
+
+    store: ServedStore
+    ids: IdArray
+    names: tuple[str, ...]
+    temperature: float
+    reply_bytes: int
+
+    def buffers(self) -> list[bytes | memoryview]:
+        """A safetensors file of encoded rows in the order asked, as buffers to be sent one after the other.
+
+        Raises:
+            UnknownIdError, BadIdsError, RowsNotCommittedError, DamageError.
+        """
+        arrays = self.store.rows.fetch(self.ids, self.names)
+        # Ids come from the store and not from the request: whether row i is the row asked for shows in the reply.
+        ids: Any = arrays[IDS]
+        if kind_of(ids) == "str":
+            arrays[IDS] = to_fixed_bytes(ids, width_bytes=self.store.manifest.ids.width_bytes)
+        return wire.to_buffers(arrays, _metadata(self.store, self.temperature, len(self.ids)))
+
+
+def plan(store: ServedStore, request: BatchRequest, settings: Settings) -> Gathering:
+    """What a request comes down to, if this store may answer it.
 
     Raises:
         StoreChangedError, FingerprintMismatchError, TemperatureError, TemperatureLockedError, UnknownFieldError,
-        BatchTooLargeError, BadIdsError, UnknownIdError, RowsNotCommittedError, DamageError.
+        BatchTooLargeError.
     """
     refuse_other_version(store, request.digest)
     refuse_other_transfer_set(store.manifest, request.transfer_set)
     temperature = _temperature(store, request.temperature)
     names = _array_names(store, request.fields)
-    _refuse_too_large(store, names, len(request.ids), settings)
-    arrays = store.rows.fetch(request.ids, names)
-    # Ids come from the store and not from the request: that row i is the row asked for can then be seen in the reply.
-    ids: Any = arrays[IDS]
-    if kind_of(ids) == "str":
-        arrays[IDS] = to_fixed_bytes(ids, width_bytes=store.manifest.ids.width_bytes)
-    return wire.to_buffers(arrays, _metadata(store, temperature, len(request.ids)))
+    row_bytes = sum(store.manifest.arrays[name].row_bytes for name in names)
+    most = settings.max_reply_bytes // row_bytes
+    if len(request.ids) > most:
+        raise _too_large(len(request.ids), most)
+    return Gathering(
+        store=store,
+        ids=request.ids,
+        names=names,
+        temperature=temperature,
+        reply_bytes=row_bytes * len(request.ids),
+    )
 
 
 def refuse_other_version(store: ServedStore, digest: str | None) -> None:
@@ -212,12 +248,6 @@ def _array_names(store: ServedStore, fields: tuple[str, ...] | None) -> tuple[st
                 f"store {store.name!r} keeps no {_short(field)}; it keeps {known}", field=field[:128]
             )
     return tuple(dict.fromkeys([*names, IDS]))
-
-
-def _refuse_too_large(store: ServedStore, names: tuple[str, ...], count: int, settings: Settings) -> None:
-    most = settings.max_reply_bytes // sum(store.manifest.arrays[name].row_bytes for name in names)
-    if count > most:
-        raise _too_large(count, most)
 
 
 def _metadata(store: ServedStore, temperature: float, rows: int) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeAlias
@@ -15,6 +15,7 @@ from softlabels.errors import SoftLabelsError, UnknownStoreError
 from softlabels.manifest import STORE_NAME, Manifest
 from softlabels.opening import RowSource
 from softlabels.store.rows import MANIFEST, PLAN, LocalRows
+from softlabels_server.pacing import Pace
 
 Signature: TypeAlias = tuple[str, int, int, int]
 """File, inode, size and modification time (ns) of what a store says of itself: another signature, another version."""
@@ -26,16 +27,20 @@ class ServedStore:
 
     Attributes:
         name: what it is called in URLs: the name of its folder.
+        path: of its folder.
         digest: names this version.
         signature: of the manifest file that it was opened from.
+        pace: how fast its rows come.
     """
 
     name: str
+    path: Path
     rows: RowSource
     manifest: Manifest
     encoding: Encoding
     digest: str
     signature: Signature
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +96,7 @@ class StoreFolder:
     def opened(self, name: str) -> ServedStore | None:
         """The store, if it is open and unchanged on disk: one look at a file's status, so fit for an event loop."""
         store = self._opened.get(name)
-        if store is not None and store.signature == self._signature_of(name):
-            return store
-        return None
+        return store if store is not None and store.signature == _signature(store.path) else None
 
     def get(self, name: str) -> ServedStore:
         """The store of this name, in the version that lies on disk now.
@@ -123,18 +126,17 @@ class StoreFolder:
             near = get_close_matches(name, self.names(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/stores lists those there are"
             raise UnknownStoreError(f"there is no store {name[:128]!r} here{hint}", name=name[:128])
-        rows = LocalRows(self._path_of(name))
+        path = self.root if self._own_name is not None else self.root / name
+        rows = LocalRows(path)
         return ServedStore(
             name=name,
+            path=path,
             rows=rows,
             manifest=rows.manifest,
             encoding=rows.manifest.make_encoding(),
             digest=rows.digest,
             signature=signature,
         )
-
-    def _path_of(self, name: str) -> Path:
-        return self.root if self._own_name is not None else self.root / name
 
     def _signature_of(self, name: str) -> Signature | None:
         if self._own_name is not None:
@@ -156,7 +158,7 @@ def _signature(folder: Path) -> Signature | None:
     """What tells one version of a store from the next, None where there is no store."""
     for file in (MANIFEST, PLAN):
         try:
-            status = os.stat(folder / file)
+            status = os.stat(f"{folder}/{file}")
         except (FileNotFoundError, NotADirectoryError):
             continue
         return file, status.st_ino, status.st_size, status.st_mtime_ns

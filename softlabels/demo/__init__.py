@@ -1,0 +1,1 @@
+"""The main job on real digits, end to end: `softlabels demo`."""

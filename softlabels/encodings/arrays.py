@@ -116,6 +116,10 @@ class Ops(Protocol):
         """Positions of the rows that are flagged."""
         ...
 
+    def positions(self, x: Array) -> Array:
+        """Where the entries of the flattened array are not 0, int64."""
+        ...
+
 
 class NumpyOps:
     """`Ops` over NumPy arrays: the reference."""
@@ -194,6 +198,9 @@ class NumpyOps:
 
     def rows_where(self, flags_B: Array) -> list[int]:
         return cast("list[int]", np.flatnonzero(flags_B).tolist())
+
+    def positions(self, x: Array) -> Array:
+        return np.flatnonzero(x)
 
 
 class TorchOps:
@@ -288,6 +295,9 @@ class TorchOps:
     def rows_where(self, flags_B: Array) -> list[int]:
         return cast("list[int]", flags_B.nonzero()[:, 0].tolist())
 
+    def positions(self, x: Array) -> Array:
+        return x.flatten().nonzero()[:, 0]
+
 
 NUMPY: Ops = NumpyOps()
 
@@ -331,7 +341,7 @@ def natural_log(ops: Ops, x: Array) -> Array:
     1980), the larger exact.
     """
     tiny = x < 2.0**-126
-    bits = ops.bits(ops.where(tiny, x * 2.0**24, x), "i4")
+    bits = ops.bits(x * ops.where(tiny, ops.constant(2.0**24, "f4", x), ops.constant(1.0, "f4", x)), "i4")
     exponent = (bits >> 23) - 127
     m = ops.bits((bits & 0x7FFFFF) | 0x3F800000, "f4")
     high = m > 1.4142135

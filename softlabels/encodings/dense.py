@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.protocol import Field
+from softlabels.encodings.protocol import NO_CONSTANTS, TARGETS, Field
+from softlabels.encodings.rows import check_shape
 from softlabels.errors import EncodingError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-TARGETS = "targets"
-"""The array that dense rows are kept in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +35,11 @@ class _Dense:
         return {}
 
     @property
+    def constants(self) -> Mapping[str, NDArray[Any]]:
+        """Nothing learnt."""
+        return NO_CONSTANTS
+
+    @property
     def fields(self) -> Mapping[str, Field]:
         """One array, [rows, classes]."""
         return {TARGETS: Field(dtype=np.dtype(self.dtype), row_shape=(self.classes,))}
@@ -49,7 +52,9 @@ class F32(_Dense):
     name: ClassVar[str] = "f32"
     dtype: ClassVar[str] = "<f4"
 
-    def encode(self, logits_BC: NDArray[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Keep the rows as they are."""
         return {TARGETS: np.ascontiguousarray(logits_BC, dtype="<f4")}
 
@@ -57,7 +62,7 @@ class F32(_Dense):
         """The rows as they were."""
         return np.asarray(encoded[TARGETS], dtype=np.float32)
 
-    def encode_torch(self, logits_BC: Tensor) -> dict[str, Tensor]:
+    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
         """Keep the rows as they are, on their device."""
         return {TARGETS: logits_BC.float().contiguous()}
 
@@ -73,7 +78,9 @@ class F16(_Dense):
     name: ClassVar[str] = "f16"
     dtype: ClassVar[str] = "<f2"
 
-    def encode(self, logits_BC: NDArray[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Round to nearest even.
 
         Raises:
@@ -90,7 +97,7 @@ class F16(_Dense):
         """Widen to float32, exactly."""
         return np.asarray(encoded[TARGETS]).astype(np.float32)
 
-    def encode_torch(self, logits_BC: Tensor) -> dict[str, Tensor]:
+    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
         """Round to nearest even, on the rows' device; the range is checked there too."""
         rounded = logits_BC.half()
         overflowed = rounded.isinf().any(dim=-1)
@@ -110,7 +117,9 @@ class BF16(_Dense):
     name: ClassVar[str] = "bf16"
     dtype: ClassVar[str] = "<u2"
 
-    def encode(self, logits_BC: NDArray[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Round to nearest even: add half of the dropped half-word's range, ties to the even kept half-word."""
         bits = np.ascontiguousarray(logits_BC, dtype="<f4").view("<u4")
         rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
@@ -120,7 +129,7 @@ class BF16(_Dense):
         """Widen to float32, exactly."""
         return (np.asarray(encoded[TARGETS], dtype=np.uint32) << np.uint32(16)).view(np.float32)
 
-    def encode_torch(self, logits_BC: Tensor) -> dict[str, Tensor]:
+    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
         """Round to nearest even, on the rows' device."""
         import torch
 

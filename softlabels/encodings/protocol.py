@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
+TARGETS = "targets"
+"""The array that holds rows kept in one array: dense logits, or packed bytes."""
+
+NO_CONSTANTS: Mapping[str, NDArray[Any]] = {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
@@ -30,7 +35,8 @@ class Encoding(Protocol):
     """How one distribution over `classes` classes becomes bytes.
 
     Rows are logits up to a row constant, shifted so that a row's largest is 0; decoding gives such rows back. Rows have
-    a fixed size, so that a row has an address. Decoding the same bytes gives the same bits in NumPy and torch.
+    a fixed size, so that a row has an address. Decoding the same bytes gives the same bits in NumPy and torch; encoding
+    the same rows gives the same bytes, but for values that stand on a rounding edge.
     """
 
     @property
@@ -45,7 +51,12 @@ class Encoding(Protocol):
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """JSON-able parameters that, with the name and the class count, rebuild this encoding."""
+        """JSON-able parameters that, with the name, the class count and the constants, rebuild this encoding."""
+        ...
+
+    @property
+    def constants(self) -> Mapping[str, NDArray[Any]]:
+        """Arrays learnt for one store, without which its rows cannot be read; empty for most encodings."""
         ...
 
     @property
@@ -55,14 +66,21 @@ class Encoding(Protocol):
 
     @property
     def retemperable(self) -> bool:
-        """Whether decoded rows may be brought to another temperature (a truncated or sampled row may not)."""
+        """Whether decoded rows may be brought to another temperature.
+
+        Where False (truncated and sampled rows), the rows given to `encode` are tempered at the captured T already.
+        """
         ...
 
-    def encode(self, logits_BC: NDArray[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Encode rows.
 
         Args:
             logits_BC: [rows, classes], natural-log units, finite, each row's largest 0.
+            keys_B: [rows] the rows' keys for random numbers, see `softlabels.encodings.draws.draw_keys`. Needed by
+                encodings that draw (`sampled`), ignored by the rest.
         Returns:
             One array a field, [rows, *row_shape].
         Raises:
@@ -71,13 +89,18 @@ class Encoding(Protocol):
         ...
 
     def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Decode rows: logits_BC float32, up to a row constant."""
+        """Decode rows: logits_BC float32, up to a row constant; -inf where an encoding says that p is 0."""
         ...
 
-    def encode_torch(self, logits_BC: Tensor) -> dict[str, Tensor]:
-        """`encode` on the tensor's own device, to the same bytes."""
+    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
+        """`encode` on the tensor's own device, to the same bytes; `keys_B` stay on the host."""
         ...
 
     def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
         """`decode` on the tensors' own device, to the same bits."""
         ...
+
+
+def row_bytes(encoding: Encoding) -> int:
+    """Bytes that one row takes in all arrays together."""
+    return sum(field.row_bytes for field in encoding.fields.values())

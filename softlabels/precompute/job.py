@@ -49,11 +49,13 @@ class TargetsTable:
         temperature: what batches are tempered with unless a trainer asks otherwise; what an arithmetic mean is taken at.
         mean: over the members of an ensemble.
         encoding: how a distribution becomes bytes.
+        keep: `members` keeps every teacher's own rows, so that mean, weights and temperature stay open after the job.
     """
 
     temperature: float
     mean: Literal["arithmetic", "geometric"] = "geometric"
     encoding: str = "f16"
+    keep: Literal["mean", "members"] = "mean"
 
 
 @dataclass(frozen=True, kw_only=True)

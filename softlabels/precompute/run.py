@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,10 @@ import torch
 
 from softlabels.encodings import make_encoding
 from softlabels.errors import JobError, ShardClaimedError, TeacherError, UnknownStoreError
-from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec, seal, unseal
+from softlabels.ids import utf8
+from softlabels.manifest import IdSpec, Manifest, MeanKind, TemperatureSpec, TransferSetSpec, seal, unseal
 from softlabels.precompute.job import Job, job_from_json
-from softlabels.precompute.shards import ShardComputer, ensemble_logits
+from softlabels.precompute.shards import ShardComputer, ask, averaged
 from softlabels.precompute.teachers import Teacher, load_teacher
 from softlabels.progress import Progress, track
 from softlabels.references import load_reference
@@ -117,21 +117,23 @@ def plan_job(job: Job, data: TransferSet, teachers: Sequence[Teacher], device: t
     if len(data) == 0:
         raise JobError(f"transfer set {data.name!r} is empty: there is nothing to compute targets for")
     first = data.take(np.arange(min(len(data), job.run.batch_size, 16), dtype=np.int64))
-    mean = "none" if len(teachers) == 1 else job.targets.mean
-    ask = partial(ensemble_logits, teachers, first, mean=mean, temperature=temperature, device=device)
-    combined = ask()
-    if not torch.allclose(combined.logits_BC, ask().logits_BC, rtol=1e-3, atol=1e-3):
-        raise TeacherError(
-            "the ensemble answers the same batch twice differently: something random is still on (dropout by hand, "
-            "sampling, noise), so its targets could never be verified"
-        )
-    captured = combined.captured_temperature
+    mean: MeanKind = "none" if len(teachers) == 1 else job.targets.mean
+    answers = ask(teachers, first, device)
+    combined = averaged(answers, teachers, mean, temperature)
+    for teacher, once, again in zip(teachers, answers, ask(teachers, first, device), strict=True):
+        if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
+            raise TeacherError(
+                f"teacher {teacher.spec.name!r} answers the same batch twice differently: something random is still on "
+                "(dropout by hand, sampling, noise), so its targets could never be verified"
+            )
+    keep_members = job.targets.keep == "members"
+    captured = 1.0 if keep_members else combined.captured_temperature
     return plan_store(
         name=job.store.name or job.store_path.name,
         samples=len(data),
         ids=id_spec_of(data),
         encoding=make_encoding(job.targets.encoding, classes=combined.logits_BC.shape[1]),
-        temperature=TemperatureSpec(default=temperature, captured=captured, locked=combined.locked),
+        temperature=TemperatureSpec(default=temperature, captured=captured, locked=combined.locked and not keep_members),
         mean=mean,
         teachers=tuple(teacher.spec for teacher in teachers),
         transfer_set=TransferSetSpec(
@@ -143,6 +145,7 @@ def plan_job(job: Job, data: TransferSet, teachers: Sequence[Teacher], device: t
         container=job.store.format,
         rows_per_shard=job.store.rows_per_shard,
         rows_per_chunk=job.store.rows_per_chunk,
+        members=len(teachers) if keep_members else None,
     )
 
 
@@ -151,7 +154,7 @@ def id_spec_of(data: TransferSet) -> IdSpec:
     ids = data.ids if isinstance(data, ArrayTransferSet) else data.take(np.zeros(1, dtype=np.int64)).ids
     if ids.dtype.kind == "U":
         known = isinstance(data, ArrayTransferSet)
-        return IdSpec(kind="str", width_bytes=np.char.encode(ids, "utf-8").dtype.itemsize if known else 255)
+        return IdSpec(kind="str", width_bytes=utf8(ids).dtype.itemsize if known else 255)
     if isinstance(data, ArrayTransferSet) and bool((np.diff(ids) == 1).all()):
         return IdSpec(kind="int", dense_start=int(ids[0]))
     return IdSpec(kind="int")

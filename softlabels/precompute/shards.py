@@ -16,7 +16,7 @@ from softlabels.encodings import Encoding
 from softlabels.ensemble import Combined, combine
 from softlabels.errors import EncodingError, NonFiniteLogitsError, TeacherError
 from softlabels.ids import IdArray
-from softlabels.manifest import Manifest
+from softlabels.manifest import Manifest, MeanKind
 from softlabels.precompute.teachers import Teacher
 from softlabels.progress import Progress
 from softlabels.transfer import Samples, TransferSet, sample_fingerprints
@@ -67,39 +67,51 @@ class ShardComputer:
         for start in range(rows.start, rows.stop, self._batch_size):
             positions = np.arange(start, min(start + self._batch_size, rows.stop), dtype=np.int64)
             samples = self._transfer_set.take(positions)
-            combined = ensemble_logits(
-                self._teachers, samples, mean=self._plan.mean, temperature=spec.default, device=self._device
-            )
-            encoded = self._encode(combined, samples)
-            audit.add(combined.logits_BC.cpu().numpy(), self._encoding.decode(encoded), captured=spec.captured)
+            answers = ask(self._teachers, samples, self._device)
+            logits_RC = self._rows_to_keep(answers)
+            encoded = self._encode(logits_RC, samples)
+            audit.add(logits_RC.cpu().numpy(), self._encoding.decode(encoded), captured=spec.captured)
+            if self._plan.members is not None:
+                encoded = {k: v.reshape(len(positions), self._plan.members, *v.shape[1:]) for k, v in encoded.items()}
             pieces.append((samples, encoded, sample_fingerprints(samples.inputs)))
             progress.advance(len(positions))
         return _joined(pieces, audit)
 
-    def _encode(self, combined: Combined, samples: Samples) -> dict[str, NDArray[Any]]:
+    def _rows_to_keep(self, answers: Sequence[Tensor]) -> Tensor:
+        """logits of the ensemble's mean, [B, C]; of every member, a sample's members side by side, [B · M, C]."""
+        if self._plan.members is None:
+            return averaged(answers, self._teachers, self._plan.mean, self._plan.temperature.default).logits_BC
+        each = [combine([answer], mean="none", temperature=1.0).logits_BC for answer in answers]
+        return torch.stack(each, dim=1).flatten(0, 1)
+
+    def _encode(self, logits_RC: Tensor, samples: Samples) -> dict[str, NDArray[Any]]:
         try:
-            encoded = self._encoding.encode_torch(combined.logits_BC)
+            encoded = self._encoding.encode_torch(logits_RC)
         except EncodingError as error:
-            blamed = samples.ids[error.context.get("rows", [])].tolist()
+            rows_a_sample = len(logits_RC) // len(samples.ids)
+            blamed = samples.ids[sorted({row // rows_a_sample for row in error.context.get("rows", [])})].tolist()
             raise EncodingError(f"{error.message} (sample ids {_listed(blamed)})", ids=blamed) from error
         return {name: tensor.cpu().numpy() for name, tensor in encoded.items()}
 
 
-def ensemble_logits(
-    teachers: Sequence[Teacher], samples: Samples, *, mean: str, temperature: float, device: torch.device
-) -> Combined:
-    """What a store keeps of these samples: every teacher's answer, averaged.
+def ask(teachers: Sequence[Teacher], samples: Samples, device: torch.device) -> list[Tensor]:
+    """Every teacher's logits of these samples, [B, C] each.
 
     Raises:
-        NonFiniteLogitsError: an answer holds NaN or Inf. TeacherError: of the wrong shape or number of rows.
+        NonFiniteLogitsError: an answer holds NaN or Inf. TeacherError: another number of rows than samples.
     """
     inputs = torch.from_numpy(np.ascontiguousarray(samples.inputs)).to(device)
     answers = [teacher.logits(inputs) for teacher in teachers]
     for teacher, answer in zip(teachers, answers, strict=True):
         _refuse_unsound(answer, samples, teacher.spec.name)
+    return answers
+
+
+def averaged(answers: Sequence[Tensor], teachers: Sequence[Teacher], mean: MeanKind, temperature: float) -> Combined:
+    """The ensemble's mean of its members' answers. Raises TeacherShapeError: the members' shapes differ."""
     return combine(
         answers,
-        mean=mean,  # type: ignore[arg-type]
+        mean=mean,
         temperature=temperature,
         weights=[teacher.spec.weight for teacher in teachers],
         names=[teacher.spec.name for teacher in teachers],

@@ -15,8 +15,9 @@ except ImportError as error:
 
 from softlabels.store.planning import plan_store
 from softlabels.store.rows import LocalRows
+from softlabels.store.sequences import SampleTable
 from softlabels.store.writer import ShardClaim, StoreWriter
 
-__all__ = ["LocalRows", "ShardClaim", "StoreWriter", "plan_store"]
+__all__ = ["LocalRows", "SampleTable", "ShardClaim", "StoreWriter", "plan_store"]
 
 del _crc32c

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import BadIdsError, ManifestError, UnknownIdError
-from softlabels.ids import IdArray, kind_of
+from softlabels.ids import IdArray, kind_of, utf8
 from softlabels.manifest import Manifest
 from softlabels.store.files import sha256_of, write_atomically
 
@@ -52,9 +52,7 @@ class SortedIndex:
     def positions(self, ids: IdArray) -> NDArray[np.int64]:
         """Position of each sample in the transfer set. Raises UnknownIdError, BadIdsError."""
         _refuse_other_kind(ids, self._manifest.ids.kind, self._manifest.name)
-        wanted: NDArray[Any] = ids
-        if kind_of(ids) == "str":
-            wanted = np.char.encode(ids, "utf-8")
+        wanted: NDArray[Any] = ids if kind_of(ids) == "int" else utf8(ids)
         slot = np.searchsorted(self._sorted, wanted)
         found = self._sorted[np.minimum(slot, len(self._sorted) - 1)] == wanted
         if not found.all():
@@ -75,28 +73,33 @@ def make_index(root: Path, manifest: Manifest) -> DenseIndex | SortedIndex:
 
 
 def write_index(root: Path, ids: IdArray) -> dict[str, str]:
-    """Write the sorted ids of a store and their positions.
+    """Write the index of these ids; returns SHA-256 of its files by path. Raises BadIdsError: an id stands twice."""
+    return {path: write_atomically(root / path, [contents])[1] for path, contents in index_files(ids).items()}
+
+
+def index_files(ids: IdArray) -> dict[str, bytes]:
+    """The sorted ids of a store and their positions, as files by path.
 
     Args:
         ids: [samples], in the order of the store; held in memory whole, 8 bytes a sample (strings: their width).
-    Returns:
-        SHA-256 of the files by path.
     Raises:
         BadIdsError: an id stands twice.
     """
-    keys: NDArray[Any] = ids if kind_of(ids) == "int" else np.char.encode(ids, "utf-8")
+    keys: NDArray[Any] = ids if kind_of(ids) == "int" else utf8(ids)
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     twice = ordered[1:] == ordered[:-1]
     if twice.any():
         example = ids[order[1:][twice][0]]
         raise BadIdsError(f"{int(twice.sum())} sample ids stand twice in the transfer set, {example!r} among them")
-    digests = {}
-    for path, array in ((SORTED_IDS, ordered), (POSITIONS, order.astype("<i8"))):
-        buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
-        digests[path] = write_atomically(root / path, [buffer.getbuffer()])[1]
-    return digests
+    return {SORTED_IDS: npy_bytes(ordered), POSITIONS: npy_bytes(order.astype("<i8"))}
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """An array as a `.npy` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _load(path: Path) -> NDArray[Any]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import TruncatedError
-from softlabels.store.geometry import Part
+from softlabels.store.geometry import CHECKSUM_BYTES, Part
 
 MAX_RESERVED_BYTES = 1 << 45
 """x86-64 and arm64 give a process 2^47 bytes of addresses; a quarter for one array leaves room for others."""
@@ -50,7 +50,8 @@ class AddressSpace:
     def __init__(self, *, slots: int, slot_bytes: int) -> None:
         self._libc = _libc()
         self.pitch = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.size_bytes = self.pitch * slots
+        # The first page stays empty: no file's bytes begin at zero, which can so stand for "not there".
+        self.size_bytes = mmap.PAGESIZE + self.pitch * slots
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         address = self._libc.mmap(None, self.size_bytes, _PROT_NONE, flags, -1, 0)
         if address == _FAILED:
@@ -81,8 +82,9 @@ class AddressSpace:
                 raise TruncatedError(f"{path} has {size} bytes where {offset + length} are needed: run `softlabels repair`")
             assert self._address is not None
             assert offset + length - first_page <= self.pitch
+            place = mmap.PAGESIZE + slot * self.pitch
             address = self._libc.mmap(
-                self._address + slot * self.pitch,
+                self._address + place,
                 offset + length - first_page,
                 mmap.PROT_READ,
                 mmap.MAP_SHARED | _MAP_FIXED,
@@ -93,7 +95,7 @@ class AddressSpace:
                 raise OSError(ctypes.get_errno(), f"mapping {path}: {os.strerror(ctypes.get_errno())}")
         finally:
             os.close(descriptor)
-        return slot * self.pitch + offset - first_page
+        return place + offset - first_page
 
     def __del__(self) -> None:
         if getattr(self, "_address", None) is not None:
@@ -104,11 +106,12 @@ class AddressSpace:
 class MappedArray:
     """One array of a store across all its shards.
 
+    Rows are gathered only from chunks that were admitted: mapped, and found to be what was written.
+
     Args:
         row_shape, dtype: of one row.
         shards: how many there are.
         rows_per_shard, rows_per_chunk: how rows are cut.
-        slack_bytes: how far into a file the first chunk may begin beyond a page's start.
     """
 
     def __init__(
@@ -116,48 +119,68 @@ class MappedArray:
     ) -> None:
         self.dtype, self.row_shape = dtype, row_shape
         self._row_bytes = dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
-        self._rows_per_shard, self._rows_per_chunk = rows_per_shard, rows_per_chunk
-        self._stride = self._row_bytes * rows_per_chunk + 4
-        shard_bytes = self._stride * (rows_per_shard // rows_per_chunk) + mmap.PAGESIZE
+        self._chunks_per_shard, self._rows_per_chunk = rows_per_shard // rows_per_chunk, rows_per_chunk
+        self._stride = self._row_bytes * rows_per_chunk + CHECKSUM_BYTES
+        shard_bytes = self._stride * self._chunks_per_shard + mmap.PAGESIZE
         if shards * (shard_bytes + mmap.PAGESIZE) > MAX_RESERVED_BYTES:
             raise MemoryError(f"{shards} shards of {shard_bytes} bytes are more than a process can address")
         self._space = AddressSpace(slots=shards, slot_bytes=shard_bytes)
         self._items = _items(self._space, self._row_bytes)
-        self._begin = np.full(shards, -1, dtype=np.int64)
+        # Both begin as zeros, which take no memory until they are written; no chunk's address is zero.
+        self._begin = np.zeros(shards, dtype=np.int64)
+        self._base = np.zeros(shards * self._chunks_per_shard, dtype=np.int64)
         self._lock = threading.Lock()
 
     def is_mapped(self, shard: int) -> bool:
         """Whether this shard's file has its place already."""
-        return bool(self._begin[shard] >= 0)
+        return bool(self._begin[shard])
 
     def map(self, shard: int, part: Part, root: Path) -> None:
         """Give a shard's file its place."""
         length = part.stride * -(-part.rows // self._rows_per_chunk)
         with self._lock:
-            if self._begin[shard] < 0:
+            if not self._begin[shard]:
                 self._begin[shard] = self._space.map(shard, root / part.path, offset=part.offset, length=length)
 
-    def gather(self, rows_B: NDArray[np.int64]) -> NDArray[Any]:
-        """Copy rows out, in the order asked; the shards that they lie in are mapped.
+    def admit(self, chunk: int) -> None:
+        """Let rows of a chunk, counted through the whole store, be gathered from now on; its shard is mapped."""
+        shard, local = divmod(chunk, self._chunks_per_shard)
+        # Less the bytes of all rows before the chunk, so that an address is `base[chunk] + row * row_bytes`.
+        before = chunk * self._rows_per_chunk * self._row_bytes
+        self._base[chunk] = int(self._begin[shard]) + local * self._stride - before
+
+    def unadmitted(self, rows_B: NDArray[np.int64]) -> list[int]:
+        """The chunks that these rows lie in and that were not admitted yet, in order, each once."""
+        chunks = np.unique(rows_B // self._rows_per_chunk)
+        return [int(chunk) for chunk in chunks[self._base[chunks] == 0]]
+
+    def gather(self, rows_B: NDArray[np.int64]) -> NDArray[Any] | None:
+        """Copy rows out, in the order asked.
 
         Args:
-            rows_B: row numbers of the store.
+            rows_B: row numbers of the store, none below zero.
         Returns:
-            [B, *row_shape].
+            [B, *row_shape]; None when one of the rows lies in a chunk that was not admitted.
         """
-        shard, local = np.divmod(rows_B, self._rows_per_shard)
-        chunk, within = np.divmod(local, self._rows_per_chunk)
-        address = self._begin[shard] + chunk * self._stride + within * self._row_bytes
-        return self._items[address].view(self.dtype).reshape(len(rows_B), *self.row_shape)
+        address_B = self._base.take(rows_B // self._rows_per_chunk)
+        if not address_B.all():
+            return None
+        address_B += rows_B * self._row_bytes
+        return self._items[address_B].view(self.dtype).reshape(len(rows_B), *self.row_shape)
 
     def chunk(self, shard: int, chunk: int) -> NDArray[np.uint8]:
-        """A chunk's bytes with its checksum, uint8 [stride], a read-only view."""
+        """A chunk's bytes with its checksum, uint8 [stride], a read-only view; `chunk` counts within the shard."""
         begin = int(self._begin[shard]) + chunk * self._stride
         return np.frombuffer(self._space.buffer[begin : begin + self._stride], dtype=np.uint8)
 
-    def run(self, shard: int, chunk: int) -> NDArray[Any]:
-        """The rows of one chunk, [rows_per_chunk, *row_shape], a read-only view."""
-        return self.chunk(shard, chunk)[:-4].view(self.dtype).reshape(self._rows_per_chunk, *self.row_shape)
+    def run(self, chunk: int) -> NDArray[Any] | None:
+        """The rows of one chunk, [rows_per_chunk, *row_shape], a read-only view; None where it was not admitted."""
+        base = int(self._base[chunk])
+        if not base:
+            return None
+        shape = (self._rows_per_chunk, *self.row_shape)
+        begin = base + chunk * self._rows_per_chunk * self._row_bytes
+        return np.ndarray(shape, dtype=self.dtype, buffer=self._space.buffer, offset=begin)
 
 
 def _items(space: AddressSpace, row_bytes: int) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -20,9 +21,12 @@ from softlabels.manifest import (
     TeacherSpec,
     TemperatureSpec,
     TransferSetSpec,
+    ViewSpec,
     check_store_name,
+    encoded_arrays,
 )
 from softlabels.store.geometry import choose_rows_per_chunk, choose_rows_per_shard
+from softlabels.store.sequences import SampleTable
 from softlabels.transfer import FINGERPRINT_BYTES
 
 _RECORDED = ("softlabels", "numpy", "torch", "zarr", "h5py")
@@ -42,25 +46,38 @@ def plan_store(
     container: Container = "zarr",
     rows_per_shard: int | None = None,
     rows_per_chunk: int | None = None,
+    layout: Layout | None = None,
+    members: int | None = None,
+    views: ViewSpec | None = None,
+    table: SampleTable | None = None,
 ) -> Manifest:
     """The plan of a store, with shard and chunk sizes chosen where they are not given.
 
+    Args:
+        layout: one row a sample unless told otherwise.
+        members: how many members' rows are kept side by side; None keeps their mean.
+        views: how views were made, for a layout of views.
+        table: the samples of a layout of sequences.
     Raises:
         JobError: sizes that do not fit each other. ManifestError: a name that no store may have.
     """
     check_store_name(name)
     if samples < 1:
         raise JobError(f"transfer set {transfer_set.name!r} is empty: there is nothing to compute targets for")
-    arrays = store_arrays(encoding, ids, labelled=transfer_set.labelled)
-    row_bytes = sum(field.row_bytes for field in encoding.fields.values())
+    if table is not None:
+        layout = Layout(kind="sequences", samples=samples, rows=table.rows)
+        transfer_set = replace(transfer_set, fingerprint=table.fingerprint())
+    layout = layout or Layout(kind="single", samples=samples, rows=samples)
+    arrays = store_arrays(encoding, ids, layout=layout, labelled=transfer_set.labelled, members=members, views=views)
+    row_bytes = sum(spec.row_bytes for spec in encoded_arrays(encoding, members).values())
     per_chunk = rows_per_chunk or _chunk_for(row_bytes, rows_per_shard)
-    per_shard = rows_per_shard or choose_rows_per_shard(row_bytes, per_chunk, samples)
+    per_shard = rows_per_shard or choose_rows_per_shard(row_bytes, per_chunk, layout.rows)
     if per_shard % per_chunk:
         raise JobError(f"rows_per_shard ({per_shard}) must be a multiple of rows_per_chunk ({per_chunk})")
     return Manifest(
         name=name,
         container=container,
-        layout=Layout(kind="single", samples=samples, rows=samples),
+        layout=layout,
         ids=ids,
         classes=encoding.classes,
         encoding=EncodingSpec(name=encoding.name, params=dict(encoding.params)),
@@ -68,22 +85,35 @@ def plan_store(
         mean=mean,
         teachers=teachers,
         transfer_set=transfer_set,
-        shards=ShardSpec(count=-(-samples // per_shard), rows_per_shard=per_shard, rows_per_chunk=per_chunk),
+        shards=ShardSpec(count=-(-layout.rows // per_shard), rows_per_shard=per_shard, rows_per_chunk=per_chunk),
         arrays=arrays,
         software=software_versions(),
-        metadata_sha256={},
+        metadata_sha256={} if table is None else table.sha256(),
+        members=members,
+        views=views,
     )
 
 
-def store_arrays(encoding: Encoding, ids: IdSpec, *, labelled: bool) -> dict[str, ArraySpec]:
-    """Every array of a store: the encoding's own, then ids, fingerprints and, where there are any, labels."""
-    arrays: dict[str, ArraySpec] = {
-        name: ArraySpec(dtype=field.dtype.str, row_shape=field.row_shape) for name, field in encoding.fields.items()
-    }
-    arrays["ids"] = ArraySpec(dtype="|u1", row_shape=(ids.width_bytes,)) if ids.kind == "str" else ArraySpec(
-        dtype="<i8", row_shape=()
-    )  # fmt: skip
-    arrays["fingerprints"] = ArraySpec(dtype="|u1", row_shape=(FINGERPRINT_BYTES,))
+def store_arrays(
+    encoding: Encoding,
+    ids: IdSpec,
+    *,
+    layout: Layout,
+    labelled: bool,
+    members: int | None = None,
+    views: ViewSpec | None = None,
+) -> dict[str, ArraySpec]:
+    """Every array of a store: the encoding's own, then, a row each, ids, fingerprints, view parameters and labels.
+
+    Sequences keep ids and fingerprints once a sample, see `softlabels.store.sequences`.
+    """
+    arrays = encoded_arrays(encoding, members)
+    if layout.kind != "sequences":
+        as_bytes = ArraySpec(dtype="|u1", row_shape=(ids.width_bytes,))
+        arrays["ids"] = as_bytes if ids.kind == "str" else ArraySpec(dtype="<i8", row_shape=())
+        arrays["fingerprints"] = ArraySpec(dtype="|u1", row_shape=(FINGERPRINT_BYTES,))
+    if views is not None and views.parameters:
+        arrays["view_parameters"] = ArraySpec(dtype="<f8", row_shape=(len(views.parameters),))
     if labelled:
         arrays["labels"] = ArraySpec(dtype="<i4", row_shape=())
     return arrays

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from softlabels.errors import (
     ChecksumError,
     ManifestError,
+    RequestError,
     RowsNotCommittedError,
     TruncatedError,
     UnknownFieldError,
@@ -24,10 +25,13 @@ from softlabels.store.geometry import Part, chunk_stride
 from softlabels.store.index import make_index
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.mapping import MappedArray
+from softlabels.store.sequences import SequenceIndex
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 IDS = "ids"
+FINGERPRINTS = "fingerprints"
+ROW_OFFSETS = "row_offsets"
 
 
 class LocalRows:
@@ -47,8 +51,8 @@ class LocalRows:
         self._ledger = Ledger(self._root, plan_sha256=plan_digest(self._manifest))
         self._container = container_of(self._manifest)
         self._index = make_index(self._root, self._manifest) if self._manifest.finished else None
+        self._sequences = SequenceIndex(self._root, self._manifest)
         self._arrays: dict[str, MappedArray] = {}
-        self._sound: dict[str, NDArray[np.bool_]] = {}
         self._digest = store_digest(self._manifest)
 
     @property
@@ -61,26 +65,59 @@ class LocalRows:
         """The version of the store; of an unfinished one, of its plan, since committed rows never change."""
         return self._digest
 
-    def fetch(self, ids: IdArray, fields: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    def fetch(
+        self,
+        ids: IdArray,
+        fields: tuple[str, ...],
+        *,
+        views: NDArray[np.int64] | None = None,
+        spans: NDArray[np.int64] | None = None,
+    ) -> dict[str, NDArray[Any]]:
         """Rows of these ids, in the order asked; ids may repeat.
 
+        Args:
+            ids: [B].
+            views: [B] which view of each sample; needed where the store keeps views, refused elsewhere.
+            spans: [B, 2] first row and the one after the last of each sample, for sequences; None for whole samples.
         Returns:
-            One array a field, [B, ...]; string ids come back as strings.
+            One array a field, [B, ...]; of sequences the ranges joined, and `row_offsets` [B + 1] where each begins.
         Raises:
-            UnknownIdError, BadIdsError, UnknownFieldError, RowsNotCommittedError, ChecksumError, TruncatedError.
+            UnknownIdError, BadIdsError, UnknownFieldError, RequestError, RowsNotCommittedError, ChecksumError,
+            TruncatedError.
         """
-        return self.fetch_rows(self.rows_of(ids), fields, ids=ids)
+        positions = self.positions_of(ids)
+        layout = self._manifest.layout
+        if layout.kind == "sequences":
+            _refuse(views is not None, f"{self._manifest.name!r} keeps sequences, not views: ask for spans")
+            return self._fetch_sequences(positions, fields, spans)
+        _refuse(spans is not None, f"{self._manifest.name!r} keeps no sequences: it has no spans to ask for")
+        rows = positions
+        if layout.kind == "views":
+            rows = positions * layout.views + checked_views(views, len(ids), self._manifest)
+        else:
+            _refuse(views is not None, f"{self._manifest.name!r} keeps one row a sample: it has no views to ask for")
+        return self.fetch_rows(rows, fields, ids=ids)
 
-    def rows_of(self, ids: IdArray) -> NDArray[np.int64]:
-        """Row numbers of these ids."""
+    def positions_of(self, ids: IdArray) -> NDArray[np.int64]:
+        """Positions of these ids in the transfer set."""
         if self._index is None:
-            if self._manifest.ids.dense_start is None:
+            if self._manifest.ids.dense_start is None and self._manifest.layout.kind != "sequences":
                 raise RowsNotCommittedError(
                     f"{self._manifest.name!r} is unfinished and its ids are not dense: they can be looked up when it is "
                     "finished; run `softlabels resume`"
                 )
             self._index = make_index(self._root, self._manifest)
         return self._index.positions(ids)
+
+    def _fetch_sequences(
+        self, positions: NDArray[np.int64], fields: tuple[str, ...], spans: NDArray[np.int64] | None
+    ) -> dict[str, NDArray[Any]]:
+        rows, row_offsets = self._sequences.rows(positions, spans)
+        found = self.fetch_rows(rows, tuple(field for field in fields if field != FINGERPRINTS))
+        if FINGERPRINTS in fields:
+            found[FINGERPRINTS] = self._sequences.fingerprints(positions)
+        found[ROW_OFFSETS] = row_offsets
+        return found
 
     def fetch_rows(
         self, rows_B: NDArray[np.int64], fields: tuple[str, ...], *, ids: IdArray | None = None
@@ -90,10 +127,9 @@ class LocalRows:
             if field not in self._manifest.arrays:
                 kept = ", ".join(self._manifest.arrays)
                 raise UnknownFieldError(f"{self._manifest.name!r} keeps no {field!r}; it keeps {kept}", field=field)
-        chunks = np.unique(rows_B // self._manifest.shards.rows_per_chunk)
-        found = {field: self._gather(field, rows_B, chunks) for field in fields}
+        found = {field: self._gather(field, rows_B) for field in fields}
         if ids is not None and self._manifest.ids.dense_start is None:
-            kept_ids = found[IDS] if IDS in found else self._gather(IDS, rows_B, chunks)
+            kept_ids = found[IDS] if IDS in found else self._gather(IDS, rows_B)
             self._refuse_other_ids(_as_ids(kept_ids), ids)
         if IDS in found:
             found[IDS] = _as_ids(found[IDS])
@@ -102,19 +138,18 @@ class LocalRows:
     def close(self) -> None:
         """Let go of the mapped files; views that were handed out keep theirs."""
         self._arrays.clear()
-        self._sound.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self._root,))
 
-    def _gather(self, field: str, rows_B: NDArray[np.int64], chunks: NDArray[np.int64]) -> NDArray[Any]:
-        array = self._array(field)
-        sound = self._sound[field]
-        unseen = chunks[~sound[chunks]]
-        if len(unseen):
-            self._verify_chunks(field, array, unseen)
-            sound[unseen] = True
-        return array.gather(rows_B)
+    def _gather(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
+        array = self._arrays.get(field) or self._array(field)
+        found = array.gather(rows_B)
+        if found is None:
+            self._admit(field, array, array.unadmitted(rows_B))
+            found = array.gather(rows_B)
+        assert found is not None, "every chunk was admitted just now"
+        return found
 
     def _array(self, field: str) -> MappedArray:
         array = self._arrays.get(field)
@@ -127,14 +162,12 @@ class LocalRows:
                 rows_per_shard=shards.rows_per_shard,
                 rows_per_chunk=shards.rows_per_chunk,
             )
-            chunks = shards.count * (shards.rows_per_shard // shards.rows_per_chunk)
-            self._sound.setdefault(field, np.zeros(chunks, dtype=np.bool_))
             array = self._arrays.setdefault(field, array)
         return array
 
-    def _verify_chunks(self, field: str, array: MappedArray, chunks: NDArray[np.int64]) -> None:
+    def _admit(self, field: str, array: MappedArray, chunks: list[int]) -> None:
         per_shard = self._manifest.shards.rows_per_shard // self._manifest.shards.rows_per_chunk
-        for number in chunks.tolist():
+        for number in chunks:
             shard, chunk = divmod(number, per_shard)
             if not array.is_mapped(shard):
                 array.map(shard, self._part(shard, field), self._root)
@@ -149,6 +182,7 @@ class LocalRows:
                     chunk=chunk,
                     rows=[first, last],
                 )
+            array.admit(number)
 
     def _part(self, shard: int, field: str) -> Part:
         receipt = self._ledger.read(shard)
@@ -220,6 +254,31 @@ def checked_part(receipt: Receipt, field: str, manifest: Manifest) -> Part:
     if part is None or part.rows != rows or part.stride != chunk_stride(spec, manifest.shards.rows_per_chunk):
         raise ManifestError(f"the receipt of shard {receipt.shard} of {manifest.name!r} contradicts the manifest")
     return part
+
+
+def checked_views(views: NDArray[np.int64] | None, count: int, manifest: Manifest) -> NDArray[np.int64]:
+    """Views that a store of views can be asked for, one a sample.
+
+    Raises:
+        RequestError: none named, another number of them than ids, or one that the store does not keep.
+    """
+    kept = manifest.layout.views
+    if views is None:
+        raise RequestError(
+            f"{manifest.name!r} keeps {kept} views a sample: say which one each input shows; a target of one view never "
+            "serves another"
+        )
+    if views.shape != (count,):
+        raise RequestError(f"{count} ids need {count} views, not {views.shape}")
+    outside = (views < 0) | (views >= kept)
+    if outside.any():
+        raise RequestError(f"{manifest.name!r} keeps views 0 to {kept - 1}, not {views[outside][:5].tolist()}")
+    return views
+
+
+def _refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise RequestError(message)
 
 
 def _as_ids(kept: NDArray[Any]) -> IdArray:

@@ -28,6 +28,7 @@ from softlabels.store.geometry import shard_rows
 from softlabels.store.index import write_index
 from softlabels.store.ledger import LOCKS, STAGING, FileRecord, Ledger, Receipt
 from softlabels.store.rows import MANIFEST, PLAN, LocalRows, load_manifest
+from softlabels.store.sequences import SampleTable
 from softlabels.transfer import UNLABELLED, FingerprintSum
 
 
@@ -47,9 +48,13 @@ class StoreWriter:
         self._purge()
 
     @classmethod
-    def create(cls, root: Path, plan: Manifest) -> StoreWriter:
+    def create(cls, root: Path, plan: Manifest, *, table: SampleTable | None = None) -> StoreWriter:
         """Begin a store, or go on with one begun from the very same plan.
 
+        Args:
+            root: the store's folder.
+            plan: see `plan_store`.
+            table: the samples, for a layout of sequences.
         Raises:
             StoreExistsError: something else stands there: a store of another plan, or files that are no store.
         """
@@ -62,6 +67,8 @@ class StoreWriter:
                 if any(path.name not in (LOCKS, PLAN + TEMPORARY) for path in root.iterdir()):
                     raise StoreExistsError(f"{root} holds files that are no store: choose another path, or empty it")
                 write_atomically(root / PLAN, [seal(plan.to_json())])
+            for path, contents in ({} if table is None else table.files()).items():
+                write_atomically(root / path, [contents])
         return cls(root, plan)
 
     @classmethod
@@ -117,11 +124,12 @@ class StoreWriter:
                 path: write_atomically(self.root / path, [contents])[1]
                 for path, contents in self._container.metadata(self.plan).items()
             }
-            if self.plan.ids.dense_start is None:
+            metadata |= self.plan.metadata_sha256
+            if self.plan.ids.dense_start is None and self.plan.layout.kind != "sequences":
                 metadata |= write_index(self.root, self._all_ids())
             manifest = self.plan.finish(
                 ledger=ledger.hexdigest(),
-                fingerprint=fingerprint.hexdigest(),
+                fingerprint=self.plan.transfer_set.fingerprint or fingerprint.hexdigest(),
                 audit=audit.summary(),
                 metadata_sha256=metadata,
             )
@@ -178,8 +186,9 @@ class StoreWriter:
         for shard in range(self.plan.shards.count):
             span = shard_rows(self.plan, shard)
             pieces.append(rows.fetch_rows(np.arange(span.start, span.stop), ("ids",))["ids"])
+        # With views an id stands once a view; the index is of samples.
         joined: IdArray = np.concatenate(pieces)
-        return joined
+        return joined[:: self.plan.layout.views]
 
 
 class ShardClaim:
@@ -197,10 +206,11 @@ class ShardClaim:
     def commit(
         self,
         *,
-        ids: IdArray,
         encoded: Mapping[str, NDArray[Any]],
-        fingerprints: NDArray[np.uint8],
-        labels: NDArray[np.int64] | None,
+        ids: IdArray | None = None,
+        fingerprints: NDArray[np.uint8] | None = None,
+        labels: NDArray[np.int64] | None = None,
+        view_parameters: NDArray[np.float64] | None = None,
         audit: Mapping[str, Any],
     ) -> Receipt:
         """Write the shard's files and, when all of them are durable, its receipt.
@@ -208,27 +218,34 @@ class ShardClaim:
         Committing the same contents again changes nothing and returns the receipt there is.
 
         Args:
-            ids: [rows of the shard].
-            encoded: the encoding's arrays, [rows, ...] each.
-            fingerprints: [rows, 16].
-            labels: [rows] or None.
+            encoded: the encoding's arrays, [rows of the shard, ...] each, [rows, members, ...] where those are kept.
+            ids: [rows], None for sequences.
+            fingerprints: [rows, 16], None for sequences.
+            labels: [rows]; None where no row has one.
+            view_parameters: [rows, parameters], where the store records them.
             audit: `Audit.to_json()` of these rows.
         Raises:
             ShapeMismatchError: arrays of another shape or type than the plan's, or ids that the plan excludes.
             ShardConflictError: the shard is committed with other contents.
         """
         plan = self._writer.plan
-        arrays: dict[str, NDArray[Any]] = {**encoded, "fingerprints": fingerprints}
-        arrays["ids"] = to_fixed_bytes(ids, width_bytes=plan.ids.width_bytes) if plan.ids.kind == "str" else ids
-        if "labels" in plan.arrays:
-            found = np.full(len(ids), UNLABELLED, dtype=np.int64) if labels is None else labels
-            arrays["labels"] = found.astype(plan.arrays["labels"].dtype)
-        self._check(arrays, ids)
+        arrays: dict[str, NDArray[Any]] = dict(encoded)
         total = FingerprintSum()
-        total.add(ids, fingerprints)
+        if ids is not None and fingerprints is not None:
+            self._refuse_other_ids(ids)
+            as_strings = plan.ids.kind == "str"
+            arrays["ids"] = to_fixed_bytes(ids, width_bytes=plan.ids.width_bytes) if as_strings else ids
+            arrays["fingerprints"] = fingerprints
+            total.add(ids, fingerprints)
+        if view_parameters is not None:
+            arrays["view_parameters"] = view_parameters
+        if "labels" in plan.arrays:
+            found = np.full(len(self.rows), UNLABELLED, dtype=np.int64) if labels is None else labels
+            arrays["labels"] = found.astype(plan.arrays["labels"].dtype)
+        self._check(arrays)
         return self._writer.commit(self.shard, arrays, fingerprint=total.hexdigest(), audit=audit)
 
-    def _check(self, arrays: Mapping[str, NDArray[Any]], ids: IdArray) -> None:
+    def _check(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         plan = self._writer.plan
         if set(arrays) != set(plan.arrays):
             raise ShapeMismatchError(f"a shard needs the arrays {sorted(plan.arrays)}, not {sorted(arrays)}")
@@ -239,11 +256,17 @@ class ShardClaim:
                     f"array {name!r} of shard {self.shard} is {arrays[name].dtype}{list(arrays[name].shape)}, the plan "
                     f"says {spec.dtype}{list(expected)}"
                 )
+
+    def _refuse_other_ids(self, ids: IdArray) -> None:
+        plan = self._writer.plan
         start = plan.ids.dense_start
-        if start is not None and not np.array_equal(ids, np.arange(self.rows.start, self.rows.stop) + start):
+        if start is None:
+            return
+        positions = np.arange(self.rows.start, self.rows.stop) // plan.layout.views
+        if not np.array_equal(ids, positions + start):
             raise ShapeMismatchError(
-                f"the ids of shard {self.shard} are not {start + self.rows.start} … {start + self.rows.stop - 1} as the "
-                "plan says: the transfer set changed, or it was planned as dense by mistake"
+                f"the ids of shard {self.shard} are not {start + positions[0]} … {start + positions[-1]} as the plan "
+                "says: the transfer set changed, or it was planned as dense by mistake"
             )
 
 

@@ -56,7 +56,12 @@ class ZarrContainer:
 
     def chunk_is_sound(self, chunk: NDArray[Any]) -> bool:
         """Whether crc32c of all but the last four bytes is what these say."""
-        return int.from_bytes(chunk[-4:].tobytes(), "little") == google_crc32c.value(chunk[:-4])
+        return int.from_bytes(chunk[-4:].tobytes(), "little") == crc32c(chunk[:-4])
+
+
+def crc32c(chunk: NDArray[np.uint8]) -> int:
+    """CRC-32C (RFC 3720) of bytes that are contiguous and read-only."""
+    return int(google_crc32c.value(chunk))
 
 
 def fill_value(dtype: np.dtype[Any]) -> float | int:
@@ -68,8 +73,8 @@ def fill_value(dtype: np.dtype[Any]) -> float | int:
 
 def dimension_names(name: str, array: ArraySpec) -> tuple[str, ...]:
     """Names of an array's dimensions for people and tools: rows first."""
-    if len(array.row_shape) == 1 and name.startswith("targets"):
-        return ("row", "class")
+    if name == "targets":
+        return ("row", "class") if len(array.row_shape) == 1 else ("row", "member", "class")
     return ("row", *(f"{name}_{axis}" for axis in range(len(array.row_shape))))
 
 
@@ -87,7 +92,7 @@ def _shard_file(plan: Manifest, shard: int, name: str, rows: NDArray[Any]) -> Sh
     buffers: list[Buffer] = []
     for start in range(0, flat.size, chunk_bytes):
         chunk = flat[start : start + chunk_bytes]
-        buffers += [memoryview(chunk), google_crc32c.value(chunk).to_bytes(4, "little")]
+        buffers += [chunk.data, crc32c(chunk).to_bytes(4, "little")]
     buffers.append(_shard_index(used, plan.shards.rows_per_shard // per_chunk, stride))
     path = f"{name}/c/{shard}" + "/0" * len(array.row_shape)
     return ShardFile(path=path, buffers=buffers, parts={name: Part(path=path, offset=0, stride=stride, rows=len(rows))})
@@ -98,4 +103,4 @@ def _shard_index(used: int, total: int, stride: int) -> bytes:
     index[:used, 0] = np.arange(used, dtype=np.uint64) * np.uint64(stride)
     index[:used, 1] = stride
     raw = index.tobytes()
-    return raw + google_crc32c.value(raw).to_bytes(4, "little")
+    return raw + crc32c(np.frombuffer(raw, dtype=np.uint8)).to_bytes(4, "little")

@@ -10,7 +10,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from softlabels.errors import RequestError, StoreChangedError
-from softlabels_server.batches import BatchRequest, from_binary, from_json, gather
+from softlabels_server.batches import BatchRequest, from_binary, from_json, plan
 from softlabels_server.bodies import read_body
 from softlabels_server.catalog import ServedStore, StoreFolder
 from softlabels_server.etags import names_digest
@@ -47,8 +47,9 @@ class BatchEndpoint:
         except ClientDisconnect:
             return  # nobody is there to be answered
         _refuse_other_match(headers.get("if-match"), store)
-        reply = SafetensorsReply(await self._gather(store, request), digest=store.digest)
-        await reply(scope, receive, send)
+        gathering = plan(store, request, self._settings)
+        buffers = await store.pace.run(gathering.buffers, reply_bytes=gathering.reply_bytes)
+        await SafetensorsReply(buffers, digest=store.digest)(scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive, headers: Headers, store: ServedStore) -> BatchRequest:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -62,9 +63,6 @@ class BatchEndpoint:
         if query:
             raise RequestError("query parameters go with binary ids; with JSON say it all in the body")
         return from_json(body, store, limits)
-
-    async def _gather(self, store: ServedStore, request: BatchRequest) -> list[bytes | memoryview]:
-        return await run_in_threadpool(gather, store, request, self._settings)
 
 
 def make_route(stores: StoreFolder, settings: Settings) -> Route:

@@ -77,6 +77,23 @@ class TestTargets:
             with pytest.raises(TemperatureLockedError, match="captured at temperature 4"):
                 store.batch([0], temperature=1.0)
 
+    def test_members_leave_mean_and_temperature_open(self, edited: Edited, exact_logits: np.ndarray) -> None:
+        """A store of members serves either mean, any weights and any T, each as the teachers themselves would."""
+        job = edited('encoding = "f32"', 'encoding = "f32"\nkeep = "members"')
+        precompute(job)
+        everyone = np.arange(1000)
+        with softlabels.open(job.store_path) as store:
+            for weights in (None, (2.0, 1.0)):
+                shares = WEIGHTS if weights is None else np.array(weights)
+                arithmetic = np.exp(mean_arithmetic(exact_logits, temperature=3.0, weights_M=shares))
+                geometric = soften(np.average(exact_logits, axis=0, weights=shares), temperature=3.0)
+                batch = store.batch(everyone, temperature=3.0, mean="arithmetic", weights=weights)
+                np.testing.assert_allclose(batch.p(), arithmetic, atol=2e-6)
+                assert batch.locked
+                batch = store.batch(everyone, temperature=3.0, mean="geometric", weights=weights)
+                np.testing.assert_allclose(batch.p(), geometric, atol=2e-6)
+                np.testing.assert_allclose(batch.p(7.0).sum(axis=1), 1.0, atol=1e-5)
+
     def test_string_ids_and_unlabelled_samples(self, edited: Edited) -> None:
         """Row i is found by its name, whatever its position."""
         job = edited('source = "parts.py:blobs"', 'source = "parts.py:blobs"\narguments = {ids = "str", labelled = false}')

@@ -1,0 +1,220 @@
+"""How is a basis learnt from a pilot of real rows, for a given row size?
+
+Directions are the principal ones of the pilot's rows (each row's mean taken out, since logits are free up to a constant). Bits go
+one by one to the direction whose expected squared error shrinks most: reverse water-filling (Cover and Thomas 2006, § 10.3.3) with
+whole bits. What a direction's coefficients vary by on *other* rows is what counts, and a pilot overstates that for its first
+directions and understates it for the last ones, so the variances are corrected by what a basis of three quarters of the pilot
+does on the last quarter.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.encodings.basis import EXACT, Basis, largest_sum
+from softlabels.encodings.levels import UNITS, WIDEST, distortion, levels_of
+from softlabels.encodings.planes import BitPacking
+from softlabels.encodings.protocol import row_bytes as bytes_of
+from softlabels.errors import EncodingError
+from softlabels.softmath import kl_divergence, log_soften
+
+MIN_PILOT_ROWS = 16
+_INT16_MAX = 32767
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """Principal directions of a pilot.
+
+    Attributes:
+        directions_RC: orthonormal, by falling variance.
+        variances_R: of the coefficients, corrected to rows outside the pilot.
+        reach_R: largest absolute coefficient seen.
+        mean_C: mean row.
+        depth: how far below the maximum the pilot's rows go.
+    """
+
+    directions_RC: NDArray[np.float64]
+    variances_R: NDArray[np.float64]
+    reach_R: NDArray[np.float64]
+    mean_C: NDArray[np.float64]
+    depth: float
+
+
+def spectrum_of(pilot_BC: NDArray[np.floating[Any]]) -> Spectrum:
+    """Principal directions of rows of logits.
+
+    Raises:
+        EncodingError: too few rows, or one that is not finite.
+    """
+    rows = np.asarray(pilot_BC, dtype=np.float64)
+    if rows.ndim != 2 or len(rows) < MIN_PILOT_ROWS or not np.isfinite(rows).all():
+        raise EncodingError(
+            f"a basis is learnt from at least {MIN_PILOT_ROWS} finite rows of logits, not from an array of shape "
+            f"{list(rows.shape)}: give a larger pilot, or use an encoding that learns nothing ('q8')",
+            rows=[],
+        )
+    depth = float((rows.max(axis=1) - np.median(rows, axis=1)).max())
+    centred = rows - rows.mean(axis=1, keepdims=True)
+    mean_C = centred.mean(axis=0)
+    directions, variances = _principal(centred - mean_C)
+    variances = variances * _optimism(centred, len(variances))
+    reach_R = np.abs((centred - mean_C) @ directions.T).max(axis=0)
+    return Spectrum(directions_RC=directions, variances_R=variances, reach_R=reach_R, mean_C=mean_C, depth=depth)
+
+
+def learn_basis(
+    pilot_BC: NDArray[np.floating[Any]],
+    *,
+    row_bytes: int,
+    temperatures: Sequence[float] = (1.0, 4.0),
+    max_rank: int | None = None,
+    heads: Sequence[int] = (2, 4, 8, 16, 24),
+    residuals: Sequence[int] = (0, 2, 3, 4, 5, 6),
+    refine: int = 4,
+) -> Basis:
+    """The basis encoding of at most `row_bytes` a row that does best on a fifth of the pilot held back.
+
+    Args:
+        pilot_BC: rows of logits as a store keeps them; thousands are better than hundreds.
+        row_bytes: what one row may take.
+        temperatures: those that the KL is weighed at (the geometric mean over them counts).
+        max_rank: most directions to use; decoding time grows with it.
+        heads: sizes of the exact head to try.
+        residuals: bits of the quantised rest to try, 0 for none.
+        refine: see `Basis`.
+    Raises:
+        EncodingError: a pilot too small or not finite, or no choice fits into `row_bytes`.
+    """
+    pilot = np.asarray(pilot_BC, dtype=np.float64)
+    kept = max(1, len(pilot) // 5)
+    spectrum = spectrum_of(pilot[:-kept])
+    choices: list[tuple[float, int, int]] = []
+    for residual_bits in residuals:
+        for head in heads:
+            tried = build_basis(
+                spectrum, row_bytes=row_bytes, head=head, residual_bits=residual_bits, max_rank=max_rank, refine=refine
+            )
+            if tried is not None:
+                choices.append((_score(tried, pilot[-kept:], temperatures), head, residual_bits))
+    if not choices:
+        raise EncodingError(f"no basis of {pilot.shape[1]} classes fits into {row_bytes} bytes a row: allow more", rows=[])
+    _, head, residual_bits = min(choices)
+    final = build_basis(
+        spectrum_of(pilot),
+        row_bytes=row_bytes,
+        head=head,
+        residual_bits=residual_bits,
+        max_rank=max_rank,
+        refine=refine,
+    )
+    assert final is not None, "the same sizes fitted a moment ago"
+    return final
+
+
+def build_basis(
+    spectrum: Spectrum, *, row_bytes: int, head: int, residual_bits: int, max_rank: int | None = None, refine: int = 4
+) -> Basis | None:
+    """The basis encoding of these sizes; None where they leave no bits for coefficients."""
+    classes = spectrum.mean_C.size
+    if head >= classes:
+        return None
+    settings: dict[str, Any] = {
+        "classes": classes,
+        "head": head,
+        "head_bits": 8 if row_bytes < 200 else 12,
+        "depth": float(np.float32(min(96.0, 1.25 * max(spectrum.depth, 1e-3)))),
+        "residual_bits": residual_bits,
+        "refine": refine,
+    }
+    none = {
+        "basis_RC": np.zeros((0, classes), np.int16),
+        "mean_C": np.zeros(classes, np.int32),
+        "widths_R": np.zeros(0, np.uint8),
+    }
+    budget = row_bytes - bytes_of(Basis(unit_log2=0, **settings, **none))
+    widths = allocate(spectrum.variances_R[:max_rank], budget) if budget > 0 else none["widths_R"]
+    if not len(widths):
+        return None
+    unit_log2, basis_RC, mean_C = _whole_numbers(spectrum, widths)
+    return Basis(unit_log2=unit_log2, basis_RC=basis_RC, mean_C=mean_C, widths_R=widths, **settings)
+
+
+def allocate(variances_R: NDArray[np.float64], budget_bytes: int) -> NDArray[np.uint8]:
+    """Bits of each coefficient, falling, that fit into so many bytes with the least expected squared error."""
+    widths = np.zeros(len(variances_R), dtype=np.uint8)
+    gains = [(-variance * (1.0 - distortion(1)), j) for j, variance in enumerate(variances_R) if variance > 0]
+    heapq.heapify(gains)
+    order: list[int] = []
+    while gains and len(order) < 8 * budget_bytes:
+        _, j = heapq.heappop(gains)
+        widths[j] += 1
+        order.append(j)
+        if widths[j] < WIDEST:
+            gain = distortion(int(widths[j])) - distortion(int(widths[j]) + 1)
+            heapq.heappush(gains, (-variances_R[j] * gain, j))
+    # Planes end on whole bytes: the last few bits may have to be given back.
+    while order and BitPacking(tuple(int(w) for w in widths[widths > 0])).size_bytes > budget_bytes:
+        widths[order.pop()] -= 1
+    # A falling order: the last bit given back may leave a hole.
+    used = int((widths > 0).sum())
+    return np.sort(widths)[::-1][:used].copy()
+
+
+def _principal(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Orthonormal directions and variances, falling; those of no variance are left out."""
+    _, sizes, directions = np.linalg.svd(rows, full_matrices=False)
+    kept = sizes > 1e-6 * max(float(sizes[0]), 1e-12)
+    # Signs are fixed, so that one pilot always gives one basis.
+    signs = np.sign(directions[np.arange(len(directions)), np.abs(directions).argmax(axis=1)])
+    return (directions * signs[:, None])[kept], sizes[kept] ** 2 / len(rows)
+
+
+def _optimism(centred: NDArray[np.float64], rank: int) -> NDArray[np.float64]:
+    """By what the variances along the pilot's own directions have to be multiplied to hold for other rows."""
+    cut = 3 * len(centred) // 4
+    mean_C = centred[:cut].mean(axis=0)
+    directions, variances = _principal(centred[:cut] - mean_C)
+    if not len(directions):
+        return np.ones(rank)
+    elsewhere = (((centred[cut:] - mean_C) @ directions.T) ** 2).mean(axis=0)
+    span = max(1, len(variances) // 32)
+    smooth = np.ones(span) / span
+    ratio = np.convolve(elsewhere, smooth, "same") / np.maximum(np.convolve(variances, smooth, "same"), 1e-12)
+    at = np.linspace(0, len(ratio) - 1, rank)
+    return np.clip(np.interp(at, np.arange(len(ratio)), ratio), 0.25, 16.0)
+
+
+def _whole_numbers(
+    spectrum: Spectrum, widths_R: NDArray[np.uint8]
+) -> tuple[int, NDArray[np.int16], NDArray[np.int32]]:
+    """Basis and mean in the finest power-of-two unit in which no sum can pass 2²⁴ and no entry int16."""
+    rank = len(widths_R)
+    widest = np.array([levels_of(int(width))[-1] / UNITS for width in widths_R])
+    # A heavy tail at a high rate: the outermost level reaches what the pilot saw.
+    high_rate = widths_R >= 5
+    deviation_R = np.sqrt(spectrum.variances_R[:rank])
+    deviation_R = np.where(high_rate, np.maximum(deviation_R, spectrum.reach_R[:rank] / widest), deviation_R)
+    scaled = spectrum.directions_RC[:rank] * (deviation_R / UNITS)[:, None]
+    for unit_log2 in range(-40, 1):
+        basis = np.rint(scaled * 2.0**-unit_log2)
+        mean = np.rint(spectrum.mean_C * 2.0**-unit_log2)
+        if np.abs(basis).max() <= _INT16_MAX and largest_sum(basis, mean, widths_R) < EXACT:
+            return unit_log2, basis.astype(np.int16), mean.astype(np.int32)
+    raise EncodingError("the pilot's logits span too much for a basis of whole numbers: check the teacher", rows=[])
+
+
+def _score(encoding: Basis, rows: NDArray[np.float64], temperatures: Sequence[float]) -> float:
+    decoded = encoding.decode(encoding.encode(rows)).astype(np.float64)
+    return sum(float(np.log(_mean_kl(rows, decoded, T) + 1e-12)) for T in temperatures)
+
+
+def _mean_kl(rows: NDArray[np.float64], decoded: NDArray[np.float64], temperature: float) -> float:
+    exact, kept = log_soften(rows, temperature=temperature), log_soften(decoded, temperature=temperature)
+    return float(kl_divergence(exact, kept).mean())

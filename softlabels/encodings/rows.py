@@ -1,0 +1,161 @@
+"""Which rows can be encoded at all, and how do packed rows get from `encode` to one array of bytes and back?"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.encodings.arrays import NUMPY, Array, Ops, torch_ops
+from softlabels.encodings.protocol import NO_CONSTANTS, TARGETS, Field
+from softlabels.errors import EncodingError, ShapeMismatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Encoders work on blocks of about this many entries: 256 kB of float32, so that what one step writes the next finds in
+# a core's second-level cache. Only the CPU does so; a device takes the whole batch at once.
+_BLOCK_ENTRIES = 1 << 16
+
+
+class PackedRows(ABC):
+    """An encoding whose row is one run of bytes in the array `targets`, written once over `Ops`.
+
+    A subclass says how long a row is, and encodes and decodes arrays of either library.
+    """
+
+    classes: int
+
+    @property
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """Bytes of one row."""
+
+    @abstractmethod
+    def _pack(self, ops: Ops, logits_BC: Array, keys_B: NDArray[np.uint64] | None) -> Array:
+        """Rows to bytes, uint8 [B, size_bytes]."""
+
+    @abstractmethod
+    def _unpack(self, ops: Ops, bytes_BS: Array) -> Array:
+        """Bytes to logits, float32 [B, classes]."""
+
+    @property
+    def constants(self) -> Mapping[str, NDArray[Any]]:
+        """Nothing learnt."""
+        return NO_CONSTANTS
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """One array, uint8 [rows, bytes]."""
+        return {TARGETS: Field(dtype=np.dtype("u1"), row_shape=(self.size_bytes,))}
+
+    def encode(
+        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Rows to bytes; raises EncodingError for rows outside what the class's docstring names."""
+        self._check_shape(logits_BC.shape, keys_B)
+        packed = np.empty((len(logits_BC), self.size_bytes), dtype=np.uint8)
+        for part in _blocks(len(logits_BC), self.classes):
+            with rows_from(part.start):
+                packed[part] = self._pack(NUMPY, logits_BC[part], None if keys_B is None else keys_B[part])
+        return {TARGETS: packed}
+
+    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Bytes to rows."""
+        decoded: NDArray[np.float32] = self._unpack(NUMPY, encoded[TARGETS])
+        return decoded
+
+    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
+        """Rows to bytes on their device."""
+        self._check_shape(tuple(logits_BC.shape), keys_B)
+        if logits_BC.device.type != "cpu" or len(logits_BC) == 0:
+            return {TARGETS: self._pack(torch_ops(), logits_BC, keys_B)}
+        packed = logits_BC.new_empty((len(logits_BC), self.size_bytes), dtype=torch_uint8())
+        for part in _blocks(len(logits_BC), self.classes):
+            with rows_from(part.start):
+                packed[part] = self._pack(torch_ops(), logits_BC[part], None if keys_B is None else keys_B[part])
+        return {TARGETS: packed}
+
+    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        """Bytes to rows on their device."""
+        decoded: Tensor = self._unpack(torch_ops(), encoded[TARGETS])
+        return decoded
+
+    def _check_shape(self, shape: tuple[int, ...], keys_B: NDArray[np.uint64] | None) -> None:
+        check_shape(shape, self.classes, None if keys_B is None else keys_B.shape)
+
+
+def torch_uint8() -> Any:
+    """torch.uint8, without importing torch where nobody did."""
+    import torch
+
+    return torch.uint8
+
+
+class rows_from:  # noqa: N801 - a context manager, used like a function
+    """Number the rows that an EncodingError names from `start`, where a batch is encoded in blocks."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, EncodingError) and self.start:
+            error.context["rows"] = [row + self.start for row in error.context.get("rows", [])]
+
+
+def check_shape(shape: tuple[int, ...], classes: int, keys: tuple[int, ...] | None = None) -> None:
+    """Let rows of the right shape pass.
+
+    Raises:
+        ShapeMismatchError: not [rows, classes], or not one key a row.
+    """
+    if len(shape) != 2 or shape[1] != classes:
+        raise ShapeMismatchError(
+            f"this encoding holds rows of {classes} classes and was given an array of shape {list(shape)}; give "
+            f"[rows, {classes}]",
+            shape=list(shape),
+            classes=classes,
+        )
+    if keys is not None and keys != shape[:1]:
+        raise ShapeMismatchError(f"{shape[0]} rows need as many keys, not {list(keys)}", rows=shape[0], keys=list(keys))
+
+
+def shifted_rows(ops: Ops, logits_BC: Array, *, name: str, minus_inf: bool = False) -> Array:
+    """Rows as float32 with their largest at 0.
+
+    Args:
+        ops: what `logits_BC` is an array of.
+        logits_BC: [B, C].
+        name: of the encoding, for the error.
+        minus_inf: whether -inf (a class of probability 0) is to be let through.
+    Raises:
+        EncodingError: NaN, +inf, no finite entry, -inf where it is not let through, or a row so wide that its
+            differences overflow float32.
+    """
+    z = ops.cast(logits_BC, "f4")
+    if z.shape[0] == 0:
+        return z
+    high_B1 = ops.max(z)
+    bad_B1 = ~ops.isfinite(high_B1)
+    if not minus_inf:
+        bad_B1 = bad_B1 | ~ops.isfinite(ops.min(z) - high_B1)
+    rows = ops.rows_where(bad_B1[:, 0])
+    if rows:
+        allowed = "" if minus_inf else ", -inf (a class of probability 0) or a span beyond float32"
+        raise EncodingError(
+            f"{len(rows)} row(s) hold NaN, +inf{allowed}, which encoding {name!r} cannot keep; check the teacher, or "
+            "mask classes by a large finite negative logit, or use an encoding that keeps every bit ('f32')",
+            rows=rows,
+        )
+    return z - high_B1
+
+
+def _blocks(rows: int, classes: int) -> list[slice]:
+    step = max(1, _BLOCK_ENTRIES // classes)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

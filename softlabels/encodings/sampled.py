@@ -1,0 +1,203 @@
+"""Rows of few classes whose expectation is the row: threshold sampling, unbiased. Name `sampled`.
+
+The H largest entries are kept, the rest of the mass is split evenly over N systematic draws (class i is drawn with probability
+p_i/τ, τ = rest/N, and weighs τ; Madow 1949). With H at or above the number of entries with p ≥ τ this is threshold sampling: the
+variance is the least that H + N kept entries can have (Duffield, Lund, Thorup 2007). With H below it an entry may be drawn more
+than once; that is unbiased too. So H and N can be the same for every row, and a row has a fixed size.
+
+Row: ids of the head (⌈log₂ C⌉ bits each) · weights of the head (16 bits, in units of 1/65535) · low bits of the drawn ids · their high
+bits in unary, packed as `planes` says. Drawn ids ascend and are kept as Elias 1974 and Fano 1971 do: l = ⌊log₂ C/N⌋ low bits each,
+then bit (id >> l) + j set for the j-th. That is about 2 + log₂ C/N bits an id instead of log₂ C. Heads are rounded to the grid by
+one random offset a row, so their expectation is exact as well, and the draws share what is left to 1.
+
+Decoded rows are log-probabilities, -inf for classes that were not drawn: their KL to the exact row is infinite and means
+nothing; what counts is that every gradient is right on average. Locked to the T that the rows were tempered with. Bound: E[q] = p
+within 10⁻⁹; Var q_i ≤ p_i τ for what is drawn. Refused: NaN, +inf, rows without a key. -inf is kept, as probability 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.encodings.arrays import Array, Ops, largest, natural_log
+from softlabels.encodings.draws import uniforms
+from softlabels.encodings.planes import BitPacking
+from softlabels.encodings.quantised import id_bits
+from softlabels.encodings.rows import PackedRows, shifted_rows
+from softlabels.errors import EncodingError, UnknownEncodingError
+
+WHOLE = 65535
+"""Units of a head's weight: the weight 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(PackedRows):
+    """`head` largest entries and `draws` systematic draws from the rest.
+
+    Attributes:
+        classes: C, at least 2.
+        head: H, 0 to C - 1.
+        draws: N, at least 1.
+    """
+
+    classes: int
+    head: int
+    draws: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.head < self.classes or not 1 <= self.draws <= 1 << 20:
+            raise UnknownEncodingError(
+                f"a sampled row of {self.classes} classes keeps 0 to {self.classes - 1} of the largest and takes at least "
+                f"one draw from the rest, not head = {self.head} and draws = {self.draws}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The name in manifests."""
+        return "sampled"
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """`head` and `draws`."""
+        return {"head": self.head, "draws": self.draws}
+
+    @property
+    def retemperable(self) -> bool:
+        """Never: a sample of p is no sample of p at another T."""
+        return False
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes of one row."""
+        return sum(part.size_bytes for part in self._parts)
+
+    @cached_property
+    def _low_bits(self) -> int:
+        return max(0, (self.classes // self.draws).bit_length() - 1)
+
+    @cached_property
+    def _parts(self) -> tuple[BitPacking, BitPacking, BitPacking, BitPacking]:
+        unary = self.draws + ((self.classes - 1) >> self._low_bits)
+        return (
+            BitPacking.even(self.head, id_bits(self.classes)),
+            BitPacking.even(self.head, 16),
+            BitPacking.even(self.draws, self._low_bits),
+            BitPacking.even(unary, 1),
+        )
+
+    def _pack(self, ops: Ops, logits_BC: Array, keys_B: NDArray[np.uint64] | None) -> Array:
+        if keys_B is None:
+            raise EncodingError(
+                "sampled rows need a key each, made from store, sample and view by draw_keys(): without it a resumed "
+                "capture would not draw the same again",
+                rows=list(range(min(8, len(logits_BC)))),
+            )
+        z = shifted_rows(ops, logits_BC, name=self.name, minus_inf=True)
+        p = ops.exp(ops.cast(z, "f8"))
+        p = p / ops.sum(p)
+        head_ids, draws_BN, units = self._draw(ops, p, keys_B)
+        low = ops.cast(draws_BN & ((1 << self._low_bits) - 1), "i4")
+        at = (draws_BN >> self._low_bits) + ops.constant(np.arange(self.draws), "i8", p)
+        unary = ops.zeros((len(z), len(self._parts[3].widths)), "u1", p)
+        ops.scatter(unary, at, ops.cast(at >= 0, "u1"))
+        codes = (ops.cast(head_ids, "i4"), units, low, unary)
+        return ops.concat([part.pack(ops, code) for part, code in zip(self._parts, codes, strict=True) if part.widths])
+
+    def _draw(self, ops: Ops, p: Array, keys_B: NDArray[np.uint64]) -> tuple[Array, Array, Array]:
+        """Head ids int64 [B, H], drawn ids int64 [B, N] ascending, head weights in units int32 [B, H]."""
+        head_ids = largest(ops, ops.cast(p, "f4"), self.head) if self.head else ops.zeros((len(p), 0), "i8", p)
+        head_p = ops.gather(p, head_ids)
+        # One offset for all heads of a row: each unit count is right on average and their sum is within 1 of its own.
+        offset_B1 = ops.constant(uniforms(keys_B, 1)[:, None] + 1e-9, "f8", p)
+        upto = ops.floor(ops.cumsum(head_p) * WHOLE + offset_B1)
+        before = ops.concat([ops.zeros((len(p), 1), "f8", p), upto])[:, :-1]
+        units = ops.cast(ops.clip(upto - before, 0, WHOLE), "i4")
+        rest = p + 0.0
+        ops.scatter(rest, head_ids, head_p * 0.0)
+        upto_BC = ops.cumsum(rest)
+        position_BN = ops.constant((np.arange(self.draws) + uniforms(keys_B, 0)[:, None]) / self.draws, "f8", p)
+        drawn = ops.rank(upto_BC, position_BN * upto_BC[:, -1:])
+        return head_ids, ops.clip(drawn, 0, self.classes - 1), units
+
+    def _unpack(self, ops: Ops, bytes_BS: Array) -> Array:
+        head_ids, head_q, draws_BN, weight_B1 = self._entries(ops, bytes_BS)
+        z = ops.zeros((len(bytes_BS), self.classes), "f4", bytes_BS) - float("inf")
+        times_BN = ops.gather(ops.count(draws_BN, self.classes), draws_BN)
+        ops.scatter(z, draws_BN, natural_log(ops, ops.cast(times_BN, "f4") * weight_B1))
+        # The head last: where it holds all the mass, draws of weight 0 point anywhere.
+        ops.scatter(z, head_ids, natural_log(ops, head_q))
+        return z
+
+    def _entries(self, ops: Ops, bytes_BS: Array) -> tuple[Array, Array, Array, Array]:
+        """Head ids and weights [B, H], drawn ids [B, N], and the weight of one draw [B, 1]."""
+        pieces, start = [], 0
+        for part in self._parts:
+            pieces.append(part.unpack(ops, bytes_BS[:, start : start + part.size_bytes]))
+            start += part.size_bytes
+        units = ops.cast(pieces[1], "i4")
+        weight_B1 = ops.cast(WHOLE - ops.sum(units), "f4") / float(WHOLE * self.draws)
+        high = self._ones(ops, pieces[3]) - ops.constant(np.arange(self.draws), "i8", bytes_BS)
+        draws_BN = (high << self._low_bits) + ops.cast(pieces[2], "i8")
+        if len(bytes_BS) and not (int(draws_BN.min()) >= 0 and int(draws_BN.max()) < self.classes):
+            raise EncodingError("a sampled row names classes that there are none of: its bytes are damaged", rows=[])
+        return ops.cast(pieces[0], "i8"), ops.cast(units, "f4") / float(WHOLE), draws_BN, weight_B1
+
+    def _ones(self, ops: Ops, unary: Array) -> Array:
+        """Positions of the set bits, int64 [B, N]."""
+        rows, length = unary.shape
+        found = ops.positions(unary)
+        if len(found) != rows * self.draws:
+            raise EncodingError("a sampled row does not hold as many draws as it should: its bytes are damaged", rows=[])
+        first_B1 = ops.constant(np.arange(rows)[:, None] * length, "i8", unary)
+        return found.reshape(rows, self.draws) - first_B1
+
+
+def expected_error(sampled: Sampled, p_BC: NDArray[np.float64]) -> float:
+    """Root of the mean over rows of E‖q - p‖²: sum over the drawn of p_i (τ - p_i), multiplicities included."""
+    ordered = -np.sort(-p_BC, axis=1)
+    rest = ordered[:, sampled.head :]
+    tau_B1 = rest.sum(axis=1, keepdims=True) / sampled.draws
+    # An entry of k + f thresholds is drawn k or k + 1 times: variance τ² f (1 - f).
+    share = rest / np.maximum(tau_B1, 1e-300)
+    share -= np.floor(share)
+    return float(np.sqrt((tau_B1**2 * share * (1 - share)).sum(axis=1).mean()))
+
+
+def sampled_within(row_bytes: int, *, classes: int, p_BC: NDArray[np.float64] | None = None) -> Sampled:
+    """The sampled encoding of at most `row_bytes` a row with the least expected error on a pilot's distributions.
+
+    Args:
+        row_bytes: what one row may take.
+        classes: C.
+        p_BC: distributions at the T that will be captured; without them a sixth of the entries is head.
+    Raises:
+        EncodingError: nothing fits.
+    """
+    choices = []
+    for head in range(min(classes, row_bytes * 8 // (id_bits(classes) + 16) + 1)):
+        draws = _most_draws(row_bytes, classes, head)
+        if draws:
+            choices.append(Sampled(classes=classes, head=head, draws=draws))
+    if not choices:
+        raise EncodingError(f"not one draw of {classes} classes fits into {row_bytes} bytes a row: allow more", rows=[])
+    if p_BC is None:
+        return min(choices, key=lambda choice: abs(6 * choice.head - choice.head - choice.draws))
+    # Every second head size is enough: the error is flat around its least.
+    return min(choices[:: 1 + len(choices) // 24], key=lambda choice: expected_error(choice, p_BC))
+
+
+def _most_draws(row_bytes: int, classes: int, head: int) -> int:
+    low, high = 0, min(1 << 20, 8 * row_bytes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if Sampled(classes=classes, head=head, draws=middle).size_bytes <= row_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,154 @@
+"""Truncated rows: the k largest entries, what was cut off, and a named rule for where that went. Name `topk`.
+
+Three arrays, since peers that kept ids among float16 values lost every id above 2,048: `class_ids` (uint16 up to 65,536 classes, else
+uint32) · `values` (f16, log-probabilities) · `tail_mass` (f32, exact: the sum of what was cut off, not 1 minus the kept).
+
+Rules: `uniform` spreads the tail mass evenly over the classes cut off. `renormalise` gives them nothing and scales the kept ones up
+(biased: a student learns that they are impossible). `ghost` keeps the tail as one class of its own, to be compared with the student's
+summed mass outside the ids (`entries`); where all classes are asked for, it spreads as `uniform` does.
+
+Bound: kept log-probabilities within 2⁻¹¹ relative (2⁻²⁵ absolute near 0); nothing is promised of the rest. Locked to the T that the
+rows were tempered with: tempering does not commute with cutting. Refused: NaN, +inf, log-probabilities under -65,504.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.encodings.arrays import NUMPY, Array, Ops, natural_log, nearest_zero, torch_ops
+from softlabels.encodings.protocol import NO_CONSTANTS, Field
+from softlabels.encodings.rows import check_shape, shifted_rows
+from softlabels.errors import EncodingError, UnknownEncodingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TailRule = Literal["uniform", "ghost", "renormalise"]
+TAIL_RULES: tuple[TailRule, ...] = get_args(TailRule)
+
+# Not `ids`: that is what a store calls its samples' ids, and both travel in one reply.
+CLASS_IDS, VALUES, TAIL_MASS = "class_ids", "values", "tail_mass"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The k largest of each row.
+
+    Attributes:
+        classes: C.
+        k: how many are kept, 1 to C.
+        tail: the rule for the rest.
+    """
+
+    classes: int
+    k: int
+    tail: TailRule = "uniform"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.classes or self.tail not in TAIL_RULES:
+            raise UnknownEncodingError(
+                f"topk of {self.classes} classes keeps k = 1 to {self.classes} and its tail rule is one of "
+                f"{', '.join(TAIL_RULES)}, not k = {self.k} and tail = {self.tail!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The name in manifests."""
+        return "topk"
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """`k` and `tail`."""
+        return {"k": self.k, "tail": self.tail}
+
+    @property
+    def constants(self) -> Mapping[str, NDArray[Any]]:
+        """Nothing learnt."""
+        return NO_CONSTANTS
+
+    @property
+    def retemperable(self) -> bool:
+        """Never: the tail's own shape at another T is gone."""
+        return False
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """`class_ids`, `values` and `tail_mass`."""
+        return {
+            CLASS_IDS: Field(dtype=np.dtype("<u2" if self.classes <= 1 << 16 else "<u4"), row_shape=(self.k,)),
+            VALUES: Field(dtype=np.dtype("<f2"), row_shape=(self.k,)),
+            TAIL_MASS: Field(dtype=np.dtype("<f4"), row_shape=(1,)),
+        }
+
+    def encode(
+        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """The k largest, their log-probabilities, and the mass of the rest."""
+        check_shape(logits_BC.shape, self.classes)
+        ids, values, tail_mass = self._encode(NUMPY, logits_BC)
+        return {CLASS_IDS: ids.astype(self.fields[CLASS_IDS].dtype), VALUES: values, TAIL_MASS: tail_mass}
+
+    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Log-probabilities of all classes, the tail by its rule."""
+        ids = encoded[CLASS_IDS].astype(np.int64)
+        decoded: NDArray[np.float32] = self._decode(NUMPY, ids, encoded[VALUES], encoded[TAIL_MASS])
+        return decoded
+
+    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
+        """`encode` on the rows' device."""
+        import torch
+
+        check_shape(tuple(logits_BC.shape), self.classes)
+        ids, values, tail_mass = self._encode(torch_ops(), logits_BC)
+        kept_as = torch.uint16 if self.classes <= 1 << 16 else torch.uint32
+        return {CLASS_IDS: ids.to(kept_as), VALUES: values, TAIL_MASS: tail_mass}
+
+    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        """`decode` on the tensors' device."""
+        import torch
+
+        ids = encoded[CLASS_IDS].to(torch.int64)
+        return cast("Tensor", self._decode(torch_ops(), ids, encoded[VALUES], encoded[TAIL_MASS]))
+
+    def entries(
+        self, encoded: Mapping[str, NDArray[Any]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """What is kept, without a row of all classes: ids [B, k], log-probabilities [B, k], log of the tail mass [B, 1]."""
+        tail = natural_log(NUMPY, encoded[TAIL_MASS].astype(np.float32))
+        return encoded[CLASS_IDS].astype(np.int64), encoded[VALUES].astype(np.float32), tail
+
+    def _encode(self, ops: Ops, logits_BC: Array) -> tuple[Array, Array, Array]:
+        z = shifted_rows(ops, logits_BC, name=self.name, minus_inf=True)
+        ids_BK = nearest_zero(ops, z, self.k)
+        p = ops.exp(ops.cast(z, "f8"))
+        total_B1 = ops.sum(p)
+        kept = ops.gather(p, ids_BK)
+        ops.scatter(p, ids_BK, kept * 0.0)
+        # ln of a float64 sum in float32: two libraries differ by less than float16 shows.
+        scale_B1 = natural_log(ops, ops.cast(total_B1, "f4"))
+        exact_BK = ops.gather(z, ids_BK)
+        values = ops.cast(exact_BK - scale_B1, "f2")
+        rows = ops.rows_where(((values == -float("inf")) & (exact_BK > -float("inf"))).any(-1))
+        if rows:
+            raise EncodingError(
+                f"topk cannot hold {len(rows)} row(s): a kept log-probability lies under -65,504, which float16 has not; "
+                "keep fewer classes, or use encoding 'f32'",
+                rows=rows,
+            )
+        return ids_BK, values, ops.cast(ops.sum(p) / total_B1, "f4")
+
+    def _decode(self, ops: Ops, ids_BK: Array, values: Array, tail_mass: Array) -> Array:
+        shape = (len(ids_BK), self.classes)
+        z = ops.zeros(shape, "f4", values)
+        if self.tail == "renormalise":
+            z -= float("inf")
+        else:
+            share_B1 = ops.cast(tail_mass, "f4") / float(max(1, self.classes - self.k))
+            z += natural_log(ops, share_B1)
+        ops.scatter(z, ids_BK, ops.cast(values, "f4"))
+        return z
