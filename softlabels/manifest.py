@@ -27,6 +27,9 @@ STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a store may be called: it is a path segment in URLs and on disk, so nothing that climbs out of a folder."""
 
 Container = Literal["zarr", "hdf5"]
+COMPRESSIONS: Mapping[Container, tuple[str, ...]] = {"zarr": ("zstd", "blosc"), "hdf5": ("gzip",)}
+"""What any reader of the format decodes without a plugin: HDF5 itself ships neither Zstandard nor Blosc."""
+
 LayoutKind = Literal["single", "views", "sequences"]
 MeanKind = Literal["none", "arithmetic", "geometric"]
 T = TypeVar("T")
@@ -107,11 +110,16 @@ class TransferSetSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSpec:
-    """How rows are cut: shards are the unit of commit, chunks the unit of checksum."""
+    """How rows are cut: shards are the unit of commit, chunks the unit of checksum.
+
+    Attributes:
+        compression: of chunks, for archives; None where a row must have an address.
+    """
 
     count: int
     rows_per_shard: int
     rows_per_chunk: int
+    compression: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +354,8 @@ def _check_sense(manifest: Manifest) -> None:
         raise ValueError(f"{layout.rows} rows are not {layout.samples} samples × {layout.views} views")
     if manifest.ids.kind not in ("int", "str") or (manifest.ids.kind == "str") != (manifest.ids.width_bytes > 0):
         raise ValueError(f"ids of kind {manifest.ids.kind!r} and width {manifest.ids.width_bytes}")
+    if shards.compression is not None and shards.compression not in COMPRESSIONS[manifest.container]:
+        raise ValueError(f"{manifest.container} chunks compressed with {shards.compression!r}")
     if shards.rows_per_shard % shards.rows_per_chunk:
         raise ValueError("rows_per_shard is not a multiple of rows_per_chunk")
     if shards.count != -(-layout.rows // shards.rows_per_shard):

@@ -160,8 +160,8 @@ class TargetStore:
         if manifest.members is None:
             if mean not in (None, manifest.mean) or weights is not None:
                 raise RequestError(
-                    f"{manifest.name!r} keeps the {manifest.mean} mean of its teachers: another mean or other weights need "
-                    "a store that keeps its members"
+                    f"{manifest.name!r} keeps {_kept(manifest.mean)}, not its members: another mean or other weights need a "
+                    "store that was precomputed with keep = 'members'"
                 )
             return None, spec.captured, spec.locked
         kind = check_mean(manifest.mean if mean is None else mean)
@@ -214,6 +214,10 @@ class TargetStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _kept(mean: str) -> str:
+    return "one teacher's rows" if mean == "none" else f"the {mean} mean of its teachers"
 
 
 def _whole_numbers(values: NDArray[Any], what: str) -> NDArray[np.int64]:

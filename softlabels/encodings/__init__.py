@@ -4,32 +4,118 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.encodings.basis import Basis
 from softlabels.encodings.dense import BF16, F16, F32
-from softlabels.encodings.protocol import Encoding, Field
+from softlabels.encodings.draws import draw_keys
+from softlabels.encodings.protocol import TARGETS, Encoding, Field, row_bytes
+from softlabels.encodings.quantised import Quantised
+from softlabels.encodings.sampled import Sampled
+from softlabels.encodings.topk import TAIL_RULES, TopK
 from softlabels.errors import UnknownEncodingError
 
-__all__ = ["BF16", "ENCODING_NAMES", "F16", "F32", "Encoding", "Field", "make_encoding"]
+__all__ = [
+    "BF16",
+    "ENCODING_NAMES",
+    "F16",
+    "F32",
+    "TAIL_RULES",
+    "TARGETS",
+    "Basis",
+    "Encoding",
+    "Field",
+    "Quantised",
+    "Sampled",
+    "TopK",
+    "draw_keys",
+    "make_encoding",
+    "row_bytes",
+]
 
-ENCODING_NAMES: tuple[str, ...] = ("f32", "f16", "bf16")
-"""Every encoding that a job or a manifest may name."""
+_QUANTISED = {f"q{bits}": bits for bits in range(8, 1, -1)}
+
+ENCODING_NAMES: tuple[str, ...] = ("f32", "f16", "bf16", *_QUANTISED, "topk", "sampled", "basis")
+"""Every encoding that a manifest may name."""
+
+DEFAULT_HEAD = 16
+"""Classes that quantised rows keep exactly unless told otherwise; of few classes, an eighth."""
+
+_DENSE: Mapping[str, type[F32] | type[F16] | type[BF16]] = {"f32": F32, "f16": F16, "bf16": BF16}
 
 
-def make_encoding(name: str, *, classes: int, params: Mapping[str, Any] | None = None) -> Encoding:
+def make_encoding(
+    name: str,
+    *,
+    classes: int,
+    params: Mapping[str, Any] | None = None,
+    constants: Mapping[str, NDArray[Any]] | None = None,
+) -> Encoding:
     """The encoding of this name for rows of `classes` classes.
 
+    Args:
+        name: one of `ENCODING_NAMES`.
+        classes: at least 2 (1 for dense rows and topk).
+        params: as `Encoding.params` gave them; what may be left out: `head` of q8 … q2, `tail` of topk.
+        constants: as `Encoding.constants` gave them; `basis` alone has some.
     Raises:
-        UnknownEncodingError: no encoding has that name, or it does not take these parameters.
+        UnknownEncodingError: no encoding has that name, or it does not take these parameters or constants.
     """
-    if params:
-        raise UnknownEncodingError(f"encoding {name!r} takes no parameters, but got {sorted(params)}")
-    if name == "f32":
-        return F32(classes=classes)
-    if name == "f16":
-        return F16(classes=classes)
-    if name == "bf16":
-        return BF16(classes=classes)
-    near = get_close_matches(name, ENCODING_NAMES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UnknownEncodingError(f"there is no encoding {name!r}{hint}; known are {', '.join(ENCODING_NAMES)}")
+    given = dict(params or {})
+    if name in _DENSE:
+        kind: Any = _DENSE[name]
+    elif name in _QUANTISED:
+        kind = Quantised
+        given = {"head": max(1, min(DEFAULT_HEAD, classes // 8)), **given}
+    elif name in ("topk", "sampled", "basis"):
+        kind = {"topk": TopK, "sampled": Sampled, "basis": Basis}[name]
+    else:
+        near = get_close_matches(name, ENCODING_NAMES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UnknownEncodingError(f"there is no encoding {name!r}{hint}; known are {', '.join(ENCODING_NAMES)}")
+    _check_params(name, kind, given)
+    fixed = {"bits": _QUANTISED[name]} if name in _QUANTISED else {}
+    encoding: Encoding = kind(classes=classes, **fixed, **given, **_arrays(name, constants))
+    return encoding
+
+
+_CONSTANTS = {"basis": ("basis_RC", "<i2"), "mean": ("mean_C", "<i4"), "widths": ("widths_R", "u1")}
+
+
+def _arrays(name: str, constants: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
+    expected = set(_CONSTANTS) if name == "basis" else set()
+    given = {} if constants is None else constants
+    if set(given) != expected:
+        raise UnknownEncodingError(
+            f"encoding {name!r} goes with the arrays {sorted(expected)}, learnt for one store, and got {sorted(given)}"
+            + ("; learn them from a pilot of real rows (learn_basis)" if name == "basis" else "")
+        )
+    for array, (_, dtype) in _CONSTANTS.items():
+        if array in given and given[array].dtype != np.dtype(dtype):
+            raise UnknownEncodingError(f"array {array!r} of a basis is {dtype}, not {given[array].dtype}")
+    return {_CONSTANTS[array][0]: np.asarray(values) for array, values in given.items()}
+
+
+def _check_params(name: str, kind: Any, given: Mapping[str, Any]) -> None:
+    """Names and types, before a constructor sees them: they may come from a manifest that nobody vouches for."""
+    arrays = {field for field, _ in _CONSTANTS.values()}
+    fields = {p.name: p for p in signature(kind).parameters.values() if p.name not in arrays | {"classes", "bits"}}
+    unknown = [key for key in given if key not in fields]
+    if unknown:
+        near = get_close_matches(unknown[0], list(fields), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        takes = f"takes {', '.join(fields)}" if fields else "takes no parameters"
+        raise UnknownEncodingError(f"encoding {name!r} {takes}, not {unknown[0]!r}{hint}")
+    missing = [key for key, parameter in fields.items() if parameter.default is parameter.empty and key not in given]
+    if missing:
+        raise UnknownEncodingError(f"encoding {name!r} needs {', '.join(missing)}")
+    for key, value in given.items():
+        wanted: tuple[type, ...] = {"tail": (str,), "depth": (float, int)}.get(key, (int,))
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise UnknownEncodingError(
+                f"parameter {key!r} of encoding {name!r} is {value!r}: give {wanted[0].__name__}"
+            )

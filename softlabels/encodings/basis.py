@@ -264,7 +264,9 @@ def _what_is_wrong(given: Basis) -> str:
     """Why these parameters and constants are none of a basis; empty where they are."""
     rank = len(given.widths_R)
     if given.basis_RC.shape != (rank, given.classes) or given.mean_C.shape != (given.classes,):
-        return f"basis {given.basis_RC.shape}, mean {given.mean_C.shape}, {rank} widths and {given.classes} classes differ"
+        return (
+            f"basis {given.basis_RC.shape}, mean {given.mean_C.shape}, {rank} widths and {given.classes} classes differ"
+        )
     if given.basis_RC.dtype != np.int16 or given.mean_C.dtype != np.int32 or given.widths_R.dtype != np.uint8:
         return "basis has to be int16, mean int32 and widths uint8"
     if rank and not (1 <= int(given.widths_R.min()) and int(given.widths_R.max()) <= WIDEST):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.encodings.arrays import NUMPY, Array, Ops, torch_ops
 from softlabels.encodings.protocol import NO_CONSTANTS, TARGETS, Field
 from softlabels.encodings.rows import check_shape
 from softlabels.errors import EncodingError
@@ -55,8 +56,10 @@ class F32(_Dense):
     def encode(
         self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Keep the rows as they are."""
-        return {TARGETS: np.ascontiguousarray(logits_BC, dtype="<f4")}
+        """Keep the rows as they are; raises EncodingError for NaN and +inf."""
+        rows = np.ascontiguousarray(logits_BC, dtype="<f4")
+        _refuse_unsound(NUMPY, rows, self)
+        return {TARGETS: rows}
 
     def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The rows as they were."""
@@ -64,7 +67,9 @@ class F32(_Dense):
 
     def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
         """Keep the rows as they are, on their device."""
-        return {TARGETS: logits_BC.float().contiguous()}
+        rows = logits_BC.float().contiguous()
+        _refuse_unsound(torch_ops(), rows, self)
+        return {TARGETS: rows}
 
     def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
         """The rows as they were, on their device."""
@@ -86,6 +91,7 @@ class F16(_Dense):
         Raises:
             EncodingError: a finite logit lies more than 65,504 below its row's maximum.
         """
+        _refuse_unsound(NUMPY, np.asarray(logits_BC), self)
         with np.errstate(over="ignore"):
             rounded = np.asarray(logits_BC).astype("<f2")
         overflowed = np.isinf(rounded).any(axis=-1)
@@ -99,6 +105,7 @@ class F16(_Dense):
 
     def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
         """Round to nearest even, on the rows' device; the range is checked there too."""
+        _refuse_unsound(torch_ops(), logits_BC, self)
         rounded = logits_BC.half()
         overflowed = rounded.isinf().any(dim=-1)
         if bool(overflowed.any()):
@@ -121,7 +128,9 @@ class BF16(_Dense):
         self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
     ) -> dict[str, NDArray[Any]]:
         """Round to nearest even: add half of the dropped half-word's range, ties to the even kept half-word."""
-        bits = np.ascontiguousarray(logits_BC, dtype="<f4").view("<u4")
+        rows = np.ascontiguousarray(logits_BC, dtype="<f4")
+        _refuse_unsound(NUMPY, rows, self)
+        bits = rows.view("<u4")
         rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
         return {TARGETS: rounded.astype("<u2")}
 
@@ -133,6 +142,7 @@ class BF16(_Dense):
         """Round to nearest even, on the rows' device."""
         import torch
 
+        _refuse_unsound(torch_ops(), logits_BC, self)
         return {TARGETS: logits_BC.bfloat16().contiguous().view(torch.uint16)}
 
     def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
@@ -140,6 +150,19 @@ class BF16(_Dense):
         import torch
 
         return encoded[TARGETS].view(torch.bfloat16).float()
+
+
+def _refuse_unsound(ops: Ops, logits_BC: Array, encoding: _Dense) -> None:
+    check_shape(tuple(logits_BC.shape), encoding.classes)
+    if len(logits_BC) == 0:
+        return
+    # The largest is finite: no NaN, no +inf, and some class has a probability.
+    rows = ops.rows_where(~ops.isfinite(ops.max(logits_BC))[:, 0])
+    if rows:
+        raise EncodingError(
+            f"{len(rows)} row(s) hold NaN, +inf or nothing finite, which are no distributions; check the teacher",
+            rows=rows,
+        )
 
 
 def _out_of_range(rows: list[int]) -> EncodingError:

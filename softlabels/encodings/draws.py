@@ -27,7 +27,9 @@ def draw_keys(store: str, ids: IdArray, views: NDArray[np.integer[Any]] | int = 
         ids: [B] sample ids.
         views: [B] view numbers, or one for all.
     """
-    base = np.uint64(int.from_bytes(blake2b(store.encode(), digest_size=8, person=b"softlabels/draw").digest(), "little"))
+    base = np.uint64(
+        int.from_bytes(blake2b(store.encode(), digest_size=8, person=b"softlabels/draw").digest(), "little")
+    )
     if ids.dtype.kind == "U":
         hashed = [blake2b(str(id_).encode(), digest_size=8).digest() for id_ in ids]
         numbers = np.frombuffer(b"".join(hashed), dtype="<u8").astype(np.uint64)

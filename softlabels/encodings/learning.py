@@ -104,7 +104,9 @@ def learn_basis(
             if tried is not None:
                 choices.append((_score(tried, pilot[-kept:], temperatures), head, residual_bits))
     if not choices:
-        raise EncodingError(f"no basis of {pilot.shape[1]} classes fits into {row_bytes} bytes a row: allow more", rows=[])
+        raise EncodingError(
+            f"no basis of {pilot.shape[1]} classes fits into {row_bytes} bytes a row: allow more", rows=[]
+        )
     _, head, residual_bits = min(choices)
     final = build_basis(
         spectrum_of(pilot),
@@ -191,9 +193,7 @@ def _optimism(centred: NDArray[np.float64], rank: int) -> NDArray[np.float64]:
     return np.clip(np.interp(at, np.arange(len(ratio)), ratio), 0.25, 16.0)
 
 
-def _whole_numbers(
-    spectrum: Spectrum, widths_R: NDArray[np.uint8]
-) -> tuple[int, NDArray[np.int16], NDArray[np.int32]]:
+def _whole_numbers(spectrum: Spectrum, widths_R: NDArray[np.uint8]) -> tuple[int, NDArray[np.int16], NDArray[np.int32]]:
     """Basis and mean in the finest power-of-two unit in which no sum can pass 2²⁴ and no entry int16."""
     rank = len(widths_R)
     widest = np.array([levels_of(int(width))[-1] / UNITS for width in widths_R])

@@ -64,9 +64,10 @@ class PackedRows(ABC):
         return {TARGETS: packed}
 
     def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Bytes to rows."""
-        decoded: NDArray[np.float32] = self._unpack(NUMPY, encoded[TARGETS])
-        return decoded
+        """Bytes to rows; leading dimensions (views, members) are kept."""
+        packed = encoded[TARGETS]
+        decoded: NDArray[np.float32] = self._unpack(NUMPY, packed.reshape(-1, self.size_bytes))
+        return decoded.reshape(*packed.shape[:-1], self.classes)
 
     def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
         """Rows to bytes on their device."""
@@ -80,9 +81,10 @@ class PackedRows(ABC):
         return {TARGETS: packed}
 
     def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        """Bytes to rows on their device."""
-        decoded: Tensor = self._unpack(torch_ops(), encoded[TARGETS])
-        return decoded
+        """Bytes to rows on their device; leading dimensions are kept."""
+        packed = encoded[TARGETS]
+        decoded: Tensor = self._unpack(torch_ops(), packed.reshape(-1, self.size_bytes))
+        return decoded.reshape(*packed.shape[:-1], self.classes)
 
     def _check_shape(self, shape: tuple[int, ...], keys_B: NDArray[np.uint64] | None) -> None:
         check_shape(shape, self.classes, None if keys_B is None else keys_B.shape)

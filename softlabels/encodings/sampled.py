@@ -153,7 +153,9 @@ class Sampled(PackedRows):
         rows, length = unary.shape
         found = ops.positions(unary)
         if len(found) != rows * self.draws:
-            raise EncodingError("a sampled row does not hold as many draws as it should: its bytes are damaged", rows=[])
+            raise EncodingError(
+                "a sampled row does not hold as many draws as it should: its bytes are damaged", rows=[]
+            )
         first_B1 = ops.constant(np.arange(rows)[:, None] * length, "i8", unary)
         return found.reshape(rows, self.draws) - first_B1
 

@@ -95,9 +95,11 @@ class TopK:
 
     def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Log-probabilities of all classes, the tail by its rule."""
-        ids = encoded[CLASS_IDS].astype(np.int64)
-        decoded: NDArray[np.float32] = self._decode(NUMPY, ids, encoded[VALUES], encoded[TAIL_MASS])
-        return decoded
+        ids = encoded[CLASS_IDS]
+        flat = ids.reshape(-1, self.k).astype(np.int64)
+        values, tail_mass = encoded[VALUES].reshape(-1, self.k), encoded[TAIL_MASS].reshape(-1, 1)
+        decoded: NDArray[np.float32] = self._decode(NUMPY, flat, values, tail_mass)
+        return decoded.reshape(*ids.shape[:-1], self.classes)
 
     def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
         """`encode` on the rows' device."""
@@ -112,8 +114,11 @@ class TopK:
         """`decode` on the tensors' device."""
         import torch
 
-        ids = encoded[CLASS_IDS].to(torch.int64)
-        return cast("Tensor", self._decode(torch_ops(), ids, encoded[VALUES], encoded[TAIL_MASS]))
+        ids = encoded[CLASS_IDS]
+        flat = ids.to(torch.int64).reshape(-1, self.k)
+        values, tail_mass = encoded[VALUES].reshape(-1, self.k), encoded[TAIL_MASS].reshape(-1, 1)
+        decoded = cast("Tensor", self._decode(torch_ops(), flat, values, tail_mass))
+        return decoded.reshape(*ids.shape[:-1], self.classes)
 
     def entries(
         self, encoded: Mapping[str, NDArray[Any]]

@@ -21,19 +21,21 @@ MAX_ROWS_PER_SHARD = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Where one array of one shard lies: chunks of equal size, one after the other, in one file.
+    """Where one array of one shard lies: chunks one after the other, in one file.
 
     Attributes:
         path: of the file, relative to the store.
         offset: of the first chunk, bytes.
-        stride: from one chunk to the next, bytes: the chunk and its checksum.
+        stride: from one chunk to the next, bytes: the chunk and its checksum; 0 where chunks are compressed.
         rows: how many rows of the shard are real; the last chunk may be padded.
+        sizes: bytes of each chunk with its checksum, where chunks are compressed; None elsewhere.
     """
 
     path: str
     offset: int
     stride: int
     rows: int
+    sizes: tuple[int, ...] | None = None
 
 
 def choose_rows_per_chunk(row_bytes: int) -> int:

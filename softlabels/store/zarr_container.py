@@ -1,4 +1,4 @@
-"""How a store lies in Zarr v3: one sharded array a field, inner chunks uncompressed with crc32c.
+"""How a store lies in Zarr v3: one sharded array a field, inner chunks with crc32c, uncompressed unless asked.
 
 Metadata are written by zarr-python, shards by ourselves to the letter of the specification (sharding_indexed: chunks in
 order, then an index of (offset, size) pairs as little-endian uint64 with its own crc32c), because zarr-python writes a
@@ -14,10 +14,12 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.manifest import FORMAT, ArraySpec, Manifest
+from softlabels.manifest import FORMAT, Manifest
+from softlabels.store.chunks import chunk_bodies, dimension_names, fill_value, part_of
+from softlabels.store.compressed import BLOSC, ZSTD_LEVEL
 from softlabels.store.container import ShardFile
 from softlabels.store.files import Buffer
-from softlabels.store.geometry import Part, chunk_stride, chunks_in
+from softlabels.store.geometry import CHECKSUM_BYTES
 
 EMPTY_CHUNK = np.iinfo(np.uint64).max
 """What the shard index says of a chunk that is not there."""
@@ -29,7 +31,6 @@ class ZarrContainer:
     def metadata(self, plan: Manifest) -> dict[str, bytes]:
         """The `zarr.json` of the group and of every array, as zarr-python writes them."""
         import zarr
-        from zarr.codecs import Crc32cCodec
         from zarr.storage import MemoryStore
 
         facts = {"format": FORMAT, "format_version": plan.format_version, "manifest": "manifest.json"}
@@ -37,15 +38,16 @@ class ZarrContainer:
         store = MemoryStore()
         group = zarr.create_group(store=store, zarr_format=3, attributes={"softlabels": {**facts, "name": plan.name}})
         for name, array in plan.arrays.items():
+            dtype = np.dtype(array.dtype)
             group.create_array(
                 name,
                 shape=(plan.rows, *array.row_shape),
                 shards=(plan.shards.rows_per_shard, *array.row_shape),
                 chunks=(plan.shards.rows_per_chunk, *array.row_shape),
                 dtype=array.dtype,
-                compressors=[Crc32cCodec()],
+                compressors=_codecs(plan.shards.compression, dtype),
                 filters=None,
-                fill_value=fill_value(np.dtype(array.dtype)),
+                fill_value=fill_value(dtype),
                 dimension_names=dimension_names(name, array),
             )
         return {path: value.to_bytes() for path, value in store._store_dict.items()}
@@ -64,43 +66,31 @@ def crc32c(chunk: NDArray[np.uint8]) -> int:
     return int(google_crc32c.value(chunk))
 
 
-def fill_value(dtype: np.dtype[Any]) -> float | int:
-    """What a reader sees where nothing was written: NaN, or the integer that is the least like data. Never zero."""
-    if dtype.kind == "f":
-        return float("nan")
-    return int(np.iinfo(dtype).min if dtype.kind == "i" else np.iinfo(dtype).max)
+def _codecs(compression: str | None, dtype: np.dtype[Any]) -> list[Any]:
+    from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-
-def dimension_names(name: str, array: ArraySpec) -> tuple[str, ...]:
-    """Names of an array's dimensions for people and tools: rows first."""
-    if name == "targets":
-        return ("row", "class") if len(array.row_shape) == 1 else ("row", "member", "class")
-    return ("row", *(f"{name}_{axis}" for axis in range(len(array.row_shape))))
+    if compression == "zstd":
+        return [ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()]
+    if compression == "blosc":
+        return [BloscCodec(**{**BLOSC, "shuffle": "shuffle"}, typesize=dtype.itemsize), Crc32cCodec()]
+    return [Crc32cCodec()]
 
 
 def _shard_file(plan: Manifest, shard: int, name: str, rows: NDArray[Any]) -> ShardFile:
-    array, per_chunk = plan.arrays[name], plan.shards.rows_per_chunk
-    stride = chunk_stride(array, per_chunk)
-    flat = np.ascontiguousarray(rows, dtype=array.dtype).reshape(-1).view(np.uint8)
-    chunk_bytes = stride - 4
-    used = chunks_in(len(rows), per_chunk)
-    padding = used * chunk_bytes - flat.size
-    if padding:
-        fill = np.full(padding // np.dtype(array.dtype).itemsize, fill_value(np.dtype(array.dtype)), dtype=array.dtype)
-        flat = np.concatenate([flat, fill.view(np.uint8)])
-    flat.flags.writeable = False
+    bodies = chunk_bodies(plan, name, rows)
     buffers: list[Buffer] = []
-    for start in range(0, flat.size, chunk_bytes):
-        chunk = flat[start : start + chunk_bytes]
-        buffers += [chunk.data, crc32c(chunk).to_bytes(4, "little")]
-    buffers.append(_shard_index(used, plan.shards.rows_per_shard // per_chunk, stride))
-    path = f"{name}/c/{shard}" + "/0" * len(array.row_shape)
-    return ShardFile(path=path, buffers=buffers, parts={name: Part(path=path, offset=0, stride=stride, rows=len(rows))})
+    for body in bodies:
+        buffers += [body.data, crc32c(body).to_bytes(4, "little")]
+    sizes = [body.size + CHECKSUM_BYTES for body in bodies]
+    buffers.append(_shard_index(sizes, plan.shards.rows_per_shard // plan.shards.rows_per_chunk))
+    path = f"{name}/c/{shard}" + "/0" * len(plan.arrays[name].row_shape)
+    part = part_of(plan, name, bodies, path=path, offset=0, rows=len(rows))
+    return ShardFile(path=path, buffers=buffers, parts={name: part})
 
 
-def _shard_index(used: int, total: int, stride: int) -> bytes:
+def _shard_index(sizes: list[int], total: int) -> bytes:
     index = np.full((total, 2), EMPTY_CHUNK, dtype="<u8")
-    index[:used, 0] = np.arange(used, dtype=np.uint64) * np.uint64(stride)
-    index[:used, 1] = stride
+    index[: len(sizes), 1] = sizes
+    index[: len(sizes), 0] = np.cumsum([0, *sizes[:-1]])
     raw = index.tobytes()
     return raw + crc32c(np.frombuffer(raw, dtype=np.uint8)).to_bytes(4, "little")

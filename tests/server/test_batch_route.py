@@ -225,7 +225,7 @@ class TestBadInput:
         assert ask.binary("named", np.arange(3)).problem() == (422, "bad-ids")
 
     def test_many_long_strings_cost_no_memory(self, serve: Any, stores: Any) -> None:
-        """One long id beside many short ones is refused before NumPy gives each the room of the longest: 240 GB here."""
+        """One long id beside many short is refused before NumPy gives each the room of the longest: 240 GB here."""
         ask = serve(stores.root)
         ids = ["a"] * 60_000 + ["b" * 1_000_000]
         assert ask.batch("named", {"ids": ids}).problem() == (404, "unknown-id")

@@ -27,6 +27,13 @@ def read_to_end(connection: socket.socket) -> bytes:
     return received
 
 
+def trickle(connection: socket.socket, data: bytes, *, pause_s: float) -> None:
+    """Send data byte by byte."""
+    for byte in data:
+        connection.sendall(bytes([byte]))
+        time.sleep(pause_s)
+
+
 class TestHeaders:
     @pytest.mark.parametrize(
         "sent", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\nX-Sl"], ids=["nothing", "half a header"]
@@ -45,10 +52,8 @@ class TestHeaders:
         ask = serve(stores.root, header_timeout_s=0.5)
         with connect(ask) as connection:
             began = time.monotonic()
-            with pytest.raises(OSError, match="."):
-                for byte in (HEAD * 40)[:-4]:
-                    connection.sendall(bytes([byte]))
-                    time.sleep(0.02)
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                trickle(connection, (HEAD * 40)[:-4], pause_s=0.02)
             assert time.monotonic() - began < 10
 
     def test_the_second_request_of_a_connection_is_timed_too(self, serve: Any, stores: Any) -> None:
@@ -66,10 +71,9 @@ class TestHeaders:
     def test_a_header_of_any_size_is_not_taken(self, serve: Any, stores: Any) -> None:
         """64 KiB are enough for every real one."""
         ask = serve(stores.root)
-        with connect(ask) as connection, pytest.raises(OSError, match="."):
-            connection.sendall(HEAD)
-            for _ in range(1000):
-                connection.sendall(b"X-Filler: " + b"x" * 10_000 + b"\r\n")
+        filler = (b"X-Filler: " + b"x" * 10_000 + b"\r\n") * 1000
+        with connect(ask) as connection, pytest.raises((BrokenPipeError, ConnectionResetError)):
+            connection.sendall(HEAD + filler)
 
     def test_what_is_no_http_is_refused(self, ask: Any) -> None:
         """400 by the HTTP server itself: there is no request yet that a problem could answer."""
@@ -110,9 +114,7 @@ class TestBodies:
         body = b'{"ids": [1, 2, 3]}'
         with connect(ask) as connection:
             connection.sendall(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body))
-            for byte in body:
-                connection.sendall(bytes([byte]))
-                time.sleep(0.002)
+            trickle(connection, body, pause_s=0.002)
             assert read_to_end(connection).startswith(b"HTTP/1.1 200")
 
     def test_a_client_that_goes_away(self, ask: Any) -> None:

@@ -79,7 +79,7 @@ class TestProblems:
 
 
 class TestToken:
-    TOKEN = "correct-horse"  # noqa: S105 - a test's
+    TOKEN = "correct-horse"
 
     def test_requests_without_it_are_refused(self, serve: Any, stores: Any) -> None:
         """401 on every route but /health, also where nothing is; the token itself opens them."""

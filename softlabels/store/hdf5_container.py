@@ -1,0 +1,237 @@
+"""How a store lies in HDF5: one file a shard, and `store.h5`, whose virtual datasets show them all as one.
+
+h5py lays a shard's file out once, in memory, with room for its chunks; rows and their Fletcher-32 sums are then put in
+that room by ourselves. So the file is written as every other is (h5py reports nothing when a disk is full, and crashes on
+closing), its bytes are the same each time, and no library call is made a shard.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.errors import JobError
+from softlabels.manifest import FORMAT, ArraySpec, Manifest
+from softlabels.store.chunks import chunk_bodies, dimension_names, fill_value, part_of
+from softlabels.store.compressed import GZIP_LEVEL
+from softlabels.store.container import ShardFile
+from softlabels.store.files import Buffer
+from softlabels.store.fletcher import fletcher32
+from softlabels.store.geometry import CHECKSUM_BYTES, chunk_stride, chunks_in, shard_rows
+
+VIRTUAL = "store.h5"
+
+
+class Hdf5Container:
+    """A store as a folder of HDF5 files."""
+
+    def metadata(self, plan: Manifest) -> dict[str, bytes]:
+        """The file of virtual datasets: it names the shards' files relative to itself."""
+        return {VIRTUAL: _virtual_file(plan)}
+
+    def shard_files(self, plan: Manifest, shard: int, arrays: Mapping[str, NDArray[Any]]) -> list[ShardFile]:
+        """One file, every array a dataset in it."""
+        rows = len(shard_rows(plan, shard))
+        path = shard_path(shard)
+        bodies = {name: chunk_bodies(plan, name, arrays[name]) for name in plan.arrays}
+        skeleton = _skeleton(plan, rows, bodies)
+        buffers: list[Buffer] = []
+        parts = {}
+        for name in plan.arrays:
+            buffers.append(skeleton.before[name])
+            for body in bodies[name]:
+                buffers += [body.data, fletcher32(body).to_bytes(4, "little")]
+            parts[name] = part_of(plan, name, bodies[name], path=path, offset=skeleton.offsets[name], rows=rows)
+        buffers.append(skeleton.after)
+        return [ShardFile(path=path, buffers=buffers, parts=parts)]
+
+    def chunk_is_sound(self, chunk: NDArray[Any]) -> bool:
+        """Whether Fletcher-32 of all but the last four bytes is what these say."""
+        return int.from_bytes(chunk[-4:].tobytes(), "little") == fletcher32(chunk[:-4])
+
+
+def shard_path(shard: int) -> str:
+    """Where a shard's file lies in the store."""
+    return f"shards/{shard:08d}.h5"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Geometry:
+    """All that the layout of a shard's file hangs on, so that shards of equal geometry share a skeleton."""
+
+    store: str
+    arrays: tuple[tuple[str, ArraySpec], ...]
+    rows: int
+    rows_per_shard: int
+    rows_per_chunk: int
+    sizes: tuple[tuple[int, ...], ...] | None
+    """Of each array's chunks, where they are compressed."""
+
+    def sizes_of(self, position: int) -> Sequence[int]:
+        """Bytes of each chunk of an array, with its checksum."""
+        if self.sizes is not None:
+            return self.sizes[position]
+        stride = chunk_stride(self.arrays[position][1], self.rows_per_chunk)
+        return [stride] * chunks_in(self.rows, self.rows_per_chunk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Skeleton:
+    """A shard's file without its chunks: what stands before each array's, where these begin, and what follows all."""
+
+    before: Mapping[str, bytes]
+    offsets: Mapping[str, int]
+    after: bytes
+
+
+def _skeleton(plan: Manifest, rows: int, bodies: Mapping[str, Sequence[NDArray[np.uint8]]]) -> _Skeleton:
+    compressed = plan.shards.compression is not None
+    geometry = _Geometry(
+        store=plan.name,
+        arrays=tuple(plan.arrays.items()),
+        rows=rows,
+        rows_per_shard=plan.shards.rows_per_shard,
+        rows_per_chunk=plan.shards.rows_per_chunk,
+        sizes=tuple(tuple(b.size + CHECKSUM_BYTES for b in bodies[n]) for n in plan.arrays) if compressed else None,
+    )
+    return _lay_out(geometry) if compressed else _lay_out_once(geometry)
+
+
+def _lay_out(geometry: _Geometry) -> _Skeleton:
+    image = io.BytesIO()
+    offsets: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    with _new_file(image, geometry.store) as file:
+        datasets = [_new_dataset(file, geometry, name, array) for name, array in geometry.arrays]
+        for position, ((name, array), dataset) in enumerate(zip(geometry.arrays, datasets, strict=True)):
+            sizes = geometry.sizes_of(position)
+            for number, size in enumerate(sizes):
+                dataset.write_direct_chunk(_corner(number, geometry, array), bytes(size))
+            offsets[name] = _checked_offset(dataset, geometry, name, array, sizes)
+            ends[name] = offsets[name] + sum(sizes)
+    contents = image.getbuffer()
+    before, cursor = {}, 0
+    for name, _ in geometry.arrays:
+        if offsets[name] < cursor:
+            raise _laid_out_otherwise(name)
+        before[name] = bytes(contents[cursor : offsets[name]])
+        cursor = ends[name]
+    return _Skeleton(before=before, offsets=offsets, after=bytes(contents[cursor:]))
+
+
+_lay_out_once = lru_cache(maxsize=8)(_lay_out)
+"""A store has two geometries, that of the last shard and that of all others; some kilobytes are kept of each."""
+
+
+@contextmanager
+def _new_file(image: io.BytesIO, store: str) -> Iterator[Any]:
+    """A new HDF5 file in memory.
+
+    It is written through h5py's driver for Python files, which hands out space in the order asked, without blocks kept
+    for small pieces: so chunks follow each other without a gap. The oldest format that knows virtual datasets (1.10) is
+    pinned, for readers' sake and so that two versions of the library write the same; no object carries a time.
+    """
+    import h5py
+
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, image)
+    with h5py.File(h5py.h5f.create(b"in memory", h5py.h5f.ACC_TRUNC, creation, access)) as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["store"] = store
+        yield file
+
+
+def _new_dataset(file: Any, geometry: _Geometry, name: str, array: ArraySpec) -> Any:
+    """A chunked dataset without rows, its chunk index in place."""
+    import h5py
+
+    properties = _dataset_properties(array)
+    properties.set_chunk((geometry.rows_per_chunk, *array.row_shape))
+    if geometry.sizes is not None:
+        properties.set_shuffle()
+        properties.set_deflate(GZIP_LEVEL)
+    properties.set_fletcher32()
+    # A chunk may be larger than the rows there are, but not than the rows there may be.
+    space = h5py.h5s.create_simple((geometry.rows, *array.row_shape), (geometry.rows_per_shard, *array.row_shape))
+    dataset = _create(file, name, array, space, properties)
+    # The index of chunks is made when the first chunk is written, and would stand between that and the second. So one
+    # byte goes first; chunk 0 then moves behind the index, where the others follow.
+    dataset.write_direct_chunk(_corner(0, geometry, array), b"\0")
+    return dataset
+
+
+def _dataset_properties(array: ArraySpec) -> Any:
+    import h5py
+
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_obj_track_times(False)
+    dtype = np.dtype(array.dtype)
+    properties.set_fill_value(np.asarray(fill_value(dtype), dtype=dtype))
+    return properties
+
+
+def _create(file: Any, name: str, array: ArraySpec, space: Any, properties: Any) -> Any:
+    """Create a dataset and name its dimensions."""
+    import h5py
+
+    kind = h5py.h5t.py_create(np.dtype(array.dtype), logical=True)
+    dataset = h5py.h5d.create(file.id, name.encode(), kind, space, properties)
+    for axis, label in enumerate(dimension_names(name, array)):
+        h5py.h5ds.set_label(dataset, axis, label.encode())
+    return dataset
+
+
+def _corner(number: int, geometry: _Geometry, array: ArraySpec) -> tuple[int, ...]:
+    return (number * geometry.rows_per_chunk, *(0 for _ in array.row_shape))
+
+
+def _checked_offset(dataset: Any, geometry: _Geometry, name: str, array: ArraySpec, sizes: Sequence[int]) -> int:
+    """Where the first chunk lies, if all others follow it as `sizes` say."""
+    expected = first = None
+    for number, size in enumerate(sizes):
+        found = dataset.get_chunk_info_by_coord(_corner(number, geometry, array))
+        first = found.byte_offset if first is None else first
+        if (expected is not None and found.byte_offset != expected) or found.size != size or found.filter_mask:
+            raise _laid_out_otherwise(name)
+        expected = found.byte_offset + size
+    assert isinstance(first, int), "a shard has at least one row"
+    return first
+
+
+def _laid_out_otherwise(name: str) -> JobError:
+    import h5py
+
+    return JobError(
+        f"HDF5 {h5py.version.hdf5_version} with h5py {h5py.__version__} does not lay the chunks of {name!r} out one after "
+        "the other, so rows would have no address: use container 'zarr', or another version of h5py"
+    )
+
+
+def _virtual_file(plan: Manifest) -> bytes:
+    import h5py
+
+    image = io.BytesIO()
+    with _new_file(image, plan.name) as file:
+        for name, array in plan.arrays.items():
+            shape = (plan.rows, *array.row_shape)
+            properties = _dataset_properties(array)
+            properties.set_layout(h5py.h5d.VIRTUAL)
+            whole = h5py.h5s.create_simple(shape)
+            for shard in range(plan.shards.count):
+                rows = shard_rows(plan, shard)
+                source = h5py.h5s.create_simple((len(rows), *array.row_shape))
+                start = (rows.start, *(0 for _ in array.row_shape))
+                whole.select_hyperslab(start, (len(rows), *array.row_shape))
+                properties.set_virtual(whole, shard_path(shard).encode(), name.encode(), source)
+            _create(file, name, array, h5py.h5s.create_simple(shape), properties)
+    return image.getvalue()

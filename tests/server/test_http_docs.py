@@ -1,0 +1,61 @@
+"""docs/http.md keeps up with the server."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from softlabels.cli import build_parser
+from softlabels_server import Settings, StoreFolder, create_app
+from softlabels_server.batches import JSON_KEYS, QUERY_KEYS
+from softlabels_server.openapi import BATCH_PATH
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    """docs/http.md."""
+    return (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
+
+
+class TestPage:
+    def test_every_route_has_a_heading(self, page: str, tmp_path: Path) -> None:
+        """`## METHOD path` for each that the app answers, and for no other."""
+        paths = create_app(StoreFolder(tmp_path), Settings()).openapi()["paths"]
+        expected = {f"{method.upper()} {path}" for path, operations in paths.items() for method in operations}
+        expected.add("GET /openapi.json")
+        assert set(re.findall(r"^## `((?:GET|POST) \S+)`", page, re.MULTILINE)) == expected
+
+    def test_every_key_of_a_request_is_described(self, page: str) -> None:
+        """A row of the table each."""
+        assert [key for key in sorted(JSON_KEYS | QUERY_KEYS) if f"\n| `{key}` |" not in page] == []
+
+    def test_every_status_and_code_of_the_batch_route_is_described(self, page: str, tmp_path: Path) -> None:
+        """Those that OpenAPI promises."""
+        replies = create_app(StoreFolder(tmp_path), Settings()).openapi()["paths"][BATCH_PATH]["post"]["responses"]
+        for status, reply in replies.items():
+            if status.isdecimal():
+                assert status in page
+                for code in re.findall(r"`([a-z-]+)`", reply["description"]):
+                    assert f"`{code}`" in page, code
+
+    def test_every_setting_is_described(self, page: str) -> None:
+        """With its default as it is."""
+        for field in dataclasses.fields(Settings):
+            default = "none" if field.default is None else str(field.default).lower()
+            assert re.search(rf"^\| `{field.name}` \| {re.escape(default)} \|", page, re.MULTILINE), field.name
+
+    def test_every_option_is_described(self, page: str) -> None:
+        """Each option of `softlabels serve`; those that set a setting name its default in --help too."""
+        choices = next(action.choices for action in build_parser()._actions if action.choices)
+        parser = dict(choices)["serve"]  # type: ignore[call-overload]
+        options = {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
+        assert [name for name in sorted(options - {"--help"}) if f"`{name}`" not in page] == []
+        for field in dataclasses.fields(Settings):
+            action = next((action for action in parser._actions if action.dest == field.name), None)
+            if action is not None and field.name != "access_log":
+                assert f"default {field.default}" in (action.help or ""), field.name

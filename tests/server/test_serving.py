@@ -1,0 +1,198 @@
+"""`softlabels serve` as a process of its own: what it prints, what it refuses, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+
+START_S = 60.0
+"""Far more than a start takes: the machine may be busy."""
+
+Start = Callable[..., "Process"]
+
+
+class Process:
+    """A server process and what it printed so far."""
+
+    def __init__(self, log: Path, arguments: tuple[object, ...]) -> None:
+        self._log = log
+        with log.open("wb") as output:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "softlabels", "serve", *map(str, arguments)],
+                stdout=output,
+                stderr=output,
+                cwd=log.parent,
+            )
+
+    @property
+    def printed(self) -> str:
+        """Everything on standard output and error."""
+        return self._log.read_text(encoding="utf-8")
+
+    def address(self) -> str:
+        """The address that it announces, once it does."""
+        give_up = time.monotonic() + START_S
+        while time.monotonic() < give_up and self.popen.poll() is None:
+            if found := re.search(r"^softlabels: serving \d+ store\(s\) at (http://\S+)$", self.printed, re.MULTILINE):
+                return found.group(1)
+            time.sleep(0.05)
+        pytest.fail(f"the server did not start (exit code {self.popen.poll()}):\n{self.printed}")
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal; the exit code."""
+        self.popen.send_signal(number)
+        return self.popen.wait(timeout=30)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start `softlabels serve` with these arguments; ended with the test."""
+    processes: list[Process] = []
+
+    def begin(*arguments: object) -> Process:
+        processes.append(Process(tmp_path / f"log-{len(processes)}", arguments))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        if process.popen.poll() is None:
+            process.popen.kill()
+        process.popen.wait()
+
+
+def get(url: str, **headers: str) -> urllib3.BaseHTTPResponse:
+    """One request on a connection of its own."""
+    with urllib3.PoolManager() as pool:
+        return pool.request("GET", url, headers=headers, retries=False, timeout=30)
+
+
+class TestStart:
+    def test_it_announces_its_address_and_stores(self, start: Start, stores: Any) -> None:
+        """On one stable line with the real port, then a line a store; by then it answers."""
+        process = start(stores.root, "--port", 0)
+        address = process.address()
+        assert get(f"{address}/health").json()["stores"] == 7
+        lines = process.printed.splitlines()
+        assert lines[0] == f"softlabels: serving 7 store(s) at {address}"
+        assert "  halves: 100 rows × 7 classes, f16" in lines
+        assert "  begun: 100 rows × 7 classes, f32, unfinished" in lines
+        assert process.end() == 0
+
+    def test_one_store_may_be_given_itself(self, start: Start, stores: Any) -> None:
+        """It is called what its folder is called."""
+        address = start(stores.root / "dense", "--port", 0).address()
+        assert get(f"{address}/v1/stores/dense").status == 200
+
+    def test_requests_are_not_logged_unless_asked_for(self, start: Start, stores: Any) -> None:
+        """A batch takes less time than its line in a log."""
+        quiet, chatty = start(stores.root, "--port", 0), start(stores.root, "--port", 0, "--access-log")
+        for process in (quiet, chatty):
+            get(f"{process.address()}/health")
+            assert process.end() == 0
+        assert "/health" not in quiet.printed
+        assert "GET /health HTTP/1.1" in chatty.printed
+
+    def test_a_token_from_a_file(self, start: Start, stores: Any, tmp_path: Path) -> None:
+        """Its first line, without what surrounds it; it is never printed."""
+        (tmp_path / "token").write_text(" s3cret-t0ken \nnot this\n")
+        process = start(stores.root, "--port", 0, "--token-file", tmp_path / "token")
+        address = process.address()
+        assert get(f"{address}/v1/stores").status == 401
+        assert get(f"{address}/v1/stores", Authorization="Bearer s3cret-t0ken").status == 200
+        assert "s3cret" not in process.printed
+
+    def test_open_to_others_without_a_token_it_warns(self, start: Start, stores: Any, tmp_path: Path) -> None:
+        """With one it does not."""
+        (tmp_path / "token").write_text("t")
+        careless = start(stores.root, "--port", 0, "--host", "0.0.0.0")
+        careful = start(stores.root, "--port", 0, "--host", "0.0.0.0", "--token-file", tmp_path / "token")
+        assert get(f"{careless.address()}/health").status == 200
+        assert "warning" in careless.printed
+        careful.address()
+        assert "warning" not in careful.printed
+
+    def test_limits_can_be_set(self, start: Start, stores: Any) -> None:
+        """From the command line as in Python."""
+        address = start(stores.root, "--port", 0, "--max-batch-ids", 3).address()
+        with urllib3.PoolManager() as pool:
+            reply = pool.request(
+                "POST",
+                f"{address}/v1/stores/dense/batch",
+                body=bytes(32),
+                headers={"Content-Type": "application/octet-stream"},
+            )
+        assert (reply.status, reply.json()["code"]) == (413, "batch-too-large")
+
+    def test_ipv6(self, start: Start, stores: Any) -> None:
+        """The address is bracketed."""
+        with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:
+            try:
+                probe.bind(("::1", 0))
+            except OSError:
+                pytest.skip("this machine has no IPv6 loopback")
+        address = start(stores.root, "--port", 0, "--host", "::1").address()
+        assert address.startswith("http://[::1]:")
+        assert get(f"{address}/health").status == 200
+
+
+class TestEnd:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_being_told_to_stop_is_no_failure(self, start: Start, stores: Any, number: signal.Signals) -> None:
+        """Exit code 0, also with a connection open, and no traceback."""
+        process = start(stores.root, "--port", 0)
+        with urllib3.PoolManager() as pool:
+            assert pool.request("GET", f"{process.address()}/health").status == 200
+            assert process.end(number) == 0
+        assert process.printed.endswith("softlabels: stopped\n")
+        assert "Traceback" not in process.printed
+
+    def test_its_port_is_free_again(self, start: Start, stores: Any) -> None:
+        """A server started right after the old one gets the same port."""
+        first = start(stores.root, "--port", 0)
+        port = first.address().rpartition(":")[2]
+        assert get(f"{first.address()}/health").status == 200
+        assert first.end() == 0
+        second = start(stores.root, "--port", port)
+        assert second.address() == first.address()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            pytest.param(["nowhere"], "no folder", id="folder missing"),
+            pytest.param(["."], "no store in", id="nothing there"),
+            pytest.param(["{stores}", "--port", "70000"], "70000", id="no port"),
+            pytest.param(["{stores}", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1", id="not our address"),
+            pytest.param(["{stores}", "--token-file", "missing"], "token file", id="no token file"),
+            pytest.param(["{stores}", "--token-file", os.devnull], "is empty", id="empty token file"),
+            pytest.param(["{stores}", "--max-batch-ids", "0"], "max_batch_ids", id="no batches"),
+        ],
+    )
+    def test_it_says_why_it_does_not_start(self, start: Start, stores: Any, arguments: list[str], message: str) -> None:
+        """One plain message, exit code 1, no traceback."""
+        process = start(*(argument.format(stores=stores.root) for argument in arguments))
+        assert process.popen.wait(timeout=START_S) == 1
+        assert message in process.printed
+        assert "Traceback" not in process.printed
+
+    def test_a_port_in_use(self, start: Start, stores: Any) -> None:
+        """Says which, and how to get another."""
+        first = start(stores.root, "--port", 0)
+        port = first.address().rpartition(":")[2]
+        second = start(stores.root, "--port", port)
+        assert second.popen.wait(timeout=START_S) == 1
+        assert port in second.printed
+        assert "--port" in second.printed
