@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,23 +12,17 @@ import numpy as np
 
 from softlabels.encodings import Encoding, make_encoding
 from softlabels.errors import FormatVersionError, ManifestError
-from softlabels.ids import MAX_STRING_ID_BYTES, IdKind
+from softlabels.ids import IdKind
+from softlabels.sealing import canonical_json
+from softlabels.soundness import MAX_EXTENT, check_manifest
 
 FORMAT = "softlabels-store"
 FORMAT_VERSION = 1
-
-# Bounds that no real store reaches and a hostile manifest must not pass: they are checked before anything is allocated.
-MAX_ROWS = 1 << 48
-MAX_CLASSES = 1 << 31
-MAX_MANIFEST_BYTES = 16 << 20
 
 STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a store may be called: it is a path segment in URLs and on disk, so nothing that climbs out of a folder."""
 
 Container = Literal["zarr", "hdf5"]
-COMPRESSIONS: Mapping[Container, tuple[str, ...]] = {"zarr": ("zstd", "blosc"), "hdf5": ("gzip",)}
-"""What any reader of the format decodes without a plugin: HDF5 itself ships neither Zstandard nor Blosc."""
-
 LayoutKind = Literal["single", "views", "sequences"]
 MeanKind = Literal["none", "arithmetic", "geometric"]
 T = TypeVar("T")
@@ -242,7 +235,7 @@ class Manifest:
         _check_version(document)
         try:
             manifest = cls(
-                name=_typed(document, "name", str),
+                name=check_store_name(_typed(document, "name", str)),
                 container=cast(Container, _one_of(document, "container", ("zarr", "hdf5"))),
                 layout=Layout(**_table(document, "layout")),
                 ids=IdSpec(**_table(document, "ids")),
@@ -253,7 +246,7 @@ class Manifest:
                 teachers=tuple(TeacherSpec(**teacher) for teacher in _typed(document, "teachers", list)),
                 transfer_set=TransferSetSpec(**_table(document, "transfer_set")),
                 shards=ShardSpec(**_table(document, "shards")),
-                arrays={str(k): _array_spec(v) for k, v in _table(document, "arrays").items()},
+                arrays={check_store_name(k): _array_spec(v) for k, v in _table(document, "arrays").items()},
                 software=_table(document, "software"),
                 metadata_sha256=_table(document, "metadata_sha256"),
                 members=document.get("members"),
@@ -262,7 +255,7 @@ class Manifest:
                 ledger=document.get("ledger"),
                 plan_sha256=document.get("plan_sha256"),
             )
-            _check_sense(manifest)
+            check_manifest(manifest)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise ManifestError(f"the manifest does not say what a store needs: {error}") from error
         return manifest
@@ -275,36 +268,6 @@ def encoded_arrays(encoding: Encoding, members: int | None) -> dict[str, ArraySp
         name: ArraySpec(dtype=field.dtype.str, row_shape=(*axis, *field.row_shape))
         for name, field in encoding.fields.items()
     }
-
-
-def canonical_json(document: Any) -> bytes:
-    """The one byte string for a JSON document: sorted keys, no spaces, ASCII, NaN refused."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
-
-
-def seal(document: Mapping[str, Any]) -> bytes:
-    """A document with its own digest, as it is written to disk: a flipped bit anywhere shows when it is read."""
-    digest = hashlib.sha256(canonical_json(document)).hexdigest()
-    return json.dumps({"sha256": digest, "body": document}, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
-
-
-def unseal(raw: bytes, *, what: str) -> dict[str, Any]:
-    """Read what `seal` wrote.
-
-    Raises:
-        ManifestError: not JSON, too large, nested too deeply, or its digest fails.
-    """
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise ManifestError(f"{what} has {len(raw)} bytes, more than the {MAX_MANIFEST_BYTES} that any real one needs")
-    try:
-        document = json.loads(raw)
-        body = document["body"]
-        digest = hashlib.sha256(canonical_json(body)).hexdigest()
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ManifestError(f"{what} cannot be read ({error}): restore it or run `softlabels repair`") from error
-    if digest != document.get("sha256") or not isinstance(body, dict):
-        raise ManifestError(f"{what} fails its own checksum: a byte of it changed after it was written")
-    return body
 
 
 def check_store_name(name: str) -> str:
@@ -334,55 +297,12 @@ def _check_version(document: Mapping[str, Any]) -> None:
         )
 
 
-def _check_sense(manifest: Manifest) -> None:
-    check_store_name(manifest.name)
-    layout, shards = manifest.layout, manifest.shards
-    for label, value, least, most in (
-        ("layout.samples", layout.samples, 1, MAX_ROWS),
-        ("layout.rows", layout.rows, 1, MAX_ROWS),
-        ("layout.views", layout.views, 1, 1 << 20),
-        ("classes", manifest.classes, 1, MAX_CLASSES),
-        ("shards.rows_per_chunk", shards.rows_per_chunk, 1, MAX_ROWS),
-        ("shards.rows_per_shard", shards.rows_per_shard, 1, MAX_ROWS),
-        ("ids.width_bytes", manifest.ids.width_bytes, 0, MAX_STRING_ID_BYTES),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise ValueError(f"{label} is {value!r}, not a whole number from {least} to {most}")
-    if layout.kind not in ("single", "views", "sequences"):
-        raise ValueError(f"layout.kind {layout.kind!r} is unknown")
-    if layout.kind != "sequences" and layout.rows != layout.samples * layout.views:
-        raise ValueError(f"{layout.rows} rows are not {layout.samples} samples × {layout.views} views")
-    if manifest.ids.kind not in ("int", "str") or (manifest.ids.kind == "str") != (manifest.ids.width_bytes > 0):
-        raise ValueError(f"ids of kind {manifest.ids.kind!r} and width {manifest.ids.width_bytes}")
-    if shards.compression is not None and shards.compression not in COMPRESSIONS[manifest.container]:
-        raise ValueError(f"{manifest.container} chunks compressed with {shards.compression!r}")
-    if shards.rows_per_shard % shards.rows_per_chunk:
-        raise ValueError("rows_per_shard is not a multiple of rows_per_chunk")
-    if shards.count != -(-layout.rows // shards.rows_per_shard):
-        raise ValueError(f"{shards.count} shards of {shards.rows_per_shard} rows do not hold {layout.rows} rows")
-    temperature = manifest.temperature
-    for degree in (temperature.default, temperature.captured):
-        if not isinstance(degree, int | float) or isinstance(degree, bool) or not 0 < degree < float("inf"):
-            raise ValueError(f"temperature {degree!r} is not a finite positive number")
-    if temperature.locked not in (True, False) or (temperature.locked and temperature.default != temperature.captured):
-        raise ValueError("a locked temperature must also be the default")
-    for name, spec in manifest.arrays.items():
-        check_store_name(name)
-        if spec.row_bytes <= 0 or spec.row_bytes * shards.rows_per_chunk > 1 << 40:
-            raise ValueError(f"array {name!r} has rows of {spec.row_bytes} bytes")
-    if manifest.members is not None and (type(manifest.members) is not int or not 1 <= manifest.members <= 1 << 20):
-        raise ValueError(f"members is {manifest.members!r}")
-    for name, spec in encoded_arrays(manifest.make_encoding(), manifest.members).items():
-        if manifest.arrays.get(name) != spec:
-            raise ValueError(f"array {name!r} is not what encoding {manifest.encoding.name!r} writes")
-
-
 def _array_spec(value: Any) -> ArraySpec:
     shape = value["row_shape"]
     if not isinstance(shape, list | tuple) or len(shape) > 8:
         raise ValueError(f"row_shape {shape!r}")
     for extent in shape:
-        if not isinstance(extent, int) or isinstance(extent, bool) or not 1 <= extent <= MAX_CLASSES:
+        if not isinstance(extent, int) or isinstance(extent, bool) or not 1 <= extent <= MAX_EXTENT:
             raise ValueError(f"row_shape {shape!r}")
     dtype = value["dtype"]
     if not isinstance(dtype, str) or not re.fullmatch(r"[<|][fiu][1248]", dtype):

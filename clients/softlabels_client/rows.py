@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from softlabels import wire
 from softlabels.errors import ManifestError, StoreChangedError, UnknownFieldError, WireError
 from softlabels.ids import IdArray, from_fixed_bytes, kind_of
-from softlabels.manifest import MAX_MANIFEST_BYTES, Manifest
+from softlabels.manifest import Manifest
 from softlabels.opening import IDS
+from softlabels.sealing import MAX_MANIFEST_BYTES
 from softlabels_client.address import parse_address
 from softlabels_client.retrying import RetryPolicy
 from softlabels_client.transport import HttpTransport

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from softlabels.encodings import Encoding
-from softlabels.errors import SoftLabelsError, UnknownStoreError
+from softlabels.errors import DamageError, ManifestError, SoftLabelsError, UnknownStoreError
 from softlabels.manifest import STORE_NAME, Manifest
 from softlabels.opening import RowSource
 from softlabels.store.rows import MANIFEST, PLAN, LocalRows
@@ -78,10 +78,20 @@ class StoreFolder:
         self._own_name = self._name_of_root() if _signature(self.root) is not None else None
 
     def names(self) -> list[str]:
-        """Names of the stores there are now, sorted; whether each can be opened shows when it is."""
+        """Names of the stores there are now, sorted; whether each can be opened shows when it is.
+
+        Raises:
+            DamageError: the folder cannot be listed.
+        """
         if self._own_name is not None:
             return [self._own_name]
-        return sorted(entry for entry in os.listdir(self.root) if self._signature_of(entry) is not None)
+        try:
+            entries = os.listdir(self.root)
+        except OSError as error:
+            raise DamageError(
+                f"the folder of the stores cannot be listed: {error.strerror}; it was there before"
+            ) from error
+        return sorted(entry for entry in entries if self._is_there(entry))
 
     def __iter__(self) -> Iterator[ServedStore | BrokenStore]:
         """Every store there is now, opened, or why it cannot be."""
@@ -127,7 +137,12 @@ class StoreFolder:
             hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/stores lists those there are"
             raise UnknownStoreError(f"there is no store {name[:128]!r} here{hint}", name=name[:128])
         path = self.root if self._own_name is not None else self.root / name
-        rows = LocalRows(path)
+        try:
+            rows = LocalRows(path)
+        except SoftLabelsError:
+            raise
+        except OSError as error:
+            raise ManifestError(f"store {name!r} is there but cannot be read: {error.strerror}") from error
         return ServedStore(
             name=name,
             path=path,
@@ -144,9 +159,15 @@ class StoreFolder:
         if not STORE_NAME.fullmatch(name):
             return None
         path = self.root / name
-        if path.is_symlink() and not path.resolve().is_relative_to(self.root):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(self.root):
             return None
         return _signature(path)
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            return self._signature_of(name) is not None
+        except ManifestError:
+            return True  # listed as what cannot be read, rather than taken for nothing
 
     def _name_of_root(self) -> str:
         name = self.root.name
@@ -155,11 +176,17 @@ class StoreFolder:
 
 
 def _signature(folder: Path) -> Signature | None:
-    """What tells one version of a store from the next, None where there is no store."""
+    """What tells one version of a store from the next, None where there is no store.
+
+    Raises:
+        ManifestError: whether there is one cannot be seen.
+    """
     for file in (MANIFEST, PLAN):
         try:
             status = os.stat(f"{folder}/{file}")
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError as error:
+            raise ManifestError(f"folder {folder.name!r} cannot be looked into: {error.strerror}") from error
         return file, status.st_ino, status.st_size, status.st_mtime_ns
     return None

@@ -11,8 +11,9 @@ from starlette.concurrency import run_in_threadpool
 MOST_LOOP_BYTES = 1 << 20
 """A reply of this size takes about 0.2 ms to gather from memory; a larger one would keep other clients waiting."""
 
-SLOW_S = 0.005
-"""A gather in the loop that took longer waited for something: a disk, or checksums of chunks first touched."""
+SLOW_S = 0.01
+"""A gather in the loop that took longer waited for something: a disk, or checksums of chunks first touched. A busy
+machine alone takes the processor away for about half of this."""
 
 REST_S = 1.0
 """How long gathers of a store stay out of the loop after a slow one: a slow store stalls it once a second at most."""

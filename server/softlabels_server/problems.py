@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softlabels.errors import NotFoundError, RequestError, SoftLabelsError, to_problem
 
@@ -28,7 +29,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(SoftLabelsError, _foreseen)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused_by_routing)
-    app.add_exception_handler(Exception, _unforeseen)
+    app.add_middleware(_Unforeseen)
 
 
 def reply_to(
@@ -74,16 +75,36 @@ async def _refused_by_routing(request: Request, error: Exception) -> Response:
     return reply_to(RequestError(message), status=error.status_code, headers=error.headers)
 
 
-async def _unforeseen(request: Request, error: Exception) -> Response:
-    # Starlette raises the exception on after this and the HTTP server logs its traceback; the number leads there.
-    incident = secrets.token_hex(6)
-    _log.error("%s %s: incident %s: %s", request.method, request.url.path, incident, type(error).__name__)
-    return reply_to(
-        SoftLabelsError(
-            f"the server failed in a way that nobody foresaw; its log has the details under incident {incident}",
-            incident=incident,
-        )
-    )
+class _Unforeseen:
+    """Answers what nobody foresaw without telling of the server's insides: those go to the log, under a number.
+
+    A middleware and not an exception handler: of those for `Exception`, Starlette raises the exception on, and it would
+    be logged a second time, without the number.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except Exception:
+            if started or scope["type"] != "http":
+                raise  # too late for another reply: the HTTP server closes the connection, which the client notices
+            incident = secrets.token_hex(6)
+            _log.exception("%s %s: incident %s", scope["method"], scope["path"], incident)
+            failure = SoftLabelsError(
+                f"the server failed in a way that nobody foresaw; its log has the details under incident {incident}",
+                incident=incident,
+            )
+            await reply_to(failure)(scope, receive, send)
 
 
 def _plain(value: Any) -> Any:

@@ -58,19 +58,16 @@ def run(options: argparse.Namespace) -> int:
             where=str(options.folder),
         )
     _set_up_logging(settings)
+    if not settings.on_loopback and settings.token is None:
+        print(
+            f"softlabels: warning: anyone who reaches {settings.host} can read these stores; ask for a token with "
+            "--token-file, or listen on 127.0.0.1",
+            flush=True,
+        )
     with listen(settings) as listener:
-        url = url_of(listener)
-
-        def announce() -> None:
-            print(f"softlabels: serving {len(lines)} store(s) at {url}", *lines, sep="\n", flush=True)
-
-        if not settings.on_loopback and settings.token is None:
-            print(
-                f"softlabels: warning: anyone who reaches {settings.host} can read these stores; ask for a token with "
-                "--token-file, or listen on 127.0.0.1",
-                flush=True,
-            )
-        make_server(create_app(stores, settings), settings, announce=announce).run(sockets=[listener])
+        announcement = "\n".join([f"softlabels: serving {len(lines)} store(s) at {url_of(listener)}", *lines])
+        app = create_app(stores, settings)
+        make_server(app, settings, announce=lambda: print(announcement, flush=True)).run(sockets=[listener])
     print("softlabels: stopped", flush=True)
     return 0
 

@@ -21,7 +21,8 @@ Statistic = Literal["mean", "p99", "max"]
 _SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Sizes tried for a basis and for topk, in bytes a class."""
 
-# Learning a basis is a singular value decomposition of pilot rows × classes; beyond this many entries it would take minutes.
+# Learning a basis is a singular value decomposition of pilot rows × classes; beyond this many entries it would take
+# minutes.
 _MOST_ENTRIES_TO_LEARN_FROM = 1 << 25
 
 
@@ -72,9 +73,9 @@ def choose_encoding(
 ) -> Choice:
     """Encode real rows every way and take the cheapest that meets the budget at every temperature.
 
-    Of two of equal size the one of less error is taken. Half of the pilot is for learning (a basis), the other for measuring.
-    Truncated rows are tried only where one temperature is asked for, since they can be had at no other; sampled ones never,
-    since their KL to the exact row is infinite by design.
+    Of two of equal size the one of less error is taken. Half of the pilot is for learning (a basis), the other for
+    measuring. Truncated rows are tried only where one temperature is asked for, since they can be had at no other;
+    sampled ones never, since their KL to the exact row is infinite by design.
 
     Args:
         pilot_BC: rows as a store keeps them: logits tempered at what is captured, the largest 0. Hundreds at least.
@@ -98,8 +99,8 @@ def choose_encoding(
     if not fitting:
         sizes = {tried.label: _worst(tried, statistic) for tried in table}
         raise EncodingError(
-            f"no encoding keeps the {statistic} KL within {budget_kl:g} nats at T = {list(wanted)} on this pilot; allow more, "
-            "or keep f32",
+            f"no encoding keeps the {statistic} KL within {budget_kl:g} nats at T = {list(wanted)} on this pilot; "
+            "allow more, or keep f32",
             rows=[],
             table=sizes,
         )

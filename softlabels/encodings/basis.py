@@ -1,16 +1,17 @@
-"""Rows as coefficients of a basis learnt for the store, with an exact head and, if wanted, a quantised rest. Name `basis`.
+"""Rows as coefficients of a basis learnt for the store, an exact head and, if wanted, a quantised rest. Name `basis`.
 
-Row, little-endian: offset (f16) · step (f16, only with a residual) · coefficients (`widths[j]` bits for direction j) · ids of
-the head · values of the head · residual (C codes), packed as `planes` says. With whole numbers q_j (see `levels`), B and
-mean of the constants, a class decodes to
+Row, little-endian: offset (f16) · step (f16, only with a residual) · coefficients (`widths[j]` bits for direction j) ·
+ids of the head · values of the head · residual (C codes), packed as `planes` says. With whole numbers q_j (see
+`levels`), B and mean of the constants, a class decodes to
 
     unit x (Σ_j q_j B_jc + mean_c) + offset + residual_c x step
 
-and one of the head to value x -depth / (2^head_bits - 1). q, B and mean are whole numbers whose sums stay below 2²⁴, so that
-the product is exact in float32 whatever the order of adding: every library and device gives the same bits.
+but at most -2⁻¹⁰, and one of the head to value x -depth / (2^head_bits - 1). A row's largest class always stands in the
+head (if there is one), so it stays the largest. q, B and mean are whole numbers whose sums stay below 2²⁴, so
+that the product is exact in float32 whatever the order of adding: every library and device gives the same bits.
 
-Bound: with a residual of b bits, half its step for every class whose residual is not cut, as in `quantised`; the head as
-quoted above. Without one there is no bound a row: the error is what the audit measures. Refused: NaN, ±inf.
+Bound: with a residual of b bits, half its step for every class whose residual is not cut, as in `quantised`; the head
+as quoted above. Without one there is no bound a row: the error is what the audit measures. Refused: NaN, ±inf.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import Array, Ops, largest, nearest_zero
+from softlabels.encodings.arrays import Array, Ops
 from softlabels.encodings.levels import TABLE, UNITS, WIDEST, code_table, level_table, levels_of
 from softlabels.encodings.planes import BitPacking
+from softlabels.encodings.portable import largest, nearest_zero
 from softlabels.encodings.quantised import FLOOR, head_steps, id_bits, quantise
 from softlabels.encodings.rows import PackedRows, shifted_rows
 from softlabels.errors import UnknownEncodingError
@@ -33,9 +35,10 @@ from softlabels.errors import UnknownEncodingError
 EXACT = 1 << 24
 """Whole numbers below this add up exactly in float32."""
 
-# What a class's squared error weighs in an encoder's choices: p at T = 1 plus this share of p at T = 4. KL is p e²/(2 T²)
-# to second order; 0.75 for 1/16 holds the two KLs at the ratio that top-k rows of equal size have (about 12 : 1).
+# What a class's squared error weighs in an encoder's choices: p at T = 1 plus this share of p at T = 4. KL is p e²/(2
+# T²) to second order; 0.75 for 1/16 holds the two KLs at the ratio that top-k rows of equal size have (about 12 : 1).
 _FLAT_SHARE, _FLAT_TEMPERATURE = 0.75, 4.0
+_HIGHEST = -(2.0**-10)  # of a class outside the head, where the largest of the row stands in it
 _HEAVIEST = 60.0  # weights above this multiple of the mean are cut: it keeps conjugate gradients well conditioned
 _LOADING = {2: 1.5, 3: 2.1, 4: 2.7, 5: 3.2, 6: 3.7, 7: 4.2, 8: 6.0}  # as in `quantised`, on either side
 
@@ -150,7 +153,10 @@ class Basis(PackedRows):
         if self.head:
             ids_BK = self._choose_head(ops, z, approximate_BC)
             step_B1 = head_steps(ops, ops.constant([[-self.depth]], "f4", z), self.head_bits)
-            values = quantise(ops, ops.gather(z, ids_BK), 0.0, step_B1, (1 << self.head_bits) - 1, kind="i4")
+            exact_BK = ops.gather(z, ids_BK)
+            values = quantise(ops, exact_BK, 0.0, step_B1, (1 << self.head_bits) - 1, kind="i4")
+            # A runner-up within half a step of the largest must not draw level with it.
+            values = ops.maximum(values, ops.cast(exact_BK < 0, "i4"))
             parts += [self._ids.pack(ops, ops.cast(ids_BK, "i4")), self._values.pack(ops, values)]
         return ops.concat(parts + residual)
 
@@ -203,13 +209,14 @@ class Basis(PackedRows):
         return header, decoded, [self._residuals.pack(ops, codes)]
 
     def _choose_head(self, ops: Ops, z: Array, approximate_BC: Array) -> Array:
-        """The classes that would add most to the error if they were left as they are."""
+        """The largest class, and those that would add most to the error if they were left as they are."""
+        approximate_BC = ops.clip(approximate_BC, None, _HIGHEST)
         p, flat = ops.exp(z), ops.exp(z / _FLAT_TEMPERATURE)
         error = approximate_BC - z
         # A class raised by e gains e^e times its mass: beyond second order that is what counts.
         gain = ops.exp(ops.clip(error, -20.0, 20.0)) - 1.0 - error
         cost = (p / ops.sum(p) * 2.0 * gain) + flat * (_FLAT_SHARE / ops.sum(flat)) * error * error
-        cost = ops.where(z < -self.depth, 0.0, ops.clip(cost, 0.0, 1e30))
+        cost = ops.where(z < -self.depth, 0.0, ops.clip(cost, 0.0, 1e30)) + ops.cast(z == 0, "f4") * 1e35
         return largest(ops, ops.cast(cost, "f4"), self.head)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
@@ -227,6 +234,7 @@ class Basis(PackedRows):
         if self.residual_bits:
             z += ops.cast(residual_BC, "f4") * header[:, 1:]
         if self.head:
+            z = ops.clip(z, None, _HIGHEST)
             step_B1 = head_steps(ops, ops.constant([[-self.depth]], "f4", z), self.head_bits)
             ops.scatter(z, ops.cast(ids_BK, "i8"), ops.cast(values_BK, "f4") * step_B1)
         return z
@@ -269,7 +277,7 @@ def _what_is_wrong(given: Basis) -> str:
         )
     if given.basis_RC.dtype != np.int16 or given.mean_C.dtype != np.int32 or given.widths_R.dtype != np.uint8:
         return "basis has to be int16, mean int32 and widths uint8"
-    if rank and not (1 <= int(given.widths_R.min()) and int(given.widths_R.max()) <= WIDEST):
+    if rank and not (int(given.widths_R.min()) >= 1 and int(given.widths_R.max()) <= WIDEST):
         return f"widths have to be 1 to {WIDEST} bits"
     if not 0 <= given.head < given.classes or not 6 <= given.head_bits <= 16:
         return f"a head of {given.head} classes and {given.head_bits} bits"

@@ -1,8 +1,8 @@
 """Where do random numbers of a sampled row come from, so that the same row always gets the same ones?
 
-They are a function of (store, sample, view) and of nothing else: no state, no order. A capture that is cut and resumed, on
-another machine or with another batch size, draws the same again, bit for bit. The mixing function is SplitMix64 (Steele, Lea,
-Flood 2014), whose counter form passes BigCrush.
+They are a function of (store, sample, view) and of nothing else: no state, no order. A capture that is cut and resumed,
+on another machine or with another batch size, draws the same again, bit for bit. The mixing function is SplitMix64
+(Steele, Lea, Flood 2014), whose counter form passes BigCrush.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ def draw_keys(store: str, ids: IdArray, views: NDArray[np.integer[Any]] | int = 
         numbers = np.frombuffer(b"".join(hashed), dtype="<u8").astype(np.uint64)
     else:
         numbers = ids.astype(np.int64).view(np.uint64)
-    per_view = _mix(np.broadcast_to(np.asarray(views, dtype=np.int64), ids.shape).view(np.uint64))
-    return _mix(_mix(numbers ^ base) + per_view)
+    per_view = mix(np.broadcast_to(np.asarray(views, dtype=np.int64), ids.shape).view(np.uint64))
+    return mix(mix(numbers ^ base) + per_view)
 
 
 def uniforms(keys_B: NDArray[np.uint64], stream: int) -> NDArray[np.float64]:
     """Uniform in [0, 1), one a key, on a grid of 2⁻⁵³; streams are independent of each other."""
     with np.errstate(over="ignore"):
-        mixed = _mix(keys_B + _GOLDEN * np.uint64(stream + 1))
+        mixed = mix(keys_B + _GOLDEN * np.uint64(stream + 1))
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's step: each number to one that looks random."""
     with np.errstate(over="ignore"):
         x = x + _GOLDEN
         x = (x ^ (x >> np.uint64(30))) * _FIRST

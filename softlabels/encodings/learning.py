@@ -1,16 +1,16 @@
 """How is a basis learnt from a pilot of real rows, for a given row size?
 
-Directions are the principal ones of the pilot's rows (each row's mean taken out, since logits are free up to a constant). Bits go
-one by one to the direction whose expected squared error shrinks most: reverse water-filling (Cover and Thomas 2006, § 10.3.3) with
-whole bits. What a direction's coefficients vary by on *other* rows is what counts, and a pilot overstates that for its first
-directions and understates it for the last ones, so the variances are corrected by what a basis of three quarters of the pilot
-does on the last quarter.
+Directions are the principal ones of the pilot's rows (each row's mean taken out, since logits are free up to a
+constant). Bits go one by one to the direction whose expected squared error shrinks most: reverse water-filling (Cover
+and Thomas 2006, § 10.3.3) with whole bits. What a direction's coefficients vary by on *other* rows is what counts, and
+a pilot overstates that for its first directions and understates it for the last ones, so the variances are corrected by
+what a basis of three quarters of the pilot does on the last quarter.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,8 @@ def learn_basis(
     row_bytes: int,
     temperatures: Sequence[float] = (1.0, 4.0),
     max_rank: int | None = None,
-    heads: Sequence[int] = (2, 4, 8, 16, 24),
+    goals: Mapping[float, float] | None = None,
+    heads: Sequence[int] = (2, 3, 4, 6, 8, 16, 24),
     residuals: Sequence[int] = (0, 2, 3, 4, 5, 6),
     refine: int = 4,
 ) -> Basis:
@@ -85,6 +86,7 @@ def learn_basis(
         pilot_BC: rows of logits as a store keeps them; thousands are better than hundreds.
         row_bytes: what one row may take.
         temperatures: those that the KL is weighed at (the geometric mean over them counts).
+        goals: KL wanted by temperature, instead of `temperatures`: the largest of KL/goal counts.
         max_rank: most directions to use; decoding time grows with it.
         heads: sizes of the exact head to try.
         residuals: bits of the quantised rest to try, 0 for none.
@@ -102,7 +104,7 @@ def learn_basis(
                 spectrum, row_bytes=row_bytes, head=head, residual_bits=residual_bits, max_rank=max_rank, refine=refine
             )
             if tried is not None:
-                choices.append((_score(tried, pilot[-kept:], temperatures), head, residual_bits))
+                choices.append((_score(tried, pilot[-kept:], temperatures, goals), head, residual_bits))
     if not choices:
         raise EncodingError(
             f"no basis of {pilot.shape[1]} classes fits into {row_bytes} bytes a row: allow more", rows=[]
@@ -135,7 +137,7 @@ def build_basis(
         "residual_bits": residual_bits,
         "refine": refine,
     }
-    none = {
+    none: dict[str, Any] = {
         "basis_RC": np.zeros((0, classes), np.int16),
         "mean_C": np.zeros(classes, np.int32),
         "widths_R": np.zeros(0, np.uint8),
@@ -210,8 +212,12 @@ def _whole_numbers(spectrum: Spectrum, widths_R: NDArray[np.uint8]) -> tuple[int
     raise EncodingError("the pilot's logits span too much for a basis of whole numbers: check the teacher", rows=[])
 
 
-def _score(encoding: Basis, rows: NDArray[np.float64], temperatures: Sequence[float]) -> float:
+def _score(
+    encoding: Basis, rows: NDArray[np.float64], temperatures: Sequence[float], goals: Mapping[float, float] | None
+) -> float:
     decoded = encoding.decode(encoding.encode(rows)).astype(np.float64)
+    if goals:
+        return max(_mean_kl(rows, decoded, T) / goal for T, goal in goals.items())
     return sum(float(np.log(_mean_kl(rows, decoded, T) + 1e-12)) for T in temperatures)
 
 

@@ -2,8 +2,8 @@
 
 Values are whole numbers of 1/128 standard deviation, so that sums of them times a whole-numbered basis are exact in
 float32 and every library adds them to the same bits. One to four bits: the least-squares levels of Max 1960, table I;
-above that uniform levels out to 4.4 to 8 deviations, since a coefficient of a classifier's rows has heavier tails than a normal
-one and what is cut off at a high rate costs more than what a finer step saves.
+above that uniform levels out to 4.4 to 8 deviations, since a coefficient of a classifier's rows has heavier tails than
+a normal one and what is cut off at a high rate costs more than what a finer step saves.
 """
 
 from __future__ import annotations

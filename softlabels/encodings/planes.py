@@ -1,7 +1,7 @@
 """How are codes of 1 to 31 bits packed into bytes and unpacked again, at full vector speed?
 
-A width is a sum of 16, 8, 4, 2 and 1; each such part is a *plane*. A plane of w < 8 bits puts 8/w codes in a byte: with n
-codes in the plane and s = ⌈n w / 8⌉ bytes, byte j holds codes j, j + s, j + 2s, … from its low bits up. So a plane is
+A width is a sum of 16, 8, 4, 2 and 1; each such part is a *plane*. A plane of w < 8 bits puts 8/w codes in a byte: with
+n codes in the plane and s = ⌈n w / 8⌉ bytes, byte j holds codes j, j + s, j + 2s, … from its low bits up. So a plane is
 taken apart by 8/w shifts over whole runs of bytes and never by walking through bits. A plane of 16 bits is two of 8.
 Planes follow each other from the wide to the narrow; of a code's bits the widest plane has the lowest.
 """

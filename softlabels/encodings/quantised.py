@@ -1,14 +1,14 @@
 """Quantised rows: every class kept in 2 to 8 bits, the largest few exactly. Names `q8`, `q7`, … `q2`.
 
-Row, little-endian: lo (f16) · step (f16) · ids of the head (K codes of ⌈log₂ C⌉ bits) · high bytes of the head (K) · codes
-(C of `bits` bits), packed as `planes` says. A class outside the head decodes to lo + code x step, one in the head to
-(high x 2^bits + code) x lo / (2^(bits+8) - 1): the code that it has anyway carries its value's low bits.
+Row, little-endian: lo (f16) · step (f16) · ids of the head (K codes of ⌈log₂ C⌉ bits) · high bytes of the head (K) ·
+codes (C of `bits` bits), packed as `planes` says. A class outside the head decodes to lo + code x step, one in the head
+to (high x 2^bits + code) x lo / (2^(bits+8) - 1): the code that it has anyway carries its value's low bits.
 
-Bound: a logit z (row maximum 0) of the rest comes back within step/2 + 2⁻²⁰|lo| where z ≥ lo, and as lo below that, step
-being at most 1.003 (largest of the rest - lo)/(2^bits - 1) + 2⁻²⁴; one of the head within 2^-(bits+8)|lo|. So where nothing is
-clipped KL ≤ step²/(8 T²) (Hoeffding's lemma). lo is the row's minimum; but never below -FLOOR, and under 8 bits never
-further below the mean of the rest than `_LOADING` standard deviations: a range that only a few improbable classes need costs
-all others resolution. Refused: NaN, ±inf.
+Bound: a logit z (row maximum 0) of the rest comes back within step/2 + 2⁻²⁰|lo| where z ≥ lo, and as lo below that,
+step being at most 1.003 (largest of the rest - lo)/(2^bits - 1) + 2⁻²⁴; one of the head within 2^-(bits+8)|lo|. So
+where nothing is clipped KL ≤ step²/(8 T²) (Hoeffding's lemma). lo is the row's minimum; but never below -FLOOR, and
+under 8 bits never further below the mean of the rest than `_LOADING` standard deviations: a range that only a few
+improbable classes need costs all others resolution. Refused: NaN, ±inf.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import Array, Ops, nearest_zero
+from softlabels.encodings.arrays import Array, Ops
 from softlabels.encodings.planes import BitPacking
+from softlabels.encodings.portable import nearest_zero
 from softlabels.encodings.rows import PackedRows, shifted_rows
 from softlabels.errors import UnknownEncodingError
 

@@ -24,7 +24,7 @@ from softlabels.encodings.auto import choose_encoding
 from softlabels.encodings.learning import learn_basis
 from softlabels.encodings.sampled import sampled_within
 from softlabels.errors import EncodingError, UnknownEncodingError
-from softlabels.softmath import soften
+from softlabels.softmath import log_soften
 
 _TOPK = re.compile(r"topk(\d{1,9})(?:-(\w+))?")
 _PILOT_KEYS = {"basis": {"row_bytes", "max_rank", "refine"}, "auto": {"kl", "statistic"}, "sampled": {"row_bytes"}}
@@ -45,7 +45,7 @@ class RequestedEncoding:
     @property
     def needs_pilot(self) -> bool:
         """Whether real rows have to be seen before it can be made."""
-        return self.name == "auto" or (self.name == "basis")
+        return self.name in ("auto", "basis")
 
     def make(
         self,
@@ -80,7 +80,11 @@ class RequestedEncoding:
             assert pilot_BC is not None
             return learn_basis(pilot_BC, temperatures=temperatures, **params)
         if self.name == "sampled" and "row_bytes" in params:
-            p_BC = None if pilot_BC is None else soften(np.asarray(pilot_BC, np.float64), temperature=1.0)
+            p_BC = (
+                None
+                if pilot_BC is None
+                else np.exp(log_soften(np.asarray(pilot_BC, np.float64), temperature=1.0)).astype(np.float64)
+            )
             return sampled_within(int(params["row_bytes"]), classes=classes, p_BC=p_BC)
         return make_encoding(self.name, classes=classes, params=params)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,18 +98,14 @@ def torch_uint8() -> Any:
     return torch.uint8
 
 
-class rows_from:  # noqa: N801 - a context manager, used like a function
+@contextmanager
+def rows_from(start: int) -> Iterator[None]:
     """Number the rows that an EncodingError names from `start`, where a batch is encoded in blocks."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, EncodingError) and self.start:
-            error.context["rows"] = [row + self.start for row in error.context.get("rows", [])]
+    try:
+        yield
+    except EncodingError as error:
+        error.context["rows"] = [row + start for row in error.context.get("rows", [])]
+        raise
 
 
 def check_shape(shape: tuple[int, ...], classes: int, keys: tuple[int, ...] | None = None) -> None:

@@ -1,18 +1,21 @@
 """Rows of few classes whose expectation is the row: threshold sampling, unbiased. Name `sampled`.
 
-The H largest entries are kept, the rest of the mass is split evenly over N systematic draws (class i is drawn with probability
-p_i/τ, τ = rest/N, and weighs τ; Madow 1949). With H at or above the number of entries with p ≥ τ this is threshold sampling: the
-variance is the least that H + N kept entries can have (Duffield, Lund, Thorup 2007). With H below it an entry may be drawn more
-than once; that is unbiased too. So H and N can be the same for every row, and a row has a fixed size.
+The H largest entries are kept, the rest of the mass is split evenly over N systematic draws (class i is drawn with
+probability p_i/τ, τ = rest/N, and weighs τ; Madow 1949). With H at or above the number of entries with p ≥ τ this is
+threshold sampling: the variance is the least that H + N kept entries can have (Duffield, Lund, Thorup 2007). With H
+below it an entry may be drawn more than once; that is unbiased too. So H and N can be the same for every row, and a row
+has a fixed size.
 
-Row: ids of the head (⌈log₂ C⌉ bits each) · weights of the head (16 bits, in units of 1/65535) · low bits of the drawn ids · their high
-bits in unary, packed as `planes` says. Drawn ids ascend and are kept as Elias 1974 and Fano 1971 do: l = ⌊log₂ C/N⌋ low bits each,
-then bit (id >> l) + j set for the j-th. That is about 2 + log₂ C/N bits an id instead of log₂ C. Heads are rounded to the grid by
-one random offset a row, so their expectation is exact as well, and the draws share what is left to 1.
+Row: ids of the head (⌈log₂ C⌉ bits each) · weights of the head (16 bits, in units of 1/65535) · low bits of the drawn
+ids · their high bits in unary, packed as `planes` says. Drawn ids ascend and are kept as Elias 1974 and Fano 1971 do: l
+= ⌊log₂ C/N⌋ low bits each, then bit (id >> l) + j set for the j-th. That is about 2 + log₂ C/N bits an id instead of
+log₂ C. Heads are rounded to the grid by one random offset a row, so their expectation is exact as well, and the draws
+share what is left to 1.
 
-Decoded rows are log-probabilities, -inf for classes that were not drawn: their KL to the exact row is infinite and means
-nothing; what counts is that every gradient is right on average. Locked to the T that the rows were tempered with. Bound: E[q] = p
-within 10⁻⁹; Var q_i ≤ p_i τ for what is drawn. Refused: NaN, +inf, rows without a key. -inf is kept, as probability 0.
+Decoded rows are log-probabilities, -inf for classes that were not drawn: their KL to the exact row is infinite and
+means nothing; what counts is that every gradient is right on average. Locked to the T that the rows were tempered with.
+Bound: E[q] = p within 10⁻⁹; Var q_i ≤ p_i τ for what is drawn. Refused: NaN, +inf, rows without a key. -inf is kept, as
+probability 0.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import Array, Ops, largest, natural_log
+from softlabels.encodings.arrays import Array, Ops
 from softlabels.encodings.draws import uniforms
 from softlabels.encodings.planes import BitPacking
+from softlabels.encodings.portable import largest, natural_log
 from softlabels.encodings.quantised import id_bits
 from softlabels.encodings.rows import PackedRows, shifted_rows
 from softlabels.errors import EncodingError, UnknownEncodingError
@@ -53,8 +57,8 @@ class Sampled(PackedRows):
     def __post_init__(self) -> None:
         if not 0 <= self.head < self.classes or not 1 <= self.draws <= 1 << 20:
             raise UnknownEncodingError(
-                f"a sampled row of {self.classes} classes keeps 0 to {self.classes - 1} of the largest and takes at least "
-                f"one draw from the rest, not head = {self.head} and draws = {self.draws}"
+                f"a sampled row of {self.classes} classes keeps 0 to {self.classes - 1} of the largest and takes at "
+                f"least one draw from the rest, not head = {self.head} and draws = {self.draws}"
             )
 
     @property

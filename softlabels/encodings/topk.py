@@ -1,14 +1,17 @@
 """Truncated rows: the k largest entries, what was cut off, and a named rule for where that went. Name `topk`.
 
-Three arrays, since peers that kept ids among float16 values lost every id above 2,048: `class_ids` (uint16 up to 65,536 classes, else
-uint32) · `values` (f16, log-probabilities) · `tail_mass` (f32, exact: the sum of what was cut off, not 1 minus the kept).
+Three arrays, since peers that kept ids among float16 values lost every id above 2,048: `class_ids` (uint16 up to 65,536
+classes, else uint32) · `values` (f16, log-probabilities) · `tail_mass` (f32, exact: the sum of what was cut off, not 1
+minus the kept).
 
-Rules: `uniform` spreads the tail mass evenly over the classes cut off. `renormalise` gives them nothing and scales the kept ones up
-(biased: a student learns that they are impossible). `ghost` keeps the tail as one class of its own, to be compared with the student's
-summed mass outside the ids (`entries`); where all classes are asked for, it spreads as `uniform` does.
+Rules: `uniform` spreads the tail mass evenly over the classes cut off. `renormalise` gives them nothing and scales the
+kept ones up (biased: a student learns that they are impossible). `ghost` keeps the tail as one class of its own, to be
+compared with the student's summed mass outside the ids (`entries`); where all classes are asked for, it spreads as
+`uniform` does.
 
-Bound: kept log-probabilities within 2⁻¹¹ relative (2⁻²⁵ absolute near 0); nothing is promised of the rest. Locked to the T that the
-rows were tempered with: tempering does not commute with cutting. Refused: NaN, +inf, log-probabilities under -65,504.
+Bound: kept log-probabilities within 2⁻¹¹ relative (2⁻²⁵ absolute near 0); nothing is promised of the rest. Locked to
+the T that the rows were tempered with: tempering does not commute with cutting. Refused: NaN, +inf, log-probabilities
+under -65,504.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import NUMPY, Array, Ops, natural_log, nearest_zero, torch_ops
+from softlabels.encodings.arrays import NUMPY, Array, Ops, torch_ops
+from softlabels.encodings.portable import natural_log, nearest_zero
 from softlabels.encodings.protocol import NO_CONSTANTS, Field
 from softlabels.encodings.rows import check_shape, shifted_rows
 from softlabels.errors import EncodingError, UnknownEncodingError
@@ -123,7 +127,7 @@ class TopK:
     def entries(
         self, encoded: Mapping[str, NDArray[Any]]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        """What is kept, without a row of all classes: ids [B, k], log-probabilities [B, k], log of the tail mass [B, 1]."""
+        """What is kept, without a row of all classes: ids and log-probabilities [B, k], log of the tail mass [B, 1]."""
         tail = natural_log(NUMPY, encoded[TAIL_MASS].astype(np.float32))
         return encoded[CLASS_IDS].astype(np.int64), encoded[VALUES].astype(np.float32), tail
 
@@ -141,8 +145,8 @@ class TopK:
         rows = ops.rows_where(((values == -float("inf")) & (exact_BK > -float("inf"))).any(-1))
         if rows:
             raise EncodingError(
-                f"topk cannot hold {len(rows)} row(s): a kept log-probability lies under -65,504, which float16 has not; "
-                "keep fewer classes, or use encoding 'f32'",
+                f"topk cannot hold {len(rows)} row(s): a kept log-probability lies under -65,504, which float16 has "
+                "not; keep fewer classes, or use encoding 'f32'",
                 rows=rows,
             )
         return ids_BK, values, ops.cast(ops.sum(p) / total_B1, "f4")

@@ -13,12 +13,13 @@ import torch
 from softlabels.encodings import make_encoding
 from softlabels.errors import JobError, ShardClaimedError, TeacherError, UnknownStoreError
 from softlabels.ids import utf8
-from softlabels.manifest import IdSpec, Manifest, MeanKind, TemperatureSpec, TransferSetSpec, seal, unseal
+from softlabels.manifest import IdSpec, Manifest, MeanKind, TemperatureSpec, TransferSetSpec
 from softlabels.precompute.job import Job, job_from_json
 from softlabels.precompute.shards import ShardComputer, ask, averaged
 from softlabels.precompute.teachers import Teacher, load_teacher
 from softlabels.progress import Progress, track
 from softlabels.references import load_reference
+from softlabels.sealing import seal, unseal
 from softlabels.softmath import check_temperature
 from softlabels.store.files import write_atomically
 from softlabels.store.planning import plan_store

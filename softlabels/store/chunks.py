@@ -38,7 +38,9 @@ def chunk_bodies(plan: Manifest, name: str, rows: NDArray[Any]) -> Sequence[NDAr
     return [compress(chunk.view(dtype), plan.shards.compression) for chunk in chunks]
 
 
-def part_of(plan: Manifest, name: str, bodies: Sequence[NDArray[np.uint8]], *, path: str, offset: int, rows: int) -> Part:
+def part_of(
+    plan: Manifest, name: str, bodies: Sequence[NDArray[np.uint8]], *, path: str, offset: int, rows: int
+) -> Part:
     """Where these chunks lie in a file, one after the other from `offset` on, each with a checksum behind it."""
     if plan.shards.compression is None:
         stride = chunk_stride(plan.arrays[name], plan.shards.rows_per_chunk)

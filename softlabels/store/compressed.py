@@ -1,7 +1,7 @@
 """How compressed chunks are made and read: for archives, where bytes count and rows are read in order.
 
-Compressed chunks have no fixed size, so their rows have no address: a chunk is read, verified and decoded whole, and the
-latest are kept. Measured on ImageNet logits as f16: zstd 0.76 of the size, blosc and gzip (both shuffle bytes) 0.66.
+Compressed chunks have no fixed size, so their rows have no address: a chunk is read, verified and decoded whole, and
+the latest are kept. Measured on ImageNet logits as f16: zstd 0.76 of the size, blosc and gzip (they shuffle bytes) 0.66
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ class CompressedArray:
         try:
             length = os.fstat(descriptor).st_size
             if length < offset + size:
-                raise TruncatedError(f"{path} has {length} bytes where {offset + size} are needed: run `softlabels repair`")
+                raise TruncatedError(
+                    f"{path} has {length} bytes where {offset + size} are needed: run `softlabels repair`"
+                )
             return os.pread(descriptor, size, offset)
         finally:
             os.close(descriptor)

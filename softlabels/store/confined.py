@@ -5,7 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import zipfile
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from softlabels.errors import ManifestError
 
@@ -61,8 +66,25 @@ def read_confined(root: Path, path: str, *, most_bytes: int) -> bytes:
     return raw
 
 
+def map_confined(root: Path, path: str) -> NDArray[Any]:
+    """An array in a `.npy` file of the store, mapped.
+
+    Raises:
+        ManifestError: missing, damaged, no plain array, or as `open_confined` finds it. OSError.
+    """
+    try:
+        os.close(open_confined(root, path))
+        loaded = np.load(root / path, mmap_mode="r", allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ManifestError(f"{root / path} cannot be read ({error}): run `softlabels repair`") from error
+    if not isinstance(loaded, np.ndarray):
+        loaded.close()
+        raise ManifestError(f"{root / path} is an archive, not an array: run `softlabels repair`")
+    return loaded
+
+
 def _no_plain_file(root: Path, path: str) -> ManifestError:
     return ManifestError(
-        f"{root / path} is not a plain file inside the store: links could lead anywhere on this machine, so they are not "
-        "followed; copy what they point to (`cp -rL`), and delete the store if you did not make it"
+        f"{root / path} is not a plain file inside the store: links could lead anywhere on this machine, so they are "
+        "not followed; copy what they point to (`cp -rL`), and delete the store if you did not make it"
     )

@@ -38,6 +38,11 @@ class Part:
     sizes: tuple[int, ...] | None = None
 
 
+def part_bytes(part: Part, rows_per_chunk: int) -> int:
+    """Bytes that an array of a shard takes in its file, from its first chunk to the end of its last."""
+    return part.stride * chunks_in(part.rows, rows_per_chunk) if part.sizes is None else sum(part.sizes)
+
+
 def choose_rows_per_chunk(row_bytes: int) -> int:
     """Rows a chunk: the power of two that comes nearest below 128 KiB."""
     rows = max(1, TARGET_CHUNK_BYTES // max(1, row_bytes))

@@ -1,8 +1,8 @@
 """How a store lies in HDF5: one file a shard, and `store.h5`, whose virtual datasets show them all as one.
 
 h5py lays a shard's file out once, in memory, with room for its chunks; rows and their Fletcher-32 sums are then put in
-that room by ourselves. So the file is written as every other is (h5py reports nothing when a disk is full, and crashes on
-closing), its bytes are the same each time, and no library call is made a shard.
+that room by ourselves. So the file is written as every other is (h5py reports nothing when a disk is full, and crashes
+on closing), its bytes are the same each time, and no library call is made a shard.
 """
 
 from __future__ import annotations
@@ -212,8 +212,8 @@ def _laid_out_otherwise(name: str) -> JobError:
     import h5py
 
     return JobError(
-        f"HDF5 {h5py.version.hdf5_version} with h5py {h5py.__version__} does not lay the chunks of {name!r} out one after "
-        "the other, so rows would have no address: use container 'zarr', or another version of h5py"
+        f"HDF5 {h5py.version.hdf5_version} with h5py {h5py.__version__} does not lay the chunks of {name!r} out one "
+        "after the other, so rows would have no address: use container 'zarr', or another version of h5py"
     )
 
 

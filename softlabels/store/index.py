@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from softlabels.errors import BadIdsError, ManifestError, UnknownIdError
 from softlabels.ids import IdArray, kind_of, utf8
 from softlabels.manifest import Manifest
+from softlabels.store.confined import map_confined
 from softlabels.store.files import sha256_of, write_atomically
 
 SORTED_IDS = "index/sorted_ids.npy"
@@ -32,8 +33,8 @@ class DenseIndex:
         """Position of each sample in the transfer set. Raises UnknownIdError, BadIdsError."""
         _refuse_other_kind(ids, "int", self._name)
         positions = ids.astype(np.int64, copy=False) - self._start
-        outside = (positions < 0) | (positions >= self._samples)
-        if outside.any():
+        if len(positions) and _largest(positions) >= self._samples:
+            outside = (positions < 0) | (positions >= self._samples)
             last = self._start + self._samples - 1
             raise _unknown(ids[outside], self._name, f"its ids run from {self._start} to {last}")
         return positions
@@ -44,24 +45,42 @@ class SortedIndex:
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self._root, self._manifest = root, manifest
-        self._sorted = _load(root / SORTED_IDS)
-        self._positions = _load(root / POSITIONS)
-        if len(self._sorted) != manifest.samples or len(self._positions) != manifest.samples:
-            raise ManifestError(f"the id index of {root} does not have {manifest.samples} entries: run `softlabels verify`")
+        self._sorted = map_confined(root, SORTED_IDS)
+        self._positions = map_confined(root, POSITIONS)
+        if self._sorted.shape != (manifest.samples,) or self._positions.shape != (manifest.samples,):
+            raise ManifestError(f"the id index of {root} does not have {manifest.samples} entries: run `softlabels repair`")
+        as_ids = self._sorted.dtype.kind == "S" if manifest.ids.kind == "str" else self._sorted.dtype.str == "<i8"
+        if not as_ids or self._positions.dtype.str != "<i8":
+            raise ManifestError(f"the id index of {root} does not hold ids and positions: run `softlabels repair`")
+        # Rows that carry their own id show whether the index led to the right ones. Those of sequences carry none, so
+        # that there the index itself is verified before its first use, at the cost of reading it once.
+        self._trusted = "ids" in manifest.arrays
 
     def positions(self, ids: IdArray) -> NDArray[np.int64]:
         """Position of each sample in the transfer set. Raises UnknownIdError, BadIdsError."""
         _refuse_other_kind(ids, self._manifest.ids.kind, self._manifest.name)
+        if not self._trusted:
+            self._refuse_damage()
+            self._trusted = True
         wanted: NDArray[Any] = ids if kind_of(ids) == "int" else utf8(ids)
         slot = np.searchsorted(self._sorted, wanted)
         found = self._sorted[np.minimum(slot, len(self._sorted) - 1)] == wanted
         if not found.all():
             self._refuse_damage()
             raise _unknown(ids[~found], self._manifest.name, f"it holds {self._manifest.samples} samples")
-        return self._positions[slot].astype(np.int64, copy=False)
+        positions = self._positions[slot].astype(np.int64, copy=False)
+        if len(positions) and _largest(positions) >= self._manifest.samples:
+            raise ManifestError(f"{self._root / POSITIONS} leads outside the store: run `softlabels repair`")
+        return positions
+
+    def ascends(self) -> bool:
+        """Whether every id is larger than the one before: then none stands twice."""
+        step = 1 << 20
+        starts = range(0, len(self._sorted) - 1, step)
+        return all(bool((s[1:] > s[:-1]).all()) for s in (self._sorted[start : start + step + 1] for start in starts))
 
     def _refuse_damage(self) -> None:
-        # Before an id is called unknown the index itself must be sound: a flipped bit in it hides samples.
+        # Also before an id is called unknown: a flipped bit in the index hides samples.
         for path in (SORTED_IDS, POSITIONS):
             if sha256_of(self._root / path) != self._manifest.metadata_sha256.get(path):
                 raise ManifestError(f"{self._root / path} is damaged: run `softlabels repair`")
@@ -102,12 +121,9 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _load(path: Path) -> NDArray[Any]:
-    try:
-        loaded: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ManifestError(f"the id index {path} cannot be read ({error}): run `softlabels repair`") from error
-    return loaded
+def _largest(positions: NDArray[np.int64]) -> int:
+    # As unsigned, a negative position is the largest of all: one pass finds what lies outside on either side.
+    return int(positions.view(np.uint64).max())
 
 
 def _refuse_other_kind(ids: IdArray, kind: str, name: str) -> None:

@@ -6,19 +6,24 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from softlabels.errors import ManifestError, ShardClaimedError, TruncatedError
-from softlabels.manifest import canonical_json, seal, unseal
+from softlabels.sealing import MAX_MANIFEST_BYTES, canonical_json, seal, unseal
+from softlabels.soundness import check_path, check_whole
+from softlabels.store.confined import read_confined
 from softlabels.store.files import TEMPORARY, make_folder, write_atomically
 from softlabels.store.geometry import Part
 
 FOLDER = "ledger"
 LOCKS = "locks"
 STAGING = "staging"
+
+_RECEIPT_NAME = re.compile(r"[0-9]{8}\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +74,17 @@ class Receipt:
         try:
             first, last = document["rows"]
             receipt = cls(
-                shard=int(document["shard"]),
+                shard=check_whole(document["shard"], "shard"),
                 plan_sha256=str(document["plan_sha256"]),
-                rows=(int(first), int(last)),
-                files={_safe(path): FileRecord(**record) for path, record in document["files"].items()},
-                parts={str(name): Part(**part) for name, part in document["parts"].items()},
+                rows=(check_whole(first, "rows"), check_whole(last, "rows")),
+                files={check_path(path): _record(**record) for path, record in document["files"].items()},
+                parts={str(name): _part(**part) for name, part in document["parts"].items()},
                 fingerprint=str(document["fingerprint"]),
                 audit=document["audit"],
             )
             for part in receipt.parts.values():
-                _safe(part.path)
-                if part.path not in receipt.files or min(part.offset, part.stride, part.rows) < 0:
-                    raise ValueError(f"array at {part.path!r}, offset {part.offset}")
+                if part.path not in receipt.files:
+                    raise ValueError(f"array in {part.path!r}, which it does not name")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ManifestError(f"a receipt of the ledger does not say what it must: {error}") from error
         return receipt
@@ -105,7 +109,7 @@ class Ledger:
         """
         path = self.path(shard)
         try:
-            raw = path.read_bytes()
+            raw = read_confined(self._root, f"{FOLDER}/{path.name}", most_bytes=MAX_MANIFEST_BYTES)
         except FileNotFoundError:
             return None
         receipt = Receipt.from_json(unseal(raw, what=f"receipt {path}"))
@@ -117,7 +121,7 @@ class Ledger:
         """Numbers of the shards that have a receipt, in order; the receipts are not read."""
         folder = self._root / FOLDER
         names = os.listdir(folder) if folder.is_dir() else []
-        return sorted(int(name[:8]) for name in names if name.endswith(".json") and name[:8].isdigit())
+        return sorted(int(name[:8]) for name in names if _RECEIPT_NAME.fullmatch(name))
 
     def write(self, receipt: Receipt) -> None:
         """Commit a shard: from here on its rows exist. The caller holds the claim, and its files are durable."""
@@ -176,8 +180,15 @@ class Ledger:
             os.close(descriptor)
 
 
-def _safe(path: str) -> str:
-    parts = path.split("/")
-    if path.startswith("/") or not all(parts) or any(part in (".", "..") or "\\" in part for part in parts):
-        raise ValueError(f"path {path!r} leaves the store")
-    return path
+def _part(*, path: str, offset: int, stride: int, rows: int, sizes: list[int] | None = None) -> Part:
+    return Part(
+        path=check_path(path),
+        offset=check_whole(offset, "offset"),
+        stride=check_whole(stride, "stride"),
+        rows=check_whole(rows, "rows"),
+        sizes=None if sizes is None else tuple(check_whole(size, "size") for size in sizes),
+    )
+
+
+def _record(*, size: int, sha256: str) -> FileRecord:
+    return FileRecord(size=check_whole(size, "size"), sha256=str(sha256))

@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import TruncatedError
+from softlabels.errors import ManifestError, TruncatedError
+from softlabels.store.confined import open_confined
 from softlabels.store.geometry import CHECKSUM_BYTES, Part
 
 MAX_RESERVED_BYTES = 1 << 45
@@ -62,17 +62,18 @@ class AddressSpace:
         buffer._softlabels_space = self  # type: ignore[attr-defined]
         self.buffer = memoryview(buffer).cast("B").toreadonly()
 
-    def map(self, slot: int, path: Path, *, offset: int, length: int) -> int:
-        """Map `length` bytes of a file from `offset` on.
+    def map(self, slot: int, root: Path, inside: str, *, offset: int, length: int) -> int:
+        """Map `length` bytes of a file of the store at `root`, from `offset` on. Mapping it again changes nothing.
 
         Returns:
             Where those bytes begin, relative to the start of the whole run.
         Raises:
-            TruncatedError: the file is shorter than that or missing.
+            TruncatedError: the file is shorter than that or missing. ManifestError: it is no plain file.
         """
         first_page = offset - offset % mmap.PAGESIZE
+        path = root / inside
         try:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            descriptor = open_confined(root, inside)
         except FileNotFoundError as error:
             raise TruncatedError(f"{path} is gone though the ledger has it: run `softlabels repair`") from error
         try:
@@ -123,13 +124,12 @@ class MappedArray:
         self._stride = self._row_bytes * rows_per_chunk + CHECKSUM_BYTES
         shard_bytes = self._stride * self._chunks_per_shard + mmap.PAGESIZE
         if shards * (shard_bytes + mmap.PAGESIZE) > MAX_RESERVED_BYTES:
-            raise MemoryError(f"{shards} shards of {shard_bytes} bytes are more than a process can address")
+            raise ManifestError(f"{shards} shards of {shard_bytes} bytes are more than a process can address")
         self._space = AddressSpace(slots=shards, slot_bytes=shard_bytes)
         self._items = _items(self._space, self._row_bytes)
         # Both begin as zeros, which take no memory until they are written; no chunk's address is zero.
         self._begin = np.zeros(shards, dtype=np.int64)
         self._base = np.zeros(shards * self._chunks_per_shard, dtype=np.int64)
-        self._lock = threading.Lock()
 
     def is_mapped(self, shard: int) -> bool:
         """Whether this shard's file has its place already."""
@@ -138,9 +138,8 @@ class MappedArray:
     def map(self, shard: int, part: Part, root: Path) -> None:
         """Give a shard's file its place."""
         length = part.stride * -(-part.rows // self._rows_per_chunk)
-        with self._lock:
-            if not self._begin[shard]:
-                self._begin[shard] = self._space.map(shard, root / part.path, offset=part.offset, length=length)
+        # Two threads may do this at once, to the same end. A lock, held while another thread forks, would stay locked.
+        self._begin[shard] = self._space.map(shard, root, part.path, offset=part.offset, length=length)
 
     def admit(self, chunk: int) -> None:
         """Let rows of a chunk, counted through the whole store, be gathered from now on; its shard is mapped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from softlabels.errors import (
     UnknownStoreError,
 )
 from softlabels.ids import IdArray, from_fixed_bytes
-from softlabels.manifest import MAX_MANIFEST_BYTES, ArraySpec, Manifest, unseal
+from softlabels.manifest import ArraySpec, Manifest
+from softlabels.sealing import MAX_MANIFEST_BYTES, unseal
+from softlabels.store.compressed import CompressedArray
+from softlabels.store.confined import read_confined
 from softlabels.store.container import container_of
-from softlabels.store.geometry import Part, chunk_stride
+from softlabels.store.geometry import CHECKSUM_BYTES, Part, chunk_stride, chunks_in, part_bytes
 from softlabels.store.index import make_index
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.mapping import MappedArray
@@ -53,6 +57,7 @@ class LocalRows:
         self._index = make_index(self._root, self._manifest) if self._manifest.finished else None
         self._sequences = SequenceIndex(self._root, self._manifest)
         self._arrays: dict[str, MappedArray] = {}
+        self._compressed: dict[str, CompressedArray] = {}
         self._digest = store_digest(self._manifest)
 
     @property
@@ -138,11 +143,14 @@ class LocalRows:
     def close(self) -> None:
         """Let go of the mapped files; views that were handed out keep theirs."""
         self._arrays.clear()
+        self._compressed.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self._root,))
 
     def _gather(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
+        if self._manifest.shards.compression is not None:
+            return self._compressed_array(field).gather(rows_B)
         array = self._arrays.get(field) or self._array(field)
         found = array.gather(rows_B)
         if found is None:
@@ -165,6 +173,20 @@ class LocalRows:
             array = self._arrays.setdefault(field, array)
         return array
 
+    def _compressed_array(self, field: str) -> CompressedArray:
+        array = self._compressed.get(field)
+        if array is None:
+            array = CompressedArray(
+                self._root,
+                array=self._manifest.arrays[field],
+                shards=self._manifest.shards,
+                part_of=lambda shard: self._part(shard, field),
+                is_sound=self._container.chunk_is_sound,
+                damaged=lambda shard, chunk: self._damaged(field, shard, chunk),
+            )
+            array = self._compressed.setdefault(field, array)
+        return array
+
     def _admit(self, field: str, array: MappedArray, chunks: list[int]) -> None:
         per_shard = self._manifest.shards.rows_per_shard // self._manifest.shards.rows_per_chunk
         for number in chunks:
@@ -172,17 +194,21 @@ class LocalRows:
             if not array.is_mapped(shard):
                 array.map(shard, self._part(shard, field), self._root)
             if not self._container.chunk_is_sound(array.chunk(shard, chunk)):
-                first = number * self._manifest.shards.rows_per_chunk
-                last = min(first + self._manifest.shards.rows_per_chunk, self._manifest.rows) - 1
-                raise ChecksumError(
-                    f"{self._manifest.name!r}: array {field!r}, shard {shard}, chunk {chunk} (rows {first} to {last}) is "
-                    "not what was written; run `softlabels verify`, then `softlabels repair` and `softlabels resume`",
-                    field=field,
-                    shard=shard,
-                    chunk=chunk,
-                    rows=[first, last],
-                )
+                raise self._damaged(field, shard, chunk)
             array.admit(number)
+
+    def _damaged(self, field: str, shard: int, chunk: int) -> ChecksumError:
+        shards = self._manifest.shards
+        first = shard * shards.rows_per_shard + chunk * shards.rows_per_chunk
+        last = min(first + shards.rows_per_chunk, self._manifest.rows) - 1
+        return ChecksumError(
+            f"{self._manifest.name!r}: array {field!r}, shard {shard}, chunk {chunk} (rows {first} to {last}) is not what "
+            "was written; run `softlabels verify`, then `softlabels repair` and `softlabels resume`",
+            field=field,
+            shard=shard,
+            chunk=chunk,
+            rows=[first, last],
+        )
 
     def _part(self, shard: int, field: str) -> Part:
         receipt = self._ledger.read(shard)
@@ -218,14 +244,11 @@ def load_manifest(root: Path) -> Manifest:
         UnknownStoreError: neither is there. ManifestError, FormatVersionError.
     """
     for name in (MANIFEST, PLAN):
-        path = root / name
         try:
-            if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise ManifestError(f"{path} is larger than any manifest: this is no softlabels store")
-            raw = path.read_bytes()
+            raw = read_confined(root, name, most_bytes=MAX_MANIFEST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        return Manifest.from_json(unseal(raw, what=str(path)))
+        return Manifest.from_json(unseal(raw, what=str(root / name)))
     raise UnknownStoreError(f"there is no store at {root}: it has neither {MANIFEST} nor {PLAN}", where=str(root))
 
 
@@ -249,11 +272,23 @@ def checked_part(receipt: Receipt, field: str, manifest: Manifest) -> Part:
     """
     part = receipt.parts.get(field)
     spec: ArraySpec = manifest.arrays[field]
-    first = receipt.shard * manifest.shards.rows_per_shard
-    rows = min(manifest.shards.rows_per_shard, manifest.rows - first)
-    if part is None or part.rows != rows or part.stride != chunk_stride(spec, manifest.shards.rows_per_chunk):
+    shards = manifest.shards
+    rows = min(shards.rows_per_shard, manifest.rows - receipt.shard * shards.rows_per_shard)
+    if shards.compression is None:
+        fits = part is not None and part.sizes is None and part.stride == chunk_stride(spec, shards.rows_per_chunk)
+    else:
+        fits = part is not None and part.sizes is not None and len(part.sizes) == chunks_in(rows, shards.rows_per_chunk)
+        fits = fits and min(part.sizes) > CHECKSUM_BYTES
+    if part is None or not fits or part.rows != rows or _overlap(receipt, shards.rows_per_chunk):
         raise ManifestError(f"the receipt of shard {receipt.shard} of {manifest.name!r} contradicts the manifest")
     return part
+
+
+def _overlap(receipt: Receipt, rows_per_chunk: int) -> bool:
+    """Whether two arrays claim the same bytes of a file."""
+    parts = receipt.parts.values()
+    spans = sorted((part.path, part.offset, part.offset + part_bytes(part, rows_per_chunk)) for part in parts)
+    return any(path == other and begin < end for (path, _, end), (other, begin, _) in pairwise(spans))
 
 
 def checked_views(views: NDArray[np.int64] | None, count: int, manifest: Manifest) -> NDArray[np.int64]:

@@ -7,7 +7,6 @@ quarter of the store. They stand once a sample, in files whose SHA-256 the plan 
 from __future__ import annotations
 
 import hashlib
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 from softlabels.errors import BadIdsError, ManifestError, RequestError, ShapeMismatchError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
+from softlabels.store.confined import map_confined
+from softlabels.store.files import sha256_of
 from softlabels.store.index import index_files, npy_bytes
 from softlabels.transfer import FINGERPRINT_BYTES, FingerprintSum
 
@@ -79,7 +80,6 @@ class SequenceIndex:
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self._root, self._manifest = root, manifest
         self._loaded: dict[str, NDArray[Any]] = {}
-        self._lock = threading.Lock()
 
     def rows(
         self, positions_B: NDArray[np.int64], spans_B2: NDArray[np.int64] | None
@@ -94,7 +94,7 @@ class SequenceIndex:
         Raises:
             RequestError: a range that leaves its sample. ManifestError: the offsets are damaged.
         """
-        offsets = self._file(OFFSETS, (self._manifest.samples + 1,))
+        offsets = self._file(OFFSETS, (self._manifest.samples + 1,), "<i8")
         begin, end = offsets[positions_B], offsets[positions_B + 1]
         if spans_B2 is not None:
             outside = (spans_B2[:, 0] < 0) | (spans_B2[:, 1] < spans_B2[:, 0]) | (spans_B2[:, 1] > end - begin)
@@ -105,6 +105,8 @@ class SequenceIndex:
                     row=worst,
                 )
             begin, end = begin + spans_B2[:, 0], begin + spans_B2[:, 1]
+        if len(begin) and (begin.min() < 0 or (end < begin).any() or end.max() > self._manifest.rows):
+            raise ManifestError(f"{self._root / OFFSETS} leads outside the store: run `softlabels repair`")
         lengths = end - begin
         joined = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         within = np.arange(joined[-1]) - np.repeat(joined[:-1], lengths)
@@ -112,27 +114,21 @@ class SequenceIndex:
 
     def fingerprints(self, positions_B: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Content fingerprints of these samples, [B, 16]."""
-        found: NDArray[np.uint8] = self._file(FINGERPRINTS, (self._manifest.samples, FINGERPRINT_BYTES))[positions_B]
+        found: NDArray[np.uint8] = self._file(FINGERPRINTS, (self._manifest.samples, FINGERPRINT_BYTES), "|u1")[
+            positions_B
+        ]
         return found
 
-    def _file(self, path: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        with self._lock:
-            if path not in self._loaded:
-                self._loaded[path] = self._verified(path, shape)
-            return self._loaded[path]
+    def _file(self, path: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        # No lock: two threads may verify the same file, to the same end; a lock held during a fork would stay locked.
+        loaded = self._loaded.get(path)
+        return self._loaded.setdefault(path, self._verified(path, shape, dtype)) if loaded is None else loaded
 
-    def _verified(self, path: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        try:
-            with (self._root / path).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != self._manifest.metadata_sha256.get(path):
-                raise ManifestError(f"{self._root / path} is not what was written: a changed offset is a wrong row")
-            loaded: NDArray[Any] = np.load(self._root / path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, ManifestError):
-                raise
-            raise ManifestError(f"{self._root / path} cannot be read: {error}") from error
-        if loaded.shape != shape:
-            raise ManifestError(f"{self._root / path} has shape {loaded.shape}, the manifest says {shape}")
+    def _verified(self, path: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        loaded = map_confined(self._root, path)
+        if sha256_of(self._root / path) != self._manifest.metadata_sha256.get(path):
+            raise ManifestError(f"{self._root / path} is not what was written: a changed offset is a wrong row")
+        if loaded.shape != shape or loaded.dtype.str != dtype:
+            raise ManifestError(f"{self._root / path} is {loaded.dtype}{loaded.shape}, the manifest says {dtype}{shape}")
         return loaded
 

@@ -21,7 +21,8 @@ from softlabels.errors import (
     TruncatedError,
 )
 from softlabels.ids import IdArray, to_fixed_bytes
-from softlabels.manifest import Manifest, seal, unseal
+from softlabels.manifest import Manifest
+from softlabels.sealing import seal, unseal
 from softlabels.store.container import ShardFile, container_of
 from softlabels.store.files import TEMPORARY, make_folder, write_atomically
 from softlabels.store.geometry import shard_rows

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +21,11 @@ import pytest
 from numpy.typing import NDArray
 
 from softlabels import wire
-from softlabels.store import LocalRows
-from softlabels.transfer import ArrayTransferSet
+from softlabels.audit import Audit
+from softlabels.encodings import make_encoding
+from softlabels.manifest import IdSpec, TeacherSpec, TemperatureSpec, TransferSetSpec
+from softlabels.store import LocalRows, StoreWriter, plan_store
+from softlabels.transfer import ArrayTransferSet, sample_fingerprints
 from softlabels_client import RetryPolicy
 
 
@@ -199,3 +205,85 @@ def quick() -> RetryPolicy:
 def tiny_inputs() -> ArrayTransferSet:
     """The inputs that the tiny store's targets were computed for, without labels of their own."""
     return ArrayTransferSet("noise", np.random.default_rng(7).normal(size=(200, 4)).astype(np.float32))
+
+
+Serve = Callable[..., str]
+"""`serve(folder, *options)` starts `softlabels serve` in a process of its own and returns its address."""
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Servers over folders of a test's own; they end with it. `serve.processes` are there to be killed."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(folder: Path, *options: str) -> str:
+        log = tmp_path / f"server-{len(processes)}.log"
+        with log.open("wb") as output:
+            command = [sys.executable, "-m", "softlabels", "serve", str(folder), *(options or ("--port", "0"))]
+            processes.append(subprocess.Popen(command, stdout=output, stderr=output))
+        give_up = time.monotonic() + 60
+        while time.monotonic() < give_up and processes[-1].poll() is None:
+            if found := re.search(r" at (http://\S+)", log.read_text()):
+                return found.group(1)
+            time.sleep(0.05)
+        pytest.fail(f"the server did not start:\n{log.read_text()}")
+
+    start.processes = processes  # type: ignore[attr-defined]
+    yield start
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait(timeout=20)
+
+
+MakeStore = Callable[..., Path]
+"""`make_store(root, transfer_set, ...)` writes a finished store for a transfer set and returns its folder."""
+
+
+@pytest.fixture(scope="session")
+def make_store() -> MakeStore:
+    """Writes small finished stores with the real writer."""
+
+    def make(
+        root: Path,
+        transfer_set: ArrayTransferSet,
+        logits_BC: NDArray[np.float32],
+        *,
+        encoding: str = "f32",
+        temperature: TemperatureSpec | None = None,
+    ) -> Path:
+        samples = transfer_set.take(np.arange(len(transfer_set)))
+        kind = "str" if samples.ids.dtype.kind == "U" else "int"
+        rows = make_encoding(encoding, classes=logits_BC.shape[1])
+        plan = plan_store(
+            name=root.name,
+            samples=len(transfer_set),
+            ids=IdSpec(kind=kind, width_bytes=16 if kind == "str" else 0),
+            encoding=rows,
+            temperature=temperature or TemperatureSpec(default=2.0, captured=1.0, locked=False),
+            mean="none",
+            teachers=(
+                TeacherSpec(name="made", model="m:f", arguments={}, weights=None, weights_sha256=None, weight=1.0),
+            ),
+            transfer_set=TransferSetSpec(
+                name=transfer_set.name, source="m:g", arguments={}, labelled=samples.labels is not None
+            ),
+        )
+        writer = StoreWriter.create(root, plan)
+        for shard in writer.missing_shards():
+            with writer.claim(shard) as claim:
+                part = slice(claim.rows.start, claim.rows.stop)
+                shifted = logits_BC[part] - logits_BC[part].max(axis=1, keepdims=True)
+                audit = Audit((1.0,))
+                audit.add(shifted, rows.decode(rows.encode(shifted)), captured=plan.temperature.captured)
+                claim.commit(
+                    ids=samples.ids[part],
+                    encoded=rows.encode(shifted),
+                    fingerprints=sample_fingerprints(samples.inputs[part]),
+                    labels=None if samples.labels is None else samples.labels[part],
+                    audit=audit.to_json(),
+                )
+        writer.finish()
+        return root
+
+    return make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,14 +19,17 @@ from softlabels.errors import (
     BadIdsError,
     EmptyBatchError,
     FingerprintMismatchError,
-    MissingExtraError,
     RequestError,
     ServerUnreachableError,
     ShapeMismatchError,
+    StoreChangedError,
     TemperatureError,
+    TemperatureLockedError,
     UnknownIdError,
     UnknownStoreError,
 )
+from softlabels.manifest import TemperatureSpec
+from softlabels.transfer import ArrayTransferSet
 
 IDS = [7, 0, 199, 7, 30]
 
@@ -102,6 +106,51 @@ def _logits(store: softlabels.TargetStore, ids: list[int]) -> Any:
     return store.batch(ids).logits()
 
 
+class TestStringIds:
+    def test_names_pair_as_numbers_do(self, tmp_path: Path, make_store: Any, serve: Any) -> None:
+        """File names, Unicode and all, in any order, near and far."""
+        names = np.array(["b.png", "a.png", "dir/ünï.png", "z" * 16])
+        data = ArrayTransferSet("named", np.arange(8, dtype=np.float32).reshape(4, 2), ids=names)
+        root = make_store(tmp_path / "stores" / "named", data, np.eye(4, 3, dtype=np.float32))
+        asked = ["dir/ünï.png", "a.png", "z" * 16, "a.png"]
+        for place in (root, f"{serve(root.parent)}/named"):
+            with softlabels.open(place) as store:
+                batch = store.batch(asked)
+                assert batch.ids.tolist() == asked
+                assert batch.logits().tolist() == [[-1, -1, 0], [-1, 0, -1], [0, 0, 0], [-1, 0, -1]]
+                for ids, error in ((["c.png"], UnknownIdError), ([1], BadIdsError), (["ü" * 20], UnknownIdError)):
+                    with pytest.raises(error):
+                        store.batch(ids)
+
+
+class TestToken:
+    def test_a_server_with_a_token_asks_for_it(self, tiny_store: Path, tmp_path: Path, serve: Any) -> None:
+        """With it rows come, without it an error that names the argument."""
+        secret = tmp_path / "token"
+        secret.write_text("s3cret\n")
+        url = serve(tiny_store, "--port", "0", "--token-file", str(secret)) + "/tiny"
+        with softlabels.open(url, token="s3cret") as store:
+            assert len(store.batch(IDS)) == 5
+        for token in (None, "guess"):
+            with pytest.raises(RequestError, match="token"):
+                softlabels.open(url, token=token)
+
+
+class TestRestart:
+    def test_a_killed_server_that_comes_back_is_waited_for(self, tiny_store: Path, serve: Any) -> None:
+        """Batches go on with every row right; nothing is asked of the trainer."""
+        url = serve(tiny_store)
+        port = url.rpartition(":")[2]
+        with softlabels.open(f"{url}/tiny") as store:
+            expected = store.batch(IDS).logits()
+            serve.processes[0].kill()
+            serve.processes[0].wait()
+            back = threading.Timer(0.5, serve, (tiny_store, "--port", port))
+            back.start()
+            np.testing.assert_array_equal(store.batch(IDS).logits(), expected)
+            back.join()
+
+
 class TestSameErrors:
     @pytest.mark.parametrize(
         ("call", "error", "words"),
@@ -138,7 +187,7 @@ class TestSameErrors:
         with pytest.raises(UnknownStoreError, match="tiny-one"):
             softlabels.open(str(where) + "-one")
 
-    def test_a_damaged_store(self, tiny_store: Path, tmp_path: Path, served_copy: Any) -> None:
+    def test_a_damaged_store(self, tiny_store: Path, tmp_path: Path, serve: Any) -> None:
         """A flipped bit is an error on either side, never a row."""
         copy = tmp_path / "stores" / "tiny"
         shutil.copytree(tiny_store, copy)
@@ -147,7 +196,7 @@ class TestSameErrors:
                 damaged = bytearray(shard.read_bytes())
                 damaged[100] ^= 1
                 shard.write_bytes(damaged)
-        url = served_copy(copy.parent)
+        url = serve(copy.parent)
         seen = []
         for place in (copy, f"{url}/tiny"):
             with softlabels.open(place) as store, pytest.raises(OSError, match="targets") as caught:
@@ -155,10 +204,35 @@ class TestSameErrors:
             seen.append((type(caught.value), str(caught.value)))
         assert seen[0] == seen[1]
 
+    def test_a_locked_temperature(self, tmp_path: Path, make_store: Any, serve: Any) -> None:
+        """An arithmetic mean's targets are had at one temperature, on either side."""
+        locked = TemperatureSpec(default=3.0, captured=3.0, locked=True)
+        data = ArrayTransferSet("data", np.zeros((4, 2), np.float32))
+        root = make_store(tmp_path / "stores" / "mean", data, np.eye(4, 3, dtype=np.float32), temperature=locked)
+        for place in (root, f"{serve(root.parent)}/mean"):
+            with softlabels.open(place) as store:
+                assert store.batch([1]).temperature == 3.0
+                with pytest.raises(TemperatureLockedError, match="captured at temperature 3"):
+                    store.batch([1], temperature=4.0)
+
     def test_a_string_that_is_no_place(self) -> None:
         """Other schemes are refused with the ones there are."""
         with pytest.raises(UnknownStoreError, match="folders and http"):
             softlabels.open("s3://bucket/tiny")
+
+    def test_a_store_replaced_behind_an_open_one(self, tmp_path: Path, make_store: Any, serve: Any) -> None:
+        """Rows of two versions are never mixed; opening again gives the new one."""
+        data = ArrayTransferSet("data", np.zeros((4, 2), np.float32))
+        root = make_store(tmp_path / "stores" / "moving", data, np.zeros((4, 3), np.float32))
+        url = f"{serve(root.parent)}/moving"
+        with softlabels.open(url) as store:
+            store.batch([0])
+            shutil.rmtree(root)
+            make_store(root, data, np.eye(4, 3, dtype=np.float32))
+            with pytest.raises(StoreChangedError, match="open the store again"):
+                store.batch([0])
+        with softlabels.open(url) as store:
+            assert store.batch([0]).logits()[0].tolist() == [0, -1, -1]
 
     def test_no_server(self) -> None:
         """The URL and what to check."""

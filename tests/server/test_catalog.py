@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from softlabels.errors import ManifestError, UnknownStoreError
+from softlabels.errors import DamageError, ManifestError, UnknownStoreError
 from softlabels_server import StoreFolder
 from softlabels_server.catalog import BrokenStore
 
@@ -119,6 +119,23 @@ class TestOpening:
         for _ in range(2):
             with pytest.raises(ManifestError):
                 folder.get("bad")
+
+    def test_what_cannot_be_looked_into_is_listed_too(self, write: Any, rows_of: Any, tmp_path: Path) -> None:
+        """A link that leads to itself may have been a store; the others are served as before."""
+        write(tmp_path / "good", rows_of())
+        (tmp_path / "loop").symlink_to("loop")
+        good, loop = StoreFolder(tmp_path)
+        assert good.name == "good"
+        assert isinstance(loop, BrokenStore)
+        assert isinstance(loop.error, ManifestError)
+
+    def test_a_folder_that_went_away(self, tmp_path: Path) -> None:
+        """Is no folder without stores."""
+        (tmp_path / "root").mkdir()
+        folder = StoreFolder(tmp_path / "root")
+        (tmp_path / "root").rmdir()
+        with pytest.raises(DamageError, match="cannot be listed"):
+            folder.names()
 
     def test_a_near_miss_gets_a_hint(self, stores: Any) -> None:
         """The message names the store that was probably meant."""

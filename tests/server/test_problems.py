@@ -75,7 +75,7 @@ class TestProblems:
         reply = reply_to(error("why", **context))
         assert reply.status_code == error.status
         assert b'"n": 3' in reply.body
-        assert b"NaN" not in reply.body
+        assert b'"x": "nan"' in reply.body
 
 
 class TestToken:

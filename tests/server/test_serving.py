@@ -161,11 +161,11 @@ class TestEnd:
     def test_its_port_is_free_again(self, start: Start, stores: Any) -> None:
         """A server started right after the old one gets the same port."""
         first = start(stores.root, "--port", 0)
-        port = first.address().rpartition(":")[2]
-        assert get(f"{first.address()}/health").status == 200
+        address = first.address()
+        assert get(f"{address}/health").status == 200
         assert first.end() == 0
-        second = start(stores.root, "--port", port)
-        assert second.address() == first.address()
+        second = start(stores.root, "--port", address.rpartition(":")[2])
+        assert second.address() == address
 
 
 class TestRefusals:
@@ -187,6 +187,24 @@ class TestRefusals:
         assert process.popen.wait(timeout=START_S) == 1
         assert message in process.printed
         assert "Traceback" not in process.printed
+
+    @pytest.mark.parametrize("library", ["fastapi", "uvicorn"])
+    def test_a_missing_extra(self, library: str, tmp_path: Path) -> None:
+        """Names the extra to install."""
+        code = (
+            "import sys; sys.modules[sys.argv[1]] = None; from softlabels.cli import main; "
+            "sys.exit(main(['serve', sys.argv[2]]))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, library, tmp_path],
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "softlabels[server]" in done.stderr
+        assert "[missing-extra]" in done.stderr
 
     def test_a_port_in_use(self, start: Start, stores: Any) -> None:
         """Says which, and how to get another."""

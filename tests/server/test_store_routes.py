@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from softlabels import __version__
-from softlabels.manifest import Manifest, seal
+from softlabels.manifest import Manifest
+from softlabels.sealing import seal
 from softlabels.wire import from_bytes
 
 

@@ -1,0 +1,179 @@
+"""Where does a key send each of the numbers 0 … n - 1? A shuffle that is computed, not stored.
+
+A long range goes through a generalised Feistel network: a number x < n is written as (left, right) with
+x = left · b + right, left < a, right < b, and each round adds a hash of one half to the other, modulo a or b in turn.
+Whatever the hash, a round can be undone, so all of them together are a bijection on [0, a · b). The few numbers that
+land in [n, a · b), fewer than 1 in √n, go through again until they land below n (cycle walking), which makes it a
+bijection on [0, n). A short range is a table instead: there the table costs little, and it is a fair shuffle even
+of three numbers, which no such network is.
+
+Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002 (generalised Feistel, cycle walking).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import blake2b
+from math import isqrt
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Positions: TypeAlias = NDArray[np.int64]
+_Words: TypeAlias = NDArray[np.uint64]
+
+TABLE_LIMIT = 4096
+"""Ranges up to this long are tables: 8 KB each, made in a fifth of a millisecond."""
+
+ROUNDS = 12
+"""Six a half. Statistics of orders first stop telling the network from a fair shuffle at four rounds a half at 4,097,
+the shortest range that it meets; the rest is margin."""
+
+LONGEST = 2**48
+"""With halves below 2²⁴ the hash has 39 bits to spread over a half, so no value is favoured by more than 2⁻¹⁴."""
+
+CHUNK = 16_384
+"""Numbers taken through all rounds at a time: what stays in a core's second-level cache (measured: 12 million
+numbers a second in chunks of 1,024, 31 million in chunks of 16,384)."""
+
+# The multipliers and the shift of MurmurHash3's 64-bit finaliser (Appleby, public domain).
+_MULTIPLY_1 = np.uint64(0xFF51AFD7ED558CCD)
+_MULTIPLY_2 = np.uint64(0xC4CEB9FE1A85EC53)
+_SHIFT = np.uint64(33)
+
+
+class Permutation(Protocol):
+    """A bijection on [0, size) and its inverse, elementwise over int64 arrays of any order and number."""
+
+    def forward(self, index: Positions) -> Positions:
+        """Where each number goes."""
+        ...
+
+    def backward(self, value: Positions) -> Positions:
+        """Which number came here: `backward(forward(x)) == x`."""
+        ...
+
+
+def subkeys(key: bytes, purpose: str) -> _Words:
+    """As many 64-bit words as a permutation needs, of one key for one purpose.
+
+    Args:
+        key: at most 64 bytes.
+        purpose: another purpose gives unrelated words.
+    Returns:
+        uint64, shape [ROUNDS].
+    """
+    digests = (blake2b(f"{purpose}/{i}".encode(), key=key).digest() for i in range(-(-ROUNDS // 8)))
+    return np.frombuffer(b"".join(digests), dtype="<u8")[:ROUNDS].astype(np.uint64)
+
+
+def keyed_permutation(size: int, words: _Words) -> Permutation:
+    """The permutation of [0, size) that `subkeys` chose; 1 ≤ size ≤ LONGEST."""
+    assert 1 <= size <= LONGEST, "EpochOrder checks its samples"
+    return ShuffledTable(size, words) if size <= TABLE_LIMIT else FeistelNetwork(size, words)
+
+
+class InOrder:
+    """The permutation that moves nothing."""
+
+    def forward(self, index: Positions) -> Positions:
+        """Where each number goes: where it is."""
+        return index
+
+    def backward(self, value: Positions) -> Positions:
+        """Which number came here: itself."""
+        return value
+
+
+class ShuffledTable:
+    """A fair shuffle of a short range: the numbers sorted by 64-bit hashes, no two of which are equal."""
+
+    def __init__(self, size: int, words: _Words) -> None:
+        hashes = _mixed(_mixed(np.arange(size, dtype=np.uint64) + words[0]) ^ words[1])
+        order = np.argsort(hashes)
+        self._forward = order.astype(np.uint16)
+        self._backward = np.empty(size, dtype=np.uint16)
+        self._backward[order] = np.arange(size, dtype=np.uint16)
+
+    def forward(self, index: Positions) -> Positions:
+        """Where each number goes."""
+        return self._forward[index].astype(np.int64)
+
+    def backward(self, value: Positions) -> Positions:
+        """Which number came here."""
+        return self._backward[value].astype(np.int64)
+
+
+class FeistelNetwork:
+    """A shuffle of a range of any length, in a fixed amount of memory."""
+
+    def __init__(self, size: int, words: _Words) -> None:
+        self._size = np.uint64(size)
+        # The smallest near-square that holds the range: a · b - size < a.
+        self._left_size = isqrt(size - 1) + 1
+        self._right_size = -(-size // self._left_size)
+        self._words = words
+
+    def forward(self, index: Positions) -> Positions:
+        """Where each number goes."""
+        return self._in_chunks(index, self._encipher)
+
+    def backward(self, value: Positions) -> Positions:
+        """Which number came here."""
+        return self._in_chunks(value, self._decipher)
+
+    def _in_chunks(self, values: Positions, once: Callable[[_Words], _Words]) -> Positions:
+        moved = np.empty(values.shape, dtype=np.int64)
+        for begin in range(0, values.size, CHUNK):
+            part = once(values[begin : begin + CHUNK].astype(np.uint64))
+            while (outside := np.flatnonzero(part >= self._size)).size:
+                part[outside] = once(part[outside])
+            moved[begin : begin + CHUNK] = part
+        return moved
+
+    def _encipher(self, values: _Words) -> _Words:
+        left, right, scratch = self._halves(values)
+        for i, word in enumerate(self._words):
+            moving, fixed, size = (right, left, self._right_size) if i % 2 else (left, right, self._left_size)
+            moving += _hash_below(size, fixed, word, scratch)
+            # Both lie below `size`, so one subtraction reduces; where it is not due it wraps round to something huge.
+            np.subtract(moving, np.uint64(size), out=scratch)
+            np.minimum(moving, scratch, out=moving)
+        return left * np.uint64(self._right_size) + right
+
+    def _decipher(self, values: _Words) -> _Words:
+        left, right, scratch = self._halves(values)
+        for i, word in reversed(list(enumerate(self._words))):
+            moving, fixed, size = (right, left, self._right_size) if i % 2 else (left, right, self._left_size)
+            moving -= _hash_below(size, fixed, word, scratch)
+            np.add(moving, np.uint64(size), out=scratch)
+            np.minimum(moving, scratch, out=moving)
+        return left * np.uint64(self._right_size) + right
+
+    def _halves(self, values: _Words) -> tuple[_Words, _Words, _Words]:
+        left = values // np.uint64(self._right_size)
+        return left, values - left * np.uint64(self._right_size), np.empty_like(values)
+
+
+def _hash_below(size: int, half: _Words, word: np.uint64, out: _Words) -> _Words:
+    """A keyed hash of each number, spread over [0, size); `out` is written and returned.
+
+    Murmur's finaliser less its first shift, which would find no bits above these halves' to bring down, and its
+    last, which would only mend low bits that are not used here: the top bits alone are scaled to `size`.
+    """
+    spare_bits = np.uint64(64 - size.bit_length())
+    np.bitwise_xor(half, word, out=out)
+    np.multiply(out, _MULTIPLY_1, out=out)
+    out ^= out >> _SHIFT
+    np.multiply(out, _MULTIPLY_2, out=out)
+    np.right_shift(out, np.uint64(64) - spare_bits, out=out)
+    np.multiply(out, np.uint64(size), out=out)
+    return np.right_shift(out, spare_bits, out=out)
+
+
+def _mixed(words: _Words) -> _Words:
+    """Murmur's 64-bit finaliser: a bijection, each bit of the result hanging on each bit given."""
+    words = (words ^ (words >> _SHIFT)) * _MULTIPLY_1
+    words = (words ^ (words >> _SHIFT)) * _MULTIPLY_2
+    return words ^ (words >> _SHIFT)

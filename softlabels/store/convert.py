@@ -1,0 +1,105 @@
+"""How does a finished store come into another container, bit by bit the same?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.errors import ChecksumError, JobError, ManifestError, RowsNotCommittedError
+from softlabels.ids import to_fixed_bytes
+from softlabels.manifest import Container, Manifest
+from softlabels.soundness import COMPRESSIONS
+from softlabels.store.confined import read_confined
+from softlabels.store.files import write_atomically
+from softlabels.store.geometry import shard_rows
+from softlabels.store.ledger import Ledger, Receipt
+from softlabels.store.rows import LocalRows, plan_digest
+from softlabels.store.writer import StoreWriter, load_plan
+from softlabels.transfer import FingerprintSum
+
+MAX_BESIDE_BYTES = 1 << 40
+"""Files beside the shards that were known before these: the offsets and fingerprints of sequences."""
+
+
+def convert_store(
+    source: Path,
+    target: Path,
+    *,
+    container: Container | None = None,
+    compression: str | None = None,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> Manifest:
+    """Copy a finished store into another container, chunk by verified chunk; interrupted, it goes on where it stopped.
+
+    The plan stays the same but for container and compression, and so do the versions that it records: they are those
+    that made the targets. So a store that is converted there and back ends as the very store it was, digest included.
+
+    Args:
+        container: the source's own when left out.
+        compression: of chunks, for archives; None leaves rows their addresses.
+        advance: told how many rows are there, as shards come to be.
+    Returns:
+        The manifest of the new store.
+    Raises:
+        RowsNotCommittedError: the source is unfinished. JobError: a compression that the container does not know.
+        ChecksumError, TruncatedError, ManifestError: the source is damaged. StoreExistsError, ShardClaimedError.
+    """
+    rows = LocalRows(source)
+    if not rows.manifest.finished:
+        raise RowsNotCommittedError(f"{source} is unfinished: run `softlabels resume {source}`, then convert it")
+    plan = _plan(load_plan(source), container, compression)
+    ledger = Ledger(source, plan_sha256=plan_digest(rows.manifest))
+    writer = StoreWriter.create(target, plan)
+    for path, sha256 in plan.metadata_sha256.items():
+        _copy(source, target, path, sha256)
+    missing = writer.missing_shards()
+    advance(plan.rows - sum(len(shard_rows(plan, shard)) for shard in missing))
+    for shard in missing:
+        with writer.claim(shard):
+            receipt = ledger.read(shard)
+            if receipt is None:
+                raise ManifestError(
+                    f"shard {shard} of {source} has no receipt though it is finished: run `softlabels repair`"
+                )
+            arrays = _arrays(rows, shard, receipt)
+            writer.commit(shard, arrays, fingerprint=receipt.fingerprint, audit=receipt.audit)
+        advance(len(shard_rows(plan, shard)))
+    return writer.finish()
+
+
+def _plan(plan: Manifest, container: Container | None, compression: str | None) -> Manifest:
+    chosen = container or plan.container
+    if compression is not None and compression not in COMPRESSIONS[chosen]:
+        raise JobError(
+            f"{chosen} chunks cannot be compressed with {compression}: any reader of {chosen} knows "
+            f"{' and '.join(COMPRESSIONS[chosen])}, the rest would need plugins"
+        )
+    return replace(plan, container=chosen, shards=replace(plan.shards, compression=compression))
+
+
+def _arrays(rows: LocalRows, shard: int, receipt: Receipt) -> dict[str, NDArray[Any]]:
+    """The arrays of a shard as they are stored, every chunk verified, and the samples those that the receipt names."""
+    manifest = rows.manifest
+    span = shard_rows(manifest, shard)
+    arrays = rows.fetch_rows(np.arange(span.start, span.stop, dtype=np.int64), tuple(manifest.arrays))
+    total = FingerprintSum()
+    if "ids" in arrays:
+        total.add(arrays["ids"], arrays["fingerprints"])
+        if manifest.ids.kind == "str":
+            arrays["ids"] = to_fixed_bytes(arrays["ids"], width_bytes=manifest.ids.width_bytes)
+    if total.hexdigest() != receipt.fingerprint:
+        raise ManifestError(f"shard {shard} of {manifest.name!r} holds other samples than its receipt says")
+    return arrays
+
+
+def _copy(source: Path, target: Path, path: str, sha256: str) -> None:
+    contents = read_confined(source, path, most_bytes=MAX_BESIDE_BYTES)
+    if hashlib.sha256(contents).hexdigest() != sha256:
+        raise ChecksumError(f"{source / path} is not what was written: run `softlabels verify {source}`", path=path)
+    write_atomically(target / path, [contents])

@@ -1,0 +1,279 @@
+"""Is one shard what was written, and does what was written make sense?"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.encodings import Encoding
+from softlabels.errors import ManifestError, UnknownIdError
+from softlabels.ids import IdArray, from_fixed_bytes
+from softlabels.manifest import Manifest
+from softlabels.store.compressed import decompress
+from softlabels.store.confined import open_confined
+from softlabels.store.container import StoreContainer
+from softlabels.store.faults import Fault, Report
+from softlabels.store.geometry import CHECKSUM_BYTES, Part, chunks_in, shard_rows
+from softlabels.store.index import DenseIndex, SortedIndex
+from softlabels.store.ledger import FileRecord, Receipt
+from softlabels.store.rows import checked_part
+from softlabels.transfer import UNLABELLED, FingerprintSum
+
+Piece: TypeAlias = NDArray[np.uint8]
+Read: TypeAlias = Callable[[str, int, int], Piece]
+"""Bytes of a file of the shard: path, offset, length."""
+
+ROW_MAX_TOLERANCE = 0.1
+"""Nats. Rows are kept with their largest logit at 0, and no encoding whose rows re-temper moves it further."""
+
+_BLOCK_BYTES = 4 << 20
+"""Files are read, and rows decoded, in blocks of about this size."""
+
+
+class ShardChecks:
+    """Checks of one store's shards.
+
+    Args:
+        plan: what the store is to hold.
+        encoding: of its rows.
+        index: from ids to positions; None where it cannot be had, and ids are then not looked up.
+        report: its counters go up as chunks, rows and files are verified.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        plan: Manifest,
+        container: StoreContainer,
+        encoding: Encoding,
+        *,
+        index: DenseIndex | SortedIndex | None,
+        report: Report,
+    ) -> None:
+        self._root, self._plan, self._container, self._encoding = root, plan, container, encoding
+        self._index, self._report = index, report
+
+    def receipt_fault(self, receipt: Receipt) -> Fault | None:
+        """What in a receipt contradicts the plan; None where nothing does."""
+        rows = shard_rows(self._plan, receipt.shard)
+        try:
+            if receipt.rows != (rows.start, rows.stop):
+                raise ManifestError(f"it speaks of rows {receipt.rows[0]} to {receipt.rows[1] - 1}")
+            for name in self._plan.arrays:
+                checked_part(receipt, name, self._plan)
+        except ManifestError as error:
+            return self.fault("document", str(error), receipt.shard)
+        return None
+
+    def faults(self, receipt: Receipt) -> Iterator[Fault]:
+        """Every fault of a shard: each byte of its files is read once."""
+        contents: dict[str, Piece] = {}
+        sound = True
+        for path, record in receipt.files.items():
+            found = self._contents(path, record, receipt.shard)
+            if isinstance(found, Fault):
+                yield found
+                sound = False
+            else:
+                contents[path] = found
+
+        def read(path: str, offset: int, length: int) -> Piece:
+            return contents[path][offset : offset + length]
+
+        broken: set[str] = set()
+        for name in self._plan.arrays:
+            part = checked_part(receipt, name, self._plan)
+            if part.path in contents:
+                for fault in self._chunk_faults(receipt, name, part, read, self._numbers(receipt)):
+                    broken.add(part.path)
+                    yield fault
+        for path, whole in contents.items():
+            self._report.files += 1
+            if path not in broken and hashlib.sha256(whole).hexdigest() != receipt.files[path].sha256:
+                broken.add(path)
+                message = "its SHA-256 is not the receipt's, though every chunk in it is sound"
+                yield self.fault("checksum", message, receipt.shard, path=path)
+        if sound and not broken:
+            yield from self._contents_faults(receipt, read, self._numbers(receipt), whole=True)
+
+    def sampled_faults(self, receipt: Receipt, numbers: Sequence[int]) -> Iterator[Fault]:
+        """Faults of some chunks of a shard, every array of each; nothing else of the files is read."""
+        for path, record in receipt.files.items():
+            fault = self._size_fault(path, record, receipt.shard)
+            if fault is not None:
+                yield fault
+                return
+
+        def read(path: str, offset: int, length: int) -> Piece:
+            return _read(self._root, path, offset, length)
+
+        for name in self._plan.arrays:
+            part = checked_part(receipt, name, self._plan)
+            found = list(self._chunk_faults(receipt, name, part, read, numbers))
+            yield from found
+            if found:
+                return
+        yield from self._contents_faults(receipt, read, numbers, whole=False)
+
+    def fault(self, kind: Any, message: str, shard: int, **where: Any) -> Fault:
+        """A fault of a shard; of all its rows unless said otherwise."""
+        rows = shard_rows(self._plan, shard)
+        return Fault(**{"kind": kind, "message": message, "shard": shard, "rows": (rows.start, rows.stop - 1), **where})
+
+    def _numbers(self, receipt: Receipt) -> range:
+        return range(chunks_in(receipt.rows[1] - receipt.rows[0], self._plan.shards.rows_per_chunk))
+
+    def _contents(self, path: str, record: FileRecord, shard: int) -> Piece | Fault:
+        fault = self._size_fault(path, record, shard)
+        if fault is not None:
+            return fault
+        try:
+            return _read(self._root, path, 0, record.size)
+        except OSError as error:
+            return self.fault("missing", f"it cannot be read: {error}", shard, path=path)
+
+    def _size_fault(self, path: str, record: FileRecord, shard: int) -> Fault | None:
+        try:
+            descriptor = open_confined(self._root, path)
+        except FileNotFoundError:
+            return self.fault("missing", "it is gone though the ledger has it", shard, path=path)
+        except (ManifestError, OSError) as error:
+            return self.fault("missing", f"it cannot be read: {error}", shard, path=path)
+        try:
+            size = os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+        if size != record.size:
+            return self.fault("missing", f"it has {size} bytes, {record.size} were written", shard, path=path)
+        return None
+
+    def _chunk_faults(
+        self, receipt: Receipt, name: str, part: Part, read: Read, numbers: Sequence[int]
+    ) -> Iterator[Fault]:
+        for number in numbers:
+            chunk = read(part.path, *_place(part, number))
+            self._report.chunks += 1
+            if len(chunk) <= CHECKSUM_BYTES or not self._container.chunk_is_sound(chunk):
+                where = {"path": part.path, "array": name, "chunk": number, "rows": self._rows(receipt, number)}
+                yield self.fault("checksum", "the chunk's checksum fails", receipt.shard, **where)
+
+    def _rows(self, receipt: Receipt, number: int) -> tuple[int, int]:
+        first = receipt.rows[0] + number * self._plan.shards.rows_per_chunk
+        return first, min(first + self._plan.shards.rows_per_chunk, receipt.rows[1]) - 1
+
+    def _contents_faults(
+        self, receipt: Receipt, read: Read, numbers: Sequence[int], *, whole: bool
+    ) -> Iterator[Fault]:
+        fingerprint = FingerprintSum()
+        keyed = {"ids", "fingerprints"} <= set(self._plan.arrays)
+        for block in _blocks(numbers, self._plan):
+            try:
+                arrays = {name: self._decoded(receipt, name, read, block) for name in self._plan.arrays}
+            except ValueError as error:
+                yield self.fault("contents", str(error), receipt.shard)
+                return
+            rows = np.concatenate([np.arange(a, b + 1) for a, b in (self._rows(receipt, number) for number in block)])
+            self._report.rows += len(rows)
+            for name, bad, message in self._senseless(arrays, rows):
+                first = int(rows[bad][0])
+                chunk = (first - receipt.rows[0]) // self._plan.shards.rows_per_chunk
+                where = {"array": name, "chunk": chunk, "rows": (first, int(rows[bad][-1]))}
+                yield self.fault("contents", f"{message} ({int(bad.sum())} rows)", receipt.shard, **where)
+            if keyed and whole:
+                fingerprint.add(_as_ids(arrays["ids"]), arrays["fingerprints"])
+        if whole and keyed and fingerprint.hexdigest() != receipt.fingerprint:
+            yield self.fault("contents", "ids and fingerprints are not those that the receipt sums up", receipt.shard)
+
+    def _decoded(self, receipt: Receipt, name: str, read: Read, numbers: Sequence[int]) -> NDArray[Any]:
+        """Rows of these chunks, [rows, *row_shape]; those that the last chunk is padded with are cut off."""
+        spec, shards, part = self._plan.arrays[name], self._plan.shards, checked_part(receipt, name, self._plan)
+        dtype, size_bytes = np.dtype(spec.dtype), spec.row_bytes * shards.rows_per_chunk
+        bodies = [read(part.path, *_place(part, number))[:-CHECKSUM_BYTES] for number in numbers]
+        if shards.compression is not None:
+            bodies = [decompress(b.tobytes(), shards.compression, dtype=dtype, size_bytes=size_bytes) for b in bodies]
+        rows: NDArray[Any] = np.concatenate(bodies).view(dtype).reshape(-1, *spec.row_shape)
+        wanted = sum(last - first + 1 for first, last in (self._rows(receipt, number) for number in numbers))
+        return rows[:wanted]
+
+    def _senseless(
+        self, arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]
+    ) -> Iterator[tuple[str, NDArray[np.bool_], str]]:
+        """Which rows make no sense, and why: (array, [rows] bool, message)."""
+        encoded = {name: arrays[name] for name in self._encoding.fields}
+        if self._plan.members is not None:
+            encoded = {name: array.reshape(-1, *array.shape[2:]) for name, array in encoded.items()}
+        logits_RC = self._encoding.decode(encoded)
+        largest_R = logits_RC.max(axis=1)
+        no_logits_R = np.isnan(logits_RC).any(axis=1) | ~np.isfinite(largest_R)
+        # Truncated and sampled rows are log-probabilities, and learnt ones approximate: both keep their own maximum.
+        exact = self._encoding.retemperable and not self._encoding.constants
+        unshifted_R = ~no_logits_R & (np.abs(largest_R) > ROW_MAX_TOLERANCE if exact else largest_R > ROW_MAX_TOLERANCE)
+        array = next(iter(self._encoding.fields))
+        for bad_R, message in ((no_logits_R, "NaN or Inf"), (unshifted_R, "rows whose largest logit is not 0")):
+            bad = bad_R.reshape(len(rows), -1).any(axis=1)
+            if bad.any():
+                yield array, bad, message
+        if "labels" in arrays:
+            labels = arrays["labels"]
+            bad = (labels < UNLABELLED) | (labels >= self._plan.classes)
+            if bad.any():
+                yield "labels", bad, f"labels outside {UNLABELLED} to {self._plan.classes - 1}"
+        if "ids" in arrays and self._index is not None:
+            bad = _misplaced(self._index, _as_ids(arrays["ids"]), rows // self._plan.layout.views)
+            if bad.any():
+                yield "ids", bad, "ids that belong to other rows"
+
+
+def _misplaced(index: DenseIndex | SortedIndex, ids: IdArray, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+    try:
+        found: NDArray[np.bool_] = index.positions(ids) != positions
+    except UnknownIdError:
+        return np.array([not _leads_to(index, ids[i : i + 1], position) for i, position in enumerate(positions)])
+    return found
+
+
+def _leads_to(index: DenseIndex | SortedIndex, one_id: IdArray, position: int) -> bool:
+    try:
+        return bool(index.positions(one_id)[0] == position)
+    except UnknownIdError:
+        return False
+
+
+def _blocks(numbers: Sequence[int], plan: Manifest) -> Iterator[Sequence[int]]:
+    row_bytes = 4 * plan.classes * (plan.members or 1) + sum(spec.row_bytes for spec in plan.arrays.values())
+    step = max(1, _BLOCK_BYTES // (row_bytes * plan.shards.rows_per_chunk))
+    for start in range(0, len(numbers), step):
+        yield numbers[start : start + step]
+
+
+def _place(part: Part, number: int) -> tuple[int, int]:
+    """Offset and length of a chunk in its file, with its checksum."""
+    if part.sizes is None:
+        return part.offset + number * part.stride, part.stride
+    return part.offset + sum(part.sizes[:number]), part.sizes[number]
+
+
+def _read(root: Path, path: str, offset: int, length: int) -> Piece:
+    """Bytes of a file, fewer where it ends; an error of the disk is an error here, not a signal as in a mapping."""
+    out = bytearray(length)
+    view, done = memoryview(out), 0
+    with os.fdopen(open_confined(root, path), "rb", buffering=0) as file:
+        file.seek(offset)
+        while done < length:
+            got = file.readinto(view[done : done + _BLOCK_BYTES])
+            if not got:
+                break
+            done += got
+    found = np.frombuffer(out, dtype=np.uint8)[:done]
+    found.flags.writeable = False
+    return found
+
+
+def _as_ids(kept: NDArray[Any]) -> IdArray:
+    return from_fixed_bytes(kept) if kept.ndim == 2 else kept
