@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding, make_encoding
 from softlabels.errors import FormatVersionError, ManifestError
@@ -21,6 +22,9 @@ FORMAT_VERSION = 1
 
 STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a store may be called: it is a path segment in URLs and on disk, so nothing that climbs out of a folder."""
+
+ROW_FACTS = ("ids", "labels", "fingerprints", "view_parameters")
+"""Arrays that say what a row belongs to; all others are the encoding's."""
 
 Container = Literal["zarr", "hdf5"]
 LayoutKind = Literal["single", "views", "sequences"]
@@ -55,10 +59,11 @@ class IdSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingSpec:
-    """Name and parameters of the encoding."""
+    """Name and parameters of the encoding, and the names of the arrays that it learnt for this store."""
 
     name: str
     params: Mapping[str, Any]
+    constants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +207,15 @@ class Manifest:
         """64 hex digits that name this version of this store: SHA-256 of the canonical JSON."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
-    def make_encoding(self) -> Encoding:
-        """The encoding of this store's rows."""
-        return make_encoding(self.encoding.name, classes=self.classes, params=self.encoding.params)
+    @property
+    def target_row_bytes(self) -> int:
+        """Bytes of targets a row: what the encoding writes, without ids, labels and fingerprints."""
+        return sum(spec.row_bytes for name, spec in self.arrays.items() if name not in ROW_FACTS)
+
+    def make_encoding(self, constants: Mapping[str, NDArray[Any]] | None = None) -> Encoding:
+        """The encoding of this store's rows, with the arrays that it learnt, by name."""
+        spec = self.encoding
+        return make_encoding(spec.name, classes=self.classes, params=spec.params, constants=constants)
 
     def finish(
         self, *, ledger: str, fingerprint: str, audit: Mapping[str, Any], metadata_sha256: Mapping[str, str]
@@ -240,7 +251,7 @@ class Manifest:
                 layout=Layout(**_table(document, "layout")),
                 ids=IdSpec(**_table(document, "ids")),
                 classes=_typed(document, "classes", int),
-                encoding=EncodingSpec(**_table(document, "encoding")),
+                encoding=_encoding_spec(_table(document, "encoding")),
                 temperature=TemperatureSpec(**_table(document, "temperature")),
                 mean=cast(MeanKind, _one_of(document, "mean", ("none", "arithmetic", "geometric"))),
                 teachers=tuple(TeacherSpec(**teacher) for teacher in _typed(document, "teachers", list)),
@@ -259,6 +270,18 @@ class Manifest:
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise ManifestError(f"the manifest does not say what a store needs: {error}") from error
         return manifest
+
+
+def check_encoding(manifest: Manifest, encoding: Encoding) -> Encoding:
+    """The encoding, if the manifest's arrays are those that it writes.
+
+    Raises:
+        ManifestError: they are not.
+    """
+    for name, spec in encoded_arrays(encoding, manifest.members).items():
+        if manifest.arrays.get(name) != spec:
+            raise ManifestError(f"array {name!r} of {manifest.name!r} is not what encoding {encoding.name!r} writes")
+    return encoding
 
 
 def encoded_arrays(encoding: Encoding, members: int | None) -> dict[str, ArraySpec]:
@@ -315,6 +338,13 @@ def _view_spec(value: Mapping[str, Any]) -> ViewSpec:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"views.parameters is {names!r}")
     return ViewSpec(**{**value, "parameters": tuple(names)})
+
+
+def _encoding_spec(value: Mapping[str, Any]) -> EncodingSpec:
+    names = value.get("constants", ())
+    if not isinstance(names, list | tuple) or len(names) > 64:
+        raise ValueError(f"encoding.constants is {names!r}")
+    return EncodingSpec(**{**value, "constants": tuple(check_store_name(name) for name in names)})
 
 
 def _typed(document: Mapping[str, Any], key: str, kind: type[T]) -> T:

@@ -45,6 +45,11 @@ class RowSource(Protocol):
         """The version of the store that `fetch` reads."""
         ...
 
+    @property
+    def encoding(self) -> Encoding:
+        """How its rows are decoded, with what the encoding learnt for this store."""
+        ...
+
     def fetch(
         self,
         ids: IdArray,
@@ -76,7 +81,7 @@ class TargetStore:
     def __init__(self, rows: RowSource, *, where: str) -> None:
         self._rows = rows
         self.where = where
-        self._encoding: Encoding = rows.manifest.make_encoding()
+        self._encoding = rows.encoding
 
     @property
     def manifest(self) -> Manifest:

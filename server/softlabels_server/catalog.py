@@ -148,7 +148,7 @@ class StoreFolder:
             path=path,
             rows=rows,
             manifest=rows.manifest,
-            encoding=rows.manifest.make_encoding(),
+            encoding=rows.encoding,
             digest=rows.digest,
             signature=signature,
         )

@@ -38,12 +38,11 @@ def described(manifest: Manifest, digest: str) -> list[tuple[str, str]]:
     """The manifest in a few labelled lines."""
     t, shards, data = manifest.temperature, manifest.shards, manifest.transfer_set
     locked = f"locked to {t.captured:g}" if t.locked else f"{t.default:g} by default, any other on request"
-    row_bytes = sum(manifest.arrays[name].row_bytes for name in manifest.make_encoding().fields)
     lines = [
         ("store", f"{manifest.name} ({manifest.container}, {'finished' if manifest.finished else 'UNFINISHED'})"),
         ("digest", digest),
         ("samples", f"{manifest.samples} × {manifest.classes} classes, ids: {manifest.ids.kind}"),
-        ("encoding", f"{manifest.encoding.name}, {row_bytes} bytes a row"),
+        ("encoding", f"{manifest.encoding.name}, {manifest.target_row_bytes} bytes a row"),
         ("temperature", locked),
         ("mean", manifest.mean),
         *(("teacher", f"{m.name}: {m.model}, weights {(m.weights_sha256 or 'none')[:16]}") for m in manifest.teachers),

@@ -204,7 +204,7 @@ def _report(
         distilled_errors=distilled,
         temperature=manifest.temperature.default,
         encoding=manifest.encoding.name,
-        target_bytes_a_sample=sum(manifest.arrays[name].row_bytes for name in manifest.make_encoding().fields),
+        target_bytes_a_sample=manifest.target_row_bytes,
         store_digest=store.digest,
         kl_nats=dict((manifest.audit or {}).get("kl_nats", {})),
         seconds=seconds,

@@ -47,6 +47,11 @@ class RequestedEncoding:
         """Whether real rows have to be seen before it can be made."""
         return self.name in ("auto", "basis")
 
+    @property
+    def locked(self) -> bool:
+        """Whether its rows exist at the temperature they are captured at only: what is cut off or drawn at one T."""
+        return self.name in ("topk", "sampled")
+
     def make(
         self,
         *,

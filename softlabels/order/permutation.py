@@ -24,11 +24,11 @@ Positions: TypeAlias = NDArray[np.int64]
 _Words: TypeAlias = NDArray[np.uint64]
 
 TABLE_LIMIT = 4096
-"""Ranges up to this long are tables: 8 KB each, made in a fifth of a millisecond."""
+"""Ranges up to this long are tables: 16 KB with the inverse, made in 70 µs."""
 
 ROUNDS = 12
-"""Six a half. Statistics of orders first stop telling the network from a fair shuffle at four rounds a half at 4,097,
-the shortest range that it meets; the rest is margin."""
+"""Six for either half. At 4,097, the shortest range that the network meets, four rounds put neighbours beside each
+other 1.9 times as often as chance; six cannot be told from a fair shuffle over 4,000 keys; twelve are twice that."""
 
 LONGEST = 2**48
 """With halves below 2²⁴ the hash has 39 bits to spread over a half, so no value is favoured by more than 2⁻¹⁴."""
@@ -79,11 +79,11 @@ class InOrder:
 
     def forward(self, index: Positions) -> Positions:
         """Where each number goes: where it is."""
-        return index
+        return index.copy()
 
     def backward(self, value: Positions) -> Positions:
         """Which number came here: itself."""
-        return value
+        return value.copy()
 
 
 class ShuffledTable:

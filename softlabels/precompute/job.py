@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from softlabels.encodings.requested import parse_encoding
 from softlabels.errors import JobError
 
 Table = TypeVar("Table")
@@ -48,13 +49,13 @@ class TargetsTable:
     Attributes:
         temperature: what batches are tempered with unless a trainer asks otherwise; what an arithmetic mean is taken at.
         mean: over the members of an ensemble.
-        encoding: how a distribution becomes bytes.
+        encoding: how a distribution becomes bytes: a name or a table, see `softlabels.encodings.requested`.
         keep: `members` keeps every teacher's own rows, so that mean, weights and temperature stay open after the job.
     """
 
     temperature: float
     mean: Literal["arithmetic", "geometric"] = "geometric"
-    encoding: str = "f16"
+    encoding: str | Mapping[str, Any] = "f16"
     keep: Literal["mean", "members"] = "mean"
 
 
@@ -148,6 +149,7 @@ def job_from_json(document: Mapping[str, Any], *, base: Path, what: str = "the j
         run=_table(RunTable, document, "run", what) if "run" in document else RunTable(),
         base=base,
     )
+    parse_encoding(job.targets.encoding)
     for label, value in (
         ("run.batch_size", job.run.batch_size),
         ("store.rows_per_shard", job.store.rows_per_shard),
@@ -184,6 +186,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    kinds = tuple(get_origin(kind) or kind for kind in kinds)
     if isinstance(value, bool) or not isinstance(value, kinds):
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise JobError(f"{where} is {value!r}, it must be a {names}")

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from softlabels.encodings import make_encoding
+from softlabels.encodings import Encoding
+from softlabels.encodings.requested import parse_encoding
 from softlabels.errors import JobError, ShardClaimedError, TeacherError, UnknownStoreError
 from softlabels.ids import utf8
 from softlabels.manifest import IdSpec, Manifest, MeanKind, TemperatureSpec, TransferSetSpec
@@ -21,13 +23,18 @@ from softlabels.progress import Progress, track
 from softlabels.references import load_reference
 from softlabels.sealing import seal, unseal
 from softlabels.softmath import check_temperature
+from softlabels.store.constants import load_encoding
 from softlabels.store.files import write_atomically
 from softlabels.store.planning import plan_store
-from softlabels.store.writer import StoreWriter
+from softlabels.store.rows import PLAN
+from softlabels.store.writer import StoreWriter, load_plan
 from softlabels.transfer import ArrayTransferSet, TransferSet
 
 JOB = "job.json"
 """The job that a store was begun with, beside its plan: what `softlabels resume STORE` goes on from."""
+
+PILOT_ROWS = 4096
+"""Rows that an encoding is learnt or chosen from; half of them measure what the other half taught."""
 
 ShowProgress = Callable[..., AbstractContextManager[Progress]]
 
@@ -56,10 +63,10 @@ def precompute(
     device = choose_device(job.run.device)
     data = transfer_set if transfer_set is not None else load_transfer_set(job)
     members = teachers if teachers is not None else load_teachers(job, device)
-    plan = plan_job(job, data, members, device)
-    writer = StoreWriter.create(job.store_path, plan)
+    plan, encoding = plan_job(job, data, members, device, encoding=_kept_encoding(job))
+    writer = StoreWriter.create(job.store_path, plan, encoding=encoding)
     _keep_job(job)
-    computer = ShardComputer(plan, data, members, batch_size=job.run.batch_size, device=device)
+    computer = ShardComputer(plan, data, members, encoding=encoding, batch_size=job.run.batch_size, device=device)
     missing = writer.missing_shards()
     done = plan.rows - sum(_rows_in(plan, shard) for shard in missing)
     with show(plan.rows, f"precompute {plan.name}", "samples", done=done) as progress:
@@ -108,9 +115,21 @@ def load_teachers(job: Job, device: torch.device) -> list[Teacher]:
     return [load_teacher(t, number=n, base=job.base, device=device) for n, t in enumerate(job.teachers)]
 
 
-def plan_job(job: Job, data: TransferSet, teachers: Sequence[Teacher], device: torch.device) -> Manifest:
-    """The plan of a job: the teachers are asked about a first few samples, so that their class count is known.
+def plan_job(
+    job: Job,
+    data: TransferSet,
+    teachers: Sequence[Teacher],
+    device: torch.device,
+    *,
+    encoding: Encoding | None = None,
+) -> tuple[Manifest, Encoding]:
+    """The plan of a job and the encoding of its rows.
 
+    The teachers are asked about a first few samples, so that their class count is known; and about a pilot of samples
+    from all over the set where the encoding is learnt or chosen from real rows.
+
+    Args:
+        encoding: of an earlier run of this job; made or learnt when None.
     Raises:
         JobError, TeacherError: also when a teacher answers the same batch twice differently.
     """
@@ -127,14 +146,29 @@ def plan_job(job: Job, data: TransferSet, teachers: Sequence[Teacher], device: t
                 f"teacher {teacher.spec.name!r} answers the same batch twice differently: something random is still on "
                 "(dropout by hand, sampling, noise), so its targets could never be verified"
             )
+    classes = combined.logits_BC.shape[1]
+    requested = parse_encoding(job.targets.encoding, classes=classes)
     keep_members = job.targets.keep == "members"
-    captured = 1.0 if keep_members else combined.captured_temperature
-    return plan_store(
+    locked = (combined.locked and not keep_members) or requested.locked
+    if keep_members and requested.locked:
+        raise JobError(
+            f"keep = 'members' needs an encoding that re-tempers, which {requested.name!r} does not: a mean of truncated "
+            "rows is no mean of the members"
+        )
+    spec = TemperatureSpec(default=temperature, captured=temperature if locked else 1.0, locked=locked)
+    encoding = encoding or requested.make(
+        classes=classes,
+        pilot_BC=_pilot(job, data, teachers, mean, spec, device) if requested.needs_pilot else None,
+        temperatures=(1.0,) if locked else tuple(sorted({1.0, temperature})),
+    )
+    if not encoding.retemperable:  # `auto` may have taken truncated rows, where T = 1 is all that was asked for
+        spec = replace(spec, locked=True)
+    plan = plan_store(
         name=job.store.name or job.store_path.name,
         samples=len(data),
         ids=id_spec_of(data),
-        encoding=make_encoding(job.targets.encoding, classes=combined.logits_BC.shape[1]),
-        temperature=TemperatureSpec(default=temperature, captured=captured, locked=combined.locked and not keep_members),
+        encoding=encoding,
+        temperature=spec,
         mean=mean,
         teachers=tuple(teacher.spec for teacher in teachers),
         transfer_set=TransferSetSpec(
@@ -148,6 +182,34 @@ def plan_job(job: Job, data: TransferSet, teachers: Sequence[Teacher], device: t
         rows_per_chunk=job.store.rows_per_chunk,
         members=len(teachers) if keep_members else None,
     )
+    return plan, encoding
+
+
+def _pilot(
+    job: Job,
+    data: TransferSet,
+    teachers: Sequence[Teacher],
+    mean: MeanKind,
+    spec: TemperatureSpec,
+    device: torch.device,
+) -> NDArray[np.float32]:
+    """Rows from all over the transfer set, tempered as they will be captured: what an encoding is learnt from."""
+    positions = np.unique(np.linspace(0, len(data) - 1, PILOT_ROWS).astype(np.int64))
+    pieces = []
+    for start in range(0, len(positions), job.run.batch_size):
+        samples = data.take(positions[start : start + job.run.batch_size])
+        combined = averaged(ask(teachers, samples, device), teachers, mean, spec.default)
+        pieces.append((combined.logits_BC * (combined.captured_temperature / spec.captured)).cpu().numpy())
+    return np.concatenate(pieces)
+
+
+def _kept_encoding(job: Job) -> Encoding | None:
+    """The encoding of the store that this very job began, so that a resumed run learns nothing anew; else None."""
+    path = job.store_path / JOB
+    if not path.is_file() or not (job.store_path / PLAN).is_file():
+        return None
+    before = unseal(path.read_bytes(), what=str(path))["targets"]
+    return load_encoding(job.store_path, load_plan(job.store_path)) if before == job.to_json()["targets"] else None
 
 
 def id_spec_of(data: TransferSet) -> IdSpec:

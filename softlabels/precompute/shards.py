@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabels.audit import Audit
-from softlabels.encodings import Encoding
+from softlabels.encodings import Encoding, draw_keys
 from softlabels.ensemble import Combined, combine
 from softlabels.errors import EncodingError, NonFiniteLogitsError, TeacherError
 from softlabels.ids import IdArray
@@ -45,12 +45,13 @@ class ShardComputer:
         transfer_set: TransferSet,
         teachers: Sequence[Teacher],
         *,
+        encoding: Encoding,
         batch_size: int,
         device: torch.device,
     ) -> None:
         self._plan, self._transfer_set, self._teachers = plan, transfer_set, teachers
         self._batch_size, self._device = batch_size, device
-        self._encoding: Encoding = plan.make_encoding()
+        self._encoding = encoding
 
     def compute(self, rows: range, progress: Progress) -> ComputedShard:
         """Compute the targets of these rows of the store.
@@ -68,7 +69,7 @@ class ShardComputer:
             positions = np.arange(start, min(start + self._batch_size, rows.stop), dtype=np.int64)
             samples = self._transfer_set.take(positions)
             answers = ask(self._teachers, samples, self._device)
-            logits_RC = self._rows_to_keep(answers)
+            logits_RC = rows_to_keep(answers, self._teachers, self._plan)
             encoded = self._encode(logits_RC, samples)
             audit.add(logits_RC.cpu().numpy(), self._encoding.decode(encoded), captured=spec.captured)
             if self._plan.members is not None:
@@ -77,16 +78,10 @@ class ShardComputer:
             progress.advance(len(positions))
         return _joined(pieces, audit)
 
-    def _rows_to_keep(self, answers: Sequence[Tensor]) -> Tensor:
-        """logits of the ensemble's mean, [B, C]; of every member, a sample's members side by side, [B · M, C]."""
-        if self._plan.members is None:
-            return averaged(answers, self._teachers, self._plan.mean, self._plan.temperature.default).logits_BC
-        each = [combine([answer], mean="none", temperature=1.0).logits_BC for answer in answers]
-        return torch.stack(each, dim=1).flatten(0, 1)
-
     def _encode(self, logits_RC: Tensor, samples: Samples) -> dict[str, NDArray[Any]]:
+        keys = draw_keys(self._plan.name, samples.ids)
         try:
-            encoded = self._encoding.encode_torch(logits_RC)
+            encoded = self._encoding.encode_torch(logits_RC, keys_B=keys)
         except EncodingError as error:
             rows_a_sample = len(logits_RC) // len(samples.ids)
             blamed = samples.ids[sorted({row // rows_a_sample for row in error.context.get("rows", [])})].tolist()
@@ -116,6 +111,20 @@ def averaged(answers: Sequence[Tensor], teachers: Sequence[Teacher], mean: MeanK
         weights=[teacher.spec.weight for teacher in teachers],
         names=[teacher.spec.name for teacher in teachers],
     )
+
+
+def rows_to_keep(answers: Sequence[Tensor], teachers: Sequence[Teacher], plan: Manifest) -> Tensor:
+    """logits tempered as the plan captures them: of the mean, [B, C]; of every member, a sample's side by side, [B·M, C].
+
+    Each row's largest is 0.
+    """
+    spec = plan.temperature
+    if plan.members is not None:
+        each = [combine([answer], mean="none", temperature=1.0).logits_BC for answer in answers]
+        return torch.stack(each, dim=1).flatten(0, 1)
+    combined = averaged(answers, teachers, plan.mean, spec.default)
+    # Truncated and sampled rows are locked to the job's temperature, so they are taken of rows tempered with it.
+    return combined.logits_BC * (combined.captured_temperature / spec.captured)
 
 
 def audit_temperatures(plan: Manifest) -> tuple[float, ...]:

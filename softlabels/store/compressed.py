@@ -22,7 +22,7 @@ from softlabels.store.confined import open_confined
 from softlabels.store.geometry import CHECKSUM_BYTES, Part
 
 ZSTD_LEVEL = 3
-BLOSC = {"cname": "zstd", "clevel": 5, "shuffle": 1, "blocksize": 0}
+BLOSC_LEVEL = 5
 """Blosc 1 with bytes shuffled: Zarr v3 names no Blosc 2, and readers of Blosc 2 read this too."""
 
 GZIP_LEVEL = 4
@@ -41,7 +41,7 @@ def compress(chunk: NDArray[Any], compression: str) -> NDArray[np.uint8]:
     """
     if compression == "gzip":
         shuffled = np.ascontiguousarray(chunk.view(np.uint8).reshape(-1, chunk.itemsize).T)
-        return _as_bytes(zlib.compress(shuffled, GZIP_LEVEL))
+        return _as_bytes(zlib.compress(shuffled.data, GZIP_LEVEL))
     return _as_bytes(_codec(compression).encode(chunk))
 
 
@@ -139,7 +139,7 @@ class CompressedArray:
 def _codec(compression: str) -> Any:
     import numcodecs
 
-    return numcodecs.Zstd(level=ZSTD_LEVEL) if compression == "zstd" else numcodecs.Blosc(**BLOSC)
+    return numcodecs.Zstd(level=ZSTD_LEVEL) if compression == "zstd" else numcodecs.Blosc(cname="zstd", clevel=BLOSC_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE)
 
 
 def _as_bytes(body: Any) -> NDArray[np.uint8]:

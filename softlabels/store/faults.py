@@ -43,7 +43,9 @@ class Fault:
     rows: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        places = [f"{name} {value}" for name in ("shard", "array", "chunk") if (value := getattr(self, name)) is not None]
+        places = [
+            f"{name} {value}" for name in ("shard", "array", "chunk") if (value := getattr(self, name)) is not None
+        ]
         if self.rows is not None:
             places.append(f"rows {self.rows[0]} to {self.rows[1]}")
         if self.path is not None:

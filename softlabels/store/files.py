@@ -50,7 +50,13 @@ def make_folder(path: Path) -> None:
     make_folder(path.parent)
     with contextlib.suppress(FileExistsError):
         path.mkdir()
-    sync_folder(path.parent)
+    try:
+        sync_folder(path.parent)
+    except OSError:
+        # Or the next attempt would find the folder there and take it for durable.
+        with contextlib.suppress(OSError):
+            path.rmdir()
+        raise
 
 
 def sync_folder(path: Path) -> None:

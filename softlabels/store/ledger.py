@@ -123,9 +123,13 @@ class Ledger:
         names = os.listdir(folder) if folder.is_dir() else []
         return sorted(int(name[:8]) for name in names if _RECEIPT_NAME.fullmatch(name))
 
+    def staging(self, shard: int, path: str) -> Path:
+        """Where a file of a shard is written before it is moved into its place; purged when its writer has died."""
+        return self._root / STAGING / f"{shard:08d}.{path.replace('/', '-')}{TEMPORARY}"
+
     def write(self, receipt: Receipt) -> None:
         """Commit a shard: from here on its rows exist. The caller holds the claim, and its files are durable."""
-        staging = self._root / STAGING / f"{receipt.shard:08d}.receipt{TEMPORARY}"
+        staging = self.staging(receipt.shard, "receipt")
         write_atomically(self.path(receipt.shard), [seal(receipt.to_json())], staging=staging)
 
     def digest(self, shards: int) -> str:

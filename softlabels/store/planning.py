@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
@@ -25,11 +26,12 @@ from softlabels.manifest import (
     check_store_name,
     encoded_arrays,
 )
+from softlabels.store.constants import constant_files
 from softlabels.store.geometry import choose_rows_per_chunk, choose_rows_per_shard
 from softlabels.store.sequences import SampleTable
 from softlabels.transfer import FINGERPRINT_BYTES
 
-_RECORDED = ("softlabels", "numpy", "torch", "zarr", "h5py")
+_RECORDED = ("softlabels", "numpy", "torch", "zarr", "h5py", "numcodecs")
 """Libraries whose versions may change a target or a file."""
 
 
@@ -70,6 +72,7 @@ def plan_store(
     layout = layout or Layout(kind="single", samples=samples, rows=samples)
     arrays = store_arrays(encoding, ids, layout=layout, labelled=transfer_set.labelled, members=members, views=views)
     row_bytes = sum(spec.row_bytes for spec in encoded_arrays(encoding, members).values())
+    files = constant_files(encoding) | ({} if table is None else table.files())
     per_chunk = rows_per_chunk or _chunk_for(row_bytes, rows_per_shard)
     per_shard = rows_per_shard or choose_rows_per_shard(row_bytes, per_chunk, layout.rows)
     if per_shard % per_chunk:
@@ -80,7 +83,9 @@ def plan_store(
         layout=layout,
         ids=ids,
         classes=encoding.classes,
-        encoding=EncodingSpec(name=encoding.name, params=dict(encoding.params)),
+        encoding=EncodingSpec(
+            name=encoding.name, params=dict(encoding.params), constants=tuple(sorted(encoding.constants))
+        ),
         temperature=temperature,
         mean=mean,
         teachers=teachers,
@@ -88,7 +93,7 @@ def plan_store(
         shards=ShardSpec(count=-(-layout.rows // per_shard), rows_per_shard=per_shard, rows_per_chunk=per_chunk),
         arrays=arrays,
         software=software_versions(),
-        metadata_sha256={} if table is None else table.sha256(),
+        metadata_sha256={path: hashlib.sha256(contents).hexdigest() for path, contents in files.items()},
         members=members,
         views=views,
     )

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from softlabels.errors import ManifestError, ShardClaimedError, TruncatedError
+from softlabels.errors import DamageError, ShardClaimedError
 from softlabels.manifest import Manifest
 from softlabels.sealing import seal
 from softlabels.store.container import container_of
 from softlabels.store.documents import Documents, read_documents
 from softlabels.store.faults import Fault, Report, ShowProgress, silent
-from softlabels.store.files import TEMPORARY, make_folder, purge, sync_folder, write_atomically
+from softlabels.store.files import make_folder, purge, sha256_of, sync_folder, write_atomically
+from softlabels.store.index import POSITIONS, SORTED_IDS, index_files
 from softlabels.store.ledger import FOLDER, Ledger
 from softlabels.store.rows import MANIFEST, PLAN
 from softlabels.store.verify import DAMAGED, find_faults
-from softlabels.store.writer import StoreWriter
+from softlabels.store.writer import StoreWriter, stored_ids
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Repair:
     """What `repair` found and did.
 
@@ -29,92 +30,126 @@ class Repair:
         faults: everything that was wrong.
         dropped: shards that are committed no more; `resume` computes them.
         busy: faulty shards that a living writer holds; left to it.
-        moved: where what was taken out lies now, by the path that it had.
+        moved: where what was taken out lies now, by the path that it had, both relative to the store.
         rebuilt: files that were written again, from what is sound.
-        unpublished: the manifest was taken away: the store is unfinished until it is published anew.
+        plan_lost: nothing tells any more what the store should hold; `precompute` with the same job does.
         digest: of the published store; None while it is unfinished.
     """
 
-    faults: tuple[Fault, ...]
-    dropped: tuple[int, ...]
-    busy: tuple[int, ...]
-    moved: dict[str, str]
-    rebuilt: tuple[str, ...]
-    unpublished: bool
-    digest: str | None
+    faults: tuple[Fault, ...] = ()
+    dropped: list[int] = field(default_factory=list)
+    busy: list[int] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+    rebuilt: list[str] = field(default_factory=list)
+    plan_lost: bool = False
+    digest: str | None = None
 
 
 def repair(root: Path, *, show: ShowProgress = silent) -> Repair:
     """Verify a store and take out what is faulty, into its folder `damaged/`; nothing is deleted.
 
-    A faulty shard loses its receipt first, so that its rows stop existing before their bytes do; then the manifest goes,
-    then the shard's files. What follows from sound parts is written again: a lost plan, metadata files, the id index,
-    and, where no shard is missing, the manifest. Killed at any point and run again, it ends the same.
+    A faulty shard loses its receipt first, so that its rows stop existing before their bytes do; then the manifest
+    goes, then the shard's files. What follows from sound parts is written again: a lost plan, metadata files, the id
+    index, and, where no shard is missing, the manifest. Killed at any point and run again, it ends the same.
 
     Raises:
         UnknownStoreError: there is no store. FormatVersionError: a newer softlabels wrote it.
-        ManifestError: neither plan nor manifest can be believed, so that nothing tells what the store should hold.
+        BadIdsError: an id stands twice, so that the store cannot be published.
     """
     root = Path(root)
+    done = Repair()
     documents = read_documents(root)
-    plan = documents.plan
-    if plan is None:
-        raise ManifestError(
-            f"{root} cannot be repaired: {'; '.join(map(str, documents.faults))}. Restore {PLAN} from a copy, or run "
-            "`softlabels precompute` into another folder"
-        )
-    with Ledger(root, plan_sha256=plan.digest).alone():
-        work = _Work(root, plan)
-        faults = tuple(find_faults(root, Report(root=str(root)), show=show))
-        return work.mend(read_documents(root), faults)
+    if documents.plan is None:
+        done.faults, done.plan_lost = documents.faults, True
+        for path in (PLAN, MANIFEST):
+            _take_out(root, path, done.moved)
+        return done
+    ledger = Ledger(root, plan_sha256=documents.plan.digest)
+    with ledger.alone():
+        ready = _mend(root, documents, documents.plan, ledger, done, show)
+    # Outside the lock, which `finish` takes itself.
+    writer = StoreWriter.resume(root)
+    if ready and not writer.missing_shards():
+        done.digest = writer.finish().digest
+    return done
 
 
-class _Work:
-    """One repair, the store held alone; every step leaves the store one that may be read, resumed and repaired."""
+def _mend(root: Path, documents: Documents, plan: Manifest, ledger: Ledger, done: Repair, show: ShowProgress) -> bool:
+    """Take out and rebuild; returns whether the store may be published as far as files beside the shards go."""
+    if any(fault.path == PLAN for fault in documents.faults):
+        _take_out(root, PLAN, done.moved)
+        _write(root, PLAN, seal(plan.to_json()), done)
+    done.faults = tuple(find_faults(root, Report(root=str(root)), show=show))
+    done.faults = (*(fault for fault in documents.faults if fault.path == PLAN), *done.faults)
+    files = _drop_shards(root, ledger, done)
+    manifest = documents.manifest
+    wrong = {fault.path for fault in done.faults if fault.path is not None and fault.shard is None} - {PLAN}
+    metadata = _rebuilt_metadata(root, manifest, plan, wrong) if manifest is not None and not done.dropped else {}
+    # What cannot be written again to the same bytes changes the store's digest: then it is published anew.
+    lasting = manifest is not None and not done.dropped and not done.busy and MANIFEST not in wrong
+    lasting = lasting and all(path in metadata for path in wrong & set(manifest.metadata_sha256 if manifest else ()))
+    if not lasting:
+        _take_out(root, MANIFEST, done.moved)
+    for path in [*files, *sorted(wrong - {MANIFEST})]:
+        _take_out(root, path, done.moved)
+    for path, contents in metadata.items():
+        if lasting:
+            _write(root, path, contents, done)
+    for folder in {root, *(root / path for path in metadata)}:
+        purge(folder if folder == root else folder.parent)
+    return not done.busy and all(
+        (root / path).is_file() and sha256_of(root / path) == digest for path, digest in plan.metadata_sha256.items()
+    )
 
-    def __init__(self, root: Path, plan: Manifest) -> None:
-        self._root, self._plan = root, plan
-        self._ledger = Ledger(root, plan_sha256=plan.digest)
-        self._moved: dict[str, str] = {}
-        self._rebuilt: list[str] = []
 
-    def mend(self, documents: Documents, faults: tuple[Fault, ...]) -> Repair:
-        """Take out, then rebuild."""
-        published = (self._root / MANIFEST).exists()
-        busy: list[int] = []
-        if any(fault.path == PLAN for fault in documents.faults):
-            self._take_out(PLAN)
-            self._write(PLAN, seal(self._plan.to_json()))
-        files: list[str] = []
-        dropped = []
-        for shard in sorted({fault.shard for fault in faults if fault.shard is not None}):
-            with contextlib.ExitStack() as held:
-                try:
-                    held.enter_context(self._ledger.claim(shard))
-                except ShardClaimedError:
-                    busy.append(shard)
-                    continue
-                files += self._files_of(shard, faults)
-                self._take_out(f"{FOLDER}/{self._ledger.path(shard).name}")
-                dropped.append(shard)
-        manifest = documents.manifest
-        whole = manifest is not None and not dropped and not _is_wrong(MANIFEST, faults)
-        metadata = self._metadata_to_mend(manifest, faults) if whole and manifest is not None else None
-        if published and metadata is None:
-            self._take_out(MANIFEST)
-        strays = [fault.path for fault in faults if fault.path is not None and fault.shard is None]
-        for path in [*files, *(path for path in strays if path not in (PLAN, MANIFEST) and not self._is_rebuilt(path))]:
-            self._take_out(path)
-        for path, contents in (metadata or {}).items():
-            self._write(path, contents)
-        self._purge()
-        digest = self._publish() if not busy else None
-        return Repair(
-            faults=faults,
-            dropped=tuple(dropped),
-            busy=tuple(busy),
-            moved=self._moved,
-            rebuilt=tuple(self._rebuilt),
-            unpublished=published and digest is None,
-            digest=digest,
-        )
+def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
+    """Take the receipts of faulty shards away; returns the files that these shards leave behind."""
+    files: list[str] = []
+    for shard in sorted({fault.shard for fault in done.faults if fault.shard is not None}):
+        try:
+            with ledger.claim(shard):
+                with contextlib.suppress(DamageError):
+                    receipt = ledger.read(shard)
+                    files += [] if receipt is None else list(receipt.files)
+                _take_out(root, f"{FOLDER}/{ledger.path(shard).name}", done.moved)
+                done.dropped.append(shard)
+        except ShardClaimedError:
+            done.busy.append(shard)
+    return files
+
+
+def _rebuilt_metadata(root: Path, manifest: Manifest, plan: Manifest, wrong: set[str]) -> dict[str, bytes]:
+    """Those of the wrong metadata files that come out the same, byte for byte, when they are made again."""
+    expected = {path: manifest.metadata_sha256[path] for path in wrong if path in manifest.metadata_sha256}
+    if not expected:
+        return {}
+    made: dict[str, bytes] = dict(container_of(manifest).metadata(manifest))
+    if {SORTED_IDS, POSITIONS} & set(expected) and "ids" in manifest.arrays:
+        made |= index_files(stored_ids(root, plan))
+    return {
+        path: made[path]
+        for path, digest in expected.items()
+        if path in made and hashlib.sha256(made[path]).hexdigest() == digest
+    }
+
+
+def _write(root: Path, path: str, contents: bytes, done: Repair) -> None:
+    write_atomically(root / path, [contents])
+    done.rebuilt.append(path)
+
+
+def _take_out(root: Path, path: str, moved: dict[str, str]) -> None:
+    """Move a file of the store into its folder `damaged/`, durably; one that is gone already is none to move."""
+    place = root / DAMAGED / path
+    make_folder(place.parent)
+    number = 0
+    while place.exists() or place.is_symlink():
+        number += 1
+        place = root / DAMAGED / f"{path}.{number}"
+    try:
+        os.rename(root / path, place)
+    except FileNotFoundError:
+        return
+    sync_folder(place.parent)
+    sync_folder((root / path).parent)
+    moved[path] = str(place.relative_to(root))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.encodings import Encoding
 from softlabels.errors import (
     ChecksumError,
     ManifestError,
@@ -24,6 +26,7 @@ from softlabels.manifest import ArraySpec, Manifest
 from softlabels.sealing import MAX_MANIFEST_BYTES, unseal
 from softlabels.store.compressed import CompressedArray
 from softlabels.store.confined import read_confined
+from softlabels.store.constants import load_encoding
 from softlabels.store.container import container_of
 from softlabels.store.geometry import CHECKSUM_BYTES, Part, chunk_stride, chunks_in, part_bytes
 from softlabels.store.index import make_index
@@ -45,13 +48,14 @@ class LocalRows:
 
     Args:
         root: the store's folder.
+        manifest: what the store holds, where the caller knows; read from the folder when left out.
     Raises:
         UnknownStoreError: there is no store. ManifestError, FormatVersionError: it cannot be believed or understood.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, manifest: Manifest | None = None) -> None:
         self._root = Path(root)
-        self._manifest = load_manifest(self._root)
+        self._manifest = load_manifest(self._root) if manifest is None else manifest
         self._ledger = Ledger(self._root, plan_sha256=plan_digest(self._manifest))
         self._container = container_of(self._manifest)
         self._index = make_index(self._root, self._manifest) if self._manifest.finished else None
@@ -64,6 +68,11 @@ class LocalRows:
     def manifest(self) -> Manifest:
         """What the store says of itself; of an unfinished one, its plan."""
         return self._manifest
+
+    @cached_property
+    def encoding(self) -> Encoding:
+        """How the rows are decoded, with what the encoding learnt for this store."""
+        return load_encoding(self._root, self._manifest)
 
     @property
     def digest(self) -> str:
@@ -274,12 +283,13 @@ def checked_part(receipt: Receipt, field: str, manifest: Manifest) -> Part:
     spec: ArraySpec = manifest.arrays[field]
     shards = manifest.shards
     rows = min(shards.rows_per_shard, manifest.rows - receipt.shard * shards.rows_per_shard)
-    if shards.compression is None:
-        fits = part is not None and part.sizes is None and part.stride == chunk_stride(spec, shards.rows_per_chunk)
-    else:
-        fits = part is not None and part.sizes is not None and len(part.sizes) == chunks_in(rows, shards.rows_per_chunk)
-        fits = fits and min(part.sizes) > CHECKSUM_BYTES
-    if part is None or not fits or part.rows != rows or _overlap(receipt, shards.rows_per_chunk):
+    fits = part is not None and part.rows == rows
+    if part is not None and part.sizes is None:
+        fits = fits and shards.compression is None and part.stride == chunk_stride(spec, shards.rows_per_chunk)
+    elif part is not None and part.sizes is not None:
+        fits = fits and shards.compression is not None and min(part.sizes, default=0) > CHECKSUM_BYTES
+        fits = fits and len(part.sizes) == chunks_in(rows, shards.rows_per_chunk)
+    if part is None or not fits or _overlap(receipt, shards.rows_per_chunk):
         raise ManifestError(f"the receipt of shard {receipt.shard} of {manifest.name!r} contradicts the manifest")
     return part
 

@@ -95,7 +95,7 @@ class ShardChecks:
                     yield fault
         for path, whole in contents.items():
             self._report.files += 1
-            if path not in broken and hashlib.sha256(whole).hexdigest() != receipt.files[path].sha256:
+            if path not in broken and hashlib.sha256(whole.data).hexdigest() != receipt.files[path].sha256:
                 broken.add(path)
                 message = "its SHA-256 is not the receipt's, though every chunk in it is sound"
                 yield self.fault("checksum", message, receipt.shard, path=path)
@@ -167,9 +167,7 @@ class ShardChecks:
         first = receipt.rows[0] + number * self._plan.shards.rows_per_chunk
         return first, min(first + self._plan.shards.rows_per_chunk, receipt.rows[1]) - 1
 
-    def _contents_faults(
-        self, receipt: Receipt, read: Read, numbers: Sequence[int], *, whole: bool
-    ) -> Iterator[Fault]:
+    def _contents_faults(self, receipt: Receipt, read: Read, numbers: Sequence[int], *, whole: bool) -> Iterator[Fault]:
         fingerprint = FingerprintSum()
         keyed = {"ids", "fingerprints"} <= set(self._plan.arrays)
         for block in _blocks(numbers, self._plan):

@@ -14,6 +14,7 @@ from softlabels.errors import ManifestError
 from softlabels.manifest import Manifest
 from softlabels.sealing import canonical_json
 from softlabels.store.confined import open_confined
+from softlabels.store.constants import load_encoding
 from softlabels.store.container import container_of
 from softlabels.store.documents import JOB, Documents, read_documents
 from softlabels.store.faults import Fault, Report, ShowProgress, silent
@@ -77,7 +78,7 @@ def find_faults(
     numbers = [number for number in ledger.committed() if number < plan.shards.count]
     index, index_faults = _index(root, documents)
     container = container_of(plan)
-    checks = ShardChecks(root, plan, container, plan.make_encoding(), index=index, report=report)
+    checks = ShardChecks(root, plan, container, load_encoding(root, plan), index=index, report=report)
     believed, receipt_faults = _believed(ledger, plan, numbers, checks)
     report.committed = len(believed)
     yield from receipt_faults
@@ -91,9 +92,7 @@ def find_faults(
     yield from _unfinished(documents, plan, believed)
 
 
-def _believed(
-    ledger: Ledger, plan: Manifest, numbers: list[int], checks: ShardChecks
-) -> tuple[list[int], list[Fault]]:
+def _believed(ledger: Ledger, plan: Manifest, numbers: list[int], checks: ShardChecks) -> tuple[list[int], list[Fault]]:
     """The committed shards whose receipts can be believed, and what is wrong with the others."""
     believed, faults = [], []
     for shard in numbers:

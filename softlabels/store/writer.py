@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.audit import Audit
+from softlabels.encodings import Encoding
 from softlabels.errors import (
     ManifestError,
     ShapeMismatchError,
@@ -23,10 +24,12 @@ from softlabels.errors import (
 from softlabels.ids import IdArray, to_fixed_bytes
 from softlabels.manifest import Manifest
 from softlabels.sealing import seal, unseal
+from softlabels.store.constants import constant_files
 from softlabels.store.container import ShardFile, container_of
-from softlabels.store.files import TEMPORARY, make_folder, write_atomically
+from softlabels.store.files import TEMPORARY, make_folder, sha256_of, sync_folder, write_atomically
 from softlabels.store.geometry import shard_rows
 from softlabels.store.index import write_index
+from softlabels.store.ledger import FOLDER as LEDGER
 from softlabels.store.ledger import LOCKS, STAGING, FileRecord, Ledger, Receipt
 from softlabels.store.rows import MANIFEST, PLAN, LocalRows, load_manifest
 from softlabels.store.sequences import SampleTable
@@ -49,26 +52,33 @@ class StoreWriter:
         self._purge()
 
     @classmethod
-    def create(cls, root: Path, plan: Manifest, *, table: SampleTable | None = None) -> StoreWriter:
+    def create(
+        cls, root: Path, plan: Manifest, *, table: SampleTable | None = None, encoding: Encoding | None = None
+    ) -> StoreWriter:
         """Begin a store, or go on with one begun from the very same plan.
 
         Args:
             root: the store's folder.
             plan: see `plan_store`.
             table: the samples, for a layout of sequences.
+            encoding: with what it learnt, for one that learns.
         Raises:
+            ManifestError: the plan was made with another table or encoding than these.
             StoreExistsError: something else stands there: a store of another plan, or files that are no store.
         """
         root = Path(root)
+        files = ({} if encoding is None else constant_files(encoding)) | ({} if table is None else table.files())
+        if {path: hashlib.sha256(contents).hexdigest() for path, contents in files.items()} != plan.metadata_sha256:
+            raise ManifestError("the plan was made with another sample table or encoding: hand both to `create` as well")
         make_folder(root)
         with Ledger(root, plan_sha256=plan.digest).alone():
             if (root / PLAN).exists():
                 _refuse_other_plan(root, load_plan(root), plan)
             else:
                 if any(path.name not in (LOCKS, PLAN + TEMPORARY) for path in root.iterdir()):
-                    raise StoreExistsError(f"{root} holds files that are no store: choose another path, or empty it")
+                    _refuse_unless_begun_from(root, plan)
                 write_atomically(root / PLAN, [seal(plan.to_json())])
-            for path, contents in ({} if table is None else table.files()).items():
+            for path, contents in files.items():
                 write_atomically(root / path, [contents])
         return cls(root, plan)
 
@@ -116,6 +126,9 @@ class StoreWriter:
             if self.finished:
                 return load_manifest(self.root)
             receipts = self._receipts()
+            self._refuse_lost_tables()
+            # A receipt whose commit failed at the very last step may be there and not be durable yet.
+            sync_folder(self.root / LEDGER)
             fingerprint, audit, ledger = FingerprintSum(), Audit(), hashlib.sha256()
             for receipt in receipts:
                 fingerprint.merge(FingerprintSum.from_hexdigest(receipt.fingerprint))
@@ -127,7 +140,7 @@ class StoreWriter:
             }
             metadata |= self.plan.metadata_sha256
             if self.plan.ids.dense_start is None and self.plan.layout.kind != "sequences":
-                metadata |= write_index(self.root, self._all_ids())
+                metadata |= write_index(self.root, stored_ids(self.root, self.plan))
             manifest = self.plan.finish(
                 ledger=ledger.hexdigest(),
                 fingerprint=self.plan.transfer_set.fingerprint or fingerprint.hexdigest(),
@@ -148,7 +161,7 @@ class StoreWriter:
             return before
         records = {}
         for file in files:
-            staging = self.root / STAGING / f"{shard:08d}.{file.path.replace('/', '-')}{TEMPORARY}"
+            staging = self._ledger.staging(shard, file.path)
             size, sha256 = write_atomically(self.root / file.path, file.buffers, staging=staging)
             records[file.path] = FileRecord(size=size, sha256=sha256)
         rows = shard_rows(self.plan, shard)
@@ -178,18 +191,17 @@ class StoreWriter:
     def _purge(self) -> None:
         """Remove what writers left behind that died; a file of a living writer is held by its claim."""
         for path in sorted((self.root / STAGING).glob("*" + TEMPORARY)):
-            with contextlib.suppress(ShardClaimedError), self._ledger.claim(int(path.name[:8])):
-                path.unlink(missing_ok=True)
+            if path.name[:8].isdigit():
+                with contextlib.suppress(ShardClaimedError), self._ledger.claim(int(path.name[:8])):
+                    path.unlink(missing_ok=True)
 
-    def _all_ids(self) -> IdArray:
-        rows = LocalRows(self.root)
-        pieces = []
-        for shard in range(self.plan.shards.count):
-            span = shard_rows(self.plan, shard)
-            pieces.append(rows.fetch_rows(np.arange(span.start, span.stop), ("ids",))["ids"])
-        # With views an id stands once a view; the index is of samples.
-        joined: IdArray = np.concatenate(pieces)
-        return joined[:: self.plan.layout.views]
+    def _refuse_lost_tables(self) -> None:
+        for path, digest in self.plan.metadata_sha256.items():
+            if not (self.root / path).is_file() or sha256_of(self.root / path) != digest:
+                raise ManifestError(
+                    f"{self.root / path} is not what the plan says, so the store cannot be published: run `softlabels "
+                    "repair`, then `softlabels resume`, which writes it again"
+                )
 
 
 class ShardClaim:
@@ -271,6 +283,23 @@ class ShardClaim:
             )
 
 
+def stored_ids(root: Path, manifest: Manifest) -> IdArray:
+    """The id of every sample, in the order of the store, as the committed shards keep them.
+
+    Raises:
+        RowsNotCommittedError, ChecksumError, TruncatedError: not every shard is committed and sound.
+    """
+    # Read by the rows' numbers, as an unfinished store is: the index of ids may be what is missing.
+    rows = LocalRows(root, manifest=manifest)
+    pieces = []
+    for shard in range(manifest.shards.count):
+        span = shard_rows(manifest, shard)
+        pieces.append(rows.fetch_rows(np.arange(span.start, span.stop), ("ids",))["ids"])
+    # With views an id stands once a view; the index is of samples.
+    joined: IdArray = np.concatenate(pieces)
+    return joined[:: manifest.layout.views]
+
+
 def load_plan(root: Path) -> Manifest:
     """The plan of the store at `root`.
 
@@ -282,6 +311,18 @@ def load_plan(root: Path) -> Manifest:
         return Manifest.from_json(unseal(path.read_bytes(), what=str(path)))
     except FileNotFoundError as error:
         raise ManifestError(f"{path} is gone: without it nothing can be added to the store") from error
+
+
+def _refuse_unless_begun_from(root: Path, plan: Manifest) -> None:
+    """Let a folder without a plan pass whose receipts are all of this very plan: the plan was lost, the shards not."""
+    ledger = Ledger(root, plan_sha256=plan.digest)
+    shards = ledger.committed()
+    try:
+        known = bool(shards) and all(ledger.read(shard) is not None for shard in shards)
+    except ManifestError:
+        known = False
+    if not known:
+        raise StoreExistsError(f"{root} holds files that are no store of this job: choose another path, or empty it")
 
 
 def _refuse_other_plan(root: Path, existing: Manifest, plan: Manifest) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from softlabels.manifest import FORMAT, Manifest
 from softlabels.store.chunks import chunk_bodies, dimension_names, fill_value, part_of
-from softlabels.store.compressed import BLOSC, ZSTD_LEVEL
+from softlabels.store.compressed import BLOSC_LEVEL, ZSTD_LEVEL
 from softlabels.store.container import ShardFile
 from softlabels.store.files import Buffer
 from softlabels.store.geometry import CHECKSUM_BYTES
@@ -72,7 +72,7 @@ def _codecs(compression: str | None, dtype: np.dtype[Any]) -> list[Any]:
     if compression == "zstd":
         return [ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()]
     if compression == "blosc":
-        return [BloscCodec(**{**BLOSC, "shuffle": "shuffle"}, typesize=dtype.itemsize), Crc32cCodec()]
+        return [BloscCodec(cname="zstd", clevel=BLOSC_LEVEL, shuffle="shuffle", typesize=dtype.itemsize), Crc32cCodec()]
     return [Crc32cCodec()]
 
 
