@@ -7,6 +7,7 @@
     │   ├── UnknownFieldError                  a field that the store does not keep
     │   ├── BadIdsError                        ids of the wrong kind, shape or type
     │   ├── TemperatureError                   a temperature that is not a finite positive number
+    │   ├── UnauthorizedError                  the server asks for a token and this is none, or another
     │   ├── TemperatureLockedError             these targets exist only at the temperatures they were captured at
     │   └── ShapeMismatchError                 two arrays that must agree in shape do not
     ├── NotFoundError                      the caller asked for something that is not there: change the name
@@ -108,6 +109,14 @@ class BadIdsError(RequestError):
 
     code = "bad-ids"
     title = "These are not sample ids of this store's kind"
+
+
+class UnauthorizedError(RequestError):
+    """The server asks for a token and this is none, or another."""
+
+    code = "unauthorized"
+    status = 401
+    title = "This server asks for a token"
 
 
 class TemperatureError(RequestError):

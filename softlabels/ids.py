@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -88,14 +88,24 @@ def _array_of_sequence(values: Iterable[Any]) -> NDArray[Any]:
     items = values if isinstance(values, list | tuple | range) else list(values)
     if len(items) == 0:
         return np.empty(0, dtype=np.int64)
-    # numpy would turn [1, "2"] into two strings and [True] into a boolean array; both hide a mistake.
-    kinds = {str if isinstance(item, str) else type(item) for item in items}
-    if str in kinds and len(kinds) > 1:
-        raise BadIdsError("sample ids must be all integers or all strings, not a mixture of both")
+    # numpy would turn [1, "2"] into two strings and [True, 2] into [1, 2]; both hide a mistake.
+    kinds = set() if isinstance(items, range) else {str if isinstance(item, str) else type(item) for item in items}
+    if bool in kinds or (str in kinds and len(kinds) > 1):
+        raise BadIdsError("sample ids must be all integers or all strings, not a mixture, nor true and false")
+    if kinds == {str}:
+        _refuse_bad_strings(items)
     try:
         return np.asarray(items)
     except (ValueError, OverflowError) as error:
         raise BadIdsError(f"these cannot be sample ids: {error}") from error
+
+
+def _refuse_bad_strings(items: Sequence[Any]) -> None:
+    """Before they become an array: each of its entries takes as much room as the longest, and loses trailing NULs."""
+    if max(map(len, items)) > MAX_STRING_ID_BYTES:
+        raise BadIdsError(f"a string id may have at most {MAX_STRING_ID_BYTES} bytes: pass the name, not the contents")
+    if any("\0" in item for item in items):
+        raise BadIdsError("a string id may not hold a NUL character: arrays of strings drop it, and two ids become one")
 
 
 def _checked_strings(array: NDArray[np.str_]) -> NDArray[np.str_]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlencode
 
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels import wire
-from softlabels.errors import ManifestError, StoreChangedError, UnknownFieldError, WireError
+from softlabels.encodings import Encoding
+from softlabels.errors import ManifestError, RequestError, StoreChangedError, UnknownFieldError, WireError
 from softlabels.ids import IdArray, from_fixed_bytes, kind_of
 from softlabels.manifest import Manifest
 from softlabels.opening import IDS
@@ -59,17 +61,45 @@ class HttpRows:
         """The version of the store that was opened; a batch of any other is refused."""
         return self._digest
 
-    def fetch(self, ids: IdArray, fields: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    @cached_property
+    def encoding(self) -> Encoding:
+        """How the rows are decoded.
+
+        Raises:
+            RequestError: decoding takes arrays that the encoding learnt for this store, which servers do not hand out.
+        """
+        learnt = self._manifest.encoding.constants
+        if learnt:
+            raise RequestError(
+                f"rows of {self._manifest.name!r} are decoded with arrays learnt for it ({', '.join(learnt)}), which this "
+                "softlabels does not fetch over HTTP: open the store's folder instead"
+            )
+        return self._manifest.make_encoding()
+
+    def fetch(
+        self,
+        ids: IdArray,
+        fields: tuple[str, ...],
+        *,
+        views: NDArray[np.int64] | None = None,
+        spans: NDArray[np.int64] | None = None,
+    ) -> dict[str, NDArray[Any]]:
         """Rows of these ids, in the order asked; ids may repeat.
 
         Returns:
             One array a field, [B, ...], read-only views of the reply; string ids come back as strings.
         Raises:
+            RequestError: views or spans, which this softlabels does not fetch over HTTP.
             StoreChangedError: the server has another version of the store by now.
             WireError, TruncatedError: the reply is not the rows asked for.
             ServerUnreachableError: no usable reply.
             UnknownIdError, BadIdsError, RowsNotCommittedError, ChecksumError, … as from a store on disk.
         """
+        if views is not None or spans is not None or self._manifest.layout.kind != "single":
+            raise RequestError(
+                f"{self._manifest.name!r} keeps {self._manifest.layout.kind}; this softlabels fetches stores of one row a "
+                "sample over HTTP, without views or spans: open the store's folder instead"
+            )
         names = tuple(dict.fromkeys((*fields, IDS)))
         row_bytes = sum(self._spec(name).row_bytes for name in names)
         query, body, media_type = self._question(ids, names)

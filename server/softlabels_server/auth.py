@@ -7,7 +7,7 @@ import hmac
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from softlabels.errors import RequestError
+from softlabels.errors import UnauthorizedError
 from softlabels_server import problems
 
 OPEN_PATHS = frozenset({"/health"})
@@ -31,11 +31,11 @@ class BearerToken:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_known(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
-        refusal = RequestError(
+        refusal = UnauthorizedError(
             "this server asks for a bearer token and the request carries none or another one: pass it to "
             "softlabels.open(..., token=...), or send the header `Authorization: Bearer TOKEN`"
         )
-        reply = problems.reply_to(refusal, status=401, headers={"WWW-Authenticate": 'Bearer realm="softlabels"'})
+        reply = problems.reply_to(refusal, headers={"WWW-Authenticate": 'Bearer realm="softlabels"'})
         await reply(scope, receive, send)
 
     def _is_known(self, headers: Headers) -> bool:

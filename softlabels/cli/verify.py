@@ -17,7 +17,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "verify",
         help="check a store: every checksum, every row, every file",
         description="Check a store against its own checksums, receipts and plan, and that its rows make sense. Ends "
-        "with exit code 1 at the first fault and names shard, chunk and rows; with 0 where nothing is wrong or missing.",
+        "with exit code 1 at the first fault and names shard, chunk and rows; with 0 where nothing is wrong.",
     )
     parser.add_argument("store", type=Path, help="the store's folder")
     parser.add_argument("--all", action="store_true", help="go on after the first fault and list all of them")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_BF16_INFINITY = 0x7F80
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Dense:
     classes: int
@@ -132,6 +135,9 @@ class BF16(_Dense):
         _refuse_unsound(NUMPY, rows, self)
         bits = rows.view("<u4")
         rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+        overflowed = ((rounded & np.uint32(0x7FFF)) == _BF16_INFINITY) & np.isfinite(rows)
+        if overflowed.any():
+            raise _out_of_range(np.flatnonzero(overflowed.any(axis=-1)).tolist(), "bf16", "3.39e38")
         return {TARGETS: rounded.astype("<u2")}
 
     def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -143,7 +149,11 @@ class BF16(_Dense):
         import torch
 
         _refuse_unsound(torch_ops(), logits_BC, self)
-        return {TARGETS: logits_BC.bfloat16().contiguous().view(torch.uint16)}
+        rounded = logits_BC.bfloat16().contiguous()
+        overflowed = (rounded.isinf() & logits_BC.isfinite()).any(dim=-1)
+        if bool(overflowed.any()):
+            raise _out_of_range(overflowed.nonzero()[:, 0].tolist(), "bf16", "3.39e38")
+        return {TARGETS: rounded.view(torch.uint16)}
 
     def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
         """Widen to float32, exactly, on the tensor's device."""
@@ -165,9 +175,9 @@ def _refuse_unsound(ops: Ops, logits_BC: Array, encoding: _Dense) -> None:
         )
 
 
-def _out_of_range(rows: list[int]) -> EncodingError:
+def _out_of_range(rows: list[int], name: str = "f16", limit: str = "65,504") -> EncodingError:
     return EncodingError(
-        f"f16 cannot hold {len(rows)} row(s): a logit lies more than 65,504 below its row's maximum and would become "
-        "-inf; use encoding 'bf16' or 'f32', or check the teacher",
+        f"{name} cannot hold {len(rows)} row(s): a logit lies more than {limit} below its row's maximum and would become "
+        "-inf; use encoding 'f32' (or 'bf16' in place of 'f16'), or check the teacher",
         rows=rows,
     )

@@ -143,7 +143,8 @@ def shifted_rows(ops: Ops, logits_BC: Array, *, name: str, minus_inf: bool = Fal
     high_B1 = ops.max(z)
     bad_B1 = ~ops.isfinite(high_B1)
     if not minus_inf:
-        bad_B1 = bad_B1 | ~ops.isfinite(ops.min(z) - high_B1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            bad_B1 = bad_B1 | ~ops.isfinite(ops.min(z) - high_B1)
     rows = ops.rows_where(bad_B1[:, 0])
     if rows:
         allowed = "" if minus_inf else ", -inf (a class of probability 0) or a span beyond float32"

@@ -11,7 +11,7 @@ and the short block's slot ends in a hole, so arithmetic stays simple: `_with_ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -48,13 +48,14 @@ class BlockShuffle:
         for window, where in _groups(self._window_of(index)):
             begin, shuffle = self._window_shuffle(window)
             placed[where] = shuffle.forward(index[where] - begin) + begin
-        slot, offset = np.divmod(self._with_hole(placed), self._block)
-        return self._blocks.forward(slot) * self._block + offset
+        padded = self._with_hole(placed)
+        slot = padded // self._block
+        return padded + (_few(self._blocks.forward, slot) - slot) * self._block
 
     def backward(self, value: Positions) -> Positions:
         """The place in the order of the sample at each position."""
-        block, offset = np.divmod(value, self._block)
-        placed = self._without_hole(self._blocks.backward(block) * self._block + offset)
+        block = value // self._block
+        placed = self._without_hole(value + (_few(self._blocks.backward, block) - block) * self._block)
         index = np.empty_like(value)
         for window, where in _groups(self._window_of(placed)):
             begin, shuffle = self._window_shuffle(window)
@@ -76,6 +77,16 @@ class BlockShuffle:
         full = self._window - (self._hole if window == self._short_window else 0)
         size = min(full, self._samples - begin)
         return begin, keyed_permutation(size, subkeys(self._key, f"window {window}"))
+
+
+def _few(move: Callable[[Positions], Positions], numbers: Positions) -> Positions:
+    """`move(numbers)`, where numbers that lie close together are moved once each: a walk has a block's many times."""
+    if numbers.size == 0:
+        return numbers
+    first, last = int(numbers.min()), int(numbers.max())
+    if last - first >= numbers.size:
+        return move(numbers)
+    return move(np.arange(first, last + 1))[numbers - first]
 
 
 def _groups(windows: Positions) -> Iterator[tuple[int, Positions | slice]]:

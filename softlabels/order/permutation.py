@@ -7,6 +7,9 @@ land in [n, a · b), fewer than 1 in √n, go through again until they land belo
 bijection on [0, n). A short range is a table instead: there the table costs little, and it is a fair shuffle even
 of three numbers, which no such network is.
 
+Every constant here is part of the orders that have been published: a change of any is a new `ORDER_VERSION`
+(`docs/adr/0006-epoch-order.md` describes the whole for another language).
+
 Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002 (generalised Feistel, cycle walking).
 """
 
@@ -34,8 +37,8 @@ LONGEST = 2**48
 """With halves below 2²⁴ the hash has 39 bits to spread over a half, so no value is favoured by more than 2⁻¹⁴."""
 
 CHUNK = 16_384
-"""Numbers taken through all rounds at a time: what stays in a core's second-level cache (measured: 12 million
-numbers a second in chunks of 1,024, 31 million in chunks of 16,384)."""
+"""Numbers taken through all rounds at a time, which the order does not hang on: what stays in a core's second-level
+cache (measured: 12 million numbers a second in chunks of 1,024, 31 million in chunks of 16,384)."""
 
 # The multipliers and the shift of MurmurHash3's 64-bit finaliser (Appleby, public domain).
 _MULTIPLY_1 = np.uint64(0xFF51AFD7ED558CCD)

@@ -68,11 +68,12 @@ def merge(sources: Sequence[Path], destination: Path, *, show: ShowProgress = si
         StoreExistsError: something else stands at the destination.
     """
     plan = _common_plan([Path(source) for source in sources], Path(destination))
-    writer = StoreWriter.create(Path(destination), plan)
+    writer = StoreWriter.begin(Path(destination), plan, _beside_rows([Path(source) for source in sources], plan))
     done = Merge()
     with show(plan.shards.count * len(sources), f"merge {plan.name}", "shards") as progress:
         for source in map(Path, sources):
-            _copy_beside_shards(source, writer)
+            if (source / JOB).is_file() and not (writer.root / JOB).exists():
+                write_atomically(writer.root / JOB, [(source / JOB).read_bytes()])
             ledger = Ledger(source, plan_sha256=plan.digest)
             for shard in range(plan.shards.count):
                 _merge_shard(source, ledger, shard, writer, done)
@@ -118,13 +119,22 @@ def _differences(ours: Any, theirs: Any, where: str) -> Iterator[str]:
         yield f"{where}: {ours!r} and {theirs!r}"
 
 
-def _copy_beside_shards(source: Path, writer: StoreWriter) -> None:
-    """Copy what a plan knew before the first shard, and the job that `resume` goes on from."""
-    for path, digest in writer.plan.metadata_sha256.items():
-        if not (writer.root / path).exists():
-            write_atomically(writer.root / path, _verified(source, path, digest))
-    if (source / JOB).is_file() and not (writer.root / JOB).exists():
-        write_atomically(writer.root / JOB, [(source / JOB).read_bytes()])
+def _beside_rows(sources: Sequence[Path], plan: Manifest) -> dict[str, bytes]:
+    """The files that the plan names, from the first source that has them sound.
+
+    Raises:
+        DamageError: none has.
+    """
+    found: dict[str, bytes] = {}
+    for path, digest in plan.metadata_sha256.items():
+        for source in sources:
+            try:
+                found[path] = b"".join(_verified(source, path, digest))
+                break
+            except DamageError:
+                if source is sources[-1]:
+                    raise
+    return found
 
 
 def _merge_shard(source: Path, ledger: Ledger, shard: int, writer: StoreWriter, done: Merge) -> None:

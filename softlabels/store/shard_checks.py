@@ -41,7 +41,7 @@ class ShardChecks:
 
     Args:
         plan: what the store is to hold.
-        encoding: of its rows.
+        encoding: of its rows; None where it cannot be had, and rows are then not decoded.
         index: from ids to positions; None where it cannot be had, and ids are then not looked up.
         report: its counters go up as chunks, rows and files are verified.
     """
@@ -51,7 +51,7 @@ class ShardChecks:
         root: Path,
         plan: Manifest,
         container: StoreContainer,
-        encoding: Encoding,
+        encoding: Encoding | None,
         *,
         index: DenseIndex | SortedIndex | None,
         report: Report,
@@ -203,20 +203,8 @@ class ShardChecks:
         self, arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]
     ) -> Iterator[tuple[str, NDArray[np.bool_], str]]:
         """Which rows make no sense, and why: (array, [rows] bool, message)."""
-        encoded = {name: arrays[name] for name in self._encoding.fields}
-        if self._plan.members is not None:
-            encoded = {name: array.reshape(-1, *array.shape[2:]) for name, array in encoded.items()}
-        logits_RC = self._encoding.decode(encoded)
-        largest_R = logits_RC.max(axis=1)
-        no_logits_R = np.isnan(logits_RC).any(axis=1) | ~np.isfinite(largest_R)
-        # Truncated and sampled rows are log-probabilities, and learnt ones approximate: both keep their own maximum.
-        exact = self._encoding.retemperable and not self._encoding.constants
-        unshifted_R = ~no_logits_R & (np.abs(largest_R) > ROW_MAX_TOLERANCE if exact else largest_R > ROW_MAX_TOLERANCE)
-        array = next(iter(self._encoding.fields))
-        for bad_R, message in ((no_logits_R, "NaN or Inf"), (unshifted_R, "rows whose largest logit is not 0")):
-            bad = bad_R.reshape(len(rows), -1).any(axis=1)
-            if bad.any():
-                yield array, bad, message
+        if self._encoding is not None:
+            yield from _senseless_logits(self._encoding, arrays, self._plan.members)
         if "labels" in arrays:
             labels = arrays["labels"]
             bad = (labels < UNLABELLED) | (labels >= self._plan.classes)
@@ -226,6 +214,24 @@ class ShardChecks:
             bad = _misplaced(self._index, _as_ids(arrays["ids"]), rows // self._plan.layout.views)
             if bad.any():
                 yield "ids", bad, "ids that belong to other rows"
+
+
+def _senseless_logits(
+    encoding: Encoding, arrays: Mapping[str, NDArray[Any]], members: int | None
+) -> Iterator[tuple[str, NDArray[np.bool_], str]]:
+    encoded = {name: arrays[name] for name in encoding.fields}
+    if members is not None:
+        encoded = {name: array.reshape(-1, *array.shape[2:]) for name, array in encoded.items()}
+    logits_RC = encoding.decode(encoded)
+    largest_R = logits_RC.max(axis=1)
+    no_logits_R = np.isnan(logits_RC).any(axis=1) | ~np.isfinite(largest_R)
+    # Truncated and sampled rows are log-probabilities, and learnt ones approximate: both keep their own maximum.
+    exact = encoding.retemperable and not encoding.constants
+    unshifted_R = ~no_logits_R & ((np.abs(largest_R) if exact else largest_R) > ROW_MAX_TOLERANCE)
+    for bad_R, message in ((no_logits_R, "NaN or Inf"), (unshifted_R, "rows whose largest logit is not 0")):
+        bad = bad_R.reshape(-1, members or 1).any(axis=1)
+        if bad.any():
+            yield next(iter(encoding.fields)), bad, message
 
 
 def _misplaced(index: DenseIndex | SortedIndex, ids: IdArray, positions: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from softlabels.audit import Audit
+from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError
 from softlabels.manifest import Manifest
 from softlabels.sealing import canonical_json
@@ -78,7 +79,7 @@ def find_faults(
     numbers = [number for number in ledger.committed() if number < plan.shards.count]
     index, index_faults = _index(root, documents)
     container = container_of(plan)
-    checks = ShardChecks(root, plan, container, load_encoding(root, plan), index=index, report=report)
+    checks = ShardChecks(root, plan, container, _encoding(root, plan), index=index, report=report)
     believed, receipt_faults = _believed(ledger, plan, numbers, checks)
     report.committed = len(believed)
     yield from receipt_faults
@@ -170,6 +171,14 @@ def _index(root: Path, documents: Documents) -> tuple[DenseIndex | SortedIndex |
     if isinstance(index, SortedIndex) and not index.ascends():
         faults.append(Fault(kind="contents", message="the ids of the index do not ascend: an id stands twice"))
     return index, faults
+
+
+def _encoding(root: Path, plan: Manifest) -> Encoding | None:
+    """How rows decode; None where what that takes is lost, which is told by its SHA-256."""
+    try:
+        return load_encoding(root, plan)
+    except ManifestError:
+        return None
 
 
 def _strays(root: Path, manifest: Manifest, ledger: Ledger, believed: list[int]) -> Iterator[Fault]:

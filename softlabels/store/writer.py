@@ -66,10 +66,19 @@ class StoreWriter:
             ManifestError: the plan was made with another table or encoding than these.
             StoreExistsError: something else stands there: a store of another plan, or files that are no store.
         """
-        root = Path(root)
-        files = ({} if encoding is None else constant_files(encoding)) | ({} if table is None else table.files())
+        return cls.begin(
+            Path(root),
+            plan,
+            ({} if encoding is None else constant_files(encoding)) | ({} if table is None else table.files()),
+        )
+
+    @classmethod
+    def begin(cls, root: Path, plan: Manifest, files: Mapping[str, bytes]) -> StoreWriter:
+        """As `create`, from the contents of the files beside the rows that the plan names, by path."""
         if {path: hashlib.sha256(contents).hexdigest() for path, contents in files.items()} != plan.metadata_sha256:
-            raise ManifestError("the plan was made with another sample table or encoding: hand both to `create` as well")
+            raise ManifestError(
+                "the plan was made with another sample table or encoding: hand both to `create` as well"
+            )
         make_folder(root)
         with Ledger(root, plan_sha256=plan.digest).alone():
             if (root / PLAN).exists():

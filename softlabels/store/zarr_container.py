@@ -7,6 +7,7 @@ shard at a tenth of the disk's speed, without fsync, and in place.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ class ZarrContainer:
                 fill_value=fill_value(dtype),
                 dimension_names=dimension_names(name, array),
             )
-        return {path: value.to_bytes() for path, value in store._store_dict.items()}
+        return _consolidated({path: value.to_bytes() for path, value in store._store_dict.items()})
 
     def shard_files(self, plan: Manifest, shard: int, arrays: Mapping[str, NDArray[Any]]) -> list[ShardFile]:
         """One file an array, named as Zarr's default chunk keys are."""
@@ -64,6 +65,15 @@ class ZarrContainer:
 def crc32c(chunk: NDArray[np.uint8]) -> int:
     """CRC-32C (RFC 3720) of bytes that are contiguous and read-only."""
     return int(google_crc32c.value(chunk))
+
+
+def _consolidated(documents: dict[str, bytes]) -> dict[str, bytes]:
+    # With the arrays' metadata in the group's own, zarr-python need not look through the folder, where it would warn of
+    # everything that is no array: ledger, index, manifest.
+    root = json.loads(documents["zarr.json"])
+    arrays = {path.removesuffix("/zarr.json"): json.loads(raw) for path, raw in documents.items() if path != "zarr.json"}
+    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
+    return {**documents, "zarr.json": json.dumps(root, indent=2).encode()}
 
 
 def _codecs(compression: str | None, dtype: np.dtype[Any]) -> list[Any]:

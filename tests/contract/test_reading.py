@@ -7,6 +7,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,8 +277,6 @@ class TestProcesses:
 
 def _cut(made: Any, *, samples: int) -> Any:
     """The same store with its first samples only."""
-    from dataclasses import replace
-
     plan = made.plan
     layout = replace(plan.layout, samples=samples, rows=samples)
     plan = replace(plan, layout=layout, shards=replace(plan.shards, count=1))

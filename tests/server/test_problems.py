@@ -87,9 +87,9 @@ class TestToken:
         right = {"authorization": f"Bearer {self.TOKEN}"}
         for path in ("/v1/stores", "/v1/stores/dense", "/openapi.json", "/nowhere"):
             answer = ask("GET", path)
-            assert answer.problem() == (401, "bad-request")
+            assert answer.problem() == (401, "unauthorized")
             assert answer.headers["www-authenticate"].startswith("Bearer")
-        assert ask.batch("dense", {"ids": [0]}).problem() == (401, "bad-request")
+        assert ask.batch("dense", {"ids": [0]}).problem() == (401, "unauthorized")
         assert ask("GET", "/health").status == 200
         assert ask("GET", "/v1/stores", **right).status == 200
         assert ask.batch("dense", {"ids": [0]}, **right).status == 200

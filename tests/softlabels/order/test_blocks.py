@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from softlabels.order.blocks import BlockShuffle
 
 
-def order_of(
-    samples: int, *, block: int, window_blocks: int, key: bytes = b"k"
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def order_of(samples: int, *, block: int, window_blocks: int, key: bytes = b"k") -> NDArray[np.int64]:
     return BlockShuffle(samples, key, block=block, window_blocks=window_blocks).forward(np.arange(samples))
 
 
@@ -53,20 +53,12 @@ class TestLocality:
     def test_a_window_draws_on_its_own_blocks_alone(self, samples: int) -> None:
         """Every window's places touch at most its number of blocks, and no block is touched by two windows."""
         block, window_blocks = 100, 8
-        blocks = order_of(samples, block=block, window_blocks=window_blocks) // block
-        changes = [0]
-        touched: set[int] = set()
-        for end in range(1, samples + 1):
-            if end == samples or (
-                blocks[end] not in touched | set(blocks[changes[-1] : end]) and end - changes[-1] > 700
-            ):
-                window = set(blocks[changes[-1] : end].tolist())
-                assert len(window) <= window_blocks
-                assert not window & touched
-                touched |= window
-                changes.append(end)
-        assert -(-samples // block) == len(touched)
-        assert -(-samples // (block * window_blocks)) == len(changes) - 1
+        place = BlockShuffle(samples, b"k", block=block, window_blocks=window_blocks).backward(np.arange(samples))
+        blocks = np.array_split(place, np.arange(block, samples, block))
+        spans = sorted((int(places.min()), int(places.max())) for places in blocks)
+        windows = [spans[i : i + window_blocks] for i in range(0, len(spans), window_blocks)]
+        for here, following in pairwise(windows):
+            assert max(last for _, last in here) + 1 == min(first for first, _ in following)
 
     def test_blocks_and_their_samples_are_shuffled(self) -> None:
         """The first place falls in any block and at any offset about equally often over keys."""

@@ -1,0 +1,147 @@
+"""A store goes from one container to another and back without one bit changed, and only if it is whole and sound."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import softlabels
+from softlabels.errors import (
+    ChecksumError,
+    JobError,
+    ManifestError,
+    RowsNotCommittedError,
+    StoreExistsError,
+    UnknownStoreError,
+)
+from softlabels.store import LocalRows, StoreWriter
+from softlabels.store.convert import convert_store
+
+OTHER = {"zarr": "hdf5", "hdf5": "zarr"}
+
+
+class TestThereAndBack:
+    @pytest.mark.parametrize("ids", ["dense", "strings"])
+    def test_ends_as_the_store_it_was(self, make_store: Any, kind: Any, tmp_path: Path, ids: str) -> None:
+        """Through the other container and back: the same files, byte for byte, and the same digest."""
+        made = make_store(kind, ids=ids)
+        made.write()
+        there, back = tmp_path / "there", tmp_path / "back"
+        middle = convert_store(made.root, there, container=OTHER[kind.container])
+        end = convert_store(there, back, container=kind.container, compression=kind.compression)
+        assert middle.container == OTHER[kind.container]
+        assert end.digest == softlabels.open(made.root).digest != middle.digest
+        assert _files(back) == _files(made.root)
+
+    def test_everything_but_the_container_stays(self, made: Any, kind: Any, tmp_path: Path) -> None:
+        """Arrays, error figures, fingerprint, teachers and versions are those of the source, shard by shard."""
+        convert_store(made.root, tmp_path / "there", container=OTHER[kind.container])
+        before, after = softlabels.open(made.root), softlabels.open(tmp_path / "there")
+        for field in ("transfer_set", "audit", "arrays", "software", "teachers", "temperature", "encoding", "layout"):
+            assert getattr(before.manifest, field) == getattr(after.manifest, field)
+        fields = tuple(made.plan.arrays)
+        old, new = (LocalRows(Path(store.where)).fetch(made.ids, fields) for store in (before, after))
+        assert all(np.array_equal(old[field], new[field]) for field in fields)
+        receipts = [StoreWriter.resume(Path(store.where)).receipt for store in (before, after)]
+        for shard in range(4):
+            old_receipt, new_receipt = (receipt(shard) for receipt in receipts)
+            assert old_receipt.fingerprint == new_receipt.fingerprint
+            assert old_receipt.audit == new_receipt.audit
+
+
+class TestInterrupted:
+    def test_it_goes_on_where_it_stopped(self, made: Any, kind: Any, tmp_path: Path) -> None:
+        """Stopped after two shards, run again: two more are copied, and the result is the same as without a stop."""
+        whole = convert_store(made.root, tmp_path / "whole", container=OTHER[kind.container])
+        told: list[int] = []
+
+        def stop_after_two(rows: int) -> None:
+            told.append(rows)
+            if len(told) == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert_store(made.root, tmp_path / "there", container=OTHER[kind.container], advance=stop_after_two)
+        assert StoreWriter.resume(tmp_path / "there").missing_shards() == [2, 3]
+        told.clear()
+        resumed = convert_store(
+            made.root, tmp_path / "there", container=OTHER[kind.container], advance=lambda rows: told.append(rows)
+        )
+        assert told == [128, 64, 8]
+        assert resumed == whole
+        assert _files(tmp_path / "there") == _files(tmp_path / "whole")
+
+    def test_again_when_done(self, made: Any, kind: Any, tmp_path: Path) -> None:
+        """A finished conversion that is asked for again says the same and writes nothing."""
+        first = convert_store(made.root, tmp_path / "there", container=OTHER[kind.container])
+        assert convert_store(made.root, tmp_path / "there", container=OTHER[kind.container]) == first
+
+
+class TestRefused:
+    def test_an_unfinished_source(self, make_store: Any, kind: Any, tmp_path: Path) -> None:
+        """Half a store is not converted: the other half would never come."""
+        made = make_store(kind)
+        made.write(shards=range(3), finish=False)
+        with pytest.raises(RowsNotCommittedError, match="resume"):
+            convert_store(made.root, tmp_path / "there", container="hdf5")
+        assert not (tmp_path / "there").exists()
+
+    def test_a_damaged_source(self, made: Any, kind: Any, tmp_path: Path, flip: Any) -> None:
+        """A flipped bit is found on the way and named; the shard that it lies in is not committed."""
+        flip(made.root, field="fingerprints", shard=1, chunk=3)
+        with pytest.raises(ChecksumError, match="shard 1, chunk 3"):
+            convert_store(made.root, tmp_path / "there", container=OTHER[kind.container])
+        assert StoreWriter.resume(tmp_path / "there").missing_shards() == [1, 2, 3]
+
+    def test_a_receipt_of_other_samples(self, made: Any, kind: Any, tmp_path: Path) -> None:
+        """Sound chunks whose samples are not those that the receipt names are refused."""
+        from softlabels.sealing import seal, unseal
+
+        path = made.root / "ledger" / "00000001.json"
+        receipt = unseal(path.read_bytes(), what="receipt")
+        path.write_bytes(seal({**receipt, "fingerprint": "0" * 32 + "-64"}))
+        with pytest.raises(ManifestError, match="other samples"):
+            convert_store(made.root, tmp_path / "there", container=OTHER[kind.container])
+
+    def test_a_place_that_is_taken(self, made: Any, kind: Any, tmp_path: Path) -> None:
+        """Neither onto itself in another container, nor onto another store."""
+        with pytest.raises(StoreExistsError):
+            convert_store(made.root, made.root, container=OTHER[kind.container])
+
+    def test_a_compression_that_readers_lack(self, made: Any, tmp_path: Path) -> None:
+        """HDF5 itself ships neither Zstandard nor Blosc, Zarr stores keep to two codecs."""
+        for container, compression in (("hdf5", "zstd"), ("hdf5", "blosc"), ("zarr", "gzip")):
+            with pytest.raises(JobError, match="cannot be compressed"):
+                convert_store(made.root, tmp_path / "there", container=container, compression=compression)
+        assert not (tmp_path / "there").exists()
+
+
+class TestCommand:
+    def test_it_converts(self, made: Any, kind: Any, tmp_path: Path) -> None:
+        """`softlabels convert` makes the store and prints its digest; an error ends in one line and exit code 1."""
+        if kind.compression is not None:
+            pytest.skip("one run a container is enough")
+        there = tmp_path / "there"
+        done = _softlabels("convert", str(made.root), str(there), "--container", OTHER[kind.container])
+        assert done.returncode == 0, done.stderr
+        assert softlabels.open(there).digest in done.stdout
+        assert "200 rows" in done.stderr
+        failed = _softlabels("convert", str(tmp_path / "nothing"), str(there))
+        assert (failed.returncode, failed.stdout) == (1, "")
+        assert UnknownStoreError.code in failed.stderr
+
+
+def _softlabels(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = "import sys; from softlabels.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def _files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
