@@ -67,7 +67,8 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
             raise RequestError(f"check is {check!r}; choose 'first', 'always' or 'never'")
         spec = store.manifest.temperature
         wanted = spec.default if temperature is None else check_temperature(temperature)
-        refuse_if_locked(wanted, captured=spec.captured, locked=spec.locked)
+        if store.manifest.members is None:  # where members are kept, every temperature can still be had
+            refuse_if_locked(wanted, captured=spec.captured, locked=spec.locked)
         if check != "never" and FINGERPRINTS not in store.manifest.arrays:
             raise UnknownFieldError(
                 f"{store.manifest.name!r} keeps no fingerprints, so nobody can tell whether an input is the one that "

@@ -71,8 +71,8 @@ class HttpRows:
         learnt = self._manifest.encoding.constants
         if learnt:
             raise RequestError(
-                f"rows of {self._manifest.name!r} are decoded with arrays learnt for it ({', '.join(learnt)}), which this "
-                "softlabels does not fetch over HTTP: open the store's folder instead"
+                f"rows of {self._manifest.name!r} are decoded with arrays learnt for it ({', '.join(learnt)}), which "
+                "this softlabels does not fetch over HTTP: open the store's folder instead"
             )
         return self._manifest.make_encoding()
 
@@ -95,11 +95,7 @@ class HttpRows:
             ServerUnreachableError: no usable reply.
             UnknownIdError, BadIdsError, RowsNotCommittedError, ChecksumError, … as from a store on disk.
         """
-        if views is not None or spans is not None or self._manifest.layout.kind != "single":
-            raise RequestError(
-                f"{self._manifest.name!r} keeps {self._manifest.layout.kind}; this softlabels fetches stores of one row a "
-                "sample over HTTP, without views or spans: open the store's folder instead"
-            )
+        self._refuse_keys(views, spans)
         names = tuple(dict.fromkeys((*fields, IDS)))
         row_bytes = sum(self._spec(name).row_bytes for name in names)
         query, body, media_type = self._question(ids, names)
@@ -170,6 +166,16 @@ class HttpRows:
             return "", json.dumps(document).encode(), JSON
         query = urlencode({"fields": ",".join(names), "digest": self._digest}, safe=",")
         return f"?{query}", np.ascontiguousarray(ids, dtype="<i8").tobytes(), BINARY
+
+    def _refuse_keys(self, views: object, spans: object) -> None:
+        name, kind = self._manifest.name, self._manifest.layout.kind
+        if kind != "single":
+            raise RequestError(
+                f"{name!r} keeps {kind}; this softlabels fetches one row a sample over HTTP: open the store's folder "
+                "instead"
+            )
+        if views is not None or spans is not None:
+            raise RequestError(f"{name!r} keeps one row a sample: it has no views or spans to ask for")
 
     def _refuse_other_version(self, digest: str | None) -> None:
         if digest != self._digest:

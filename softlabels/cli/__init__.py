@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from softlabels import __version__
-from softlabels.cli import demo, distill, inspect, precompute, resume, serve
+from softlabels.cli import convert, demo, distill, inspect, merge, plan, precompute, repair, resume, serve, status, verify
 from softlabels.errors import SoftLabelsError
 
 __all__ = ["build_parser", "main"]
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"softlabels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (precompute, resume, inspect, serve, distill, demo):
+    for module in (plan, precompute, resume, status, inspect, verify, repair, merge, convert, serve, distill, demo):
         module.add_parser(commands)
     return parser
 

@@ -177,7 +177,7 @@ def _refuse_unsound(ops: Ops, logits_BC: Array, encoding: _Dense) -> None:
 
 def _out_of_range(rows: list[int], name: str = "f16", limit: str = "65,504") -> EncodingError:
     return EncodingError(
-        f"{name} cannot hold {len(rows)} row(s): a logit lies more than {limit} below its row's maximum and would become "
-        "-inf; use encoding 'f32' (or 'bf16' in place of 'f16'), or check the teacher",
+        f"{name} cannot hold {len(rows)} row(s): a logit lies more than {limit} below its row's maximum and would "
+        "become -inf; use encoding 'f32' (or 'bf16' in place of 'f16'), or check the teacher",
         rows=rows,
     )

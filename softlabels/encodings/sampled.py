@@ -111,7 +111,9 @@ class Sampled(PackedRows):
         unary = ops.zeros((len(z), len(self._parts[3].widths)), "u1", p)
         ops.scatter(unary, at, ops.cast(at >= 0, "u1"))
         codes = (ops.cast(head_ids, "i4"), units, low, unary)
-        return ops.concat([part.pack(ops, code) for part, code in zip(self._parts, codes, strict=True) if part.widths])
+        return ops.concat(
+            [part.pack(ops, code) for part, code in zip(self._parts, codes, strict=True) if part.size_bytes]
+        )
 
     def _draw(self, ops: Ops, p: Array, keys_B: NDArray[np.uint64]) -> tuple[Array, Array, Array]:
         """Head ids int64 [B, H], drawn ids int64 [B, N] ascending, head weights in units int32 [B, H]."""

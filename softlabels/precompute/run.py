@@ -158,7 +158,7 @@ def plan_job(
     spec = TemperatureSpec(default=temperature, captured=temperature if locked else 1.0, locked=locked)
     encoding = encoding or requested.make(
         classes=classes,
-        pilot_BC=_pilot(job, data, teachers, mean, spec, device) if requested.needs_pilot else None,
+        pilot_BC=pilot(job, data, teachers, mean, spec, device) if requested.needs_pilot else None,
         temperatures=(1.0,) if locked else tuple(sorted({1.0, temperature})),
     )
     if not encoding.retemperable:  # `auto` may have taken truncated rows, where T = 1 is all that was asked for
@@ -185,16 +185,18 @@ def plan_job(
     return plan, encoding
 
 
-def _pilot(
+def pilot(
     job: Job,
     data: TransferSet,
     teachers: Sequence[Teacher],
     mean: MeanKind,
     spec: TemperatureSpec,
     device: torch.device,
+    *,
+    rows: int = PILOT_ROWS,
 ) -> NDArray[np.float32]:
     """Rows from all over the transfer set, tempered as they will be captured: what an encoding is learnt from."""
-    positions = np.unique(np.linspace(0, len(data) - 1, PILOT_ROWS).astype(np.int64))
+    positions = np.unique(np.linspace(0, len(data) - 1, rows).astype(np.int64))
     pieces = []
     for start in range(0, len(positions), job.run.batch_size):
         samples = data.take(positions[start : start + job.run.batch_size])

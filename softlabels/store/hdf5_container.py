@@ -40,11 +40,11 @@ class Hdf5Container:
         """One file, every array a dataset in it."""
         rows = len(shard_rows(plan, shard))
         path = shard_path(shard)
-        bodies = {name: chunk_bodies(plan, name, arrays[name]) for name in plan.arrays}
+        bodies = {name: chunk_bodies(plan, name, arrays[name]) for name in sorted(plan.arrays)}
         skeleton = _skeleton(plan, rows, bodies)
         buffers: list[Buffer] = []
         parts = {}
-        for name in plan.arrays:
+        for name in bodies:
             buffers.append(skeleton.before[name])
             for body in bodies[name]:
                 buffers += [body.data, fletcher32(body).to_bytes(4, "little")]
@@ -91,15 +91,20 @@ class _Skeleton:
     after: bytes
 
 
+def _in_order(plan: Manifest) -> tuple[tuple[str, ArraySpec], ...]:
+    # Sorted: a plan read back from disk lists its arrays in another order than the one that was written.
+    return tuple(sorted(plan.arrays.items()))
+
+
 def _skeleton(plan: Manifest, rows: int, bodies: Mapping[str, Sequence[NDArray[np.uint8]]]) -> _Skeleton:
     compressed = plan.shards.compression is not None
     geometry = _Geometry(
         store=plan.name,
-        arrays=tuple(plan.arrays.items()),
+        arrays=_in_order(plan),
         rows=rows,
         rows_per_shard=plan.shards.rows_per_shard,
         rows_per_chunk=plan.shards.rows_per_chunk,
-        sizes=tuple(tuple(b.size + CHECKSUM_BYTES for b in bodies[n]) for n in plan.arrays) if compressed else None,
+        sizes=tuple(tuple(b.size + CHECKSUM_BYTES for b in each) for each in bodies.values()) if compressed else None,
     )
     return _lay_out(geometry) if compressed else _lay_out_once(geometry)
 
@@ -222,7 +227,7 @@ def _virtual_file(plan: Manifest) -> bytes:
 
     image = io.BytesIO()
     with _new_file(image, plan.name) as file:
-        for name, array in plan.arrays.items():
+        for name, array in _in_order(plan):
             shape = (plan.rows, *array.row_shape)
             properties = _dataset_properties(array)
             properties.set_layout(h5py.h5d.VIRTUAL)

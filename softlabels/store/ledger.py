@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,11 @@ from softlabels.store.geometry import Part
 
 FOLDER = "ledger"
 LOCKS = "locks"
+
+CLAIM_PATIENCE_S = 0.25
+"""A shard may be held for a moment by somebody who only looks (`status`, a purge): that is no other writer."""
+
+_LOOK_AGAIN_S = 0.01
 STAGING = "staging"
 
 _RECEIPT_NAME = re.compile(r"[0-9]{8}\.json")
@@ -153,7 +160,7 @@ class Ledger:
         Raises:
             ShardClaimedError: another writer holds it.
         """
-        with self._lock(f"{shard:08d}", wait=False) as held:
+        with self._lock(f"{shard:08d}", patience_s=CLAIM_PATIENCE_S) as held:
             if not held:
                 raise ShardClaimedError(
                     f"shard {shard} of {self._root} is being written by another process: let it finish, or stop it and "
@@ -165,23 +172,29 @@ class Ledger:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until nobody else begins or finishes this store, and keep others from it while the context lasts."""
-        with self._lock("store", wait=True):
+        with self._lock("store", patience_s=math.inf):
             yield
 
     @contextlib.contextmanager
-    def _lock(self, name: str, *, wait: bool) -> Iterator[bool]:
+    def _lock(self, name: str, *, patience_s: float) -> Iterator[bool]:
         folder = self._root / LOCKS
         make_folder(folder)
         descriptor = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            held = True
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                held = False
+            give_up = time.monotonic() + patience_s
+            while not (held := _is_locked(descriptor)) and time.monotonic() < give_up:
+                time.sleep(_LOOK_AGAIN_S)
             yield held
         finally:
             os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _part(*, path: str, offset: int, stride: int, rows: int, sizes: list[int] | None = None) -> Part:

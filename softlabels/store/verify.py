@@ -19,7 +19,7 @@ from softlabels.store.constants import load_encoding
 from softlabels.store.container import container_of
 from softlabels.store.documents import JOB, Documents, read_documents
 from softlabels.store.faults import Fault, Report, ShowProgress, silent
-from softlabels.store.index import DenseIndex, SortedIndex, make_index
+from softlabels.store.index import POSITIONS, SORTED_IDS, DenseIndex, SortedIndex, make_index
 from softlabels.store.ledger import FOLDER, LOCKS, STAGING, Ledger, Receipt
 from softlabels.store.rows import MANIFEST, PLAN
 from softlabels.store.shard_checks import ShardChecks
@@ -77,7 +77,8 @@ def find_faults(
     report.finished, report.shards = documents.manifest is not None, plan.shards.count
     ledger = Ledger(root, plan_sha256=plan.digest)
     numbers = [number for number in ledger.committed() if number < plan.shards.count]
-    index, index_faults = _index(root, documents)
+    metadata_faults = list(_metadata_faults(root, documents.manifest or plan))
+    index, index_faults = _index(root, documents, {fault.path for fault in metadata_faults})
     container = container_of(plan)
     checks = ShardChecks(root, plan, container, _encoding(root, plan), index=index, report=report)
     believed, receipt_faults = _believed(ledger, plan, numbers, checks)
@@ -85,7 +86,7 @@ def find_faults(
     yield from receipt_faults
     if documents.manifest is not None:
         yield from _ledger_faults(ledger, documents.manifest, plan, believed, clean=not receipt_faults)
-    yield from _metadata_faults(root, documents.manifest or plan)
+    yield from metadata_faults
     yield from index_faults
     if documents.manifest is not None:
         yield from _strays(root, documents.manifest, ledger, believed)
@@ -157,10 +158,14 @@ def _metadata_faults(root: Path, manifest: Manifest) -> Iterator[Fault]:
             yield Fault(kind="checksum", message="its SHA-256 is not the manifest's", path=path)
 
 
-def _index(root: Path, documents: Documents) -> tuple[DenseIndex | SortedIndex | None, list[Fault]]:
-    """The id index, where there should be one and it can be used; that it is damaged is told by its SHA-256."""
+def _index(
+    root: Path, documents: Documents, wrong: set[str | None]
+) -> tuple[DenseIndex | SortedIndex | None, list[Fault]]:
+    """The id index, where there should be one and its files are not among those that are wrong."""
     known = documents.manifest or documents.plan
     assert known is not None
+    if {SORTED_IDS, POSITIONS} & wrong:
+        return None, []
     if known.ids.dense_start is None and documents.manifest is None and known.layout.kind != "sequences":
         return None, []
     try:

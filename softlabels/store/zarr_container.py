@@ -71,9 +71,9 @@ def _consolidated(documents: dict[str, bytes]) -> dict[str, bytes]:
     # With the arrays' metadata in the group's own, zarr-python need not look through the folder, where it would warn of
     # everything that is no array: ledger, index, manifest.
     root = json.loads(documents["zarr.json"])
-    arrays = {path.removesuffix("/zarr.json"): json.loads(raw) for path, raw in documents.items() if path != "zarr.json"}
+    arrays = {path.removesuffix("/zarr.json"): json.loads(raw) for path, raw in documents.items() if "/" in path}
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
-    return {**documents, "zarr.json": json.dumps(root, indent=2).encode()}
+    return {**documents, "zarr.json": json.dumps(root, indent=2, sort_keys=True).encode()}
 
 
 def _codecs(compression: str | None, dtype: np.dtype[Any]) -> list[Any]:

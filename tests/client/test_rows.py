@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from softlabels.errors import (
     FormatVersionError,
     ManifestError,
+    RequestError,
     SoftLabelsError,
     StoreChangedError,
     TruncatedError,
@@ -59,6 +60,13 @@ class TestFetch:
         with pytest.raises(UnknownFieldError, match="keeps no 'audio'"):
             rows.fetch(IDS, ("audio",))
         assert len(peer.asked) == 1
+
+    def test_views_and_spans_are_refused(self, peer: Any, impostor: Any, quick: RetryPolicy) -> None:
+        """A store of one row a sample has none, as on disk."""
+        rows = opened(peer, impostor, quick, impostor.batch())
+        for source in (rows, impostor.rows):
+            with pytest.raises(RequestError, match="keeps one row a sample"):
+                source.fetch(IDS, FIELDS, views=np.zeros(5, np.int64))
 
     def test_it_pickles_without_asking_again(self, peer: Any, impostor: Any, quick: RetryPolicy) -> None:
         """A worker begins with its first batch."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -36,19 +36,12 @@ class Kind:
         return self.container + (f"-{self.compression}" if self.compression else "")
 
 
-PLAIN = (Kind(container="zarr"), Kind(container="hdf5"))
-COMPRESSED = (
-    Kind(container="zarr", compression="zstd"),
-    Kind(container="zarr", compression="blosc"),
-    Kind(container="hdf5", compression="gzip"),
-)
-
-
-@pytest.fixture(params=(*PLAIN, *COMPRESSED), ids=str)
+@pytest.fixture(params=("zarr", "hdf5", "zarr-zstd", "zarr-blosc", "hdf5-gzip"))
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Every way to keep a store."""
-    found: Kind = request.param
-    return found
+    """Every way to keep a store; a test that needs only some of them names these, `indirect=True`."""
+    container, _, compression = str(request.param).partition("-")
+    assert container in ("zarr", "hdf5")
+    return Kind(container=cast(Container, container), compression=compression or None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +178,13 @@ def chunk_place(root: Path, field: str, shard: int, chunk: int) -> tuple[Path, i
 
 
 @pytest.fixture
-def copy_of(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
+def copy_of(tmp_path: Path) -> Callable[..., Path]:
     """Copies a store to damage."""
 
     def copy(root: Path, name: str = "copy") -> Path:
         return Path(shutil.copytree(root, tmp_path / name))
 
-    yield copy
+    return copy
 
 
 @pytest.fixture

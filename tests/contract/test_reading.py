@@ -228,7 +228,7 @@ class TestProcesses:
             store = softlabels.open(made.root)
             wanted = [rng.integers(0, SAMPLES, size=50) for _ in range(32)]
             with ThreadPoolExecutor(8) as pool:
-                batches = list(pool.map(lambda rows: store.batch(made.ids[rows]), wanted))
+                batches = list(pool.map(store.batch, [made.ids[rows] for rows in wanted]))
             for rows, batch in zip(wanted, batches, strict=True):
                 assert batch.encoded["targets"].tobytes() == made.encoded["targets"][rows].tobytes()
 

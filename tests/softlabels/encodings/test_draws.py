@@ -18,7 +18,9 @@ class TestDrawKeys:
     def test_store_sample_and_view_all_count(self) -> None:
         """Another of any of them is another key."""
         ids = np.arange(1000)
-        keys = np.concatenate([draw_keys("a", ids), draw_keys("b", ids), draw_keys("a", ids, 1), draw_keys("a", ids, 2)])
+        keys = np.concatenate(
+            [draw_keys("a", ids), draw_keys("b", ids), draw_keys("a", ids, 1), draw_keys("a", ids, 2)]
+        )
         assert len(np.unique(keys)) == 4000
 
     def test_string_ids_have_keys_too(self) -> None:

@@ -149,6 +149,17 @@ class TestPureFunction:
             place = other.index_of(a)
             assert int((np.diff(place) == 1).sum()) < 8
 
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    @pytest.mark.parametrize("block", [None, 4096])
+    def test_each_of_a_billion_samples_comes_once(self, block: int | None) -> None:
+        """All 10⁹ places lead to a position in the store and back, so no two lead to the same one."""
+        samples, part = 10**9 + 7, 2**20
+        order = an_order(samples, block=block)
+        for start in range(0, samples, part):
+            positions = order.positions(start, min(start + part, samples))
+            assert np.array_equal(np.arange(start, start + positions.size), order.index_of(positions))
+
     def test_seed_and_epoch_are_not_interchangeable(self) -> None:
         """Seed 1 of epoch 2 is not seed 2 of epoch 1."""
         assert not np.array_equal(an_order(seed=1, epoch=2).positions(0, 9), an_order(seed=2, epoch=1).positions(0, 9))

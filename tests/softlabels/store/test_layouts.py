@@ -166,7 +166,10 @@ class TestViewSeeds:
         ids, views = np.array([1, 2, 3]), np.array([0, 1, 0])
         seeds = view_seeds("k", ids, views)
         np.testing.assert_array_equal(view_seeds("k", ids[::-1], views[::-1]), seeds[::-1])
-        assert len({*seeds.tolist(), *view_seeds("l", ids, views).tolist(), *view_seeds("k", ids, views + 1).tolist()}) == 9
+        assert (
+            len({*seeds.tolist(), *view_seeds("l", ids, views).tolist(), *view_seeds("k", ids, views + 1).tolist()})
+            == 9
+        )
         assert int(seeds.max()) < 2**63
 
     def test_they_never_change(self) -> None:

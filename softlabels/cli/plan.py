@@ -1,0 +1,79 @@
+"""`softlabels plan JOB.toml`: bytes, hours and errors of a job before it runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from softlabels.progress import duration
+
+if TYPE_CHECKING:
+    from softlabels.precompute.forecast import Forecast
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command and its arguments."""
+    parser = commands.add_parser(
+        "plan",
+        help="bytes, hours and the error of every encoding, before a job runs",
+        description="Run the teachers of a job file over a pilot of its transfer set, encode the rows every way, and "
+        "print what the whole job will take: time on this machine, bytes, KL to the exact targets.",
+    )
+    parser.add_argument("job", type=Path, help="the job file (TOML)")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="reckon for this many samples, where the set at hand is only a part"
+    )
+    parser.add_argument(
+        "--price", type=float, metavar="P", help="what an hour of this machine costs, in any currency: adds the cost"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the forecast."""
+    from softlabels.precompute import load_job
+    from softlabels.precompute.forecast import forecast
+
+    print("\n".join(lines(forecast(load_job(options.job), samples=options.samples), price=options.price)))
+    return 0
+
+
+def lines(found: Forecast, *, price: float | None) -> list[str]:
+    """The forecast for people."""
+    kept = f" × {found.members} members" if found.members > 1 else ""
+    head = [
+        f"{found.samples:,} samples × {found.classes:,} classes{kept}; a pilot of {found.pilot_rows:,} rows",
+        f"teachers: {found.samples_per_s:,.0f} samples/s here, {_span(found.hours)} for all of them"
+        + ("" if price is None else f", {found.hours * price:,.2f} at {price:g} an hour"),
+        f"the job's own encoding, {found.encoding[0]}: {found.encoding[1]:,} bytes a row, "
+        f"{size(found.store_bytes(found.encoding[1]))} in all",
+        "",
+        f"{'encoding':<34}{'bytes a row':>12}{'store':>10}"
+        + "".join(f"{f'KL, T = {t:g}':>14}" for t in found.temperatures)
+        + f"{'top-1':>9}",
+    ]
+    rows = []
+    for tried in found.options:
+        kl = "".join(f"{tried.kl[t]['mean']:>14.2g}" if t in tried.kl else f"{'∞':>14}" for t in found.temperatures)
+        rows.append(
+            f"{tried.label:<34}{tried.row_bytes:>12,}{size(found.store_bytes(tried.row_bytes)):>10}{kl}"
+            f"{100 * tried.top1_agreement:>8.1f}%"
+        )
+    return head + rows
+
+
+def size(size_bytes: float) -> str:
+    """Bytes for people, in powers of a thousand: "2.6 GB"."""
+    value = float(size_bytes)
+    for unit in _UNITS:
+        if value < 1000 or unit == _UNITS[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError("the last unit returns")
+
+
+def _span(hours: float) -> str:
+    return f"{hours / 24:,.1f} days" if hours >= 48 else duration(hours * 3600)

@@ -1,0 +1,121 @@
+"""What a job will cost before it runs, and how far it is while it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from softlabels.cli import main
+from softlabels.cli.plan import size
+from softlabels.precompute import load_job, precompute
+from softlabels.store.status import read_status
+
+MODULE = """
+import time, numpy as np, torch
+from softlabels.transfer import ArrayTransferSet
+
+class Slow:
+    name = "slow"
+    def __init__(self, delay_s=0.0, samples=600):
+        self.inner, self.delay_s = ArrayTransferSet("slow", np.random.default_rng(0).normal(size=(samples, 4)).astype("f4")), delay_s
+    def __len__(self): return len(self.inner)
+    def take(self, positions):
+        time.sleep(self.delay_s)
+        return self.inner.take(positions)
+
+def teacher():
+    torch.manual_seed(0)
+    return torch.nn.Linear(4, 24)
+"""
+
+JOB = """
+[store]
+path = "store"
+rows_per_shard = 100
+rows_per_chunk = 50
+[transfer_set]
+source = "parts.py:Slow"
+arguments = {{ delay_s = {delay_s} }}
+[targets]
+temperature = 4
+encoding = "q6"
+[[teachers]]
+model = "parts.py:teacher"
+[run]
+batch_size = 100
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small job of six shards."""
+    (tmp_path / "parts.py").write_text(MODULE)
+    (tmp_path / "job.toml").write_text(JOB.format(delay_s=0.0))
+    return tmp_path
+
+
+class TestPlan:
+    def test_the_figures_are_those_of_the_run(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Bytes a row as the store then has them, KL near what the audit then finds; nothing is written."""
+        assert main(["plan", str(folder / "job.toml")]) == 0
+        text = capsys.readouterr().out
+        assert not (folder / "store").exists()
+        manifest = precompute(load_job(folder / "job.toml"))
+        assert f"q6: {manifest.target_row_bytes} bytes a row" in text
+        assert "600 samples × 24 classes" in text
+        line = next(line for line in text.splitlines() if line.startswith(f"q6 head={manifest.encoding.params['head']} "))
+        assert manifest.audit is not None
+        assert float(line.split()[6]) == pytest.approx(manifest.audit["kl_nats"]["4"]["mean"], rel=0.3)
+
+    def test_a_larger_job_is_reckoned_from_a_part(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Days, bytes and money of a billion samples."""
+        assert main(["plan", str(folder / "job.toml"), "--samples", "1000000000", "--price", "3"]) == 0
+        text = capsys.readouterr().out
+        assert "1,000,000,000 samples" in text
+        assert "at 3 an hour" in text
+
+    def test_sizes_for_people(self) -> None:
+        """Three digits and a unit."""
+        assert [size(n) for n in (12, 2_560_000_000, 1.9e13)] == ["12 B", "2.56 GB", "19 TB"]
+
+
+class TestStatus:
+    def test_it_is_told_from_outside_while_the_run_goes_on(self, folder: Path) -> None:
+        """Another process sees committed shards, the one in work, a rate and the time left; then that it is finished."""
+        (folder / "job.toml").write_text(JOB.format(delay_s=0.3))
+        command = [sys.executable, "-m", "softlabels", "precompute", str(folder / "job.toml")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as run:
+            ledger = folder / "store" / "ledger"
+            give_up = time.monotonic() + 60
+            while len(list(ledger.glob("*.json")) if ledger.is_dir() else []) < 3 and time.monotonic() < give_up:
+                time.sleep(0.01)
+            status = read_status(folder / "store")
+            assert not status.manifest.finished
+            assert 300 <= status.rows < 600
+            assert len(status.in_work) <= 1
+            assert status.rows_per_s is not None
+            assert status.left_s is not None
+            assert status.audit["rows"] == status.rows
+            assert run.wait(timeout=60) == 0
+        status = self.ask(folder)
+        assert status["manifest"]["finished"]
+        assert (status["rows"], status["in_work"], status["left_s"]) == (600, [], 0.0)
+
+    def test_nothing_begun_is_an_error(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """With exit code 1 and the code of the error."""
+        assert main(["status", str(tmp_path)]) == 1
+        assert "[unknown-store]" in capsys.readouterr().err
+
+    @staticmethod
+    def ask(folder: Path) -> dict[str, dict[str, object]]:
+        """What the command prints for programs."""
+        command = [sys.executable, "-m", "softlabels", "status", str(folder / "store"), "--json"]
+        found: dict[str, dict[str, object]] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        return found
