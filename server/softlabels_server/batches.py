@@ -1,114 +1,22 @@
-"""What a batch request asks for: read from JSON or from binary ids, checked against the store, gathered."""
+"""What may a client have of a store, and what are its arrays? A batch request checked against the store, and gathered."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl
 
 import numpy as np
+from numpy.typing import NDArray
 
-from softlabels import wire
-from softlabels.errors import (
-    BadIdsError,
-    BatchTooLargeError,
-    EmptyBatchError,
-    RequestError,
-    StoreChangedError,
-    TemperatureError,
-    UnknownFieldError,
-    UnknownIdError,
-)
-from softlabels.ids import IdArray, as_ids, kind_of, to_fixed_bytes
-from softlabels.opening import IDS, LABELS, refuse_other_transfer_set
+from softlabels.errors import StoreChangedError, UnknownFieldError
+from softlabels.ids import kind_of, to_fixed_bytes
+from softlabels.opening import FINGERPRINTS, IDS, LABELS, TargetStore, refuse_other_transfer_set
 from softlabels.softmath import check_temperature
 from softlabels.targets import refuse_if_locked
 from softlabels_server.catalog import ServedStore
+from softlabels_server.forms import form_for
+from softlabels_server.requests import TARGETS, BatchRequest, short, too_large
 from softlabels_server.settings import Settings
-
-TARGETS = "targets"
-"""In a request: every array of the store's encoding, however many it has."""
-
-JSON_KEYS = frozenset({"ids", "fields", "temperature", "transfer_set", "digest"})
-QUERY_KEYS = JSON_KEYS - {"ids"}
-
-REPLY_FORMAT = "softlabels-batch/1"
-"""What the metadata of a reply call its form; docs/http.md describes it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchRequest:
-    """What a client asks of one store.
-
-    Attributes:
-        ids: [B], at least one; they may repeat.
-        fields: what to return beside the ids; None leaves the choice to the server.
-        temperature: what the reply is to say it is tempered for, unchecked; None takes the store's default.
-        transfer_set: fingerprint of the client's own data, refused where it differs.
-        digest: version of the store that the client holds, refused where it differs.
-    """
-
-    ids: IdArray
-    fields: tuple[str, ...] | None = None
-    temperature: object = None
-    transfer_set: str | None = None
-    digest: str | None = None
-
-
-def from_json(body: bytes, store: ServedStore, settings: Settings) -> BatchRequest:
-    """Read a request's JSON body.
-
-    Raises:
-        RequestError: not a JSON object, or a key missing, unknown or of the wrong type.
-        EmptyBatchError, BatchTooLargeError, BadIdsError, UnknownIdError.
-    """
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f'the body is not JSON ({error}); send an object like {{"ids": [0, 1, 2]}}') from error
-    if not isinstance(document, dict):
-        raise RequestError('the body is JSON but no object; send one like {"ids": [0, 1, 2]}')
-    _refuse_unknown_keys(document, JSON_KEYS, "the body")
-    ids = document.get("ids")
-    if not isinstance(ids, list):
-        raise RequestError('the body has no list of ids; send an object like {"ids": [0, 1, 2]}')
-    fields = document.get("fields")
-    if fields is not None and not (isinstance(fields, list) and all(isinstance(field, str) for field in fields)):
-        raise RequestError(f"fields is {_short(fields)}, not a list of names such as {TARGETS!r} and {LABELS!r}")
-    return BatchRequest(
-        ids=_checked_ids(ids, store, settings),
-        fields=None if fields is None else tuple(fields),
-        temperature=document.get("temperature"),
-        transfer_set=_text_or_none(document, "transfer_set"),
-        digest=_text_or_none(document, "digest"),
-    )
-
-
-def from_binary(body: bytes, query: str, settings: Settings) -> BatchRequest:
-    """Read a request whose body is little-endian int64 ids and whose query string says the rest.
-
-    Raises:
-        RequestError: a query parameter that is unknown or stands twice.
-        EmptyBatchError, BatchTooLargeError, BadIdsError, TemperatureError.
-    """
-    pairs = parse_qsl(query, keep_blank_values=True)
-    parameters = dict(pairs)
-    _refuse_unknown_keys(parameters, QUERY_KEYS, "the query")
-    if len(parameters) != len(pairs):
-        raise RequestError("a query parameter stands twice: give each once, fields as fields=targets,labels")
-    if len(body) % 8:
-        raise BadIdsError(f"{len(body)} bytes are not a whole number of ids: send int64, little-endian, 8 bytes each")
-    _refuse_bad_count(len(body) // 8, settings)
-    fields = parameters.get("fields")
-    return BatchRequest(
-        ids=np.frombuffer(body, dtype="<i8").astype(np.int64, copy=False),
-        fields=None if fields is None else tuple(fields.split(",")),
-        temperature=_number(parameters["temperature"]) if "temperature" in parameters else None,
-        transfer_set=parameters.get("transfer_set"),
-        digest=parameters.get("digest"),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,30 +25,49 @@ class Gathering:
 
     Attributes:
         store: the version that it is a batch of.
-        ids: [B].
-        names: of the arrays to copy, `ids` among them.
+        request: what was asked.
+        names: of the arrays to copy, `ids` among them; of the encoding's where they are not to be decoded.
         temperature: what the reply says it is tempered for.
         reply_bytes: how many bytes the arrays take.
     """
 
     store: ServedStore
-    ids: IdArray
+    request: BatchRequest
     names: tuple[str, ...]
     temperature: float
     reply_bytes: int
 
-    def buffers(self) -> list[bytes | memoryview]:
-        """A safetensors file of encoded rows in the order asked, as buffers to be sent one after the other.
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays of the reply, rows in the order asked.
 
         Raises:
-            UnknownIdError, BadIdsError, RowsNotCommittedError, DamageError.
+            UnknownIdError, BadIdsError, RequestError, RowsNotCommittedError, DamageError.
         """
-        arrays = self.store.rows.fetch(self.ids, self.names)
+        rows, request = self.store.rows, self.request
+        kept = tuple(name for name in self.names if name != IDS or IDS in self.store.manifest.arrays)
+        arrays = rows.fetch(request.ids, kept, views=request.views, spans=request.spans)
+        if request.decode is not None and _wants_targets(request):
+            arrays = {request.decode: self._decoded(), **arrays}
         # Ids come from the store and not from the request: whether row i is the row asked for shows in the reply.
-        ids: Any = arrays[IDS]
+        # Sequences keep none beside their rows; there the index, verified whole, is what vouches.
+        ids: Any = arrays.get(IDS, request.ids)
         if kind_of(ids) == "str":
-            arrays[IDS] = to_fixed_bytes(ids, width_bytes=self.store.manifest.ids.width_bytes)
-        return wire.to_buffers(arrays, _metadata(self.store, self.temperature, len(self.ids)))
+            ids = to_fixed_bytes(ids, width_bytes=self.store.manifest.ids.width_bytes)
+        arrays[IDS] = ids
+        return arrays
+
+    def buffers(self) -> list[bytes | memoryview]:
+        """A safetensors file of the arrays, as buffers to be sent one after the other. Raises as `arrays` does."""
+        arrays = self.arrays()
+        samples, decode = len(self.request.ids), self.request.decode
+        return form_for(self.store, arrays, temperature=self.temperature, samples=samples, decode=decode).buffers(arrays)
+
+    def _decoded(self) -> NDArray[np.float32]:
+        request = self.request
+        targets = TargetStore(self.store.rows, where=self.store.name).batch(
+            request.ids, temperature=self.temperature, views=request.views, spans=request.spans, labels=False
+        )
+        return targets.tempered() if request.decode == "logits" else targets.p()
 
 
 def plan(store: ServedStore, request: BatchRequest, settings: Settings) -> Gathering:
@@ -152,18 +79,15 @@ def plan(store: ServedStore, request: BatchRequest, settings: Settings) -> Gathe
     """
     refuse_other_version(store, request.digest)
     refuse_other_transfer_set(store.manifest, request.transfer_set)
-    temperature = _temperature(store, request.temperature)
-    names = _array_names(store, request.fields)
-    row_bytes = sum(store.manifest.arrays[name].row_bytes for name in names)
+    temperature = check_reply_temperature(store, request.temperature)
+    names = array_names(store, request.fields, encoded=request.decode is None)
+    row_bytes = bytes_a_row(store, names) + (_decoded_bytes(store) if request.decode is not None else 0)
+    rows = _row_count(store, request)
     most = settings.max_reply_bytes // row_bytes
-    if len(request.ids) > most:
-        raise _too_large(len(request.ids), most)
+    if rows > most:
+        raise too_large(rows, most, "ids" if rows == len(request.ids) else "rows")
     return Gathering(
-        store=store,
-        ids=request.ids,
-        names=names,
-        temperature=temperature,
-        reply_bytes=row_bytes * len(request.ids),
+        store=store, request=request, names=names, temperature=temperature, reply_bytes=row_bytes * rows
     )
 
 
@@ -175,119 +99,75 @@ def refuse_other_version(store: ServedStore, digest: str | None) -> None:
     """
     if digest is not None and digest != store.digest:
         raise StoreChangedError(
-            f"store {store.name!r} is now at version {store.digest}, you hold {_short(digest)}: rows of two versions "
+            f"store {store.name!r} is now at version {store.digest}, you hold {short(digest)}: rows of two versions "
             "must not be mixed; open the store again",
             store=store.digest,
             yours=digest[:128],
         )
 
 
-def _checked_ids(values: list[Any], store: ServedStore, settings: Settings) -> IdArray:
-    _refuse_bad_count(len(values), settings)
-    kinds = set(map(type, values))
-    if bool in kinds:
-        raise BadIdsError("true and false are no sample ids: ids are integers or strings")
-    if kinds == {str}:
-        _refuse_bad_strings(values, store)
-    return as_ids(values)
-
-
-def _refuse_bad_strings(values: list[str], store: ServedStore) -> None:
-    spec = store.manifest.ids
-    if spec.kind != "str":
-        raise BadIdsError(f"sample ids of {store.name!r} are integers, not strings")
-    # Before they become an array: each of its entries takes as much room as the longest.
-    longest = max(values, key=len)
-    if len(longest) > spec.width_bytes:
-        raise UnknownIdError(f"{store.name!r} holds no sample {_short(longest)}", ids=[longest[:128]], missing=1)
-    text = "".join(values)
-    if "\0" in text:
-        raise BadIdsError("a sample id holds a NUL character, which no store keeps")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadIdsError(
-            f"a sample id is not valid Unicode ({error.reason}): half a surrogate pair has no UTF-8"
-        ) from error
-
-
-def _refuse_bad_count(count: int, settings: Settings) -> None:
-    if count == 0:
-        raise EmptyBatchError("a batch needs at least one id: an empty one usually means a mistake in the sampler")
-    if count > settings.max_batch_ids:
-        raise _too_large(count, settings.max_batch_ids)
-
-
-def _too_large(count: int, most: int) -> BatchTooLargeError:
-    return BatchTooLargeError(
-        f"{count} ids are more than the {most} that this server answers at once: ask in smaller batches", most=most
-    )
-
-
-def _temperature(store: ServedStore, asked: object) -> float:
+def check_reply_temperature(store: ServedStore, asked: object) -> float:
+    """The temperature that a reply carries. Raises TemperatureError, TemperatureLockedError."""
     spec = store.manifest.temperature
     temperature = spec.default if asked is None else check_temperature(asked)
     refuse_if_locked(temperature, captured=spec.captured, locked=spec.locked)
     return temperature
 
 
-def _array_names(store: ServedStore, fields: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The arrays to gather: what the fields stand for, each once, and always the ids."""
-    kept, encoded = store.manifest.arrays, tuple(store.encoding.fields)
+def array_names(store: ServedStore, fields: tuple[str, ...] | None, *, encoded: bool = True) -> tuple[str, ...]:
+    """The arrays to gather: what the fields stand for, each once, and always the ids.
+
+    Args:
+        store: whose arrays.
+        fields: as a request names them.
+        encoded: whether `targets` stands for the encoding's arrays, or is left to the decoder.
+    Raises:
+        UnknownFieldError: the store keeps no such array.
+    """
+    kept = {*store.manifest.arrays, IDS}
+    if store.manifest.layout.kind == "sequences":
+        kept.add(FINGERPRINTS)
     if fields is None:
         fields = (TARGETS, LABELS) if LABELS in kept else (TARGETS,)
     names: list[str] = []
     for field in fields:
         if field == TARGETS:
-            names.extend(encoded)
+            names.extend(store.encoding.fields if encoded else ())
         elif field in kept:
             names.append(field)
         else:
             known = ", ".join(sorted({TARGETS, *kept}))
-            raise UnknownFieldError(
-                f"store {store.name!r} keeps no {_short(field)}; it keeps {known}", field=field[:128]
-            )
+            raise UnknownFieldError(f"store {store.name!r} keeps no {short(field)}; it keeps {known}", field=field[:128])
     return tuple(dict.fromkeys([*names, IDS]))
 
 
-def _metadata(store: ServedStore, temperature: float, rows: int) -> dict[str, str]:
-    manifest = store.manifest
-    return {
-        "format": REPLY_FORMAT,
-        "store": store.name,
-        "digest": store.digest,
-        "encoding": json.dumps({"name": manifest.encoding.name, "params": dict(manifest.encoding.params)}),
-        "classes": str(manifest.classes),
-        "temperature": repr(temperature),
-        "captured_temperature": repr(float(manifest.temperature.captured)),
-        "locked": "true" if manifest.temperature.locked else "false",
-        "rows": str(rows),
-    }
+def bytes_a_row(store: ServedStore, names: tuple[str, ...]) -> int:
+    """Bytes that a row takes in these arrays; ids and fingerprints of sequences stand once a sample and count as a row."""
+    arrays = store.manifest.arrays
+    elsewhere = {IDS: 8 if store.manifest.ids.kind == "int" else store.manifest.ids.width_bytes, FINGERPRINTS: 16}
+    return sum(arrays[name].row_bytes if name in arrays else elsewhere[name] for name in names)
 
 
-def _refuse_unknown_keys(given: Mapping[str, object], known: frozenset[str], where: str) -> None:
-    unknown = sorted(set(given) - known)
-    if unknown:
-        # A misspelt "temprature" that is skipped would be a silent answer to another question.
-        raise RequestError(f"{where} has unknown keys {', '.join(map(_short, unknown[:5]))}; known are {sorted(known)}")
+def has_row_offsets(store: ServedStore) -> bool:
+    """Whether its replies carry `row_offsets`, since a sample has any number of rows."""
+    return store.manifest.layout.kind == "sequences"
 
 
-def _text_or_none(document: Mapping[str, Any], key: str) -> str | None:
-    value = document.get(key)
-    if value is not None and not isinstance(value, str):
-        raise RequestError(f"{key} is {_short(value)}, not a string")
-    return value
+def _wants_targets(request: BatchRequest) -> bool:
+    return request.fields is None or TARGETS in request.fields
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise TemperatureError(
-            f"the temperature is {_short(text)}, not a finite number above 0 such as 4.0", temperature=text[:128]
-        ) from error
+def _decoded_bytes(store: ServedStore) -> int:
+    # Members are averaged after they are decoded, all of them.
+    return 4 * store.manifest.classes * (store.manifest.members or 1)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+def _row_count(store: ServedStore, request: BatchRequest) -> int:
+    """How many rows the reply has, known before any is touched: a request of few bytes must not fill the memory."""
+    if not has_row_offsets(store):
+        return len(request.ids)
+    if request.spans is None:
+        return int(store.rows.row_counts(request.ids).sum())
+    # A range that is refused later is cut to the store here, so that the sum cannot overflow.
+    begin, end = np.clip(request.spans, 0, store.manifest.rows).T
+    return max(len(request.ids), int(np.maximum(end - begin, 0).sum()))

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from softlabels.encodings import Encoding
 from softlabels.errors import DamageError, ManifestError, SoftLabelsError, UnknownStoreError
 from softlabels.manifest import STORE_NAME, Manifest
-from softlabels.opening import RowSource
 from softlabels.store.rows import MANIFEST, PLAN, LocalRows
 from softlabels_server.pacing import Pace
 
@@ -31,16 +30,18 @@ class ServedStore:
         digest: names this version.
         signature: of the manifest file that it was opened from.
         pace: how fast its rows come.
+        forms: headers of replies, by what they hold.
     """
 
     name: str
     path: Path
-    rows: RowSource
+    rows: LocalRows
     manifest: Manifest
     encoding: Encoding
     digest: str
     signature: Signature
     pace: Pace = field(default_factory=Pace)
+    forms: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

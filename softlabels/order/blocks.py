@@ -20,7 +20,7 @@ from softlabels.order.permutation import Permutation, Positions, keyed_permutati
 
 
 class BlockShuffle:
-    """A permutation of [0, samples) in which any window of places draws on `window_blocks` blocks.
+    """A permutation of [0, samples) in which each window of places draws on `window_blocks` blocks of its own.
 
     Args:
         samples: how many, ≥ 1.

@@ -13,9 +13,13 @@ from numpy.typing import NDArray
 from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError
 from softlabels.manifest import Manifest, check_encoding
+from softlabels.store.confined import read_confined
 from softlabels.store.index import npy_bytes
 
 FOLDER = "encoding"
+
+MAX_CONSTANT_BYTES = 1 << 32
+"""A basis of 4,096 vectors over half a million classes."""
 
 
 def constant_path(name: str) -> str:
@@ -41,7 +45,7 @@ def load_encoding(root: Path, manifest: Manifest) -> Encoding:
 def _load(root: Path, manifest: Manifest, name: str) -> NDArray[Any]:
     path = constant_path(name)
     try:
-        raw = (root / path).read_bytes()
+        raw = read_confined(root, path, most_bytes=MAX_CONSTANT_BYTES)
         if hashlib.sha256(raw).hexdigest() != manifest.metadata_sha256.get(path):
             raise ManifestError(f"{root / path} is not what was written: no row of this store can be decoded without it")
         loaded: NDArray[Any] = np.load(io.BytesIO(raw), allow_pickle=False)

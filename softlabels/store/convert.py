@@ -16,7 +16,6 @@ from softlabels.ids import to_fixed_bytes
 from softlabels.manifest import Container, Manifest
 from softlabels.soundness import COMPRESSIONS
 from softlabels.store.confined import read_confined
-from softlabels.store.files import write_atomically
 from softlabels.store.geometry import shard_rows
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.rows import LocalRows, plan_digest
@@ -24,7 +23,7 @@ from softlabels.store.writer import StoreWriter, load_plan
 from softlabels.transfer import FingerprintSum
 
 MAX_BESIDE_BYTES = 1 << 40
-"""Files beside the shards that were known before these: the offsets and fingerprints of sequences."""
+"""Files beside the rows that were known before these: offsets of sequences, what an encoding learnt."""
 
 
 def convert_store(
@@ -55,9 +54,8 @@ def convert_store(
         raise RowsNotCommittedError(f"{source} is unfinished: run `softlabels resume {source}`, then convert it")
     plan = _plan(load_plan(source), container, compression)
     ledger = Ledger(source, plan_sha256=plan_digest(rows.manifest))
-    writer = StoreWriter.create(target, plan)
-    for path, sha256 in plan.metadata_sha256.items():
-        _copy(source, target, path, sha256)
+    beside = {path: _beside(source, path, sha256) for path, sha256 in plan.metadata_sha256.items()}
+    writer = StoreWriter.begin(target, plan, beside)
     missing = writer.missing_shards()
     advance(plan.rows - sum(len(shard_rows(plan, shard)) for shard in missing))
     for shard in missing:
@@ -98,8 +96,8 @@ def _arrays(rows: LocalRows, shard: int, receipt: Receipt) -> dict[str, NDArray[
     return arrays
 
 
-def _copy(source: Path, target: Path, path: str, sha256: str) -> None:
+def _beside(source: Path, path: str, sha256: str) -> bytes:
     contents = read_confined(source, path, most_bytes=MAX_BESIDE_BYTES)
     if hashlib.sha256(contents).hexdigest() != sha256:
         raise ChecksumError(f"{source / path} is not what was written: run `softlabels verify {source}`", path=path)
-    write_atomically(target / path, [contents])
+    return contents

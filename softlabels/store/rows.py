@@ -112,6 +112,13 @@ class LocalRows:
             _refuse(views is not None, f"{self._manifest.name!r} keeps one row a sample: it has no views to ask for")
         return self.fetch_rows(rows, fields, ids=ids)
 
+    def row_counts(self, ids: IdArray) -> NDArray[np.int64]:
+        """How many rows each of these samples has, [B]: what a batch of sequences will hold, before it is read."""
+        positions = self.positions_of(ids)
+        if self._manifest.layout.kind != "sequences":
+            return np.full(len(positions), self._manifest.layout.views, dtype=np.int64)
+        return self._sequences.lengths(positions)
+
     def positions_of(self, ids: IdArray) -> NDArray[np.int64]:
         """Positions of these ids in the transfer set."""
         if self._index is None:

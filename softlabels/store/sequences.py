@@ -112,6 +112,12 @@ class SequenceIndex:
         within = np.arange(joined[-1]) - np.repeat(joined[:-1], lengths)
         return np.repeat(begin, lengths) + within, joined
 
+    def lengths(self, positions_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many rows these samples have, [B]."""
+        offsets = self._file(OFFSETS, (self._manifest.samples + 1,), "<i8")
+        found: NDArray[np.int64] = offsets[positions_B + 1] - offsets[positions_B]
+        return found
+
     def fingerprints(self, positions_B: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Content fingerprints of these samples, [B, 16]."""
         found: NDArray[np.uint8] = self._file(FINGERPRINTS, (self._manifest.samples, FINGERPRINT_BYTES), "|u1")[

@@ -23,7 +23,8 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray, to_fixed_bytes
 from softlabels.manifest import Manifest
-from softlabels.sealing import seal, unseal
+from softlabels.sealing import MAX_MANIFEST_BYTES, seal, unseal
+from softlabels.store.confined import read_confined
 from softlabels.store.constants import constant_files
 from softlabels.store.container import ShardFile, container_of
 from softlabels.store.files import TEMPORARY, make_folder, sha256_of, sync_folder, write_atomically
@@ -317,7 +318,7 @@ def load_plan(root: Path) -> Manifest:
     """
     path = root / PLAN
     try:
-        return Manifest.from_json(unseal(path.read_bytes(), what=str(path)))
+        return Manifest.from_json(unseal(read_confined(root, PLAN, most_bytes=MAX_MANIFEST_BYTES), what=str(path)))
     except FileNotFoundError as error:
         raise ManifestError(f"{path} is gone: without it nothing can be added to the store") from error
 

@@ -13,6 +13,7 @@ import pytest
 
 from softlabels.audit import Audit
 from softlabels.encodings import draw_keys, make_encoding
+from softlabels.encodings.learning import learn_basis
 from softlabels.manifest import Container, IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
 from softlabels.store.ledger import Ledger
@@ -53,6 +54,7 @@ class Made:
     ids: Any
     labels: Any
     fingerprints: Any
+    encoding: Any
     encoded: dict[str, Any]
 
     def shard(self, number: int) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Made:
 
     def write(self, *, shards: range | None = None, finish: bool = True) -> StoreWriter:
         """Write these shards, all unless told otherwise."""
-        writer = StoreWriter.create(self.root, self.plan)
+        writer = StoreWriter.create(self.root, self.plan, encoding=self.encoding)
         for number in range(self.plan.shards.count) if shards is None else shards:
             with writer.claim(number) as claim:
                 claim.commit(**self.shard(number))
@@ -124,7 +126,10 @@ def make_store(tmp_path: Path) -> MakeStore:
         rng = np.random.default_rng(seed)
         logits = rng.normal(size=(SAMPLES, CLASSES)).astype(np.float32) * 3
         logits -= logits.max(axis=1, keepdims=True)
-        codec = make_encoding(encoding, classes=CLASSES, params=ENCODING_PARAMS.get(encoding))
+        if encoding == "basis":
+            codec: Any = learn_basis(logits, row_bytes=14, heads=(2,), residuals=(0, 4))
+        else:
+            codec = make_encoding(encoding, classes=CLASSES, params=ENCODING_PARAMS.get(encoding))
         found, spec = sample_ids(ids)
         labels = rng.integers(-1, CLASSES, size=SAMPLES).astype(np.int64)
         return Made(
@@ -133,6 +138,7 @@ def make_store(tmp_path: Path) -> MakeStore:
             ids=found,
             labels=labels if labelled else None,
             fingerprints=sample_fingerprints(rng.integers(0, 256, size=(SAMPLES, 7), dtype=np.uint8)),
+            encoding=codec,
             encoded=codec.encode(logits, keys_B=draw_keys("small", found)),
         )
 

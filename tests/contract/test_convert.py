@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 import softlabels
+from softlabels.audit import Audit
+from softlabels.encodings import make_encoding
 from softlabels.errors import (
     ChecksumError,
     JobError,
@@ -19,8 +22,11 @@ from softlabels.errors import (
     StoreExistsError,
     UnknownStoreError,
 )
-from softlabels.store import LocalRows, StoreWriter
+from softlabels.manifest import IdSpec, Layout, TemperatureSpec, TransferSetSpec, ViewSpec
+from softlabels.sealing import seal, unseal
+from softlabels.store import LocalRows, SampleTable, StoreWriter, plan_store
 from softlabels.store.convert import convert_store
+from softlabels.transfer import sample_fingerprints
 
 OTHER = {"zarr": "hdf5", "hdf5": "zarr"}
 
@@ -52,6 +58,35 @@ class TestThereAndBack:
             old_receipt, new_receipt = (receipt(shard) for receipt in receipts)
             assert old_receipt.fingerprint == new_receipt.fingerprint
             assert old_receipt.audit == new_receipt.audit
+
+
+class TestLayouts:
+    def test_what_an_encoding_learnt_comes_along(self, make_store: Any, kind: Any, tmp_path: Path) -> None:
+        """The arrays beside the rows, without which these cannot be decoded, are copied and verified."""
+        made = make_store(kind, encoding="basis")
+        made.write()
+        there = tmp_path / "there"
+        convert_store(made.root, there, container=OTHER[kind.container])
+        assert np.array_equal(softlabels.open(there).batch(made.ids).logits(), made.encoding.decode(made.encoded))
+        learnt = next((made.root / "encoding").iterdir())
+        learnt.write_bytes(learnt.read_bytes()[:-1] + b"?")
+        with pytest.raises(ChecksumError):
+            convert_store(made.root, tmp_path / "damaged", container=OTHER[kind.container])
+
+    @pytest.mark.parametrize("kind", ["zarr", "hdf5", "zarr-zstd", "hdf5-gzip"], indirect=True)
+    @pytest.mark.parametrize("layout", ["views of members", "sequences"])
+    def test_every_layout(self, kind: Any, tmp_path: Path, layout: str) -> None:
+        """Members, views with their parameters, and rows of variable count: there and back, byte for byte."""
+        _write_layout(tmp_path / "s", kind, layout)
+        middle, back = tmp_path / "there", tmp_path / "back"
+        convert_store(tmp_path / "s", middle, container=OTHER[kind.container])
+        convert_store(middle, back, container=kind.container, compression=kind.compression)
+        assert _files(back) == _files(tmp_path / "s")
+        keys: dict[str, Any] = {"views": 3} if layout == "views of members" else {}
+        ids = ["b", "a"] if layout == "views of members" else [7, 5]
+        batches = [softlabels.open(root).batch(ids, fingerprints=True, **keys) for root in (tmp_path / "s", middle)]
+        assert np.array_equal(batches[0].logits(), batches[1].logits())
+        assert np.array_equal(batches[0].fingerprints, batches[1].fingerprints)
 
 
 class TestInterrupted:
@@ -100,8 +135,6 @@ class TestRefused:
 
     def test_a_receipt_of_other_samples(self, made: Any, kind: Any, tmp_path: Path) -> None:
         """Sound chunks whose samples are not those that the receipt names are refused."""
-        from softlabels.sealing import seal, unseal
-
         path = made.root / "ledger" / "00000001.json"
         receipt = unseal(path.read_bytes(), what="receipt")
         path.write_bytes(seal({**receipt, "fingerprint": "0" * 32 + "-64"}))
@@ -133,6 +166,55 @@ class TestCommand:
         failed = _softlabels("convert", str(tmp_path / "nothing"), str(there))
         assert (failed.returncode, failed.stdout) == (1, "")
         assert UnknownStoreError.code in failed.stderr
+
+
+def _write_layout(root: Path, kind: Any, layout: str) -> None:
+    """A store of 96 rows: four views of each of 24 samples by 3 members, or three samples of 50, 0 and 46 rows."""
+    encoding = make_encoding("f16", classes=6)
+    rows = np.random.default_rng(1).normal(size=(96, 3, 6)).astype(np.float16)
+    rows -= rows.max(axis=2, keepdims=True)
+    views = layout == "views of members"
+    sample_ids = np.array([5, 9, 7])
+    table = SampleTable(
+        ids=sample_ids,
+        lengths=np.array([50, 0, 46]),
+        fingerprints=sample_fingerprints(sample_ids[:, None]),
+        dense=False,
+    )
+    plan = plan_store(
+        name="layout",
+        samples=24 if views else 3,
+        ids=IdSpec(kind="str", width_bytes=1) if views else IdSpec(kind="int"),
+        encoding=encoding,
+        temperature=TemperatureSpec(default=4.0, captured=1.0, locked=False),
+        mean="geometric" if views else "none",
+        teachers=(),
+        transfer_set=TransferSetSpec(name="x", source="x:y", arguments={}, labelled=True),
+        container=kind.container,
+        rows_per_shard=32,
+        rows_per_chunk=8,
+        layout=Layout(kind="views", samples=24, rows=96, views=4) if views else None,
+        members=3 if views else None,
+        views=ViewSpec(transform="x:crop", parameters=("left",)) if views else None,
+        table=None if views else table,
+    )
+    plan = replace(plan, shards=replace(plan.shards, compression=kind.compression))
+    writer = StoreWriter.create(root, plan, table=None if views else table)
+    for shard in writer.missing_shards():
+        with writer.claim(shard) as claim:
+            numbers = np.arange(claim.rows.start, claim.rows.stop)
+            keys = {
+                "ids": np.array(list("abcdefghijklmnopqrstuvwx"))[numbers // 4],
+                "fingerprints": sample_fingerprints(numbers[:, None]),
+                "view_parameters": numbers[:, None] / 7,
+            }
+            claim.commit(
+                encoded={"targets": rows[numbers] if views else rows[numbers, 0]},
+                labels=numbers % 6,
+                audit=Audit().to_json(),
+                **(keys if views else {}),
+            )
+    writer.finish()
 
 
 def _softlabels(*arguments: str) -> subprocess.CompletedProcess[str]:

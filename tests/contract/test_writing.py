@@ -109,7 +109,7 @@ class TestCommit:
 
 class TestOwners:
     def test_a_second_claim(self, make_store: Any, kind: Any) -> None:
-        """A shard that one writer holds is refused to all others, in this process and elsewhere; other shards are not."""
+        """A shard that one writer holds is refused to all others, here and in other processes; other shards are not."""
         made = make_store(kind)
         writer = made.write(shards=range(0), finish=False)
         with writer.claim(0):

@@ -1,6 +1,8 @@
-"""POST /v1/stores/{name}/batch: ids in, one safetensors file out. The hot path, so plain ASGI."""
+"""POST /v1/stores/{name}/batch: ids in, their rows out. The hot path, so plain ASGI."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
@@ -10,11 +12,15 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from softlabels.errors import RequestError, StoreChangedError
-from softlabels_server.batches import BatchRequest, from_binary, from_json, plan
+from softlabels_server.batches import Gathering, plan
 from softlabels_server.bodies import read_body
 from softlabels_server.catalog import ServedStore, StoreFolder
 from softlabels_server.etags import names_digest
-from softlabels_server.replies import SafetensorsReply
+from softlabels_server.forms import metadata_of
+from softlabels_server.negotiation import MEDIA_TYPES, Form, accepted_form
+from softlabels_server.recipes import remember
+from softlabels_server.replies import BufferedReply, in_form
+from softlabels_server.requests import BatchRequest, from_binary, from_json
 from softlabels_server.settings import Settings
 
 PATH = "/v1/stores/{name}/batch"
@@ -37,19 +43,18 @@ class BatchEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read, check, gather, send; errors leave as exceptions, see `problems`."""
         headers = Headers(scope=scope)
-        name: str = scope["path_params"]["name"]
-        store = self._stores.opened(name)
-        if store is None:
-            # The first request of a version reads its manifest and maps its files.
-            store = await run_in_threadpool(self._stores.get, name)
+        form = accepted_form(headers.get("accept"))
+        store = await opened(self._stores, scope)
         try:
             request = await self._read(scope, receive, headers, store)
         except ClientDisconnect:
             return  # nobody is there to be answered
-        _refuse_other_match(headers.get("if-match"), store)
+        refuse_other_match(headers.get("if-match"), store)
         gathering = plan(store, request, self._settings)
-        buffers = await store.pace.run(gathering.buffers, reply_bytes=gathering.reply_bytes)
-        await SafetensorsReply(buffers, digest=store.digest)(scope, receive, send)
+        buffers = await store.pace.run(buffers_in(form, gathering), reply_bytes=gathering.reply_bytes)
+        if form == "safetensors":
+            remember(scope, gathering, self._stores, self._settings)
+        await BufferedReply(buffers, media_type=MEDIA_TYPES[form], digest=store.digest)(scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive, headers: Headers, store: ServedStore) -> BatchRequest:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -62,7 +67,7 @@ class BatchEndpoint:
             return from_binary(body, query, limits)
         if query:
             raise RequestError("query parameters go with binary ids; with JSON say it all in the body")
-        return from_json(body, store, limits)
+        return from_json(body, store.manifest, limits)
 
 
 def make_route(stores: StoreFolder, settings: Settings) -> Route:
@@ -70,7 +75,16 @@ def make_route(stores: StoreFolder, settings: Settings) -> Route:
     return Route(PATH, BatchEndpoint(stores, settings), methods=["POST"], name="batch")
 
 
-def _refuse_other_match(if_match: str | None, store: ServedStore) -> None:
+async def opened(stores: StoreFolder, scope: Scope) -> ServedStore:
+    """The store that the path names. Raises as `StoreFolder.get` does."""
+    name: str = scope["path_params"]["name"]
+    store = stores.opened(name)
+    # The first request of a version reads its manifest and maps its files.
+    return await run_in_threadpool(stores.get, name) if store is None else store
+
+
+def refuse_other_match(if_match: str | None, store: ServedStore) -> None:
+    """Let a store pass that If-Match names, or that no such header speaks of. Raises StoreChangedError."""
     if if_match is not None and not names_digest(if_match, store.digest):
         raise StoreChangedError(
             f"store {store.name!r} is now at version {store.digest}, If-Match names {if_match[:128]}: rows of two "
@@ -78,3 +92,18 @@ def _refuse_other_match(if_match: str | None, store: ServedStore) -> None:
             store=store.digest,
             yours=if_match[:128],
         )
+
+
+def buffers_in(form: Form, gathering: Gathering) -> Callable[[], list[bytes | memoryview]]:
+    """The blocking work of a reply: to gather it and to bring it into its form."""
+    if form == "safetensors":
+        return gathering.buffers
+
+    def build() -> list[bytes | memoryview]:
+        request = gathering.request
+        metadata = metadata_of(
+            gathering.store, gathering.temperature, samples=len(request.ids), decode=request.decode
+        )
+        return in_form(form, gathering.arrays(), metadata)
+
+    return build

@@ -30,7 +30,7 @@ Rows = NDArray[np.float32]
 
 
 def usual(classes: int) -> Rows:
-    return np.random.default_rng(classes).normal(0, 2, size=(3, classes)).astype(np.float32)
+    return np.random.default_rng(classes).normal(0, 2, size=(2, classes)).astype(np.float32)
 
 
 def one_hot(classes: int) -> Rows:
@@ -84,12 +84,13 @@ def infinity(classes: int) -> Rows:
 KINDS = (usual, one_hot, uniform, ties, minus_infinity, denormals, huge, one_far_below)
 UNSOUND = (not_a_number, infinity)
 PLAIN = ("f32", "f16", "bf16", "q8", "q6", "q5", "q4", "q3", "q2")
+PLAIN_OF_MANY = ("f32", "f16", "bf16", "q8", "q3")
 
 
 def encodings(classes: int) -> list[Encoding]:
     """One of each kind that rows of so many classes can have."""
     k = min(classes, 12)
-    found = [make_encoding(name, classes=classes) for name in PLAIN]
+    found = [make_encoding(name, classes=classes) for name in (PLAIN if classes <= 1_000 else PLAIN_OF_MANY)]
     found += [TopK(classes=classes, k=k, tail=tail) for tail in ("uniform", "ghost", "renormalise")]
     found.append(Sampled(classes=classes, head=min(classes - 1, 5), draws=20))
     if 10 <= classes <= 1_000:
@@ -117,10 +118,9 @@ def attempt(
         return None, error.context["rows"]
 
 
-def shifted(rows: Rows) -> NDArray[np.float64]:
-    """What was meant: float32 rows with their largest at 0."""
-    with np.errstate(invalid="ignore"):
-        return (rows - rows.max(axis=1, keepdims=True)).astype(np.float64)
+def shifted(rows: Rows) -> Rows:
+    """Rows as they come to an encoding: the largest at 0."""
+    return rows - rows.max(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("classes", CLASS_COUNTS)
@@ -128,7 +128,7 @@ class TestEveryEncoding:
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
     def test_a_row_is_kept_within_the_bound_or_refused(self, classes: int, kind: Callable[[int], Rows]) -> None:
         """NumPy encodes within what the encoding's page states; torch takes and refuses the same rows."""
-        rows = kind(classes)
+        rows = shifted(kind(classes))
         keys = draw_keys("adversarial", np.arange(len(rows)))
         for encoding in encodings(classes):
             # What is far below or impossible may be refused, anything tamer not.
@@ -143,7 +143,7 @@ class TestEveryEncoding:
             decoded = encoding.decode(encoded)
             assert decoded.shape == rows.shape
             assert decoded.dtype == np.float32
-            check_bound(encoding, shifted(rows), encoded, decoded.astype(np.float64))
+            check_bound(encoding, rows.astype(np.float64), encoded, decoded.astype(np.float64))
             check_torch(encoding, rows, keys, encoded, decoded)
 
     @pytest.mark.parametrize("kind", UNSOUND, ids=lambda kind: kind.__name__)
@@ -193,11 +193,8 @@ def check_bound(
         assert (decoded.argmax(axis=1) == z.argmax(axis=1)).all() or (decoded.max(axis=1) == 0).all()
     else:
         relative = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8}[encoding.name]
-        # The stored row is the one given: what a store shifts, an encoding keeps.
         finite = np.isfinite(z)
-        given = decoded - decoded.max(axis=1, keepdims=True)
-        scale = np.abs(z) + np.abs(decoded).max(axis=1, keepdims=True)
-        assert (np.abs(given - z)[finite] <= (2 * relative * scale + 2.0**-24)[finite]).all(), encoding.name
+        assert (np.abs(decoded - z)[finite] <= (relative * np.abs(z) + 2.0**-25)[finite]).all(), encoding.name
         assert (decoded[~finite] == -np.inf).all()
 
 

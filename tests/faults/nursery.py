@@ -1,0 +1,224 @@
+"""A process that has imported everything already and forks a child for each task: hundreds of real processes in seconds.
+
+Tasks come as lines of JSON on stdin; for each, a line with the child's pid and, when it has ended, one with its exit code
+go to stdout. A child that is told to wait stops itself (SIGSTOP) before it begins, so that a tracer can be attached.
+
+The stores that it writes are of many kinds, each deterministic: the same kind and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numcodecs
+import numpy as np
+import zarr
+import zarr.codecs
+import zarr.storage
+
+import softlabels.store.hdf5_container
+import softlabels.store.zarr_container
+from softlabels.audit import Audit
+from softlabels.encodings import make_encoding
+from softlabels.errors import SoftLabelsError
+from softlabels.manifest import IdSpec, Layout, Manifest, TemperatureSpec, TransferSetSpec, ViewSpec
+from softlabels.store import SampleTable, StoreWriter, plan_store
+from softlabels.store.merge import merge
+from softlabels.store.repair import repair
+from softlabels.transfer import sample_fingerprints
+
+PRELOADED = (h5py, numcodecs, zarr, softlabels.store.hdf5_container, softlabels.store.zarr_container)
+
+CLASSES, ROWS_PER_SHARD, ROWS_PER_CHUNK = 6, 32, 8
+SAMPLES = 90
+REPORTED, CRASHED = 3, 4
+"""Exit codes: an error that was reported as one, and anything else."""
+
+KINDS = (
+    "zarr",
+    "hdf5",
+    "zarr-str",
+    "hdf5-int",
+    "zarr-zstd",
+    "hdf5-gzip",
+    "zarr-members",
+    "zarr-views",
+    "zarr-sequences",
+)
+
+
+class Kind:
+    """What a kind of store is made of.
+
+    Args:
+        name: container and what is special about it.
+        seed: of the logits.
+    """
+
+    def __init__(self, name: str, seed: int = 0) -> None:
+        self.name, self.seed = name, seed
+        self.container, _, self.special = name.partition("-")
+        self.members = 3 if self.special == "members" else None
+        self.views = 3 if self.special == "views" else 1
+        self.sequences = self.special == "sequences"
+        self.encoding = make_encoding("f16", classes=CLASSES)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Every sample's id."""
+        shuffled = np.random.default_rng(1).permutation(SAMPLES) * 7 + 2
+        if self.special in ("str", "views"):
+            return np.array([f"id-{i:04d}" for i in shuffled])
+        return shuffled if self.special in ("int", "sequences") else np.arange(SAMPLES)
+
+    @property
+    def table(self) -> SampleTable | None:
+        """The samples of a store of sequences: 0 to 2 rows each."""
+        if not self.sequences:
+            return None
+        lengths = np.arange(SAMPLES) % 3
+        prints = sample_fingerprints(np.arange(SAMPLES)[:, None])
+        return SampleTable(ids=self.ids, lengths=lengths, fingerprints=prints, dense=False)
+
+    def plan(self) -> Manifest:
+        """The plan of the store."""
+        spec = {"U": IdSpec(kind="str", width_bytes=7), "i": IdSpec(kind="int")}[self.ids.dtype.kind]
+        more: dict[str, Any] = {}
+        if self.members:
+            more["members"] = self.members
+        if self.sequences:
+            more["table"] = self.table
+        if self.views > 1:
+            more["views"] = ViewSpec(transform="m:f", parameters=("angle",))
+            more["layout"] = Layout(kind="views", samples=SAMPLES, rows=SAMPLES * self.views, views=self.views)
+        plan = plan_store(
+            name="t",
+            samples=SAMPLES,
+            ids=spec if self.special in ("str", "views", "int", "sequences") else IdSpec(kind="int", dense_start=0),
+            encoding=self.encoding,
+            temperature=TemperatureSpec(default=4.0, captured=1.0, locked=False),
+            mean="geometric" if self.members else "none",
+            teachers=(),
+            transfer_set=TransferSetSpec(name="x", source="x:y", arguments={}, labelled=True),
+            container=self.container,  # type: ignore[arg-type]
+            rows_per_shard=ROWS_PER_SHARD,
+            rows_per_chunk=ROWS_PER_CHUNK,
+            **more,
+        )
+        compression = self.special if self.special in ("zstd", "gzip") else None
+        return replace(plan, shards=replace(plan.shards, compression=compression))
+
+    def logits(self, rows: range) -> np.ndarray:
+        """logits of these rows of the store, exact in f16, row maxima 0: [rows, (members,) classes]."""
+        axis = (self.members,) if self.members else ()
+        found = np.random.default_rng([self.seed, rows.start]).normal(size=(len(rows), *axis, CLASSES))
+        halves = (found * 4).astype(np.float16)
+        return (halves - halves.max(axis=-1, keepdims=True)).astype(np.float32)
+
+    def contents(self, rows: range) -> dict[str, Any]:
+        """What a claim of these rows is to commit."""
+        logits = self.logits(rows)
+        positions = np.arange(rows.start, rows.stop) // self.views
+        audit = Audit((1.0,))
+        flat = logits.reshape(-1, CLASSES)
+        audit.add(flat, flat, captured=1.0)
+        found: dict[str, Any] = {
+            "encoded": {"targets": logits.astype("<f2")},
+            # Most labels are class 0, so that whole chunks are zeros.
+            "labels": np.where(positions < 70, 0, positions % CLASSES),
+            "audit": audit.to_json(),
+        }
+        if not self.sequences:
+            found["ids"] = self.ids[positions]
+            found["fingerprints"] = sample_fingerprints(np.arange(rows.start, rows.stop)[:, None])
+        if self.views > 1:
+            found["view_parameters"] = np.arange(rows.start, rows.stop, dtype=np.float64)[:, None]
+        return found
+
+    def writer(self, root: Path) -> StoreWriter:
+        """A writer of the store at `root`, begun now or before."""
+        return StoreWriter.create(root, self.plan(), table=self.table)
+
+    def commit(self, writer: StoreWriter, shard: int) -> None:
+        """Write one shard."""
+        with writer.claim(shard) as claim:
+            claim.commit(**self.contents(claim.rows))
+
+    def write(self, root: Path) -> None:
+        """Write what is missing of the store at `root`, and publish it."""
+        writer = self.writer(root)
+        for shard in writer.missing_shards():
+            self.commit(writer, shard)
+        writer.finish()
+
+
+def do(task: dict[str, Any]) -> None:
+    """One task, in a child of its own."""
+    what, root = task["do"], Path(task.get("root", "."))
+    if what == "write":
+        Kind(task["kind"]).write(root)
+    elif what == "race":
+        kind = Kind(task["kind"], seed=task["seed"])
+        kind.commit(kind.writer(root), task["shard"])
+    elif what == "repair":
+        repair(root)
+    elif what == "merge":
+        merge([Path(source) for source in task["sources"]], root)
+    elif what == "precompute":
+        from softlabels.precompute import load_job, precompute
+
+        precompute(load_job(Path(task["job"])))
+    else:
+        raise ValueError(what)
+
+
+def child(task: dict[str, Any]) -> int:
+    """Run a task; the exit code, with what was reported in the task's log."""
+    if task.get("wait"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        do(task)
+    except (SoftLabelsError, OSError, MemoryError) as error:
+        Path(task["log"]).write_text(f"{type(error).__name__}: {error}")
+        return REPORTED
+    except BaseException:
+        Path(task["log"]).write_text(traceback.format_exc())
+        return CRASHED
+    return 0
+
+
+def main() -> None:
+    """Fork a child for each line, until stdin ends."""
+    if "--torch" in sys.argv:
+        import torch
+
+        import softlabels.precompute  # noqa: F401
+
+        torch.set_num_threads(1)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            sys.stdin = open(os.devnull)  # noqa: SIM115
+            # What a child prints must not be taken for the nursery's own lines.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = CRASHED
+            try:
+                code = child(task)
+            finally:
+                os._exit(code)
+        print(json.dumps({"pid": pid}), flush=True)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
