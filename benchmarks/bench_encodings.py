@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from time import thread_time
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.encodings_sampling import importance_error, renormalised_error, sampled_error
-from benchmarks.encodings_table import TIMED_ROWS, Measured, show, verdicts
+from benchmarks.encodings_table import HEADING, TIMED_ROWS, Measured, show, verdicts
 from softlabels.audit import Audit
 from softlabels.encodings import Encoding, TopK, draw_keys, make_encoding, row_bytes
 from softlabels.encodings.learning import learn_basis
@@ -51,8 +52,9 @@ Rows = NDArray[np.float32]
 
 def rows_of(path: Path) -> Rows:
     """Logits with each row's largest at 0."""
-    logits_BC = np.load(path).astype(np.float32)
-    return logits_BC - logits_BC.max(axis=1, keepdims=True)
+    logits_BC: Rows = np.load(path).astype(np.float32)
+    logits_BC -= logits_BC.max(axis=1, keepdims=True)
+    return logits_BC
 
 
 def split(rows: Rows, held: int) -> tuple[Rows, Rows]:
@@ -183,16 +185,11 @@ def main() -> int:
     torch.set_num_threads(1)
     repeats = 5 if options.quick else 41
     measured: list[Measured] = []
-    print(
-        f"{'data':18} {'encoding':20} {'bytes':>7} {'KL T = 1':>9} {'KL T = 4':>9}     {'encode/s':>10} {'decode/s':>12}"
-    )
-    for rows in (
-        *(classifier(data, folder, repeats=repeats) for data in CLASSIFIERS),
-        language(folder, repeats=repeats),
-    ):
-        for m in rows:
-            measured.append(m)
-            print(show(m), flush=True)
+    print(HEADING)
+    classifiers = (classifier(data, folder, repeats=repeats) for data in CLASSIFIERS)
+    for m in chain(*classifiers, language(folder, repeats=repeats)):
+        measured.append(m)
+        print(show(m), flush=True)
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps([asdict(m) for m in measured], indent=1) + "\n")
     holds = True

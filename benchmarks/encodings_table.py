@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 TIMED_ROWS = 256
+HEADING = (
+    f"{'data':18} {'encoding':20} {'bytes':>7} {'KL T = 1':>9} {'KL T = 4':>9}     {'encode/s':>10} {'decode/s':>12}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
+from softlabels.epochs import Epoch, EpochPlan, EpochRows
 from softlabels.errors import (
     EmptyBatchError,
     FingerprintMismatchError,
@@ -22,6 +23,7 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import Manifest
+from softlabels.order import Remainder
 from softlabels.softmath import check_mean, check_temperature, check_weights, is_locked
 from softlabels.targets import MemberMean, SoftTargets, refuse_if_locked
 
@@ -63,6 +65,10 @@ class RowSource(Protocol):
         `views` [B] where the store keeps views; `spans` [B, 2] ranges of sequences, None for whole ones, whose rows
         come joined, with `row_offsets` [B + 1].
         """
+        ...
+
+    def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+        """The rows of each step of an epoch, from the plan's cursor on, with what `fetch` gives for each."""
         ...
 
     def close(self) -> None:
@@ -141,14 +147,87 @@ class TargetStore:
         if spans is not None:
             keys["spans"] = _whole_numbers(np.asarray(spans).reshape(len(wanted), 2), "spans")
         arrays = self._rows.fetch(wanted, self._fields(labels, fingerprints, view_parameters), **keys)
+        return self._targets(wanted, arrays, members, (carried, captured, locked))
+
+    def epoch(
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        cursor: int = 0,
+        shuffle: bool = True,
+        block: int | None = None,
+        remainder: Remainder = "split",
+        view: int | None = None,
+        temperature: float | None = None,
+        mean: Literal["arithmetic", "geometric"] | None = None,
+        weights: Sequence[float] | None = None,
+        labels: bool = True,
+        fingerprints: bool = False,
+        view_parameters: bool = False,
+    ) -> Epoch:
+        """The batches of an epoch in an order that follows from the store, the seed and the epoch's number alone.
+
+        Every sample comes once, whatever the number of ranks, and each rank has as many batches as any other. What is
+        left of an epoch can be begun at its `cursor`, also with other ranks or another batch size.
+
+        Args:
+            seed: of the training run.
+            epoch: its number, from 0.
+            batch_size: samples in each of this rank's batches.
+            rank, world_size: which of how many ranks this is.
+            cursor: where to go on, as `Epoch.cursor` said.
+            shuffle: False takes the samples in the store's order.
+            block: shuffle blocks of so many consecutive samples, then within a few blocks, for slow disks.
+            remainder: "split" shares out the samples that fill no last step, "drop" leaves them out, "pad" repeats some.
+            view: which view of every sample, where the store keeps views; view `epoch` modulo their number when left out.
+            temperature, mean, weights, labels, fingerprints, view_parameters: as `batch` takes them.
+        Raises:
+            RequestError, TemperatureError, TemperatureLockedError, UnknownFieldError, RowsNotCommittedError; while it is
+            read what `batch` raises.
+        """
+        spec = self.manifest.temperature
+        carried = spec.default if temperature is None else check_temperature(temperature)
+        members, captured, locked = self._mean_of(mean, weights, carried)
+        refuse_if_locked(carried, captured=captured, locked=locked)
+        plan = EpochPlan(
+            seed=seed,
+            epoch=epoch,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            cursor=cursor,
+            shuffle=shuffle,
+            block=block,
+            remainder=remainder,
+            view=view,
+        )
+        count = plan.batches(self.manifest, self.digest).batch_count
+        rows = self._rows.epoch(plan, self._fields(labels, fingerprints, view_parameters))
+        heat = (carried, captured, locked)
+        return Epoch(
+            rows, lambda step: self._targets(step.ids, step.arrays, members, heat), plan=plan, batch_count=count
+        )
+
+    def _targets(
+        self,
+        ids: IdArray,
+        arrays: Mapping[str, NDArray[Any]],
+        members: MemberMean | None,
+        heat: tuple[float, float, bool],
+    ) -> SoftTargets:
+        """Rows as they came, with all that decoding them takes; `heat` is the T carried, the T captured, and locked."""
         found_labels = arrays.get(LABELS)
         return SoftTargets(
-            ids=wanted,
+            ids=ids,
             encoded={name: arrays[name] for name in self._encoding.fields},
             encoding=self._encoding,
-            temperature=carried,
-            captured_temperature=captured,
-            locked=locked,
+            temperature=heat[0],
+            captured_temperature=heat[1],
+            locked=heat[2],
             labels=None if found_labels is None else found_labels.astype(np.int64),
             fingerprints=arrays.get(FINGERPRINTS),
             store_digest=self.digest,

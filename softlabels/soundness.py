@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 1 << 48
 MAX_SHARDS = 1 << 24
 MAX_EXTENT = 1 << 31
+MAX_CLASSES = 1 << 24
 MAX_VIEWS = MAX_MEMBERS = 1 << 20
 MAX_CHUNK_BYTES = 1 << 40
 
@@ -66,7 +67,7 @@ def _check_counts(manifest: Manifest) -> None:
     check_whole(layout.samples, "layout.samples", least=1, most=MAX_ROWS)
     check_whole(layout.rows, "layout.rows", least=1, most=MAX_ROWS)
     check_whole(layout.views, "layout.views", least=1, most=MAX_VIEWS)
-    check_whole(manifest.classes, "classes", least=1, most=MAX_EXTENT)
+    check_whole(manifest.classes, "classes", least=1, most=MAX_CLASSES)
     check_whole(shards.count, "shards.count", least=1, most=MAX_SHARDS)
     check_whole(shards.rows_per_shard, "shards.rows_per_shard", least=1, most=MAX_ROWS)
     check_whole(shards.rows_per_chunk, "shards.rows_per_chunk", least=1, most=MAX_ROWS)

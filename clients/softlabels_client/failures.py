@@ -8,7 +8,14 @@ import ssl
 from collections.abc import Mapping
 from typing import Any
 
-from softlabels.errors import RequestError, ServerUnreachableError, SoftLabelsError, TruncatedError, from_problem
+from softlabels.errors import (
+    RequestError,
+    ServerUnreachableError,
+    SoftLabelsError,
+    TruncatedError,
+    UnauthorizedError,
+    from_problem,
+)
 
 PROBLEM_TYPE = "application/problem+json"
 """RFC 9457."""
@@ -64,7 +71,7 @@ def refusal(status: int, headers: Mapping[str, str], body: memoryview, *, where:
     if problem is not None:
         return from_problem({**problem, "status": status})
     if status in (401, 403):
-        return RequestError(f"{where} may not be read by us (status {status}): pass a valid `token`", url=where)
+        return UnauthorizedError(f"{where} does not let us in (status {status}): pass a valid `token`", url=where)
     if 300 <= status < 400:
         target = headers.get("location", "elsewhere")
         return RequestError(f"{where} sends requests on to {target!r}: open the store there", url=where)

@@ -20,7 +20,7 @@ class RetryPolicy:
 
     Attributes:
         attempts: sends at most, to a server that has answered before: it is probably restarting. The defaults wait up
-            to 12 s in all.
+            to 11 s in all.
         attempts_at_first: sends at most, to a server that never answered: its address is probably wrong, and whoever
             typed it is waiting.
         first_pause_s: before the second send; doubles from one to the next.

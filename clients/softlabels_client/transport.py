@@ -86,6 +86,7 @@ class HttpTransport:
         self._address, self._token, self._timeout_s = address, token, timeout_s
         self._retry = retry or RetryPolicy()
         self._has_answered = False
+        self._tls: ssl.SSLContext | None = None
         self._idle: deque[http.client.HTTPConnection] = deque()
         self._process = os.getpid()
 
@@ -142,10 +143,10 @@ class HttpTransport:
                 self._idle.pop().close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_idle", "_process")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_idle", "_process", "_tls")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _idle=deque(), _process=os.getpid())
+        self.__dict__.update(state, _idle=deque(), _process=os.getpid(), _tls=None)
 
     def __del__(self) -> None:
         if hasattr(self, "_idle"):
@@ -218,7 +219,9 @@ class HttpTransport:
     def _fresh_connection(self, deadline: Deadline) -> http.client.HTTPConnection:
         host, port, timeout_s = self._address.host, self._address.port, deadline.left_s()
         if self._address.scheme == "https":
-            return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=ssl.create_default_context())
+            # Made once: reading the machine's certificates takes longer than a batch.
+            self._tls = self._tls or ssl.create_default_context()
+            return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._tls)
         return http.client.HTTPConnection(host, port, timeout=timeout_s)
 
 

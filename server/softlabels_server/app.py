@@ -12,7 +12,7 @@ from softlabels import __version__
 from softlabels_server import openapi, problems
 from softlabels_server.auth import BearerToken
 from softlabels_server.catalog import StoreFolder
-from softlabels_server.routes import batch, health, stores
+from softlabels_server.routes import batch, constants, epochs, health, stores
 from softlabels_server.settings import Settings
 
 
@@ -60,7 +60,11 @@ def create_app(store_folder: StoreFolder, settings: Settings) -> FastAPI:
     )
     app.include_router(health.make_router(store_folder))
     app.include_router(stores.make_router(store_folder))
-    app.router.routes.append(batch.make_route(store_folder, settings))
+    app.router.routes += [
+        batch.make_route(store_folder, settings),
+        epochs.make_route(store_folder, settings),
+        constants.make_route(store_folder),
+    ]
     problems.install(app)
     if settings.token is not None:
         app.add_middleware(BearerToken, token=settings.token)

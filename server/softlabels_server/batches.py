@@ -60,7 +60,9 @@ class Gathering:
         """A safetensors file of the arrays, as buffers to be sent one after the other. Raises as `arrays` does."""
         arrays = self.arrays()
         samples, decode = len(self.request.ids), self.request.decode
-        return form_for(self.store, arrays, temperature=self.temperature, samples=samples, decode=decode).buffers(arrays)
+        return form_for(self.store, arrays, temperature=self.temperature, samples=samples, decode=decode).buffers(
+            arrays
+        )
 
     def _decoded(self) -> NDArray[np.float32]:
         request = self.request
@@ -86,9 +88,7 @@ def plan(store: ServedStore, request: BatchRequest, settings: Settings) -> Gathe
     most = settings.max_reply_bytes // row_bytes
     if rows > most:
         raise too_large(rows, most, "ids" if rows == len(request.ids) else "rows")
-    return Gathering(
-        store=store, request=request, names=names, temperature=temperature, reply_bytes=row_bytes * rows
-    )
+    return Gathering(store=store, request=request, names=names, temperature=temperature, reply_bytes=row_bytes * rows)
 
 
 def refuse_other_version(store: ServedStore, digest: str | None) -> None:
@@ -137,7 +137,9 @@ def array_names(store: ServedStore, fields: tuple[str, ...] | None, *, encoded: 
             names.append(field)
         else:
             known = ", ".join(sorted({TARGETS, *kept}))
-            raise UnknownFieldError(f"store {store.name!r} keeps no {short(field)}; it keeps {known}", field=field[:128])
+            raise UnknownFieldError(
+                f"store {store.name!r} keeps no {short(field)}; it keeps {known}", field=field[:128]
+            )
     return tuple(dict.fromkeys([*names, IDS]))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from softlabels_server.lane import FastLane
+
 MAX_HEADER_BYTES = 64 << 10
 """What h11, uvicorn's other parser, allows: far above any real request's."""
 
@@ -33,7 +35,7 @@ class _BoundedHeader(asyncio.Protocol):
         """Pass bytes on, then see whether they made a header whole."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._disarm()
+            self.stop_waiting_for_header()
             return
         self._await_header()
         self._header_bytes += len(data)
@@ -42,22 +44,27 @@ class _BoundedHeader(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
-        self._disarm()
+        self.stop_waiting_for_header()
         super().connection_lost(exc)
+
+    def stop_waiting_for_header(self) -> None:
+        """A request is here whole: nothing is overdue."""
+        self._header_bytes = 0
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def _await_header(self) -> None:
         if self._deadline is None:
             loop = asyncio.get_running_loop()
             self._deadline = loop.call_later(self.header_timeout_s, self.transport.close)
 
-    def _disarm(self) -> None:
-        self._header_bytes = 0
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
 
 def bounded_protocol(*, header_timeout_s: float) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol, httptools' parser where it is installed, with bounds on a request's header."""
-    bases = (_BoundedHeader, AutoHTTPProtocol)
-    return type("BoundedProtocol", bases, {"header_timeout_s": header_timeout_s})
+    """uvicorn's HTTP protocol, httptools' parser where it is installed, with bounds on a request's header.
+
+    With httptools, requests that were answered before with other ids take the fast lane.
+    """
+    parses_in_c = hasattr(AutoHTTPProtocol, "on_message_begin")
+    bases = (FastLane, _BoundedHeader, AutoHTTPProtocol) if parses_in_c else (_BoundedHeader, AutoHTTPProtocol)
+    return type("BoundedProtocol", bases, {"header_timeout_s": header_timeout_s, "recipes": {}})

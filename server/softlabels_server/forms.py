@@ -43,7 +43,12 @@ class ReplyForm:
 
 
 def form_for(
-    store: ServedStore, arrays: Mapping[str, NDArray[Any]], *, temperature: float, samples: int, decode: str | None = None
+    store: ServedStore,
+    arrays: Mapping[str, NDArray[Any]],
+    *,
+    temperature: float,
+    samples: int,
+    decode: str | None = None,
 ) -> ReplyForm:
     """The form of a reply that holds these arrays."""
     shapes: Shapes = tuple((name, array.dtype.str, array.shape) for name, array in arrays.items())

@@ -42,9 +42,17 @@ class Pace:
             gather: the blocking work.
             reply_bytes: how many bytes it will copy.
         """
-        began = self._clock()
-        if reply_bytes > MOST_LOOP_BYTES or began < self._threads_until:
+        if not self.fits_the_loop(reply_bytes):
             return await run_in_threadpool(gather)
+        return self.run_here(gather)
+
+    def fits_the_loop(self, reply_bytes: int) -> bool:
+        """Whether a gather of this size may run in the event loop now."""
+        return reply_bytes <= MOST_LOOP_BYTES and self._clock() >= self._threads_until
+
+    def run_here(self, gather: Callable[[], T]) -> T:
+        """What `gather` returns, run in the event loop; how long it took decides where the next ones run."""
+        began = self._clock()
         try:
             return gather()
         finally:

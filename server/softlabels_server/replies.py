@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from softlabels.errors import BatchTooLargeError, RequestError
 from softlabels.ids import from_fixed_bytes
-from softlabels.opening import IDS, ROW_OFFSETS
+from softlabels.opening import FINGERPRINTS, IDS, ROW_OFFSETS
 from softlabels_server.forms import as_buffer
 from softlabels_server.negotiation import MEDIA_TYPES, Form
 
@@ -42,13 +42,7 @@ class BufferedReply:
 
     def __init__(self, buffers: Sequence[bytes | memoryview], *, media_type: str, digest: str) -> None:
         self._buffers = buffers
-        self._headers = [
-            (b"content-type", media_type.encode()),
-            (b"content-length", str(sum(len(buffer) for buffer in buffers)).encode()),
-            (DIGEST_HEADER.encode(), digest.encode()),
-            # One address, several forms: a cache between must not hand one client's form to another.
-            (b"vary", b"accept"),
-        ]
+        self._headers = reply_headers(sum(map(len, buffers)), digest=digest, media_type=media_type)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the header, then one message a buffer."""
@@ -56,6 +50,19 @@ class BufferedReply:
         last = len(self._buffers) - 1
         for position, buffer in enumerate(self._buffers):
             await send({"type": "http.response.body", "body": buffer, "more_body": position < last})
+
+
+def reply_headers(
+    size_bytes: int, *, digest: str, media_type: str = MEDIA_TYPES["safetensors"]
+) -> list[tuple[bytes, bytes]]:
+    """The header lines of a reply of rows."""
+    return [
+        (b"content-type", media_type.encode()),
+        (b"content-length", str(size_bytes).encode()),
+        (DIGEST_HEADER.encode(), digest.encode()),
+        # One address, several forms: a cache between must not hand one client's form to another.
+        (b"vary", b"accept"),
+    ]
 
 
 def in_form(form: Form, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
@@ -126,13 +133,12 @@ def _arrow(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> m
             "`pip install 'softlabels[arrow]'`",
         ) from error
     offsets = arrays.get(ROW_OFFSETS)
-    samples = len(arrays[IDS])
     columns: dict[str, pyarrow.Array] = {}
     for name, array in arrays.items():
         if name != ROW_OFFSETS:
             column = pa.array(from_fixed_bytes(array).tolist()) if _is_text(name, array) else _column(pa, array)
-            in_rows = offsets is not None and len(array) != samples or name not in (IDS, "fingerprints")
-            columns[name] = _lists(pa, offsets, column) if offsets is not None and in_rows else column
+            once_a_sample = offsets is None or name in (IDS, FINGERPRINTS)
+            columns[name] = column if once_a_sample else pa.LargeListArray.from_arrays(pa.array(offsets), column)
     batch = pa.record_batch(columns).replace_schema_metadata(dict(metadata))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
@@ -150,8 +156,3 @@ def _column(pa: Any, array: NDArray[Any]) -> Any:
     for extent in reversed(array.shape[1:]):
         column = pa.FixedSizeListArray.from_arrays(column, extent)
     return column
-
-
-def _lists(pa: Any, offsets: NDArray[np.int64], column: Any) -> Any:
-    """A sequence's rows as one list a sample."""
-    return pa.LargeListArray.from_arrays(pa.array(offsets), column)

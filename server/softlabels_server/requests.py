@@ -120,13 +120,13 @@ def from_binary(body: bytes, query: str, settings: Settings) -> BatchRequest:
     )
 
 
-def split_columns(
-    body: bytes | memoryview, columns: tuple[str, ...], count: int
-) -> dict[str, NDArray[np.int64]]:
+def split_columns(body: bytes | memoryview, columns: tuple[str, ...], count: int) -> dict[str, NDArray[np.int64]]:
     """The columns of a binary body by name, [count] or [count, 2] each, views of the body."""
     found, begin = {}, 0
     for name in columns:
-        values = np.frombuffer(body, dtype="<i8", count=count * COLUMNS[name], offset=begin).astype(np.int64, copy=False)
+        values = np.frombuffer(body, dtype="<i8", count=count * COLUMNS[name], offset=begin).astype(
+            np.int64, copy=False
+        )
         found[name] = values if COLUMNS[name] == 1 else values.reshape(count, COLUMNS[name])
         begin += values.nbytes
     return found

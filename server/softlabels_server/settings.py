@@ -22,6 +22,7 @@ class Settings:
         header_timeout_s: how long a client may take to send a request's header.
         body_timeout_s: how long a client may take to send a request's body.
         keep_alive_timeout_s: how long a connection may be idle between requests.
+        stall_timeout_s: how long the reader of a stream may take for its next piece; it can go on at its cursor.
         shutdown_timeout_s: how long replies under way may take once the server is told to stop.
         access_log: log a line a request.
     Raises:
@@ -40,6 +41,8 @@ class Settings:
     body_timeout_s: float = 30.0
     # Longer than a training step with its validation, or every batch would pay for a new connection.
     keep_alive_timeout_s: int = 75
+    # A trainer may validate for minutes; one that comes back later connects again without losing a row.
+    stall_timeout_s: float = 600.0
     shutdown_timeout_s: int = 5
     access_log: bool = False
 
@@ -57,6 +60,7 @@ class Settings:
             "header_timeout_s",
             "body_timeout_s",
             "keep_alive_timeout_s",
+            "stall_timeout_s",
             "shutdown_timeout_s",
         ):
             if not getattr(self, name) > 0:

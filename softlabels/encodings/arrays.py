@@ -123,7 +123,8 @@ class _NumpyOps:
     """`Ops` over NumPy arrays: the reference."""
 
     def cast(self, x: Array, kind: str) -> Array:
-        return np.asarray(x).astype(kind)
+        with np.errstate(over="ignore"):  # to infinity, as in torch; encoders look for it where it can come up
+            return np.asarray(x).astype(kind)
 
     def constant(self, x: Any, kind: str, like: Array) -> Array:
         return np.asarray(x, dtype=kind)
@@ -229,11 +230,12 @@ class _TorchOps:
         return self._torch.zeros(shape, dtype=self._dtypes[kind], device=like.device)
 
     def bits(self, x: Array, kind: str) -> Array:
-        x = x.contiguous()
         wanted = self._dtypes[kind]
-        if x.dtype is self._torch.uint8 and x.data_ptr() % wanted.itemsize:
-            x = x.clone()
-        return x.view(wanted)
+        # Flat first: a slice of a single row counts as contiguous, and torch would still mind its row stride.
+        flat = x.contiguous().reshape(-1)
+        if (flat.storage_offset() * flat.itemsize) % wanted.itemsize:
+            flat = flat.clone()
+        return flat.view(wanted).reshape(*x.shape[:-1], x.shape[-1] * x.itemsize // wanted.itemsize)
 
     def max(self, x: Array) -> Array:
         return x.amax(dim=-1, keepdim=True)

@@ -16,7 +16,7 @@ as quoted above. Without one there is no bound a row: the error is what the audi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings.arrays import Array, Ops
+from softlabels.encodings.fitting import weighted_fit
 from softlabels.encodings.levels import TABLE, UNITS, WIDEST, code_table, level_table, levels_of
 from softlabels.encodings.planes import BitPacking
 from softlabels.encodings.portable import largest, nearest_zero
@@ -103,7 +104,7 @@ class Basis(PackedRows):
         """Every class is there: to any T, with the error that the audit measures."""
         return True
 
-    @cached_property
+    @property
     def size_bytes(self) -> int:
         """Bytes of one row."""
         parts = (self._coefficients, self._ids, self._values, self._residuals)
@@ -130,15 +131,26 @@ class Basis(PackedRows):
         return BitPacking.even(self.classes if self.residual_bits else 0, self.residual_bits)
 
     @cached_property
-    def _basis_f32(self) -> NDArray[np.float32]:
-        return self.basis_RC.astype(np.float32)
+    def _held(self) -> dict[tuple[str, str], Array]:
+        return {}
 
-    @cached_property
-    def _projection_CR(self) -> NDArray[np.float32]:
+    def _on(self, ops: Ops, name: str, like: Array) -> Array:
+        """A large constant in float32 where `like` lives, sent there once."""
+        key = (name, str(getattr(like, "device", "")) + type(like).__name__)
+        if key not in self._held:
+            given: dict[str, Callable[[], NDArray[Any]]] = {
+                "basis": lambda: self.basis_RC.astype(np.float32),
+                "mean": lambda: self.mean_C,
+                "projection": self._projection,
+            }
+            self._held[key] = ops.constant(given[name](), "f4", like)
+        return self._held[key]
+
+    def _projection(self) -> NDArray[np.float32]:
         """Least squares: coefficients are (row - mean) @ this, in units of a level."""
         basis = self.basis_RC.astype(np.float64) * 2.0**self.unit_log2
         gram = basis @ basis.T
-        gram[np.diag_indices(len(gram))] += 1e-9 * np.trace(gram) / len(gram)
+        gram[np.diag_indices(len(gram))] += 1e-9 * np.trace(gram) / len(gram) + 1e-200  # never singular
         return np.ascontiguousarray(np.linalg.solve(gram, basis).T, dtype=np.float32)
 
     # -- encoding -----------------------------------------------------------------------------------------------------
@@ -176,10 +188,10 @@ class Basis(PackedRows):
             return ops.zeros((len(z), 0), "u1", z), self._product(ops, ops.zeros((len(z), 0), "u1", z))
         unit = 2.0**self.unit_log2
         centred = z - ops.sum(z) / self.classes - ops.constant(self.mean_C * unit, "f4", z)
-        q_BR = centred @ ops.constant(self._projection_CR, "f4", z)
+        q_BR = centred @ self._on(ops, "projection", z)
         if self.refine:
-            basis_RC = ops.constant(self._basis_f32 * np.float32(unit), "f4", z)
-            q_BR = _conjugate_gradients(ops, basis_RC, centred, weights_BC, q_BR, self.refine)
+            basis_RC = self._on(ops, "basis", z) * unit
+            q_BR = weighted_fit(ops, basis_RC, centred, weights_BC, q_BR, self.refine)
         cell = ops.cast(ops.clip(ops.floor(q_BR), -TABLE // 2, TABLE // 2 - 1), "i8") + TABLE // 2
         first_R = self.widths_R.astype(np.int64) * TABLE
         codes = ops.constant(code_table().ravel(), "i4", z)[cell + ops.constant(first_R, "i8", z)]
@@ -201,7 +213,7 @@ class Basis(PackedRows):
         lo_B1 = ops.maximum(ops.min(rest), mean_B1 - reach_B1)
         hi_B1 = -ops.maximum(-ops.max(rest), -mean_B1 - reach_B1)
         levels = (1 << self.residual_bits) - 1
-        step16 = ops.cast((hi_B1 - lo_B1) * (1.001 / levels), "f2")
+        step16 = ops.cast((hi_B1 - lo_B1) * (1.001 / levels) + 2.0**-25, "f2")
         lo16, step_B1 = ops.cast(lo_B1, "f2"), ops.cast(step16, "f4")
         codes = quantise(ops, rest, ops.cast(lo16, "f4"), step_B1, levels)
         decoded = (product_BC + ops.cast(lo16, "f4")) + ops.cast(codes, "f4") * step_B1
@@ -243,29 +255,10 @@ class Basis(PackedRows):
         first_R = (1 << self.widths_R.astype(np.int64)) - 2
         cells = ops.cast(codes_BR, "i8") + ops.constant(first_R, "i8", codes_BR)
         q_BR = ops.constant(level_table(), "f4", codes_BR)[cells]
-        total = q_BR @ ops.constant(self._basis_f32, "f4", codes_BR)
-        total += ops.constant(self.mean_C, "f4", codes_BR)
+        total = q_BR @ self._on(ops, "basis", codes_BR)
+        total += self._on(ops, "mean", codes_BR)
         total *= 2.0**self.unit_log2  # a power of two: exact
         return total
-
-
-def _conjugate_gradients(ops: Ops, basis_RC: Array, y: Array, weights_BC: Array, q_BR: Array, steps: int) -> Array:
-    """Lessen Σ_c w_c (y - q B)²_c row by row from a first guess. Source: Hestenes and Stiefel 1952, with scaling."""
-    scale_R = (basis_RC * basis_RC).sum(-1) + 1e-20
-    rest = ((y - q_BR @ basis_RC) * weights_BC) @ basis_RC.T
-    scaled = rest / scale_R
-    direction = scaled
-    size_B1 = ops.sum(rest * scaled)
-    for _ in range(steps):
-        image = ((direction @ basis_RC) * weights_BC) @ basis_RC.T
-        length_B1 = size_B1 / (ops.sum(direction * image) + 1e-20)
-        q_BR = q_BR + length_B1 * direction
-        rest = rest - length_B1 * image
-        scaled = rest / scale_R
-        next_size_B1 = ops.sum(rest * scaled)
-        direction = scaled + (next_size_B1 / (size_B1 + 1e-20)) * direction
-        size_B1 = next_size_B1
-    return q_BR
 
 
 def _what_is_wrong(given: Basis) -> str:

@@ -174,7 +174,7 @@ def allocate(variances_R: NDArray[np.float64], budget_bytes: int) -> NDArray[np.
 def _principal(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Orthonormal directions and variances, falling; those of no variance are left out."""
     _, sizes, directions = np.linalg.svd(rows, full_matrices=False)
-    kept = sizes > 1e-6 * max(float(sizes[0]), 1e-12)
+    kept = sizes > max(1e-6 * float(sizes[0]), 1e-9)
     # Signs are fixed, so that one pilot always gives one basis.
     signs = np.sign(directions[np.arange(len(directions)), np.abs(directions).argmax(axis=1)])
     return (directions * signs[:, None])[kept], sizes[kept] ** 2 / len(rows)

@@ -4,11 +4,11 @@ Row, little-endian: lo (f16) · step (f16) · ids of the head (K codes of ⌈log
 codes (C of `bits` bits), packed as `planes` says. A class outside the head decodes to lo + code x step, one in the head
 to (high x 2^bits + code) x lo / (2^(bits+8) - 1): the code that it has anyway carries its value's low bits.
 
-Bound: a logit z (row maximum 0) of the rest comes back within step/2 + 2⁻²⁰|lo| where z ≥ lo, and as lo below that,
-step being at most 1.003 (largest of the rest - lo)/(2^bits - 1) + 2⁻²⁴; one of the head within 2^-(bits+8)|lo|. So
-where nothing is clipped KL ≤ step²/(8 T²) (Hoeffding's lemma). lo is the row's minimum; but never below -FLOOR, and
-under 8 bits never further below the mean of the rest than `_LOADING` standard deviations: a range that only a few
-improbable classes need costs all others resolution. Refused: NaN, ±inf.
+Bound: z being a logit (row maximum 0) or -FLOOR where it lies below that, z of the rest comes back within
+step/2 + 2⁻²⁰|lo| where z ≥ lo, and as lo below that, step being at most 1.003 (largest of the rest - lo)/(2^bits - 1) +
+2⁻²⁴; one of the head within 2^-(bits+8)|lo|. So where nothing is clipped KL ≤ step²/(8 T²) (Hoeffding's lemma). lo is
+the row's minimum; but never below -FLOOR, and under 8 bits never further below the mean of the rest than `_LOADING`
+standard deviations: a range that only a few improbable classes need costs all others resolution. Refused: NaN, ±inf.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ FLOOR = 96.0
 # of KL at T = 1 and T = 4. At 8 bits nothing is gained.
 _LOADING = {2: 1.2, 3: 1.8, 4: 2.4, 5: 2.8, 6: 3.3, 7: 3.7}
 _HEADER_BYTES = 4
+_HALF_OF_SMALLEST = 2.0**-25  # and among the smallest numbers, where float16 rounds by this, it is added
 _WIDER = 1.001  # float16 rounds by 2⁻¹¹: what is made this much wider still covers its range
 
 
@@ -73,7 +74,7 @@ class Quantised(PackedRows):
         """Every class is there: to any T, with an error that shrinks as T grows."""
         return True
 
-    @cached_property
+    @property
     def size_bytes(self) -> int:
         """Bytes of one row."""
         return _HEADER_BYTES + self._ids.size_bytes + self.head + self._codes.size_bytes
@@ -95,7 +96,7 @@ class Quantised(PackedRows):
         lo16 = ops.cast(self._lowest(ops, z, ids_BK) * _WIDER, "f2")
         lo_B1 = ops.cast(lo16, "f4")
         levels = (1 << self.bits) - 1
-        step16 = ops.cast((top_B1 - lo_B1) * (_WIDER / levels), "f2")
+        step16 = ops.cast((top_B1 - lo_B1) * (_WIDER / levels) + _HALF_OF_SMALLEST, "f2")
         codes_BC = quantise(ops, z, lo_B1, ops.cast(step16, "f4"), levels)
         head_step = head_steps(ops, lo_B1, self.bits + 8)
         fine_BK = quantise(ops, ops.gather(z, ids_BK), 0.0, head_step, (1 << (self.bits + 8)) - 1, kind="i4")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from softlabels.encodings.protocol import NO_CONSTANTS, TARGETS, Field
 from softlabels.errors import EncodingError, ShapeMismatchError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from torch import Tensor
 
 # Encoders work on blocks of about this many entries: 256 kB of float32, so that what one step writes the next finds in
@@ -42,6 +44,10 @@ class PackedRows(ABC):
     @abstractmethod
     def _unpack(self, ops: Ops, bytes_BS: Array) -> Array:
         """Bytes to logits, float32 [B, classes]."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was derived stays behind: it may live on a device that the other process has not.
+        return {field.name: getattr(self, field.name) for field in fields(cast("DataclassInstance", self))}
 
     @property
     def constants(self) -> Mapping[str, NDArray[Any]]:

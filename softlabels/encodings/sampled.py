@@ -76,7 +76,7 @@ class Sampled(PackedRows):
         """Never: a sample of p is no sample of p at another T."""
         return False
 
-    @cached_property
+    @property
     def size_bytes(self) -> int:
         """Bytes of one row."""
         return sum(part.size_bytes for part in self._parts)

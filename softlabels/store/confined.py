@@ -60,10 +60,10 @@ def read_confined(root: Path, path: str, *, most_bytes: int) -> bytes:
         ManifestError: larger, or as `open_confined` finds it. FileNotFoundError, OSError.
     """
     with os.fdopen(open_confined(root, path), "rb") as file:
-        raw = file.read(most_bytes + 1)
-    if len(raw) > most_bytes:
-        raise ManifestError(f"{root / path} has more than the {most_bytes} bytes that any real one needs")
-    return raw
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise ManifestError(f"{root / path} has {size} bytes, more than the {most_bytes} that any real one needs")
+        return file.read(size)
 
 
 def map_confined(root: Path, path: str) -> NDArray[Any]:

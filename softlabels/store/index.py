@@ -39,6 +39,10 @@ class DenseIndex:
             raise _unknown(ids[outside], self._name, f"its ids run from {self._start} to {last}")
         return positions
 
+    def ids_at(self, positions: NDArray[np.int64]) -> IdArray:
+        """The ids of the samples at these positions."""
+        return positions + self._start
+
 
 class SortedIndex:
     """Ids in sorted order beside their positions, both mapped from disk."""
@@ -55,6 +59,7 @@ class SortedIndex:
         # Rows that carry their own id show whether the index led to the right ones. Those of sequences carry none, so
         # that there the index itself is verified before its first use, at the cost of reading it once.
         self._trusted = "ids" in manifest.arrays
+        self._slots: NDArray[np.int64] | None = None
 
     def positions(self, ids: IdArray) -> NDArray[np.int64]:
         """Position of each sample in the transfer set. Raises UnknownIdError, BadIdsError."""
@@ -72,6 +77,13 @@ class SortedIndex:
         if len(positions) and _largest(positions) >= self._manifest.samples:
             raise ManifestError(f"{self._root / POSITIONS} leads outside the store: run `softlabels repair`")
         return positions
+
+    def ids_at(self, positions: NDArray[np.int64]) -> IdArray:
+        """The ids of the samples at these positions; the first call takes 8 bytes of memory a sample."""
+        if self._slots is None:
+            self._slots = np.argsort(self._positions, kind="stable")
+        found = self._sorted[self._slots[positions]]
+        return np.char.decode(found, "utf-8") if found.dtype.kind == "S" else found
 
     def ascends(self) -> bool:
         """Whether every id is larger than the one before: then none stands twice."""

@@ -125,11 +125,17 @@ class MappedArray:
         shard_bytes = self._stride * self._chunks_per_shard + mmap.PAGESIZE
         if shards * (shard_bytes + mmap.PAGESIZE) > MAX_RESERVED_BYTES:
             raise ManifestError(f"{shards} shards of {shard_bytes} bytes are more than a process can address")
-        self._space = AddressSpace(slots=shards, slot_bytes=shard_bytes)
+        try:
+            self._space = AddressSpace(slots=shards, slot_bytes=shard_bytes)
+            # Both begin as zeros, which take no memory until they are written; no chunk's address is zero.
+            self._begin = np.zeros(shards, dtype=np.int64)
+            self._base = np.zeros(shards * self._chunks_per_shard, dtype=np.int64)
+        except MemoryError as error:
+            raise ManifestError(
+                f"{shards} shards of {shard_bytes} bytes in {self._chunks_per_shard} chunks each are more than this "
+                f"process may address ({error}): see `ulimit -v`, or give shards larger chunks"
+            ) from error
         self._items = _items(self._space, self._row_bytes)
-        # Both begin as zeros, which take no memory until they are written; no chunk's address is zero.
-        self._begin = np.zeros(shards, dtype=np.int64)
-        self._base = np.zeros(shards * self._chunks_per_shard, dtype=np.int64)
 
     def is_mapped(self, shard: int) -> bool:
         """Whether this shard's file has its place already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
+from softlabels.epochs import EpochPlan, EpochRows
 from softlabels.errors import (
     ChecksumError,
     ManifestError,
@@ -114,10 +116,13 @@ class LocalRows:
 
     def row_counts(self, ids: IdArray) -> NDArray[np.int64]:
         """How many rows each of these samples has, [B]: what a batch of sequences will hold, before it is read."""
-        positions = self.positions_of(ids)
+        return self.row_counts_at(self.positions_of(ids))
+
+    def row_counts_at(self, positions_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many rows each of the samples at these positions has, [B]."""
         if self._manifest.layout.kind != "sequences":
-            return np.full(len(positions), self._manifest.layout.views, dtype=np.int64)
-        return self._sequences.lengths(positions)
+            return np.full(len(positions_B), self._manifest.layout.views, dtype=np.int64)
+        return self._sequences.lengths(positions_B)
 
     def positions_of(self, ids: IdArray) -> NDArray[np.int64]:
         """Positions of these ids in the transfer set."""
@@ -155,6 +160,34 @@ class LocalRows:
         if IDS in found:
             found[IDS] = _as_ids(found[IDS])
         return found
+
+    def at_positions(
+        self, positions_B: NDArray[np.int64], fields: tuple[str, ...], *, view: int | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Rows of the samples at these positions of a finished store, as `fetch` gives them; `ids` may be asked for.
+
+        Args:
+            positions_B: [B], each inside the store.
+            fields: one array each.
+            view: of every sample, where the store keeps views.
+        """
+        layout = self._manifest.layout
+        if layout.kind != "sequences":
+            return self.fetch_rows(positions_B if view is None else positions_B * layout.views + view, fields)
+        found = self._fetch_sequences(positions_B, tuple(field for field in fields if field != IDS), None)
+        if IDS in fields:
+            assert self._index is not None, "the store is finished"
+            found[IDS] = self._index.ids_at(positions_B)
+        return found
+
+    def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+        """The rows of each step of an epoch. Raises, when it is read, as `fetch` does."""
+        view = plan.view_of(self._manifest)
+        wanted = tuple(dict.fromkeys((*fields, IDS)))
+        for step in plan.batches(self._manifest, self._digest):
+            arrays = self.at_positions(step.positions, wanted, view=view)
+            ids: Any = arrays[IDS]
+            yield EpochRows(ids=ids, arrays=arrays, repeated=step.repeated, cursor_after=step.cursor_after)
 
     def close(self) -> None:
         """Let go of the mapped files; views that were handed out keep theirs."""

@@ -82,14 +82,17 @@ class StoreWriter:
             )
         make_folder(root)
         with Ledger(root, plan_sha256=plan.digest).alone():
-            if (root / PLAN).exists():
+            begun = (root / PLAN).exists()
+            if begun:
                 _refuse_other_plan(root, load_plan(root), plan)
-            else:
-                if any(path.name not in (LOCKS, PLAN + TEMPORARY) for path in root.iterdir()):
-                    _refuse_unless_begun_from(root, plan)
-                write_atomically(root / PLAN, [seal(plan.to_json())])
+            elif _holds_more_than(root, files):
+                _refuse_unless_begun_from(root, plan)
             for path, contents in files.items():
-                write_atomically(root / path, [contents])
+                if not _has(root / path, plan.metadata_sha256[path]):
+                    write_atomically(root / path, [contents])
+            # The plan last: where it stands, all that it names does.
+            if not begun:
+                write_atomically(root / PLAN, [seal(plan.to_json())])
         return cls(root, plan)
 
     @classmethod
@@ -207,7 +210,7 @@ class StoreWriter:
 
     def _refuse_lost_tables(self) -> None:
         for path, digest in self.plan.metadata_sha256.items():
-            if not (self.root / path).is_file() or sha256_of(self.root / path) != digest:
+            if not _has(self.root / path, digest):
                 raise ManifestError(
                     f"{self.root / path} is not what the plan says, so the store cannot be published: run `softlabels "
                     "repair`, then `softlabels resume`, which writes it again"
@@ -321,6 +324,22 @@ def load_plan(root: Path) -> Manifest:
         return Manifest.from_json(unseal(read_confined(root, PLAN, most_bytes=MAX_MANIFEST_BYTES), what=str(path)))
     except FileNotFoundError as error:
         raise ManifestError(f"{path} is gone: without it nothing can be added to the store") from error
+
+
+def _has(path: Path, sha256: str) -> bool:
+    """Whether this file is there and holds just that."""
+    try:
+        return sha256_of(path) == sha256
+    except FileNotFoundError:
+        return False
+
+
+def _holds_more_than(root: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether a folder holds anything beyond what the beginning of a store leaves when it is killed."""
+    known = {root / path for path in (PLAN, *files)}
+    known |= {path.with_name(path.name + TEMPORARY) for path in known}
+    known |= {parent for path in known for parent in path.parents} | {root / LOCKS}
+    return any(path not in known and path.parent != root / LOCKS for path in root.rglob("*"))
 
 
 def _refuse_unless_begun_from(root: Path, plan: Manifest) -> None:

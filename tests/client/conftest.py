@@ -147,7 +147,8 @@ def peer() -> Iterator[Peer]:
 
 
 def _talk(connection: socket.socket, peer: Peer, number: int) -> None:
-    with connection, connection.makefile("rb") as incoming, contextlib.suppress(OSError):
+    # ValueError: what came is no HTTP, for instance the beginning of a TLS handshake.
+    with connection, connection.makefile("rb") as incoming, contextlib.suppress(OSError, ValueError):
         while first := incoming.readline():
             method, target, _ = first.decode().split(" ", 2)
             headers = {}

@@ -25,6 +25,7 @@ from softlabels.errors import (
     StoreChangedError,
     TemperatureError,
     TemperatureLockedError,
+    UnauthorizedError,
     UnknownIdError,
     UnknownStoreError,
 )
@@ -132,7 +133,7 @@ class TestToken:
         with softlabels.open(url, token="s3cret") as store:
             assert len(store.batch(IDS)) == 5
         for token in (None, "guess"):
-            with pytest.raises(RequestError, match="token"):
+            with pytest.raises(UnauthorizedError, match="token"):
                 softlabels.open(url, token=token)
 
 

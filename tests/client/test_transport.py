@@ -21,6 +21,7 @@ from softlabels.errors import (
     RowsNotCommittedError,
     ServerUnreachableError,
     TruncatedError,
+    UnauthorizedError,
     WireError,
     to_problem,
 )
@@ -248,7 +249,7 @@ class TestRefusals:
     def test_a_missing_token_is_named(self, peer: Any, quick: RetryPolicy) -> None:
         """A gateway that asks for one need not speak our language."""
         peer.acts = [peer.whole(401, b"who are you?")]
-        with pytest.raises(RequestError, match="token"):
+        with pytest.raises(UnauthorizedError, match="token"):
             transport(peer, quick).request("GET", "/x", max_bytes=MOST)
 
     def test_a_redirect_is_told_and_not_followed(self, peer: Any, quick: RetryPolicy) -> None:

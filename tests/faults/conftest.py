@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,13 +123,13 @@ def nursery(make_nursery: Callable[..., Nursery]) -> Nursery:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def undisturbed(fast_folder: Path) -> Callable[[str], Path]:
     """A finished store of each kind that nothing happened to; not to be changed."""
     made: dict[str, Path] = {}
 
     def find(kind: str) -> Path:
         if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("undisturbed") / "store"
+            made[kind] = fast_folder / f"undisturbed-{kind}"
             NURSERY.Kind(kind).write(made[kind])
         return made[kind]
 
@@ -185,7 +186,7 @@ def refuse_wrong_rows() -> Callable[[Path, str], int]:
         for field in rows.manifest.arrays:
             for number in range(rows.manifest.shards.count):
                 span = range(
-                    number * NURSERY.ROWS_PER_SHARD, min((number + 1) * NURSERY.ROWS_PER_SHARD, kind.plan().rows)
+                    number * NURSERY.ROWS_PER_SHARD, min((number + 1) * NURSERY.ROWS_PER_SHARD, kind.plan.rows)
                 )
                 try:
                     found = rows.fetch_rows(np.arange(span.start, span.stop), (field,))[field]
@@ -232,10 +233,27 @@ def expected_of_sample(kind: Any, position: int) -> Any:
     pieces = []
     for row in range(first, first + count):
         shard = row // NURSERY.ROWS_PER_SHARD
-        span = range(shard * NURSERY.ROWS_PER_SHARD, min((shard + 1) * NURSERY.ROWS_PER_SHARD, kind.plan().rows))
+        span = range(shard * NURSERY.ROWS_PER_SHARD, min((shard + 1) * NURSERY.ROWS_PER_SHARD, kind.plan.rows))
         pieces.append(kind.contents(span)["encoded"]["targets"][row - span.start])
     shape = (0, *((kind.members,) if kind.members else ()), NURSERY.CLASSES)
     return np.stack(pieces) if pieces else np.empty(shape, "<f2")
+
+
+@pytest.fixture(scope="session")
+def fast_folder() -> Iterator[Path]:
+    """A folder in memory where there is one: fsync then costs nothing, and a kill falls as likely on any other call."""
+    memory = Path("/dev/shm")
+    place = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=place, prefix="softlabels-faults-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def tmp_path(fast_folder: Path) -> Iterator[Path]:
+    """A fresh folder in memory."""
+    folder = Path(tempfile.mkdtemp(dir=fast_folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

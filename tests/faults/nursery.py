@@ -1,31 +1,29 @@
-"""A process that has imported everything already and forks a child for each task: hundreds of real processes in seconds.
+"""A process that has imported everything already and forks a child for each task: hundreds of real processes a minute.
 
-Tasks come as lines of JSON on stdin; for each, a line with the child's pid and, when it has ended, one with its exit code
-go to stdout. A child that is told to wait stops itself (SIGSTOP) before it begins, so that a tracer can be attached.
+Tasks come as lines of JSON on stdin; for each, a line with the child's pid and, when it has ended, one with its exit
+code go to stdout. A child that is told to wait stops itself (SIGSTOP) before it begins: a tracer can then be attached.
 
 The stores that it writes are of many kinds, each deterministic: the same kind and seed give the same bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numcodecs
 import numpy as np
-import zarr
-import zarr.codecs
-import zarr.storage
 
-import softlabels.store.hdf5_container
-import softlabels.store.zarr_container
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.errors import SoftLabelsError
@@ -34,8 +32,6 @@ from softlabels.store import SampleTable, StoreWriter, plan_store
 from softlabels.store.merge import merge
 from softlabels.store.repair import repair
 from softlabels.transfer import sample_fingerprints
-
-PRELOADED = (h5py, numcodecs, zarr, softlabels.store.hdf5_container, softlabels.store.zarr_container)
 
 CLASSES, ROWS_PER_SHARD, ROWS_PER_CHUNK = 6, 32, 8
 SAMPLES = 90
@@ -71,7 +67,7 @@ class Kind:
         self.sequences = self.special == "sequences"
         self.encoding = make_encoding("f16", classes=CLASSES)
 
-    @property
+    @cached_property
     def ids(self) -> np.ndarray:
         """Every sample's id."""
         shuffled = np.random.default_rng(1).permutation(SAMPLES) * 7 + 2
@@ -79,7 +75,7 @@ class Kind:
             return np.array([f"id-{i:04d}" for i in shuffled])
         return shuffled if self.special in ("int", "sequences") else np.arange(SAMPLES)
 
-    @property
+    @cached_property
     def table(self) -> SampleTable | None:
         """The samples of a store of sequences: 0 to 2 rows each."""
         if not self.sequences:
@@ -88,6 +84,7 @@ class Kind:
         prints = sample_fingerprints(np.arange(SAMPLES)[:, None])
         return SampleTable(ids=self.ids, lengths=lengths, fingerprints=prints, dense=False)
 
+    @cached_property
     def plan(self) -> Manifest:
         """The plan of the store."""
         spec = {"U": IdSpec(kind="str", width_bytes=7), "i": IdSpec(kind="int")}[self.ids.dtype.kind]
@@ -145,12 +142,16 @@ class Kind:
 
     def writer(self, root: Path) -> StoreWriter:
         """A writer of the store at `root`, begun now or before."""
-        return StoreWriter.create(root, self.plan(), table=self.table)
+        return StoreWriter.create(root, self.plan, table=self.table)
 
     def commit(self, writer: StoreWriter, shard: int) -> None:
         """Write one shard."""
         with writer.claim(shard) as claim:
             claim.commit(**self.contents(claim.rows))
+
+    def race(self, root: Path, shard: int) -> None:
+        """Begin the store, or go on with it, and write one shard."""
+        self.commit(self.writer(root), shard)
 
     def write(self, root: Path) -> None:
         """Write what is missing of the store at `root`, and publish it."""
@@ -160,39 +161,56 @@ class Kind:
         writer.finish()
 
 
-def do(task: dict[str, Any]) -> None:
-    """One task, in a child of its own."""
+def prepared(task: dict[str, Any]) -> Callable[[], object]:
+    """A task, all but what it does to a store."""
     what, root = task["do"], Path(task.get("root", "."))
-    if what == "write":
-        Kind(task["kind"]).write(root)
-    elif what == "race":
-        kind = Kind(task["kind"], seed=task["seed"])
-        kind.commit(kind.writer(root), task["shard"])
-    elif what == "repair":
-        repair(root)
-    elif what == "merge":
-        merge([Path(source) for source in task["sources"]], root)
-    elif what == "precompute":
-        from softlabels.precompute import load_job, precompute
+    if what in ("write", "race"):
+        kind = Kind(task["kind"], seed=task.get("seed", 0))
+        assert kind.plan, "made before the tracer looks"
+        return partial(kind.write, root) if what == "write" else partial(kind.race, root, task["shard"])
+    if what == "repair":
+        return partial(repair, root)
+    if what == "merge":
+        return partial(merge, [Path(source) for source in task["sources"]], root)
+    from softlabels.precompute import load_job, precompute
 
-        precompute(load_job(Path(task["job"])))
-    else:
-        raise ValueError(what)
+    return partial(precompute, load_job(Path(task["job"])))
 
 
 def child(task: dict[str, Any]) -> int:
     """Run a task; the exit code, with what was reported in the task's log."""
+    do = prepared(task)
     if task.get("wait"):
         os.kill(os.getpid(), signal.SIGSTOP)
     try:
-        do(task)
+        do()
     except (SoftLabelsError, OSError, MemoryError) as error:
-        Path(task["log"]).write_text(f"{type(error).__name__}: {error}")
-        return REPORTED
-    except BaseException:
-        Path(task["log"]).write_text(traceback.format_exc())
-        return CRASHED
-    return 0
+        said, code = f"{type(error).__name__}: {error}", REPORTED
+    else:
+        return 0
+    # The log is not written while the error is handled: a tracer may still make calls fail.
+    Path(task["log"]).write_text(said)
+    return code
+
+
+def warm_up() -> None:
+    """Import all that a child imports on its way: a failing call must meet the store's code, not an import."""
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        # In a child, because zarr starts a thread at work, which would not live on in children forked later.
+        with tempfile.TemporaryDirectory() as folder:
+            for name in KINDS:
+                Kind(name).write(Path(folder) / name)
+                repair(Path(folder) / name)
+        os.write(writable, "\n".join(sys.modules).encode())
+        os._exit(0)
+    os.close(writable)
+    with os.fdopen(readable) as names:
+        for name in names.read().splitlines():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    assert os.waitpid(pid, 0)[1] == 0, "the kinds of stores cannot be written"
 
 
 def main() -> None:
@@ -203,6 +221,7 @@ def main() -> None:
         import softlabels.precompute  # noqa: F401
 
         torch.set_num_threads(1)
+    warm_up()
     print("ready", flush=True)
     for line in sys.stdin:
         task = json.loads(line)
@@ -215,6 +234,8 @@ def main() -> None:
             try:
                 code = child(task)
             finally:
+                if code == CRASHED:
+                    Path(task["log"]).write_text(traceback.format_exc())
                 os._exit(code)
         print(json.dumps({"pid": pid}), flush=True)
         print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)

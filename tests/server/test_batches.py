@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from softlabels.errors import SoftLabelsError
 from softlabels_server import Settings, StoreFolder
-from softlabels_server.batches import BatchRequest, from_binary, from_json, plan
+from softlabels_server.batches import plan
 from softlabels_server.catalog import ServedStore
+from softlabels_server.requests import BatchRequest, from_binary, from_json
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -46,7 +47,7 @@ def blames_the_caller(error: SoftLabelsError) -> bool:
 def answer(body: bytes, store: ServedStore) -> int | SoftLabelsError:
     """How many rows the reply has, or why there is none."""
     try:
-        request = from_json(body, store, Settings())
+        request = from_json(body, store.manifest, Settings())
         buffers = plan(store, request, Settings()).buffers()
     except SoftLabelsError as error:
         return error
@@ -68,7 +69,7 @@ class TestJson:
 
     def test_what_is_left_out_is_left_open(self, served: dict[str, ServedStore]) -> None:
         """Only ids are needed."""
-        request = from_json(b'{"ids": [2, 1]}', served["dense"], Settings())
+        request = from_json(b'{"ids": [2, 1]}', served["dense"].manifest, Settings())
         assert request.ids.tolist() == [2, 1]
         assert (request.fields, request.temperature, request.transfer_set, request.digest) == (None, None, None, None)
 

@@ -10,7 +10,7 @@ import pytest
 
 from softlabels.cli import build_parser
 from softlabels_server import Settings, StoreFolder, create_app
-from softlabels_server.batches import JSON_KEYS, QUERY_KEYS
+from softlabels_server.requests import JSON_KEYS, QUERY_KEYS
 from softlabels_server.openapi import BATCH_PATH
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -93,7 +93,7 @@ class TestBatchRoute:
 
     def test_what_is_described_is_what_is_taken(self, document: dict[str, Any]) -> None:
         """Keys of the body and of the query are those that the parser knows."""
-        from softlabels_server.batches import JSON_KEYS, QUERY_KEYS
+        from softlabels_server.requests import JSON_KEYS, QUERY_KEYS
 
         assert set(document["components"]["schemas"]["BatchRequest"]["properties"]) == JSON_KEYS
         parameters = document["paths"][BATCH]["post"]["parameters"]

@@ -101,9 +101,7 @@ def buffers_in(form: Form, gathering: Gathering) -> Callable[[], list[bytes | me
 
     def build() -> list[bytes | memoryview]:
         request = gathering.request
-        metadata = metadata_of(
-            gathering.store, gathering.temperature, samples=len(request.ids), decode=request.decode
-        )
+        metadata = metadata_of(gathering.store, gathering.temperature, samples=len(request.ids), decode=request.decode)
         return in_form(form, gathering.arrays(), metadata)
 
     return build

@@ -69,7 +69,9 @@ class TestPlan:
         manifest = precompute(load_job(folder / "job.toml"))
         assert f"q6: {manifest.target_row_bytes} bytes a row" in text
         assert "600 samples × 24 classes" in text
-        line = next(line for line in text.splitlines() if line.startswith(f"q6 head={manifest.encoding.params['head']} "))
+        line = next(
+            line for line in text.splitlines() if line.startswith(f"q6 head={manifest.encoding.params['head']} ")
+        )
         assert manifest.audit is not None
         assert float(line.split()[6]) == pytest.approx(manifest.audit["kl_nats"]["4"]["mean"], rel=0.3)
 
@@ -117,5 +119,7 @@ class TestStatus:
     def ask(folder: Path) -> dict[str, dict[str, object]]:
         """What the command prints for programs."""
         command = [sys.executable, "-m", "softlabels", "status", str(folder / "store"), "--json"]
-        found: dict[str, dict[str, object]] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        found: dict[str, dict[str, object]] = json.loads(
+            subprocess.run(command, capture_output=True, check=True).stdout
+        )
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -79,6 +80,15 @@ class TestBasis:
         again = make_encoding("basis", classes=CLASSES, params=learnt.params, constants=learnt.constants)
         assert np.array_equal(again.encode(rows)["targets"], learnt.encode(rows)["targets"])
         assert np.array_equal(again.decode(again.encode(rows)), learnt.decode(learnt.encode(rows)))
+
+    def test_it_goes_to_other_processes_without_what_it_derived(self, learnt: Basis) -> None:
+        """A DataLoader's worker gets the constants, not the copies that were sent to a device."""
+        rows = low_rank(20, 5)
+        encoded = learnt.encode(rows)
+        learnt.decode_torch({"targets": torch.from_numpy(encoded["targets"])})
+        state = pickle.dumps(learnt)
+        assert len(state) < 2 * sum(array.nbytes for array in learnt.constants.values())
+        assert np.array_equal(pickle.loads(state).decode(encoded), learnt.decode(encoded))
 
     def test_refining_fits_what_matters(self) -> None:
         """Coefficients fitted to the probable classes lower the KL at T = 1."""

@@ -96,7 +96,9 @@ class TestTargets:
 
     def test_string_ids_and_unlabelled_samples(self, edited: Edited) -> None:
         """Row i is found by its name, whatever its position."""
-        job = edited('source = "parts.py:blobs"', 'source = "parts.py:blobs"\narguments = {ids = "str", labelled = false}')
+        job = edited(
+            'source = "parts.py:blobs"', 'source = "parts.py:blobs"\narguments = {ids = "str", labelled = false}'
+        )
         manifest = precompute(job)
         assert manifest.ids.kind == "str"
         with softlabels.open(job.store_path) as store:
@@ -151,7 +153,10 @@ class TestRefusals:
 
     def test_members_of_different_class_counts(self, edited: Edited) -> None:
         """Shapes and teachers are named."""
-        job = edited('model = "parts.py:Linear"\nweights = "b.safetensors"', 'model = "parts.py:Linear"\narguments = {classes = 7}')
+        job = edited(
+            'model = "parts.py:Linear"\nweights = "b.safetensors"',
+            'model = "parts.py:Linear"\narguments = {classes = 7}',
+        )
         with pytest.raises(TeacherShapeError, match="7"):
             precompute(job)
 
@@ -169,7 +174,12 @@ class TestRefusals:
             ('source = "parts.py:blobs"', 'source = "parts.py:blogs"', ReferenceLoadError, "has no 'blogs'"),
             ('source = "parts.py:blobs"', 'source = "nowhere.py:blobs"', ReferenceLoadError, "there is no file"),
             ('source = "parts.py:blobs"', 'source = "parts.py:Linear"', JobError, "not a TransferSet"),
-            ('source = "parts.py:blobs"', 'source = "parts.py:blobs"\narguments = {sample = 1}', JobError, "does not take"),
+            (
+                'source = "parts.py:blobs"',
+                'source = "parts.py:blobs"\narguments = {sample = 1}',
+                JobError,
+                "does not take",
+            ),
             ("temperature = 4", "temperature = 0", TemperatureError, "temperature"),
             ("temperature = 4", "temperature = nan", TemperatureError, "temperature"),
             ("weight = 3.0", "weight = -1.0", JobError, "finite positive"),

@@ -1,0 +1,249 @@
+"""What is an epoch stream made of? Safetensors files end to end, cut into pieces that are gathered one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels import wire
+from softlabels.epochs import END_FORMAT, EpochPlan
+from softlabels.errors import RequestError
+from softlabels.ids import to_fixed_bytes
+from softlabels.opening import IDS, ROW_OFFSETS, refuse_other_transfer_set
+from softlabels.order import RankBatches, Remainder, StepBatch
+from softlabels_server.batches import (
+    array_names,
+    bytes_a_row,
+    check_reply_temperature,
+    has_row_offsets,
+    refuse_other_version,
+)
+from softlabels_server.catalog import ServedStore
+from softlabels_server.forms import metadata_of
+from softlabels_server.requests import fields_of, read_query, short, temperature_of, too_large
+from softlabels_server.settings import Settings
+
+QUERY_KEYS = frozenset(
+    {
+        *("seed", "rank", "world_size", "batch_size", "cursor", "shuffle", "block", "remainder", "view"),
+        *("fields", "temperature", "transfer_set", "digest"),
+    }
+)
+
+_NUMBERS = ("seed", "rank", "world_size", "batch_size", "cursor", "block", "view")
+_FRAME_FORMAT = "softlabels-epoch/1"
+_COUNTED = 20
+"""Digits that no cursor or row count needs: they stand in for the real ones where a header's room is worked out."""
+
+PIECE_BYTES = 512 << 10
+"""Gathered at a time: what stays in a core's cache until the socket has taken it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochStream:
+    """A stream that may be had.
+
+    Attributes:
+        store: the version that it is of.
+        plan: which samples, as it was asked for.
+        batches: its steps.
+        names: of the arrays, those of wider items first, so that all are aligned.
+        temperature: what each frame says it is tempered for.
+    """
+
+    store: ServedStore
+    plan: EpochPlan
+    batches: RankBatches
+    names: tuple[str, ...]
+    temperature: float
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Of the whole stream, the end frame included. Of sequences it has to be added up, which takes a moment."""
+        rows, samples = self._rows, self.batches.sample_count
+        per_row = sum(self._row_bytes(name) for name in self.names if not self._is_once_a_sample(name))
+        per_sample = sum(self._row_bytes(name) for name in self.names if self._is_once_a_sample(name))
+        offsets = 8 * (samples + self.batches.batch_count) if has_row_offsets(self.store) else 0
+        frames = self.batches.batch_count * self._header_bytes
+        return frames + rows * per_row + samples * per_sample + offsets + len(self.end_frame)
+
+    @cached_property
+    def end_frame(self) -> bytes:
+        """What ends a whole stream: a safetensors file without arrays, so that a cut one is told from a short one."""
+        metadata = {
+            "format": END_FORMAT,
+            "digest": self.store.digest,
+            "batches": str(self.batches.batch_count),
+            "samples": str(self.batches.sample_count),
+            "left_out": str(self.batches.left_out),
+        }
+        return wire.header_bytes({}, metadata)
+
+    def pieces(self) -> Iterator[list[bytes | NDArray[Any]]]:
+        """The frames in order, cut into lists of buffers of about `PIECE_BYTES`; each is gathered when it is asked for.
+
+        Raises:
+            RowsNotCommittedError, DamageError.
+        """
+        for step in self.batches:
+            yield from self._frame(step)
+        yield [self.end_frame]
+
+    def check_size(self, most_bytes: int) -> None:
+        """Refuse batches that are larger than a reply may be. Raises BatchTooLargeError."""
+        most = most_bytes // max(1, sum(self._row_bytes(name) for name in self.names))
+        if self.plan.batch_size > most:
+            raise too_large(self.plan.batch_size, most)
+        if has_row_offsets(self.store) and self._largest_batch_rows > most:
+            raise too_large(self._largest_batch_rows, most, "rows")
+
+    def _frame(self, step: StepBatch) -> Iterator[list[bytes | NDArray[Any]]]:
+        if has_row_offsets(self.store):
+            arrays = self._arrays(step.positions, (*self.names,))
+            header = self._header(step, {name: array.shape[0] for name, array in arrays.items()})
+            yield [header, *(arrays[name] for name in self._ordered)]
+            return
+        count = len(step.positions)
+        pending: list[bytes | NDArray[Any]] = [self._header(step, dict.fromkeys(self.names, count))]
+        size = 0
+        for name in self.names:
+            at_once = max(1, PIECE_BYTES // self._row_bytes(name))
+            for begin in range(0, count, at_once):
+                found = self._arrays(step.positions[begin : begin + at_once], (name,))[name]
+                pending.append(found)
+                size += found.nbytes
+                if size >= PIECE_BYTES:
+                    yield pending
+                    pending, size = [], 0
+        if pending:
+            yield pending
+
+    def _arrays(self, positions: NDArray[np.int64], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        view = self.plan.view_of(self.store.manifest)
+        found = self.store.rows.at_positions(positions, names, view=view)
+        if IDS in found and self.store.manifest.ids.kind == "str":
+            ids: Any = found[IDS]
+            found[IDS] = to_fixed_bytes(ids, width_bytes=self.store.manifest.ids.width_bytes)
+        return found
+
+    def _header(self, step: StepBatch, rows: Mapping[str, int]) -> bytes:
+        shapes = {name: (self._dtype(name), (rows[name], *self._row_shape(name))) for name in self._ordered}
+        metadata = {
+            **metadata_of(self.store, self.temperature, samples=len(step.positions)),
+            "format": _FRAME_FORMAT,
+            "cursor": str(step.cursor_after),
+            "repeated": str(step.repeated),
+        }
+        return wire.pad_header(wire.header_bytes(shapes, metadata), self._header_bytes)
+
+    @cached_property
+    def _header_bytes(self) -> int:
+        """Room that the header of every frame has: as much as the longest numbers would need, in whole cache lines."""
+        longest = 10 ** (_COUNTED - 4)
+        shapes = {name: (self._dtype(name), (longest // 10**6, *self._row_shape(name))) for name in self._ordered}
+        metadata = {
+            **metadata_of(self.store, self.temperature, samples=longest),
+            "format": _FRAME_FORMAT,
+            "cursor": str(longest),
+            "repeated": str(longest),
+        }
+        return -(-len(wire.header_bytes(shapes, metadata)) // 64) * 64
+
+    @cached_property
+    def _ordered(self) -> tuple[str, ...]:
+        names = (*self.names, ROW_OFFSETS) if has_row_offsets(self.store) else self.names
+        return tuple(sorted(names, key=lambda name: -self._dtype(name).itemsize))
+
+    @cached_property
+    def _rows(self) -> int:
+        return sum(self._row_counts) if has_row_offsets(self.store) else self.batches.sample_count
+
+    @cached_property
+    def _largest_batch_rows(self) -> int:
+        return max(self._row_counts, default=0)
+
+    @cached_property
+    def _row_counts(self) -> list[int]:
+        rows = self.store.rows
+        return [int(rows.row_counts_at(step.positions).sum()) for step in self.batches]
+
+    def _is_once_a_sample(self, name: str) -> bool:
+        return has_row_offsets(self.store) and name not in self.store.manifest.arrays
+
+    def _row_bytes(self, name: str) -> int:
+        return bytes_a_row(self.store, (name,))
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        spec = self.store.manifest.arrays.get(name)
+        if spec is not None:
+            return np.dtype(spec.dtype)
+        as_numbers = name == ROW_OFFSETS or (name == IDS and self.store.manifest.ids.kind == "int")
+        return np.dtype("<i8") if as_numbers else np.dtype("|u1")
+
+    def _row_shape(self, name: str) -> tuple[int, ...]:
+        spec = self.store.manifest.arrays.get(name)
+        if spec is not None:
+            return spec.row_shape
+        return () if self._dtype(name).itemsize == 8 else (self._row_bytes(name),)
+
+
+def plan_stream(store: ServedStore, epoch: str, query: str, settings: Settings) -> EpochStream:
+    """What a request for an epoch comes down to, if this store may answer it.
+
+    Args:
+        store: what is asked.
+        epoch: the number in the path.
+        query: the query string.
+        settings: bounds of a batch.
+    Raises:
+        RequestError, StoreChangedError, FingerprintMismatchError, TemperatureError, TemperatureLockedError,
+        UnknownFieldError, RowsNotCommittedError, BatchTooLargeError.
+    """
+    parameters = read_query(query, QUERY_KEYS)
+    refuse_other_version(store, parameters.get("digest"))
+    refuse_other_transfer_set(store.manifest, parameters.get("transfer_set"))
+    plan = _plan(epoch, parameters)
+    if plan.batch_size > settings.max_batch_ids:
+        raise too_large(plan.batch_size, settings.max_batch_ids)
+    names = array_names(store, fields_of(parameters))
+    unordered = EpochStream(
+        store=store,
+        plan=plan,
+        batches=plan.batches(store.manifest, store.digest),
+        names=names,
+        temperature=check_reply_temperature(store, temperature_of(parameters)),
+    )
+    ordered = tuple(name for name in unordered._ordered if name != ROW_OFFSETS)
+    return EpochStream(
+        store=store, plan=plan, batches=unordered.batches, names=ordered, temperature=unordered.temperature
+    )
+
+
+def _plan(epoch: str, parameters: Mapping[str, str]) -> EpochPlan:
+    numbers = {name: _whole_number(name, parameters[name]) for name in _NUMBERS if name in parameters}
+    for name in ("seed", "batch_size"):
+        if name not in numbers:
+            raise RequestError(f"an epoch needs a {name}: the order follows from it; add {name}=… to the query")
+    shuffle = parameters.get("shuffle", "true")
+    if shuffle not in ("true", "false"):
+        raise RequestError(f"shuffle is {short(shuffle)}: it is true or false")
+    remainder = parameters.get("remainder", "split")
+    if remainder not in get_args(Remainder):
+        raise RequestError(f"remainder is {short(remainder)}: choose {', '.join(get_args(Remainder))}")
+    return EpochPlan(
+        epoch=_whole_number("epoch", epoch),
+        shuffle=shuffle == "true",
+        remainder=remainder,  # type: ignore[arg-type]
+        **numbers,
+    )
+
+
+def _whole_number(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 20):
+        raise RequestError(f"{name} is {short(text)}: give a whole number of 0 or more")
+    return int(text)

@@ -1,0 +1,166 @@
+"""How is a request answered that was asked before with other ids? In the protocol itself, without a task or an app.
+
+Stands before uvicorn's httptools protocol. A request whose head is, byte for byte, one that a recipe was kept for is
+answered here, straight onto the socket; any other, and any that a recipe cannot answer, goes the long way. The first
+with a given head always goes the long way, so all checks are made there, the token's among them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from numpy.typing import NDArray
+
+from softlabels_server.forms import as_buffer
+from softlabels_server.outlets import EXTENSION as POURING
+from softlabels_server.recipes import EXTENSION, MOST_HEAD_BYTES, MOST_RECIPES, Recipe, Recipes
+
+
+class FastLane(asyncio.Protocol):
+    """Answers known requests; a base class that stands before `HttpToolsProtocol`."""
+
+    recipes: Recipes
+    transport: asyncio.Transport
+    cycle: Any  # uvicorn's: the request under way or just answered, None before the first
+    scope: Any
+    server_state: Any
+    loop: asyncio.AbstractEventLoop
+    timeout_keep_alive: float
+    timeout_keep_alive_task: asyncio.TimerHandle | None
+    expect_100_continue: bool
+    flow: Any
+    stop_waiting_for_header: Callable[[], None]
+    _head: bytes | None = None
+    _in_message = False
+    _answered_s = 0.0
+    _descriptor = -1
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note whether bytes may be written past the transport."""
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and transport.get_extra_info("ssl_object") is None and not isinstance(sock, ssl.SSLSocket):
+            self._descriptor = sock.fileno()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The descriptor's number may be another file's from now on."""
+        self._descriptor = -1
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Answer a request that a recipe is there for, or pass the bytes on."""
+        if self._descriptor >= 0 and self._is_between_requests():
+            end = data.find(b"\r\n\r\n", 0, MOST_HEAD_BYTES) + 4
+            if end > 4:
+                head = data[:end]
+                recipe = self.recipes.get(head)
+                if recipe is not None and len(data) == end + recipe.body_bytes and self._answer(recipe, data, end):
+                    return
+                self._head = head
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        """Let the app keep a recipe for the request that begins, if its head came whole."""
+        super().on_message_begin()  # type: ignore[misc]
+        self._in_message = True
+        head, self._head = self._head, None
+        extensions: dict[str, Any] = {POURING: self} if self._descriptor >= 0 else {}
+        if head is not None:
+            extensions[EXTENSION] = partial(self._keep, head, self.scope)
+        self.scope["extensions"] = extensions
+
+    def on_message_complete(self) -> None:
+        """What comes next is another request."""
+        super().on_message_complete()  # type: ignore[misc]
+        self._in_message = False
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection that was idle for long enough; requests answered here do not move uvicorn's timer."""
+        left_s = self._answered_s + self.timeout_keep_alive - self.loop.time()
+        if left_s > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(left_s, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()  # type: ignore[misc]
+
+    def pour(self, scope: Any, buffers: Sequence[bytes | NDArray[Any]]) -> bool:
+        """Send body bytes of the reply under way; whether the socket took all of them at once."""
+        cycle = self.cycle
+        if cycle.scope is not scope or cycle.disconnected or self.transport.is_closing():
+            return False
+        # uvicorn counts what passes through it against the announced length; this passes it by.
+        cycle.expected_content_length -= sum(map(_size, buffers))
+        assert cycle.expected_content_length >= 0, "more bytes than the reply announced"
+        if self.transport.get_write_buffer_size():
+            for buffer in buffers:
+                self.transport.write(buffer if isinstance(buffer, bytes) else as_buffer(buffer))
+        else:
+            self._send(buffers)
+        return not self.transport.get_write_buffer_size()
+
+    async def drained(self, scope: Any) -> bool:
+        """Wait until the client has read enough for more; False where it is gone."""
+        await self.flow.drain()
+        return not (self.cycle.scope is not scope or self.cycle.disconnected or self.transport.is_closing())
+
+    def abandon(self) -> None:
+        """Close the connection in the middle of the reply, so that the client notices."""
+        self.transport.abort()
+
+    def _is_between_requests(self) -> bool:
+        # With bytes still to be sent, a reply written past the transport would overtake them; and whoever asks again
+        # without reading has to wait, as uvicorn makes him.
+        cycle, transport = self.cycle, self.transport
+        return (
+            not self._in_message
+            and (cycle is None or cycle.response_complete)
+            and not transport.get_write_buffer_size()
+            and not transport.is_closing()
+        )
+
+    def _keep(self, head: bytes, scope: Any, make: Callable[[], Recipe]) -> None:
+        cycle = self.cycle
+        if cycle.scope is not scope or not cycle.keep_alive or self.expect_100_continue:
+            return
+        if len(self.recipes) >= MOST_RECIPES:
+            self.recipes.clear()
+        self.recipes[head] = make()
+
+    def _answer(self, recipe: Recipe, data: bytes, body_begin: int) -> bool:
+        arrays = recipe.answer(memoryview(data)[body_begin:])
+        if arrays is None:
+            return False
+        self.stop_waiting_for_header()
+        date = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
+        self._send([b"HTTP/1.1 200 OK\r\n" + date + recipe.head + recipe.form.header, *arrays])
+        self.server_state.total_requests += 1
+        self._answered_s = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        return True
+
+    def _send(self, buffers: Sequence[bytes | NDArray[Any]]) -> None:
+        """Send without copying: what the socket takes at once past the transport, the rest through it."""
+        try:
+            sent = os.writev(self._descriptor, buffers)  # type: ignore[arg-type]
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.transport.abort()  # the client is gone, which `connection_lost` will hear of
+            return
+        for buffer in buffers:
+            size = _size(buffer)
+            if sent < size:
+                view = memoryview(buffer) if isinstance(buffer, bytes) else as_buffer(buffer)
+                self.transport.write(view[sent:])
+            sent = max(0, sent - size)
+
+
+def _size(buffer: bytes | NDArray[Any]) -> int:
+    return len(buffer) if isinstance(buffer, bytes) else buffer.nbytes

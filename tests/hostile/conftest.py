@@ -1,0 +1,101 @@
+"""Stores that somebody made to do harm: sound ones whose documents are rewritten, sealed again, and so believable."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from softlabels.audit import Audit
+from softlabels.encodings import make_encoding
+from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
+from softlabels.sealing import seal, unseal
+from softlabels.store import StoreWriter, plan_store
+from softlabels.transfer import sample_fingerprints
+
+SAMPLES, CLASSES = 100, 4
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def rows() -> Any:
+    """What the stores hold: [100, 4] float16."""
+    logits = np.random.default_rng(0).normal(size=(SAMPLES, CLASSES)).astype(np.float16)
+    return logits - logits.max(axis=1, keepdims=True)
+
+
+@pytest.fixture
+def make_store(tmp_path: Path, rows: Any) -> Callable[..., Path]:
+    """Writes a finished store of 100 samples in four shards; ids are dense, or sparse where `looked_up`."""
+
+    def make(container: str = "zarr", *, looked_up: bool = False, compression: str | None = None) -> Path:
+        plan = plan_store(
+            name="victim",
+            samples=SAMPLES,
+            ids=IdSpec(kind="int", dense_start=None if looked_up else 0),
+            encoding=make_encoding("f16", classes=CLASSES),
+            temperature=TemperatureSpec(default=4.0, captured=1.0, locked=False),
+            mean="none",
+            teachers=(),
+            transfer_set=TransferSetSpec(name="x", source="x:y", arguments={}, labelled=True),
+            container=container,  # type: ignore[arg-type]
+            rows_per_shard=32,
+            rows_per_chunk=8,
+        )
+        plan = replace(plan, shards=replace(plan.shards, compression=compression))
+        writer = StoreWriter.create(tmp_path / "victim", plan)
+        for shard in writer.missing_shards():
+            with writer.claim(shard) as claim:
+                numbers = np.arange(claim.rows.start, claim.rows.stop)
+                claim.commit(
+                    ids=numbers[::-1] * 3 if looked_up else numbers,
+                    encoded={"targets": rows[numbers]},
+                    fingerprints=sample_fingerprints(numbers[:, None]),
+                    labels=numbers % CLASSES,
+                    audit=Audit().to_json(),
+                )
+        writer.finish()
+        return writer.root
+
+    return make
+
+
+@pytest.fixture(params=("zarr", "hdf5"))
+def store(request: pytest.FixtureRequest, make_store: Callable[..., Path]) -> Path:
+    """A finished store of each container."""
+    return make_store(request.param)
+
+
+@pytest.fixture
+def rewrite() -> Callable[[Path, Change], None]:
+    """Changes a sealed document and seals it again: whoever makes a store can do that."""
+
+    def rewrite(path: Path, change: Change) -> None:
+        body = unseal(path.read_bytes(), what=str(path))
+        change(body)
+        path.write_bytes(seal(body))
+
+    return rewrite
+
+
+@pytest.fixture
+def little_memory() -> Callable[..., AbstractContextManager[None]]:
+    """A block of code that may not allocate more than a few megabytes."""
+
+    @contextmanager
+    def little(megabytes: float = 64) -> Iterator[None]:
+        tracemalloc.start()
+        try:
+            yield
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < megabytes * 2**20, f"{peak / 2**20:.0f} MiB were allocated"
+
+    return little

@@ -1,0 +1,103 @@
+"""What a job file may say under `encoding`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from softlabels.encodings import ENCODING_NAMES, make_encoding, row_bytes
+from softlabels.encodings.requested import parse_encoding
+from softlabels.errors import EncodingError, UnknownEncodingError
+
+
+def pilot() -> np.ndarray:
+    """Rows of low rank, 64 classes."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(200, 5)) @ rng.normal(size=(5, 64)) + 0.1 * rng.normal(size=(200, 64))
+
+
+class TestParse:
+    @pytest.mark.parametrize(
+        ("given", "name", "params"),
+        [
+            ("f16", "f16", {}),
+            ("q8", "q8", {"head": 16}),
+            ({"name": "q", "bits": 6, "head": 32}, "q6", {"head": 32}),
+            ({"name": "q"}, "q8", {"head": 16}),
+            ("topk50", "topk", {"k": 50, "tail": "uniform"}),
+            ("topk5-ghost", "topk", {"k": 5, "tail": "ghost"}),
+            ({"name": "topk", "k": 7, "tail": "renormalise"}, "topk", {"k": 7, "tail": "renormalise"}),
+            ({"name": "sampled", "head": 4, "draws": 20}, "sampled", {"head": 4, "draws": 20}),
+        ],
+    )
+    def test_names_and_tables_are_read(self, given: object, name: str, params: dict[str, Any]) -> None:
+        """To the encoding that they mean."""
+        encoding = parse_encoding(given).make(classes=1000)
+        assert encoding.name == name
+        assert dict(encoding.params) == params
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ("q9", "known are"),
+            ("f61", "'f16'"),
+            ({"name": "topk", "kk": 5}, "did you mean 'k'"),
+            ({"name": "topk"}, "needs k"),
+            ({"name": "topk", "k": "five"}, "give int"),
+            ({"name": "topk", "k": True}, "give int"),
+            ("topk5-zero", "tail rule"),
+            ({"name": "q8", "bits": 4}, "not 'bits'"),
+            ({"name": "basis"}, "row_bytes"),
+            ({"name": "basis", "row_bytes": 1.5}, "cannot be"),
+            ({"name": "auto"}, "kl"),
+            ({"name": "auto", "kl": 1e-3, "statistic": "median"}, "cannot be"),
+            ({"name": "sampled", "bytes": 5}, "not 'bytes'"),
+            ({"k": 5}, "a name"),
+            (8, "a name"),
+        ],
+    )
+    def test_what_cannot_be_is_refused_by_name(self, given: object, said: str) -> None:
+        """With the nearest known name, or what is missing."""
+        with pytest.raises(UnknownEncodingError, match=said):
+            parse_encoding(given)
+
+    def test_classes_are_checked_where_known(self) -> None:
+        """A topk of 50 out of 10 classes."""
+        with pytest.raises(UnknownEncodingError):
+            parse_encoding("topk50", classes=10)
+
+    def test_a_basis_is_learnt_from_the_pilot(self) -> None:
+        """And refused without one."""
+        requested = parse_encoding({"name": "basis", "row_bytes": 30})
+        assert requested.needs_pilot
+        assert row_bytes(requested.make(classes=64, pilot_BC=pilot())) <= 30
+        with pytest.raises(EncodingError, match="pilot"):
+            requested.make(classes=64)
+
+    def test_a_sample_is_sized_in_bytes(self) -> None:
+        """With a pilot or without."""
+        requested = parse_encoding({"name": "sampled", "row_bytes": 40})
+        assert row_bytes(requested.make(classes=5000)) <= 40
+        assert row_bytes(requested.make(classes=64, pilot_BC=pilot())) <= 40
+
+    def test_auto_chooses_on_the_pilot(self) -> None:
+        """Whatever it is, it was measured to meet the budget."""
+        encoding = parse_encoding({"name": "auto", "kl": 1e-3}).make(classes=64, pilot_BC=pilot())
+        assert row_bytes(encoding) < 128
+
+
+class TestMakeEncoding:
+    def test_every_name_is_known(self) -> None:
+        """Each in ENCODING_NAMES makes an encoding, or says what it lacks."""
+        more = {"topk": {"k": 2}, "sampled": {"head": 1, "draws": 2}}
+        for name in ENCODING_NAMES:
+            if name == "basis":
+                with pytest.raises(UnknownEncodingError, match="needs"):
+                    make_encoding(name, classes=10)
+                continue
+            encoding = make_encoding(name, classes=10, params=more.get(name))
+            again = make_encoding(name, classes=10, params=encoding.params, constants=encoding.constants)
+            assert again.name == name
+            assert again.fields == encoding.fields
