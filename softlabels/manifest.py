@@ -314,7 +314,8 @@ def _check_version(document: Mapping[str, Any]) -> None:
         raise ManifestError(f"the manifest's format version is {version!r}, not a positive whole number")
     if version > FORMAT_VERSION:
         raise FormatVersionError(
-            f"this store has format version {version}, this softlabels reads up to {FORMAT_VERSION}: upgrade softlabels",
+            f"this store has format version {version}, this softlabels reads up to {FORMAT_VERSION}: upgrade "
+            "softlabels",
             found=version,
             supported=FORMAT_VERSION,
         )

@@ -244,8 +244,8 @@ class TargetStore:
         if manifest.members is None:
             if mean not in (None, manifest.mean) or weights is not None:
                 raise RequestError(
-                    f"{manifest.name!r} keeps {_kept(manifest.mean)}, not its members: another mean or other weights need a "
-                    "store that was precomputed with keep = 'members'"
+                    f"{manifest.name!r} keeps {_kept(manifest.mean)}, not its members: another mean or other weights "
+                    "need a store that was precomputed with keep = 'members'"
                 )
             return None, spec.captured, spec.locked
         kind = check_mean(manifest.mean if mean is None else mean)
@@ -282,7 +282,8 @@ class TargetStore:
         refuse_other_transfer_set(self.manifest, transfer_set)
         if classes is not None and classes != self.manifest.classes:
             raise ShapeMismatchError(
-                f"the student has {classes} classes, the targets of {self.manifest.name!r} have {self.manifest.classes}",
+                f"the student has {classes} classes, the targets of {self.manifest.name!r} have "
+                f"{self.manifest.classes}",
                 student=classes,
                 store=self.manifest.classes,
             )

@@ -80,7 +80,9 @@ class SoftTargets:
             UnknownFieldError: the store keeps the members' mean only.
         """
         if self.members is None:
-            raise UnknownFieldError("this store keeps the ensemble's mean, not its members: precompute with keep = 'members'")
+            raise UnknownFieldError(
+                "this store keeps the ensemble's mean, not its members: precompute with keep = 'members'"
+            )
         count = len(self.members.weights)
         flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in self.encoded.items()}
         return self.encoding.decode(flat).reshape(-1, count, self.classes)

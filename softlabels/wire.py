@@ -36,7 +36,11 @@ def header_bytes(shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], me
     begin = 0
     for name, (dtype, shape) in shapes.items():
         end = begin + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        table[name] = {"dtype": _TO_WIRE[dtype.newbyteorder("<").str], "shape": list(shape), "data_offsets": [begin, end]}
+        table[name] = {
+            "dtype": _TO_WIRE[dtype.newbyteorder("<").str],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
         begin = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -83,7 +87,9 @@ def from_bytes(blob: bytes | bytearray | memoryview) -> tuple[dict[str, NDArray[
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise WireError(f"the safetensors header contradicts itself: {error}") from error
     if expected_begin != len(data):
-        raise WireError(f"{len(data)} bytes of data where the header announces {expected_begin}: the reply is cut or padded")
+        raise WireError(
+            f"{len(data)} bytes of data where the header announces {expected_begin}: the reply is cut or padded"
+        )
     return arrays, metadata
 
 
@@ -92,7 +98,9 @@ def _read_header(view: memoryview) -> tuple[dict[str, Any], memoryview]:
         raise WireError(f"{len(view)} bytes are no safetensors file: the reply is cut")
     length = int.from_bytes(view[:8], "little")
     if length > MAX_HEADER_BYTES or 8 + length > len(view):
-        raise WireError(f"the header announces {length} bytes, {len(view) - 8} follow: the reply is cut or no safetensors")
+        raise WireError(
+            f"the header announces {length} bytes, {len(view) - 8} follow: the reply is cut or no safetensors"
+        )
     try:
         table = json.loads(bytes(view[8 : 8 + length]))
     except (ValueError, RecursionError) as error:

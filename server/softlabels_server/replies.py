@@ -84,8 +84,8 @@ def _json(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> by
     numbers = sum(array.size for array in arrays.values())
     if numbers > MOST_JSON_NUMBERS:
         raise BatchTooLargeError(
-            f"{numbers} numbers are more than the {MOST_JSON_NUMBERS} that are written as JSON: ask for fewer rows, or for "
-            f"{MEDIA_TYPES['safetensors']}",
+            f"{numbers} numbers are more than the {MOST_JSON_NUMBERS} that are written as JSON: ask for fewer rows, "
+            f"or for {MEDIA_TYPES['safetensors']}",
             most=MOST_JSON_NUMBERS,
         )
     shown = {name: _nested(_readable(name, array)) for name, array in arrays.items()}
@@ -114,8 +114,8 @@ def _npy(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
     names = [name for name in arrays if name != IDS] or [IDS]
     if len(names) != 1:
         raise RequestError(
-            f"a .npy file holds one array, and this reply would have {', '.join(names)}: name one in `fields`, or ask for "
-            f"{MEDIA_TYPES['safetensors']}"
+            f"a .npy file holds one array, and this reply would have {', '.join(names)}: name one in `fields`, or ask "
+            f"for {MEDIA_TYPES['safetensors']}"
         )
     array = np.ascontiguousarray(arrays[names[0]])
     header = io.BytesIO()

@@ -105,8 +105,8 @@ def from_binary(body: bytes, query: str, settings: Settings) -> BatchRequest:
     width = sum(COLUMNS[name] for name in columns)
     if len(body) % (8 * width):
         raise BadIdsError(
-            f"{len(body)} bytes are not a whole number of samples: send int64, little-endian, {8 * width} bytes a sample "
-            f"for the columns {','.join(columns)}"
+            f"{len(body)} bytes are not a whole number of samples: send int64, little-endian, {8 * width} bytes a "
+            f"sample for the columns {','.join(columns)}"
         )
     count = len(body) // (8 * width)
     refuse_bad_count(count, settings)

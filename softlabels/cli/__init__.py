@@ -7,7 +7,20 @@ import sys
 from collections.abc import Sequence
 
 from softlabels import __version__
-from softlabels.cli import convert, demo, distill, inspect, merge, plan, precompute, repair, resume, serve, status, verify
+from softlabels.cli import (
+    convert,
+    demo,
+    distill,
+    inspect,
+    merge,
+    plan,
+    precompute,
+    repair,
+    resume,
+    serve,
+    status,
+    verify,
+)
 from softlabels.errors import SoftLabelsError
 
 __all__ = ["build_parser", "main"]

@@ -41,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
         if isinstance(error, MissingExtraError):
             raise
         raise MissingExtraError(
-            f"the demo needs {error.name or error}, which is not installed: pip install 'softlabels[demo]'", extra="demo"
+            f"the demo needs {error.name or error}, which is not installed: pip install 'softlabels[demo]'",
+            extra="demo",
         ) from error
 
     started_s = time.monotonic()

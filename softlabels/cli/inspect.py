@@ -51,7 +51,9 @@ def described(manifest: Manifest, digest: str) -> list[tuple[str, str]]:
     ]
     audit = manifest.audit or {}
     for temperature, kl in audit.get("kl_nats", {}).items():
-        lines.append((f"KL, T = {temperature}", f"mean {kl['mean']:.3g}, p99 {kl['p99']:.3g}, max {kl['max']:.3g} nats"))
+        lines.append(
+            (f"KL, T = {temperature}", f"mean {kl['mean']:.3g}, p99 {kl['p99']:.3g}, max {kl['max']:.3g} nats")
+        )
     if audit:
         lines.append(("top-1", f"{100 * audit['top1_agreement']:.4g}% as the exact targets"))
     return lines

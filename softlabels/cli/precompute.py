@@ -45,7 +45,10 @@ def report(manifest: Manifest, where: Path) -> None:
     if not manifest.finished:
         print(f"{where}: other processes still work on shards of this store; the last one publishes it")
         return
-    print(f"{where}: {manifest.samples} samples × {manifest.classes} classes, {manifest.target_row_bytes} bytes of targets a sample")
+    print(
+        f"{where}: {manifest.samples} samples × {manifest.classes} classes, {manifest.target_row_bytes} bytes of "
+        "targets a sample"
+    )
     for temperature, kl in (manifest.audit or {}).get("kl_nats", {}).items():
         print(f"  KL to the exact targets at T = {temperature}: mean {kl['mean']:.2g}, max {kl['max']:.2g} nats")
     print(f"  store digest {manifest.digest}")

@@ -60,5 +60,9 @@ def lines(status: Status) -> list[str]:
 def as_json(status: Status) -> str:
     """The status for programs, one line."""
     facts = asdict(status)
-    facts["manifest"] = {"name": status.manifest.name, "rows": status.manifest.rows, "finished": status.manifest.finished}
+    facts["manifest"] = {
+        "name": status.manifest.name,
+        "rows": status.manifest.rows,
+        "finished": status.manifest.finished,
+    }
     return json.dumps(facts)

@@ -32,12 +32,25 @@ class Schedules:
     student: StudentSchedule
 
 
-DEMO = Schedules(teachers=2, teacher=TeacherSchedule(epochs=6), student=StudentSchedule(epochs=8))
-"""MNIST."""
+DEMO = Schedules(
+    teachers=2,
+    teacher=TeacherSchedule(epochs=10),
+    student=StudentSchedule(epochs=10, batch_size=256, learning_rate=0.2, precision="bfloat16"),
+)
+"""MNIST, within the five minutes of the demo."""
+
+QUICK = Schedules(
+    teachers=1,
+    teacher=TeacherSchedule(epochs=30),
+    student=StudentSchedule(epochs=20, batch_size=256, learning_rate=0.2, precision="bfloat16"),
+)
+"""MNIST, three seeds in a quarter of an hour. On 10,000 held-out training digits, 50,000 trained on: this teacher makes
+90 errors, with dropout 0.5 and max-norm 138 (such a net needs the paper's many more epochs); the student 160 alone, and
+from a teacher of 99 errors 109 at rate 0.2, 121 at 0.1."""
 
 SMALL = Schedules(
     teachers=2,
-    teacher=TeacherSchedule(epochs=30, batch_size=64, jitter_pixels=1),
-    student=StudentSchedule(epochs=30, batch_size=64),
+    teacher=TeacherSchedule(epochs=20, batch_size=64, learning_rate=0.1, jitter_pixels=1),
+    student=StudentSchedule(epochs=15, batch_size=64),
 )
 """scikit-learn's digits, where an epoch is 1,438 samples."""

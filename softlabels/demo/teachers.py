@@ -27,13 +27,16 @@ class TeacherSchedule:
         learning_rate: peak of the one-cycle schedule.
         max_norm: bound on the L2 norm of each unit's incoming weights.
         jitter_pixels: each image is moved by up to this many pixels along both axes.
+        input_dropout, hidden_dropout: share of input features and of hidden units dropped.
     """
 
     epochs: int
-    batch_size: int = 256
-    learning_rate: float = 0.2
-    max_norm: float | None = 1.0
+    batch_size: int = 512
+    learning_rate: float = 0.4
+    max_norm: float | None = None
     jitter_pixels: int = 2
+    input_dropout: float = 0.0
+    hidden_dropout: float = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,11 @@ def train_teacher(
     started_s = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = teacher_mlp(in_features=train.inputs[0].size)
+        model = teacher_mlp(
+            in_features=train.inputs[0].size,
+            input_dropout=schedule.input_dropout,
+            hidden_dropout=schedule.hidden_dropout,
+        )
     fit_hard(
         model,
         train.inputs,

@@ -9,7 +9,8 @@ try:
     import torch as _torch
 except ImportError as error:
     raise MissingExtraError(
-        "precompute runs teachers with torch and safetensors, which are not installed: `pip install softlabels[precompute]`",
+        "precompute runs teachers with torch and safetensors, which are not installed: pip install "
+        "'softlabels[precompute]'",
         extra="precompute",
     ) from error
 

@@ -85,6 +85,8 @@ def forecast(job: Job, *, samples: int | None = None) -> Forecast:
         pilot_rows=len(pilot_BC),
         samples_per_s=samples_per_s,
         temperatures=temperatures,
-        options=tuple(replace(tried, kl={t * spec.captured: kl for t, kl in tried.kl.items()}) for tried in choice.table),
+        options=tuple(
+            replace(tried, kl={t * spec.captured: kl for t, kl in tried.kl.items()}) for tried in choice.table
+        ),
         encoding=(encoding.name, sum(field.row_bytes for field in encoding.fields.values())),
     )

@@ -47,7 +47,8 @@ class TargetsTable:
     """What is kept of the teachers' outputs.
 
     Attributes:
-        temperature: what batches are tempered with unless a trainer asks otherwise; what an arithmetic mean is taken at.
+        temperature: what batches are tempered with unless a trainer asks otherwise, and what an arithmetic mean is
+            taken at.
         mean: over the members of an ensemble.
         encoding: how a distribution becomes bytes: a name or a table, see `softlabels.encodings.requested`.
         keep: `members` keeps every teacher's own rows, so that mean, weights and temperature stay open after the job.

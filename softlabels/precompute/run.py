@@ -105,7 +105,8 @@ def load_transfer_set(job: Job) -> TransferSet:
         ) from error
     if not all(hasattr(found, name) for name in ("name", "take", "__len__")):
         raise JobError(
-            f"transfer set {job.transfer_set.source} gives a {type(found).__name__}, not a TransferSet (name, __len__, take)"
+            f"transfer set {job.transfer_set.source} gives a {type(found).__name__}, not a TransferSet (name, "
+            "__len__, take)"
         )
     return found  # type: ignore[no-any-return]
 
@@ -152,8 +153,8 @@ def plan_job(
     locked = (combined.locked and not keep_members) or requested.locked
     if keep_members and requested.locked:
         raise JobError(
-            f"keep = 'members' needs an encoding that re-tempers, which {requested.name!r} does not: a mean of truncated "
-            "rows is no mean of the members"
+            f"keep = 'members' needs an encoding that re-tempers, which {requested.name!r} does not: a mean of "
+            "truncated rows is no mean of the members"
         )
     spec = TemperatureSpec(default=temperature, captured=temperature if locked else 1.0, locked=locked)
     encoding = encoding or requested.make(
@@ -271,5 +272,3 @@ def _at(job: Job, where: Path) -> Job:
 def _rows_in(plan: Manifest, shard: int) -> int:
     size = plan.shards.rows_per_shard
     return min(size, plan.rows - shard * size)
-
-

@@ -71,7 +71,12 @@ class ShardComputer:
             answers = ask(self._teachers, samples, self._device)
             logits_RC = rows_to_keep(answers, self._teachers, self._plan)
             encoded = self._encode(logits_RC, samples)
-            audit.add(logits_RC.cpu().numpy(), self._encoding.decode(encoded), captured=spec.captured)
+            audit.add(
+                logits_RC.cpu().numpy(),
+                self._encoding.decode(encoded),
+                captured=spec.captured,
+                dropped_mass_B=encoded.get("tail_mass"),
+            )
             if self._plan.members is not None:
                 encoded = {k: v.reshape(len(positions), self._plan.members, *v.shape[1:]) for k, v in encoded.items()}
             pieces.append((samples, encoded, sample_fingerprints(samples.inputs)))
@@ -114,9 +119,10 @@ def averaged(answers: Sequence[Tensor], teachers: Sequence[Teacher], mean: MeanK
 
 
 def rows_to_keep(answers: Sequence[Tensor], teachers: Sequence[Teacher], plan: Manifest) -> Tensor:
-    """logits tempered as the plan captures them: of the mean, [B, C]; of every member, a sample's side by side, [B·M, C].
+    """logits tempered as the plan captures them, each row's largest 0.
 
-    Each row's largest is 0.
+    Returns:
+        [B, C] of the members' mean; where every member is kept, [B · M, C] with a sample's members side by side.
     """
     spec = plan.temperature
     if plan.members is not None:

@@ -43,8 +43,8 @@ class Teacher:
             ) from error
         if not isinstance(out, Tensor):
             raise TeacherError(
-                f"teacher {self.spec.name!r} returns {type(out).__name__}, not a tensor of logits: wrap the model so that "
-                "it returns the logits alone"
+                f"teacher {self.spec.name!r} returns {type(out).__name__}, not a tensor of logits: wrap the model so "
+                "that it returns the logits alone"
             )
         return out
 
@@ -117,8 +117,9 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> str:
         raise JobError(f"{name}: there is no weights file {path}")
     if path.suffix != ".safetensors":
         raise JobError(
-            f"{name}: {path.name} is no safetensors file; pickled weights can run any code when they are loaded, so they "
-            "are refused: convert them once with `safetensors.torch.save_file(torch.load(path, weights_only=True), …)`"
+            f"{name}: {path.name} is no safetensors file; pickled weights can run any code when they are loaded, so "
+            "they are refused: convert them once with `safetensors.torch.save_file(torch.load(path, "
+            "weights_only=True), …)`"
         )
     try:
         state: dict[str, Any] = load_file(path)

@@ -139,7 +139,11 @@ class CompressedArray:
 def _codec(compression: str) -> Any:
     import numcodecs
 
-    return numcodecs.Zstd(level=ZSTD_LEVEL) if compression == "zstd" else numcodecs.Blosc(cname="zstd", clevel=BLOSC_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE)
+    return (
+        numcodecs.Zstd(level=ZSTD_LEVEL)
+        if compression == "zstd"
+        else numcodecs.Blosc(cname="zstd", clevel=BLOSC_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE)
+    )
 
 
 def _as_bytes(body: Any) -> NDArray[np.uint8]:

@@ -47,7 +47,9 @@ def _load(root: Path, manifest: Manifest, name: str) -> NDArray[Any]:
     try:
         raw = read_confined(root, path, most_bytes=MAX_CONSTANT_BYTES)
         if hashlib.sha256(raw).hexdigest() != manifest.metadata_sha256.get(path):
-            raise ManifestError(f"{root / path} is not what was written: no row of this store can be decoded without it")
+            raise ManifestError(
+                f"{root / path} is not what was written: no row of this store can be decoded without it"
+            )
         loaded: NDArray[Any] = np.load(io.BytesIO(raw), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         if isinstance(error, ManifestError):

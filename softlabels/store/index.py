@@ -52,7 +52,9 @@ class SortedIndex:
         self._sorted = map_confined(root, SORTED_IDS)
         self._positions = map_confined(root, POSITIONS)
         if self._sorted.shape != (manifest.samples,) or self._positions.shape != (manifest.samples,):
-            raise ManifestError(f"the id index of {root} does not have {manifest.samples} entries: run `softlabels repair`")
+            raise ManifestError(
+                f"the id index of {root} does not have {manifest.samples} entries: run `softlabels repair`"
+            )
         as_ids = self._sorted.dtype.kind == "S" if manifest.ids.kind == "str" else self._sorted.dtype.str == "<i8"
         if not as_ids or self._positions.dtype.str != "<i8":
             raise ManifestError(f"the id index of {root} does not hold ids and positions: run `softlabels repair`")

@@ -149,7 +149,9 @@ class Ledger:
         for shard in range(shards):
             receipt = self.read(shard)
             if receipt is None:
-                raise TruncatedError(f"shard {shard} has no receipt: the store is not complete; run `softlabels resume`")
+                raise TruncatedError(
+                    f"shard {shard} has no receipt: the store is not complete; run `softlabels resume`"
+                )
             total.update(bytes.fromhex(receipt.sha256))
         return total.hexdigest()
 

@@ -80,7 +80,9 @@ class AddressSpace:
             size = os.fstat(descriptor).st_size
             # Reading past the end of a mapped file kills the process (SIGBUS), so the size is checked first.
             if size < offset + length:
-                raise TruncatedError(f"{path} has {size} bytes where {offset + length} are needed: run `softlabels repair`")
+                raise TruncatedError(
+                    f"{path} has {size} bytes where {offset + length} are needed: run `softlabels repair`"
+                )
             assert self._address is not None
             assert offset + length - first_page <= self.pitch
             place = mmap.PAGESIZE + slot * self.pitch

@@ -129,8 +129,8 @@ class LocalRows:
         if self._index is None:
             if self._manifest.ids.dense_start is None and self._manifest.layout.kind != "sequences":
                 raise RowsNotCommittedError(
-                    f"{self._manifest.name!r} is unfinished and its ids are not dense: they can be looked up when it is "
-                    "finished; run `softlabels resume`"
+                    f"{self._manifest.name!r} is unfinished and its ids are not dense: they can be looked up when it "
+                    "is finished; run `softlabels resume`"
                 )
             self._index = make_index(self._root, self._manifest)
         return self._index.positions(ids)
@@ -251,8 +251,8 @@ class LocalRows:
         first = shard * shards.rows_per_shard + chunk * shards.rows_per_chunk
         last = min(first + shards.rows_per_chunk, self._manifest.rows) - 1
         return ChecksumError(
-            f"{self._manifest.name!r}: array {field!r}, shard {shard}, chunk {chunk} (rows {first} to {last}) is not what "
-            "was written; run `softlabels verify`, then `softlabels repair` and `softlabels resume`",
+            f"{self._manifest.name!r}: array {field!r}, shard {shard}, chunk {chunk} (rows {first} to {last}) is not "
+            "what was written; run `softlabels verify`, then `softlabels repair` and `softlabels resume`",
             field=field,
             shard=shard,
             chunk=chunk,
@@ -350,8 +350,8 @@ def checked_views(views: NDArray[np.int64] | None, count: int, manifest: Manifes
     kept = manifest.layout.views
     if views is None:
         raise RequestError(
-            f"{manifest.name!r} keeps {kept} views a sample: say which one each input shows; a target of one view never "
-            "serves another"
+            f"{manifest.name!r} keeps {kept} views a sample: say which one each input shows; a target of one view "
+            "never serves another"
         )
     if views.shape != (count,):
         raise RequestError(f"{count} ids need {count} views, not {views.shape}")

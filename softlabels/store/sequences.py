@@ -135,6 +135,7 @@ class SequenceIndex:
         if sha256_of(self._root / path) != self._manifest.metadata_sha256.get(path):
             raise ManifestError(f"{self._root / path} is not what was written: a changed offset is a wrong row")
         if loaded.shape != shape or loaded.dtype.str != dtype:
-            raise ManifestError(f"{self._root / path} is {loaded.dtype}{loaded.shape}, the manifest says {dtype}{shape}")
+            raise ManifestError(
+                f"{self._root / path} is {loaded.dtype}{loaded.shape}, the manifest says {dtype}{shape}"
+            )
         return loaded
-

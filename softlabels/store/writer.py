@@ -195,8 +195,8 @@ class StoreWriter:
         missing = [shard for shard, receipt in enumerate(receipts) if receipt is None]
         if missing:
             raise TruncatedError(
-                f"{len(missing)} of {self.plan.shards.count} shards of {self.root} are not committed (the first is shard "
-                f"{missing[0]}): run `softlabels resume`",
+                f"{len(missing)} of {self.plan.shards.count} shards of {self.root} are not committed (the first is "
+                f"shard {missing[0]}): run `softlabels resume`",
                 shards=missing[:100],
             )
         return [receipt for receipt in receipts if receipt is not None]
@@ -360,8 +360,8 @@ def _refuse_other_plan(root: Path, existing: Manifest, plan: Manifest) -> None:
     old, new = existing.to_json(), plan.to_json()
     differs = sorted(key for key in old if old[key] != new.get(key))
     raise StoreExistsError(
-        f"a store made from another job stands at {root} (they differ in {', '.join(differs)}): choose another path, or "
-        "delete it first",
+        f"a store made from another job stands at {root} (they differ in {', '.join(differs)}): choose another path, "
+        "or delete it first",
         differs=differs,
     )
 

@@ -57,7 +57,9 @@ def processes(workplace: Path, port: int) -> Iterator[tuple[str, subprocess.Comp
                 command = [sys.executable, "-c", text] if block["language"] == "python" else ["bash", "-ec", text]
                 yield (
                     text,
-                    subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False),
+                    subprocess.run(
+                        command, cwd=workplace, env=environment, capture_output=True, text=True, check=False
+                    ),
                 )
     finally:
         if server is not None:
@@ -92,7 +94,9 @@ class TestReadme:
     def test_every_block_is_accounted_for(self) -> None:
         """A code block without a mark would be one that nobody runs; the make commands are run by the build itself."""
         text = README.read_text()
-        unmarked = [block for block in re.findall(r"(?<!-->\n)```\w*\n(.*?)```", text, re.DOTALL) if "softlabels " in block]
+        unmarked = [
+            block for block in re.findall(r"(?<!-->\n)```\w*\n(.*?)```", text, re.DOTALL) if "softlabels " in block
+        ]
         assert not unmarked
 
     def test_every_link_leads_somewhere(self) -> None:

@@ -160,7 +160,11 @@ class TestAnything:
         body = unseal(original.read_bytes(), what="manifest")
         path = data.draw(st.sampled_from(sorted(leaves(body), key=str)))
         anything = st.recursive(
-            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.text(max_size=20),
             lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
             max_leaves=5,
         )

@@ -64,7 +64,7 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(
         *(sys.executable, "-m", "pip", "--python", environment, "install", "--quiet", "--no-input", "--retries", "1"),
         *("-c", ROOT / "constraints.txt", wheel),
-        explain="NumPy and urllib3 cannot be installed beside the wheel: this needs a package index or pip's cache",
+        explain="NumPy cannot be installed beside the wheel: this needs a package index or pip's cache",
     )
     return environment / "bin"
 
@@ -96,13 +96,13 @@ class TestContents:
 
 
 class TestBareInstall:
-    def test_it_brings_numpy_and_urllib3_only(self, bare: Path) -> None:
+    def test_it_brings_numpy_only(self, bare: Path) -> None:
         """The base install is the light client."""
         listing = run(
             *(sys.executable, "-m", "pip", "--python", bare.parent, "list", "--format", "json"),
             explain="pip list fails",
         )
-        assert {package["name"] for package in json.loads(listing)} == {"numpy", "softlabels", "urllib3"}
+        assert {package["name"] for package in json.loads(listing)} == {"numpy", "softlabels"}
 
     def test_it_imports(self, bare: Path) -> None:
         """Both packages that a trainer uses import with nothing else installed."""

@@ -23,7 +23,8 @@ from softlabels.transfer import ArrayTransferSet
 class Slow:
     name = "slow"
     def __init__(self, delay_s=0.0, samples=600):
-        self.inner, self.delay_s = ArrayTransferSet("slow", np.random.default_rng(0).normal(size=(samples, 4)).astype("f4")), delay_s
+        inputs = np.random.default_rng(0).normal(size=(samples, 4)).astype("f4")
+        self.inner, self.delay_s = ArrayTransferSet("slow", inputs), delay_s
     def __len__(self): return len(self.inner)
     def take(self, positions):
         time.sleep(self.delay_s)
@@ -89,7 +90,7 @@ class TestPlan:
 
 class TestStatus:
     def test_it_is_told_from_outside_while_the_run_goes_on(self, folder: Path) -> None:
-        """Another process sees committed shards, the one in work, a rate and the time left; then that it is finished."""
+        """Another process sees committed shards, a rate and the time left; in the end, that it is finished."""
         (folder / "job.toml").write_text(JOB.format(delay_s=0.3))
         command = [sys.executable, "-m", "softlabels", "precompute", str(folder / "job.toml")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
