@@ -12,6 +12,7 @@ proportion to the number of rows for an encoding that errs to one side.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +29,24 @@ LOWEST_EXPONENT, HIGHEST_EXPONENT = -60, 10
 STEPS_PER_OCTAVE = 8
 BINS = (HIGHEST_EXPONENT - LOWEST_EXPONENT) * STEPS_PER_OCTAVE + 2
 """Buckets of a histogram in log2(KL) whose width is 1/8 octave: a quantile read from it is right within 9%."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFigures:
+    """What an audit needs of some rows, wherever it was computed.
+
+    Attributes:
+        rows, top1_agreements: counts. dropped_mass, squared_error: sums over the rows.
+        error_C: sum over the rows of kept p minus exact p, float64.
+        kl_nats_B: KL of each row, by temperature.
+    """
+
+    rows: int
+    top1_agreements: int
+    dropped_mass: float
+    squared_error: float
+    error_C: NDArray[np.float64]
+    kl_nats_B: Mapping[float, NDArray[np.float64]]
 
 
 class Audit:
@@ -62,27 +81,39 @@ class Audit:
             dropped_mass_B: probability that the encoding cut off and knows of (`tail_mass` of topk), any shape of B
                 entries; left out, it is the mass of the classes that came back as -inf.
         """
-        self.rows += len(exact_BC)
-        self.top1_agreements += int((exact_BC.argmax(axis=1) == decoded_BC.argmax(axis=1)).sum())
-        self._add_errors(exact_BC, decoded_BC, dropped_mass_B)
-        for temperature, distribution in self._kl.items():
-            relative = temperature / captured
-            exact = log_soften(exact_BC.astype(np.float64), temperature=relative)
-            decoded = log_soften(decoded_BC.astype(np.float64), temperature=relative)
-            distribution.add(kl_divergence(exact, decoded))
-
-    def _add_errors(
-        self,
-        exact_BC: NDArray[np.floating[Any]],
-        decoded_BC: NDArray[np.floating[Any]],
-        dropped_mass_B: NDArray[np.floating[Any]] | None,
-    ) -> None:
-        p_BC = np.exp(log_soften(exact_BC.astype(np.float64), temperature=1.0))
-        error_BC = np.exp(log_soften(decoded_BC.astype(np.float64), temperature=1.0)) - p_BC
+        wide, narrow = exact_BC.astype(np.float64), decoded_BC.astype(np.float64)
+        p_BC = np.exp(log_soften(wide, temperature=1.0))
+        error_BC = np.exp(log_soften(narrow, temperature=1.0)) - p_BC
         dropped = p_BC[np.isneginf(decoded_BC)] if dropped_mass_B is None else dropped_mass_B
-        self.dropped_mass += float(dropped.sum(dtype=np.float64))
-        self.squared_error += float(np.square(error_BC).sum())
-        self._error_signs += error_BC.sum(axis=0) @ _signs(error_BC.shape[1])
+        relative = {temperature: temperature / captured for temperature in self._kl}
+        self.absorb(
+            RowFigures(
+                rows=len(exact_BC),
+                top1_agreements=int((exact_BC.argmax(axis=1) == decoded_BC.argmax(axis=1)).sum()),
+                dropped_mass=float(dropped.sum(dtype=np.float64)),
+                squared_error=float(np.square(error_BC).sum()),
+                error_C=error_BC.sum(axis=0),
+                kl_nats_B={
+                    temperature: kl_divergence(log_soften(wide, temperature=t), log_soften(narrow, temperature=t))
+                    for temperature, t in relative.items()
+                },
+            )
+        )
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """What the error is measured at."""
+        return tuple(self._kl)
+
+    def absorb(self, figures: RowFigures) -> None:
+        """Add rows whose figures were computed elsewhere, on the device that holds them."""
+        self.rows += figures.rows
+        self.top1_agreements += figures.top1_agreements
+        self.dropped_mass += figures.dropped_mass
+        self.squared_error += figures.squared_error
+        self._error_signs += figures.error_C @ _signs(len(figures.error_C))
+        for temperature, distribution in self._kl.items():
+            distribution.add(figures.kl_nats_B[temperature])
 
     def merge(self, other: Audit) -> None:
         """Add the rows that `other` has seen."""

@@ -17,6 +17,7 @@ from softlabels.ensemble import Combined, combine
 from softlabels.errors import EncodingError, NonFiniteLogitsError, TeacherError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest, MeanKind
+from softlabels.precompute.device_audit import figures_on_device
 from softlabels.precompute.teachers import Teacher
 from softlabels.progress import Progress
 from softlabels.transfer import Samples, TransferSet, sample_fingerprints
@@ -70,28 +71,31 @@ class ShardComputer:
             samples = self._transfer_set.take(positions)
             answers = ask(self._teachers, samples, self._device)
             logits_RC = rows_to_keep(answers, self._teachers, self._plan)
-            encoded = self._encode(logits_RC, samples)
-            audit.add(
-                logits_RC.cpu().numpy(),
-                self._encoding.decode(encoded),
-                captured=spec.captured,
-                dropped_mass_B=encoded.get("tail_mass"),
+            on_device = self._encode(logits_RC, samples)
+            audit.absorb(
+                figures_on_device(
+                    logits_RC,
+                    self._encoding.decode_torch(on_device),
+                    temperatures=audit.temperatures,
+                    captured=spec.captured,
+                    dropped_mass_B=on_device.get("tail_mass"),
+                )
             )
+            encoded = {name: tensor.cpu().numpy() for name, tensor in on_device.items()}
             if self._plan.members is not None:
                 encoded = {k: v.reshape(len(positions), self._plan.members, *v.shape[1:]) for k, v in encoded.items()}
             pieces.append((samples, encoded, sample_fingerprints(samples.inputs)))
             progress.advance(len(positions))
         return _joined(pieces, audit)
 
-    def _encode(self, logits_RC: Tensor, samples: Samples) -> dict[str, NDArray[Any]]:
+    def _encode(self, logits_RC: Tensor, samples: Samples) -> dict[str, Tensor]:
         keys = draw_keys(self._plan.name, samples.ids)
         try:
-            encoded = self._encoding.encode_torch(logits_RC, keys_B=keys)
+            return self._encoding.encode_torch(logits_RC, keys_B=keys)
         except EncodingError as error:
             rows_a_sample = len(logits_RC) // len(samples.ids)
             blamed = samples.ids[sorted({row // rows_a_sample for row in error.context.get("rows", [])})].tolist()
             raise EncodingError(f"{error.message} (sample ids {_listed(blamed)})", ids=blamed) from error
-        return {name: tensor.cpu().numpy() for name, tensor in encoded.items()}
 
 
 def ask(teachers: Sequence[Teacher], samples: Samples, device: torch.device) -> list[Tensor]:

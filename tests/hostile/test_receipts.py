@@ -109,7 +109,7 @@ class TestLies:
             ), done.stderr
 
     @pytest.mark.parametrize("path", ESCAPES, ids=lambda path: repr(path)[:20])
-    def test_a_path_that_leaves_the_store(self, store: Path, rewrite: Any, path: Any, rows: Any) -> None:
+    def test_a_path_that_leaves_the_store(self, store: Path, rewrite: Any, path: Any) -> None:
         """No path leads out, however it is spelt, also where the right bytes wait there."""
 
         def escape(receipt: dict[str, Any]) -> None:
