@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlencode
@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 
 from softlabels import wire
 from softlabels.encodings import Encoding
-from softlabels.errors import ManifestError, RequestError, StoreChangedError, UnknownFieldError, WireError
-from softlabels.ids import IdArray, from_fixed_bytes, kind_of
-from softlabels.manifest import Manifest
-from softlabels.opening import IDS
+from softlabels.epochs import EpochPlan, EpochRows
+from softlabels.errors import ManifestError, RequestError, WireError
+from softlabels.ids import IdArray, kind_of
+from softlabels.manifest import Manifest, check_encoding
+from softlabels.opening import IDS, ROW_OFFSETS
 from softlabels.sealing import MAX_MANIFEST_BYTES
 from softlabels_client.address import parse_address
+from softlabels_client.replies import ReplyReader
 from softlabels_client.retrying import RetryPolicy
+from softlabels_client.streams import epoch_rows
 from softlabels_client.transport import HttpTransport
 
 BINARY = "application/octet-stream"
@@ -27,6 +30,9 @@ JSON = "application/json"
 
 _SLACK_BYTES = 1 << 20
 """Room for a reply's header beside the rows, whose size the manifest tells; real headers take under 2 KiB."""
+
+_MOST_CONSTANT_BYTES = 1 << 30
+"""What an encoding learnt for one store; a basis of a language model's vocabulary takes a tenth of it."""
 
 
 class HttpRows:
@@ -50,6 +56,8 @@ class HttpRows:
         self._transport = HttpTransport(self._address, token=token, timeout_s=timeout_s, retry=retry)
         self._where = self._address.base_url + self._address.path
         self._manifest, self._digest = self._describe()
+        self._reader = ReplyReader(self._manifest, self._digest, self._where)
+        self._queries: dict[tuple[str, ...], str] = {}
 
     @property
     def manifest(self) -> Manifest:
@@ -63,18 +71,26 @@ class HttpRows:
 
     @cached_property
     def encoding(self) -> Encoding:
-        """How the rows are decoded.
+        """How the rows are decoded; what the encoding learnt for this store is fetched once.
 
         Raises:
-            RequestError: decoding takes arrays that the encoding learnt for this store, which servers do not hand out.
+            ManifestError: the learnt arrays are not those that the manifest names. As `fetch` does, too.
         """
-        learnt = self._manifest.encoding.constants
-        if learnt:
-            raise RequestError(
-                f"rows of {self._manifest.name!r} are decoded with arrays learnt for it ({', '.join(learnt)}), which "
-                "this softlabels does not fetch over HTTP: open the store's folder instead"
+        if not self._manifest.encoding.constants:
+            return self._manifest.make_encoding()
+        reply = self._transport.request(
+            "GET", f"{self._address.path}/constants", headers={"Accept": wire.MEDIA_TYPE}, max_bytes=_MOST_CONSTANT_BYTES
+        )
+        arrays, metadata = wire.from_bytes(reply.body)
+        self._reader.refuse_other_version(metadata.get("digest"))
+        if set(arrays) != set(self._manifest.encoding.constants):
+            raise ManifestError(
+                f"{self._where} keeps its rows with {', '.join(self._manifest.encoding.constants)} and sent "
+                f"{', '.join(sorted(arrays)) or 'nothing'}: no row can be decoded"
             )
-        return self._manifest.make_encoding()
+        # Copied, for they outlive every batch: the reply's memory would not be used again.
+        learnt = {name: array.copy() for name, array in arrays.items()}
+        return check_encoding(self._manifest, self._manifest.make_encoding(learnt))
 
     def fetch(
         self,
@@ -86,43 +102,48 @@ class HttpRows:
     ) -> dict[str, NDArray[Any]]:
         """Rows of these ids, in the order asked; ids may repeat.
 
+        Args:
+            ids: [B].
+            fields: one array each.
+            views: [B] which view of each sample, where the store keeps views.
+            spans: [B, 2] ranges of sequences; None for whole ones.
         Returns:
-            One array a field, [B, ...], read-only views of the reply; string ids come back as strings.
+            One array a field, [B, ...], read-only views of the reply; string ids come back as strings. Of sequences
+            the ranges joined, and `row_offsets` [B + 1].
         Raises:
-            RequestError: views or spans, which this softlabels does not fetch over HTTP.
             StoreChangedError: the server has another version of the store by now.
             WireError, TruncatedError: the reply is not the rows asked for.
             ServerUnreachableError: no usable reply.
-            UnknownIdError, BadIdsError, RowsNotCommittedError, ChecksumError, … as from a store on disk.
+            RequestError, UnknownIdError, BadIdsError, RowsNotCommittedError, ChecksumError, … as from a store on disk.
         """
         self._refuse_keys(views, spans)
         names = tuple(dict.fromkeys((*fields, IDS)))
-        row_bytes = sum(self._spec(name).row_bytes for name in names)
-        query, body, media_type = self._question(ids, names)
+        most_bytes = self._most_reply_bytes(names, ids, spans)
+        query, body, media_type = self._question(ids, names, views, spans)
         reply = self._transport.request(
             "POST",
             f"{self._address.path}/batch{query}",
             body=body,
             headers={"Content-Type": media_type, "Accept": wire.MEDIA_TYPE},
-            max_bytes=len(ids) * row_bytes + _SLACK_BYTES,
+            max_bytes=most_bytes,
         )
-        arrays, metadata = wire.from_bytes(reply.body)
-        self._refuse_other_version(metadata.get("digest"))
-        for name in names:
-            self._refuse_other_form(arrays, name, rows=len(ids))
+        arrays, _ = self._reader.read(reply.body, names, samples=len(ids))
+        returned = self._reader.ids_of(arrays[IDS])
+        self._reader.refuse_other_ids(returned, ids)
         found = {name: arrays[name] for name in fields}
-        returned = self._ids_of(arrays[IDS])
-        # The promise that row i is the row you think it is: the server reads these ids from the store, not from us.
-        if not np.array_equal(returned, ids):
-            raise WireError(
-                f"{self._where} returned the rows of other samples than those asked for, or in another order: none of "
-                "this batch can be used; look at the server, or at the proxy or cache before it",
-                asked=ids[:5].tolist(),
-                returned=returned[:5].tolist(),
-            )
         if IDS in found:
             found[IDS] = returned
+        if ROW_OFFSETS in arrays:
+            self._refuse_other_lengths(arrays[ROW_OFFSETS], spans)
+            found[ROW_OFFSETS] = arrays[ROW_OFFSETS]
         return found
+
+    def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+        """The rows of each step of an epoch, as one stream that is taken up again where it broke.
+
+        Raises, when it is read: as `fetch` does; a break is an error only when no new connection goes on.
+        """
+        return epoch_rows(self._transport, self._address.path, self._reader, self._manifest, self._digest, plan, fields)
 
     def close(self) -> None:
         """Close the connections; a later batch opens new ones."""
@@ -153,53 +174,48 @@ class HttpRows:
             )
         return manifest, digest
 
-    def _spec(self, name: str) -> Any:
-        spec = self._manifest.arrays.get(name)
-        if spec is None:
-            kept = ", ".join(self._manifest.arrays)
-            raise UnknownFieldError(f"{self._manifest.name!r} keeps no {name!r}; it keeps {kept}", field=name)
-        return spec
-
-    def _question(self, ids: IdArray, names: tuple[str, ...]) -> tuple[str, bytes, str]:
+    def _question(
+        self,
+        ids: IdArray,
+        names: tuple[str, ...],
+        views: NDArray[np.int64] | None,
+        spans: NDArray[np.int64] | None,
+    ) -> tuple[str, bytes, str]:
+        keys = {name: values for name, values in (("views", views), ("spans", spans)) if values is not None}
         if kind_of(ids) == "str":
-            document = {"ids": ids.tolist(), "fields": names, "digest": self._digest}
+            spoken = {name: values.tolist() for name, values in keys.items()}
+            document = {"ids": ids.tolist(), "fields": names, "digest": self._digest, **spoken}
             return "", json.dumps(document).encode(), JSON
-        query = urlencode({"fields": ",".join(names), "digest": self._digest}, safe=",")
-        return f"?{query}", np.ascontiguousarray(ids, dtype="<i8").tobytes(), BINARY
+        query = self._queries.get((*names, *keys))
+        if query is None:
+            columns = {"columns": ",".join(("ids", *keys))} if keys else {}
+            wanted = {"fields": ",".join(names), "digest": self._digest, **columns}
+            query = self._queries[*names, *keys] = "?" + urlencode(wanted, safe=",")
+        body = b"".join(np.ascontiguousarray(column, dtype="<i8").tobytes() for column in (ids, *keys.values()))
+        return query, body, BINARY
 
-    def _refuse_keys(self, views: object, spans: object) -> None:
+    def _most_reply_bytes(self, names: tuple[str, ...], ids: IdArray, spans: NDArray[np.int64] | None) -> int:
+        rows = len(ids)
+        if self._manifest.layout.kind == "sequences":
+            # How long whole sequences are, only the server knows; no range is longer than the store.
+            whole = np.array([[0, self._manifest.rows]])
+            begin, end = np.clip(whole if spans is None else spans, 0, self._manifest.rows).T
+            lengths = np.maximum(end - begin, 0)
+            rows += int(lengths.sum()) if spans is not None else len(ids) * int(lengths[0])
+        return rows * self._reader.row_bytes(names) + _SLACK_BYTES
+
+    def _refuse_keys(self, views: NDArray[np.int64] | None, spans: NDArray[np.int64] | None) -> None:
         name, kind = self._manifest.name, self._manifest.layout.kind
-        if kind != "single":
+        if views is not None and kind != "views":
+            raise RequestError(f"{name!r} keeps no views: it has none to ask for")
+        if views is None and kind == "views":
             raise RequestError(
-                f"{name!r} keeps {kind}; this softlabels fetches one row a sample over HTTP: open the store's folder "
-                "instead"
+                f"{name!r} keeps {self._manifest.layout.views} views a sample: say which one each input shows; a target of "
+                "one view never serves another"
             )
-        if views is not None or spans is not None:
-            raise RequestError(f"{name!r} keeps one row a sample: it has no views or spans to ask for")
+        if spans is not None and kind != "sequences":
+            raise RequestError(f"{name!r} keeps no sequences: it has no spans to ask for")
 
-    def _refuse_other_version(self, digest: str | None) -> None:
-        if digest != self._digest:
-            raise StoreChangedError(
-                f"{self._where} is now at version {digest}, this was opened at {self._digest}: rows of two versions "
-                "must not be mixed; open the store again",
-                store=digest,
-                yours=self._digest,
-            )
-
-    def _refuse_other_form(self, arrays: Mapping[str, NDArray[Any]], name: str, *, rows: int) -> None:
-        array, spec = arrays.get(name), self._spec(name)
-        if array is None:
-            raise WireError(f"{self._where} left {name!r} out of its reply")
-        if array.dtype != np.dtype(spec.dtype) or array.shape != (rows, *spec.row_shape):
-            raise WireError(
-                f"{self._where} sent {name!r} as {array.dtype.str}{list(array.shape)} where the manifest says "
-                f"{spec.dtype}{[rows, *spec.row_shape]}"
-            )
-
-    def _ids_of(self, kept: NDArray[Any]) -> IdArray:
-        if self._manifest.ids.kind == "int":
-            return kept
-        try:
-            return from_fixed_bytes(kept)
-        except UnicodeDecodeError as error:
-            raise WireError(f"{self._where} returned sample ids that are not UTF-8: {error}") from error
+    def _refuse_other_lengths(self, offsets: NDArray[np.int64], spans: NDArray[np.int64] | None) -> None:
+        if spans is not None and not np.array_equal(np.diff(offsets), spans[:, 1] - spans[:, 0]):
+            raise WireError(f"{self._where} returned ranges of other lengths than those asked for")

@@ -29,6 +29,8 @@ class DistillSettings:
         optimizer: SGD with Nesterov momentum, or AdamW.
         momentum: of SGD; AdamW keeps its own.
         weight_decay: of either.
+        max_gradient_norm: gradients of a larger L2 norm are scaled down to it: the soft term's are large while the student
+            is far from a confident teacher, and a rate that is good later may diverge there. None leaves them.
         schedule: "one_cycle" rises for a fifth of all steps, then falls to 0 as a cosine; or "constant".
         seed: of the order of samples and of dropout. The student's first weights are the caller's affair.
         device: "auto" takes an accelerator where there is one.
@@ -45,6 +47,7 @@ class DistillSettings:
     optimizer: Optimizer = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
+    max_gradient_norm: float | None = None
     schedule: Schedule = "one_cycle"
     seed: int = 0
     device: str = "auto"
@@ -56,6 +59,10 @@ class DistillSettings:
             _refuse_other_than_whole(name, getattr(self, name), least)
         for name in ("learning_rate", "hard_weight", "momentum", "weight_decay"):
             _refuse_negative(name, getattr(self, name))
+        if self.max_gradient_norm is not None:
+            _refuse_negative("max_gradient_norm", self.max_gradient_norm)
+        if self.max_gradient_norm == 0:
+            raise RequestError("max_gradient_norm is 0: the student would stay as it is; leave it out for no bound")
         if self.learning_rate == 0:
             raise RequestError("learning_rate is 0: the student would stay as it is")
         if self.momentum >= 1:

@@ -91,6 +91,8 @@ def distill(
                 loss = distillation_loss(logits_BC, on_device.targets, hard_weight=settings.hard_weight)
                 optimizer.zero_grad()
                 loss.total.backward()  # type: ignore[no-untyped-call]
+                if settings.max_gradient_norm is not None:
+                    nn.utils.clip_grad_norm_(student.parameters(), settings.max_gradient_norm)
                 optimizer.step()
                 # Summed on the device: reading a figure at each step would make the host wait for it.
                 total += len(batch) * torch.stack((loss.total.detach(), loss.kl))

@@ -1,7 +1,8 @@
 """How does a request reach the server and its answer come back whole? One narrow seam: `HttpTransport.request`.
 
 Built on `http.client`, because it lets a body be read straight into one buffer of the known length, each read under the
-request's own deadline. Everything sent here is a pure read, so everything may be sent again.
+request's own deadline; what is usual goes past its parser, see `plain`. Everything sent here is a pure read, so everything
+may be sent again.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ import numpy as np
 
 from softlabels.errors import RequestError, SoftLabelsError, TruncatedError, WireError
 from softlabels_client.address import StoreAddress
+from softlabels_client.buffers import Buffers
 from softlabels_client.failures import explain, mends_itself, refusal
+from softlabels_client.plain import PlainConnection, read_usual, usual_length
 from softlabels_client.retrying import RETRIED_STATUSES, Deadline, RetryPolicy, retry_after_s
 
 MAX_ERROR_BYTES = 1 << 20
 """Problem details are a few sentences; whatever is longer is not read."""
 
 _PIECE_BYTES = 1 << 16
+_MOST_HEADS = 64
+"""Heads of requests that are kept: a trainer asks in one form, and for a last batch in another."""
 _STALE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
 """What a request fails with on a kept connection that the server closed meanwhile."""
 
@@ -89,6 +94,8 @@ class HttpTransport:
         self._tls: ssl.SSLContext | None = None
         self._idle: deque[http.client.HTTPConnection] = deque()
         self._process = os.getpid()
+        self._buffers = Buffers()
+        self._heads: dict[Any, bytes] = {}
 
     def request(
         self,
@@ -188,15 +195,12 @@ class HttpTransport:
         try:
             if connection.sock is None:
                 connection.connect()
-            sock = connection.sock
-            assert sock is not None
-            sock.settimeout(request.deadline.left_s())
-            connection.request(request.method, request.target, body=request.body, headers=request.headers)
-            with connection.getresponse() as response:
-                headers = {name.lower(): value for name, value in response.getheaders()}
-                limit = request.max_bytes if response.status == 200 else MAX_ERROR_BYTES
-                body = _read_body(response, sock, limit, request.deadline)
-                status, keep = response.status, not response.will_close
+            if isinstance(connection, PlainConnection):
+                reply, keep = self._exchange_plainly(connection, request)
+            else:
+                connection.sock.settimeout(request.deadline.left_s())
+                connection.request(request.method, request.target, body=request.body, headers=request.headers)
+                reply, keep = _read_reply(connection.getresponse(), connection.sock, request)
         except BaseException:
             # Ctrl-C too: half an answer may still be on its way on this connection, so nobody may use it again.
             connection.close()
@@ -205,7 +209,38 @@ class HttpTransport:
             self._idle.append(connection)
         else:
             connection.close()
-        return Reply(status=status, headers=headers, body=body)
+        return reply
+
+    def _exchange_plainly(self, connection: PlainConnection, request: _Request) -> tuple[Reply, bool]:
+        deadline = request.deadline
+        head, buffer, begin, end = connection.ask(self._head_of(request), request.body, deadline)
+        usual = usual_length(head)
+        taken = memoryview(buffer)
+        if usual is None:
+            connection.use_timeout(deadline)
+            return _read_reply(connection.unusual(request.method, bytes(taken[:end])), connection.sock, request)
+        headers, length = usual
+        if length > request.max_bytes:
+            raise _too_long(length, request.max_bytes)
+        body = read_usual(connection, length, taken[begin:end], deadline, self._buffers)
+        return Reply(status=200, headers=headers, body=body), True
+
+    def _head_of(self, request: _Request) -> bytes:
+        """The bytes before a request's body; the same for every batch of an epoch, so they are kept."""
+        length = None if request.body is None else len(request.body)
+        key = (request.method, request.target, length, *request.headers.items())
+        head = self._heads.get(key)
+        if head is None:
+            host = self._address.base_url.removesuffix(self._address.prefix).partition("://")[2]
+            lines = [f"{request.method} {request.target} HTTP/1.1", f"Host: {host}"]
+            lines += [f"{name}: {value}" for name, value in request.headers.items()]
+            lines += [] if length is None else [f"Content-Length: {length}"]
+            if any("\r" in line or "\n" in line for line in lines):
+                raise RequestError("a line break in a request's address or header would begin another header")
+            if len(self._heads) > _MOST_HEADS:
+                self._heads.clear()
+            head = self._heads[key] = "\r\n".join([*lines, "", ""]).encode("ascii")
+        return head
 
     def _kept_connection(self) -> http.client.HTTPConnection | None:
         if self._process != os.getpid():
@@ -222,7 +257,17 @@ class HttpTransport:
             # Made once: reading the machine's certificates takes longer than a batch.
             self._tls = self._tls or ssl.create_default_context()
             return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._tls)
-        return http.client.HTTPConnection(host, port, timeout=timeout_s)
+        plain = PlainConnection if os.name == "posix" else http.client.HTTPConnection
+        return plain(host, port, timeout=timeout_s)
+
+
+def _read_reply(response: http.client.HTTPResponse, sock: socket.socket, request: _Request) -> tuple[Reply, bool]:
+    """Any answer at all, read by `http.client`; and whether the connection can be used again."""
+    with response:
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        limit = request.max_bytes if response.status == 200 else MAX_ERROR_BYTES
+        body = _read_body(response, sock, limit, request.deadline)
+        return Reply(status=response.status, headers=headers, body=body), not response.will_close
 
 
 def _read_body(response: http.client.HTTPResponse, sock: socket.socket, limit: int, deadline: Deadline) -> memoryview:
@@ -232,7 +277,7 @@ def _read_body(response: http.client.HTTPResponse, sock: socket.socket, limit: i
     if announced is None:
         return _read_chunks(response, sock, limit, deadline)
     if announced > limit:
-        raise WireError(f"the answer announces {announced} bytes where at most {limit} can be right: it was not read")
+        raise _too_long(announced, limit)
     # Not zeroed first, unlike a bytearray: every byte is written below, or the buffer is thrown away.
     body = np.empty(announced, dtype=np.uint8).data
     received = 0
@@ -244,6 +289,10 @@ def _read_body(response: http.client.HTTPResponse, sock: socket.socket, limit: i
             raise TruncatedError(f"the answer was cut after {received} of {announced} bytes", received=received)
         received += count
     return body.toreadonly()
+
+
+def _too_long(announced: int, limit: int) -> WireError:
+    return WireError(f"the answer announces {announced} bytes where at most {limit} can be right: it was not read")
 
 
 def _read_chunks(response: http.client.HTTPResponse, sock: socket.socket, limit: int, deadline: Deadline) -> memoryview:

@@ -67,6 +67,7 @@ def _add_how_to_train(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", default="sgd", choices=OPTIMIZERS, help="SGD with Nesterov momentum, or AdamW (%(default)s)")
     add("--momentum", metavar="M", type=float, default=0.9, help="of SGD (%(default)s)")
     add("--weight-decay", metavar="D", type=float, default=0.0, help="of either optimizer (%(default)s)")
+    add("--max-gradient-norm", metavar="NORM", type=float, help="scale larger gradients down to it (no bound)")
     add("--schedule", default="one_cycle", choices=SCHEDULES, help="of the learning rate (%(default)s)")
     add("--precision", default="float32", choices=PRECISIONS, help="of the forward pass (%(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="of first weights, order and dropout (%(default)s)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from softlabels.manifest import ArraySpec, Manifest
 from softlabels.store.compressed import compress
 from softlabels.store.geometry import CHECKSUM_BYTES, Part, chunk_stride, chunks_in
+
+Chunk: TypeAlias = tuple[NDArray[np.uint8], bytes]
+"""A chunk's bytes, and the four bytes of checksum that follow them."""
 
 
 def chunk_bodies(plan: Manifest, name: str, rows: NDArray[Any]) -> Sequence[NDArray[np.uint8]]:
@@ -38,15 +41,14 @@ def chunk_bodies(plan: Manifest, name: str, rows: NDArray[Any]) -> Sequence[NDAr
     return [compress(chunk.view(dtype), plan.shards.compression) for chunk in chunks]
 
 
-def part_of(
-    plan: Manifest, name: str, bodies: Sequence[NDArray[np.uint8]], *, path: str, offset: int, rows: int
-) -> Part:
-    """Where these chunks lie in a file, one after the other from `offset` on, each with a checksum behind it."""
+def part_of(plan: Manifest, name: str, chunks: Sequence[Chunk], *, path: str, offset: int, rows: int) -> Part:
+    """Where these chunks lie in a file, one after the other from `offset` on."""
+    checksums = b"".join(checksum for _, checksum in chunks).hex()
     if plan.shards.compression is None:
         stride = chunk_stride(plan.arrays[name], plan.shards.rows_per_chunk)
-        return Part(path=path, offset=offset, stride=stride, rows=rows)
-    sizes = tuple(body.size + CHECKSUM_BYTES for body in bodies)
-    return Part(path=path, offset=offset, stride=0, rows=rows, sizes=sizes)
+        return Part(path=path, offset=offset, stride=stride, rows=rows, checksums=checksums)
+    sizes = tuple(body.size + CHECKSUM_BYTES for body, _ in chunks)
+    return Part(path=path, offset=offset, stride=0, rows=rows, checksums=checksums, sizes=sizes)
 
 
 def fill_value(dtype: np.dtype[Any]) -> float | int:

@@ -110,7 +110,7 @@ class CompressedArray:
         part = self._part(shard)
         assert part.sizes is not None
         raw = self._bytes(part, part.offset + sum(part.sizes[:chunk]), part.sizes[chunk])
-        if not self._is_sound(np.frombuffer(raw, dtype=np.uint8)):
+        if raw[-CHECKSUM_BYTES:] != part.checksum(chunk) or not self._is_sound(np.frombuffer(raw, dtype=np.uint8)):
             raise self._damaged(shard, chunk)
         dtype = np.dtype(self._array.dtype)
         try:

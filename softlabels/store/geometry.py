@@ -28,6 +28,8 @@ class Part:
         offset: of the first chunk, bytes.
         stride: from one chunk to the next, bytes: the chunk and its checksum; 0 where chunks are compressed.
         rows: how many rows of the shard are real; the last chunk may be padded.
+        checksums: what each chunk ends with, eight hex digits each. They bind a chunk to its place: one that is sound
+            but belongs elsewhere is found out, and so is a hole, which reads as zeros, whose Fletcher-32 is zero.
         sizes: bytes of each chunk with its checksum, where chunks are compressed; None elsewhere.
     """
 
@@ -35,7 +37,12 @@ class Part:
     offset: int
     stride: int
     rows: int
+    checksums: str
     sizes: tuple[int, ...] | None = None
+
+    def checksum(self, chunk: int) -> bytes:
+        """The last four bytes of a chunk, as they were written."""
+        return bytes.fromhex(self.checksums[2 * CHECKSUM_BYTES * chunk : 2 * CHECKSUM_BYTES * (chunk + 1)])
 
 
 def part_bytes(part: Part, rows_per_chunk: int) -> int:

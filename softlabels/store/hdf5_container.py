@@ -46,9 +46,10 @@ class Hdf5Container:
         parts = {}
         for name in bodies:
             buffers.append(skeleton.before[name])
-            for body in bodies[name]:
-                buffers += [body.data, fletcher32(body).to_bytes(4, "little")]
-            parts[name] = part_of(plan, name, bodies[name], path=path, offset=skeleton.offsets[name], rows=rows)
+            chunks = [(body, fletcher32(body).to_bytes(4, "little")) for body in bodies[name]]
+            for body, checksum in chunks:
+                buffers += [body.data, checksum]
+            parts[name] = part_of(plan, name, chunks, path=path, offset=skeleton.offsets[name], rows=rows)
         buffers.append(skeleton.after)
         return [ShardFile(path=path, buffers=buffers, parts=parts)]
 

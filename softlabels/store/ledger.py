@@ -30,6 +30,7 @@ CLAIM_PATIENCE_S = 0.25
 _LOOK_AGAIN_S = 0.01
 STAGING = "staging"
 
+_HEX = re.compile(r"[0-9a-f]*")
 _RECEIPT_NAME = re.compile(r"[0-9]{8}\.json")
 
 
@@ -199,12 +200,15 @@ def _is_locked(descriptor: int) -> bool:
     return True
 
 
-def _part(*, path: str, offset: int, stride: int, rows: int, sizes: list[int] | None = None) -> Part:
+def _part(*, path: str, offset: int, stride: int, rows: int, checksums: str, sizes: list[int] | None = None) -> Part:
+    if not isinstance(checksums, str) or not _HEX.fullmatch(checksums):
+        raise ValueError("checksums that are no hex digits")
     return Part(
         path=check_path(path),
         offset=check_whole(offset, "offset"),
         stride=check_whole(stride, "stride"),
         rows=check_whole(rows, "rows"),
+        checksums=checksums,
         sizes=None if sizes is None else tuple(check_whole(size, "size") for size in sizes),
     )
 

@@ -138,6 +138,7 @@ class MappedArray:
                 f"process may address ({error}): see `ulimit -v`, or give shards larger chunks"
             ) from error
         self._items = _items(self._space, self._row_bytes)
+        self._parts: dict[int, Part] = {}
 
     def is_mapped(self, shard: int) -> bool:
         """Whether this shard's file has its place already."""
@@ -147,7 +148,12 @@ class MappedArray:
         """Give a shard's file its place."""
         length = part.stride * -(-part.rows // self._rows_per_chunk)
         # Two threads may do this at once, to the same end. A lock, held while another thread forks, would stay locked.
+        self._parts[shard] = part
         self._begin[shard] = self._space.map(shard, root, part.path, offset=part.offset, length=length)
+
+    def checksum(self, shard: int, chunk: int) -> bytes:
+        """What a chunk of a mapped shard must end with; `chunk` counts within the shard."""
+        return self._parts[shard].checksum(chunk)
 
     def admit(self, chunk: int) -> None:
         """Let rows of a chunk, counted through the whole store, be gathered from now on; its shard is mapped."""

@@ -242,7 +242,9 @@ class LocalRows:
             shard, chunk = divmod(number, per_shard)
             if not array.is_mapped(shard):
                 array.map(shard, self._part(shard, field), self._root)
-            if not self._container.chunk_is_sound(array.chunk(shard, chunk)):
+            found = array.chunk(shard, chunk)
+            in_place = found[-CHECKSUM_BYTES:].tobytes() == array.checksum(shard, chunk)
+            if not in_place or not self._container.chunk_is_sound(found):
                 raise self._damaged(field, shard, chunk)
             array.admit(number)
 
@@ -323,12 +325,13 @@ def checked_part(receipt: Receipt, field: str, manifest: Manifest) -> Part:
     spec: ArraySpec = manifest.arrays[field]
     shards = manifest.shards
     rows = min(shards.rows_per_shard, manifest.rows - receipt.shard * shards.rows_per_shard)
-    fits = part is not None and part.rows == rows
+    chunks = chunks_in(rows, shards.rows_per_chunk)
+    fits = part is not None and part.rows == rows and len(part.checksums) == 2 * CHECKSUM_BYTES * chunks
     if part is not None and part.sizes is None:
         fits = fits and shards.compression is None and part.stride == chunk_stride(spec, shards.rows_per_chunk)
     elif part is not None and part.sizes is not None:
         fits = fits and shards.compression is not None and min(part.sizes, default=0) > CHECKSUM_BYTES
-        fits = fits and len(part.sizes) == chunks_in(rows, shards.rows_per_chunk)
+        fits = fits and len(part.sizes) == chunks
     if part is None or not fits or _overlap(receipt, shards.rows_per_chunk):
         raise ManifestError(f"the receipt of shard {receipt.shard} of {manifest.name!r} contradicts the manifest")
     return part

@@ -159,9 +159,11 @@ class ShardChecks:
         for number in numbers:
             chunk = read(part.path, *_place(part, number))
             self._report.chunks += 1
-            if len(chunk) <= CHECKSUM_BYTES or not self._container.chunk_is_sound(chunk):
+            sound = len(chunk) > CHECKSUM_BYTES and self._container.chunk_is_sound(chunk)
+            if not sound or chunk[-CHECKSUM_BYTES:].tobytes() != part.checksum(number):
                 where = {"path": part.path, "array": name, "chunk": number, "rows": self._rows(receipt, number)}
-                yield self.fault("checksum", "the chunk's checksum fails", receipt.shard, **where)
+                message = "its checksum is not the receipt's: it belongs elsewhere" if sound else "its checksum fails"
+                yield self.fault("checksum", message, receipt.shard, **where)
 
     def _rows(self, receipt: Receipt, number: int) -> tuple[int, int]:
         first = receipt.rows[0] + number * self._plan.shards.rows_per_chunk

@@ -73,7 +73,7 @@ def _consolidated(documents: dict[str, bytes]) -> dict[str, bytes]:
     root = json.loads(documents["zarr.json"])
     arrays = {path.removesuffix("/zarr.json"): json.loads(raw) for path, raw in documents.items() if "/" in path}
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
-    return {**documents, "zarr.json": json.dumps(root, indent=2, sort_keys=True).encode()}
+    return {**documents, "zarr.json": json.dumps(root, sort_keys=True).encode()}
 
 
 def _codecs(compression: str | None, dtype: np.dtype[Any]) -> list[Any]:
@@ -87,14 +87,14 @@ def _codecs(compression: str | None, dtype: np.dtype[Any]) -> list[Any]:
 
 
 def _shard_file(plan: Manifest, shard: int, name: str, rows: NDArray[Any]) -> ShardFile:
-    bodies = chunk_bodies(plan, name, rows)
+    chunks = [(body, crc32c(body).to_bytes(4, "little")) for body in chunk_bodies(plan, name, rows)]
     buffers: list[Buffer] = []
-    for body in bodies:
-        buffers += [body.data, crc32c(body).to_bytes(4, "little")]
-    sizes = [body.size + CHECKSUM_BYTES for body in bodies]
+    for body, checksum in chunks:
+        buffers += [body.data, checksum]
+    sizes = [body.size + CHECKSUM_BYTES for body, _ in chunks]
     buffers.append(_shard_index(sizes, plan.shards.rows_per_shard // plan.shards.rows_per_chunk))
     path = f"{name}/c/{shard}" + "/0" * len(plan.arrays[name].row_shape)
-    part = part_of(plan, name, bodies, path=path, offset=0, rows=len(rows))
+    part = part_of(plan, name, chunks, path=path, offset=0, rows=len(rows))
     return ShardFile(path=path, buffers=buffers, parts={name: part})
 
 

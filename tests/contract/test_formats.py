@@ -26,7 +26,8 @@ RECORDED: dict[str, dict[str, str]] = json.loads((FORMAT1 / "digests.json").read
 def contents() -> dict[str, Any]:
     """What every store of format 1 holds."""
     spec = importlib.util.spec_from_file_location("make_format1", FIXTURES / "make_format1.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found: dict[str, Any] = module.contents()

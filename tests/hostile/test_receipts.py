@@ -91,7 +91,7 @@ class TestLies:
             softlabels.open(store).batch([0])
 
     def test_an_address_behind_the_end(self, store: Path, rewrite: Any) -> None:
-        """An address outside the file would kill the process with SIGBUS; it is an error, in a process that lives on."""
+        """An address outside the file would kill the process with SIGBUS; it is an error that the process survives."""
         for offset in (1, 4096, 1 << 20, 1 << 50, (1 << 62) - 1):
             rewrite(receipt_path(store), lambda receipt: receipt["parts"]["targets"].update(offset=offset))  # noqa: B023
             program = (

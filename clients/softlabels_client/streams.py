@@ -1,0 +1,136 @@
+"""How does an epoch come over the network? As one long reply, frame by frame, taken up again wherever it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlencode
+
+
+from numpy.typing import NDArray
+
+from softlabels import wire
+from softlabels.epochs import END_FORMAT, EpochPlan, EpochRows
+from softlabels.errors import SoftLabelsError, WireError
+from softlabels.manifest import Manifest
+from softlabels.opening import IDS, ROW_OFFSETS
+from softlabels.order import RankBatches, StepBatch
+from softlabels_client.replies import ReplyReader
+from softlabels_client.transport import HttpTransport, OpenReply
+
+_MOST_HEADER_BYTES = 1 << 20
+"""A frame's header names a dozen arrays; real ones take under 2 KiB."""
+
+
+def epoch_rows(
+    transport: HttpTransport,
+    path: str,
+    reader: ReplyReader,
+    manifest: Manifest,
+    digest: str,
+    plan: EpochPlan,
+    fields: tuple[str, ...],
+) -> Iterator[EpochRows]:
+    """The rows of each step, in order, each once: whatever breaks in between.
+
+    Every frame is compared with what this side works out by itself: how many samples the step has, where the epoch
+    stands after it and, where ids count up, whose rows they are.
+
+    Raises:
+        TruncatedError, WireError, ServerUnreachableError: no connection would go on; SoftLabelsError: as the server has it.
+    """
+    names = tuple(dict.fromkeys((*fields, IDS)))
+    failures = 0
+    while True:
+        steps = plan.batches(manifest, digest)
+        if not len(steps):
+            return
+        stream: OpenReply | None = None
+        try:
+            stream = transport.open(f"{path}/epochs/{plan.epoch}?{_query(plan, names, digest)}")
+            frames = Frames(stream, reader, manifest, names)
+            for step in steps:
+                rows = frames.read(step)
+                yield rows
+                plan, failures = plan.going_on_at(rows.cursor_after), 0
+            frames.read_end(steps)
+            stream.finish()
+            return
+        except SoftLabelsError as error:
+            failures += 1
+            transport.pause_or_raise(error, failures)
+        finally:
+            if stream is not None:
+                stream.close()
+
+
+class Frames:
+    """The frames of one stream, each checked.
+
+    Args:
+        stream: the reply.
+        reader: knows what the store's arrays look like.
+        manifest: of the store.
+        names: the arrays that were asked for.
+    """
+
+    def __init__(self, stream: OpenReply, reader: ReplyReader, manifest: Manifest, names: tuple[str, ...]) -> None:
+        self._stream, self._reader, self._manifest, self._names = stream, reader, manifest, names
+
+    def read(self, step: StepBatch) -> EpochRows:
+        """The frame of this step. Raises WireError, TruncatedError, StoreChangedError."""
+        blob = self._frame()
+        count = len(step.positions)
+        arrays, metadata = self._reader.read(blob, self._names, samples=count)
+        if metadata.get("cursor") != str(step.cursor_after) or metadata.get("repeated") != str(step.repeated):
+            raise WireError(
+                f"the stream stands at {metadata.get('cursor')!r} where the epoch is at {step.cursor_after}: a batch is "
+                "missing, or came twice",
+                cursor=step.cursor_after,
+            )
+        ids = self._reader.ids_of(arrays[IDS])
+        if self._manifest.ids.dense_start is not None:
+            self._reader.refuse_other_ids(ids, step.positions + self._manifest.ids.dense_start)
+        found: dict[str, NDArray[Any]] = {name: arrays[name] for name in self._names}
+        found[IDS] = ids
+        if ROW_OFFSETS in arrays:
+            found[ROW_OFFSETS] = arrays[ROW_OFFSETS]
+        return EpochRows(ids=ids, arrays=found, repeated=step.repeated, cursor_after=step.cursor_after)
+
+    def read_end(self, steps: RankBatches) -> None:
+        """The frame that ends a whole stream. Raises WireError, TruncatedError."""
+        _, metadata = wire.from_bytes(self._frame())
+        counted = (str(steps.batch_count), str(steps.sample_count))
+        if metadata.get("format") != END_FORMAT or (metadata.get("batches"), metadata.get("samples")) != counted:
+            raise WireError(f"the stream ends with {metadata} where an epoch of {counted[0]} batches should")
+
+    def _frame(self) -> memoryview:
+        start = self._stream.read(8)
+        length = int.from_bytes(start, "little")
+        if length > _MOST_HEADER_BYTES:
+            raise WireError(f"a frame announces a header of {length} bytes: this is no stream of safetensors files")
+        header = bytes(start) + bytes(self._stream.read(length))
+        size = len(header) + wire.layout_of(header, whole=False).data_bytes
+        blob = self._stream.buffer(size)
+        blob[: len(header)] = header
+        self._stream.read_into(blob[len(header) :])
+        return blob.toreadonly()
+
+
+def _query(plan: EpochPlan, names: tuple[str, ...], digest: str) -> str:
+    wanted: dict[str, Any] = {
+        "seed": plan.seed,
+        "batch_size": plan.batch_size,
+        "rank": plan.rank,
+        "world_size": plan.world_size,
+        "cursor": plan.cursor,
+        "shuffle": "true" if plan.shuffle else "false",
+        "remainder": plan.remainder,
+        "fields": ",".join(names),
+        "digest": digest,
+    }
+    optional = {"block": plan.block, "view": plan.view}
+    wanted |= {name: value for name, value in optional.items() if value is not None}
+    return urlencode(wanted, safe=",")
+
+
