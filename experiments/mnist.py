@@ -88,7 +88,7 @@ def run_seed(mnist: Mnist, seed: int, schedules: Schedules, folder: Path) -> See
             hard_labels(train),
             epochs=schedule.epochs,
             batch_size=schedule.batch_size,
-            learning_rate=schedule.learning_rate,
+            learning_rate=schedule.hard_learning_rate,
             seed=seed,
             progress=progress,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ MEDIA_TYPE = "application/vnd.safetensors"
 
 MAX_HEADER_BYTES = 100_000_000
 """The bound that the safetensors library itself sets."""
+
+MAX_AXES = 32
+"""More than any array here has; NumPy itself stops at 64."""
 
 _TO_WIRE = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "<i2": "I16", "|i1": "I8",
             "<u8": "U64", "<u4": "U32", "<u2": "U16", "|u1": "U8"}  # fmt: skip
@@ -66,6 +70,39 @@ def to_bytes(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) ->
     return b"".join(to_buffers(arrays, metadata))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the arrays of a safetensors file lie, and what it says of itself.
+
+    Attributes:
+        metadata: strings by name.
+        entries: name, dtype, shape and first byte of each array, in the order of their bytes.
+        data_begin: where the arrays begin in the file.
+        data_bytes: how long they are together.
+    """
+
+    metadata: Mapping[str, str]
+    entries: tuple[tuple[str, np.dtype[Any], tuple[int, ...], int], ...]
+    data_begin: int
+    data_bytes: int
+
+    def arrays(self, blob: memoryview) -> dict[str, NDArray[Any]]:
+        """Arrays by name, views of the file.
+
+        Raises:
+            WireError: the file is not as long as its header says.
+        """
+        found = len(blob) - self.data_begin
+        if found != self.data_bytes:
+            raise WireError(
+                f"{found} bytes of data where the header announces {self.data_bytes}: the reply is cut or padded"
+            )
+        return {
+            name: np.ndarray(shape, dtype=dtype, buffer=blob, offset=begin)
+            for name, dtype, shape, begin in self.entries
+        }
+
+
 def from_bytes(blob: bytes | bytearray | memoryview) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Read a safetensors file.
 
@@ -75,25 +112,16 @@ def from_bytes(blob: bytes | bytearray | memoryview) -> tuple[dict[str, NDArray[
         WireError: truncated, overlapping, with gaps, out of bounds, of an unknown dtype, or not safetensors at all.
     """
     view = memoryview(blob).cast("B")
-    table, data = _read_header(view)
-    metadata = table.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise WireError("the safetensors metadata are not strings")
-    arrays: dict[str, NDArray[Any]] = {}
-    expected_begin = 0
-    try:
-        for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
-            arrays[name], expected_begin = _read_array(data, entry, expected_begin)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise WireError(f"the safetensors header contradicts itself: {error}") from error
-    if expected_begin != len(data):
-        raise WireError(
-            f"{len(data)} bytes of data where the header announces {expected_begin}: the reply is cut or padded"
-        )
-    return arrays, metadata
+    layout = layout_of(view)
+    return layout.arrays(view), dict(layout.metadata)
 
 
-def _read_header(view: memoryview) -> tuple[dict[str, Any], memoryview]:
+def header_of(view: memoryview) -> bytes:
+    """The length field and header of a safetensors file.
+
+    Raises:
+        WireError: cut, or not safetensors at all.
+    """
     if len(view) < 8:
         raise WireError(f"{len(view)} bytes are no safetensors file: the reply is cut")
     length = int.from_bytes(view[:8], "little")
@@ -101,24 +129,50 @@ def _read_header(view: memoryview) -> tuple[dict[str, Any], memoryview]:
         raise WireError(
             f"the header announces {length} bytes, {len(view) - 8} follow: the reply is cut or no safetensors"
         )
+    return bytes(view[: 8 + length])
+
+
+def layout_of(view: memoryview | bytes) -> Layout:
+    """What the header at the beginning of a safetensors file says; of the rest nothing is read.
+
+    Raises:
+        WireError: it is cut, contradicts itself or names an unknown dtype.
+    """
+    header = header_of(memoryview(view))
+    table = _table_of(header)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise WireError("the safetensors metadata are not strings")
+    entries: list[tuple[str, np.dtype[Any], tuple[int, ...], int]] = []
+    end = 0
     try:
-        table = json.loads(bytes(view[8 : 8 + length]))
+        for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, end = _entry(entry, expected_begin=end)
+            entries.append((name, dtype, shape, len(header) + entry["data_offsets"][0]))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise WireError(f"the safetensors header contradicts itself: {error}") from error
+    return Layout(metadata=metadata, entries=tuple(entries), data_begin=len(header), data_bytes=end)
+
+
+def _table_of(header: bytes) -> dict[str, Any]:
+    try:
+        table = json.loads(header[8:])
     except (ValueError, RecursionError) as error:
         raise WireError(f"the safetensors header is not JSON: {error}") from error
     if not isinstance(table, dict):
         raise WireError("the safetensors header is not a JSON object")
-    return table, view[8 + length :]
+    return table
 
 
-def _read_array(data: memoryview, entry: Mapping[str, Any], expected_begin: int) -> tuple[NDArray[Any], int]:
+def _entry(entry: Mapping[str, Any], *, expected_begin: int) -> tuple[np.dtype[Any], tuple[int, ...], int]:
     dtype = _FROM_WIRE[entry["dtype"]]
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if any(type(extent) is not int or extent < 0 for extent in (*shape, begin, end)):
+    if len(shape) > MAX_AXES or any(type(extent) is not int or extent < 0 for extent in (*shape, begin, end)):
         raise ValueError(f"shape {shape} at {begin}:{end}")
     size = dtype.itemsize
     for extent in shape:
         size *= extent
-    if begin != expected_begin or end - begin != size or end > len(data):
-        raise ValueError(f"{entry['dtype']}{list(shape)} does not lie at {begin}:{end} of {len(data)} bytes")
-    return np.frombuffer(data[begin:end], dtype=dtype).reshape(shape), end
+    if begin != expected_begin or end - begin != size:
+        raise ValueError(f"{entry['dtype']}{list(shape)} does not lie at {begin}:{end}")
+    return dtype, shape, end

@@ -54,8 +54,7 @@ class ReplyReader:
         layout = self._known.get((header, names, samples))
         if layout is None:
             layout = wire.layout_of(blob)
-            arrays = layout.arrays(blob)
-            self._check(arrays, layout.metadata, names, samples)
+            arrays = self.check(layout, blob, names, samples=samples)
             if len(self._known) >= _MOST_HEADERS:
                 self._known.clear()
             # What a header does not settle, the row counts of sequences, is looked at each time.
@@ -93,10 +92,12 @@ class ReplyReader:
                 yours=self._digest,
             )
 
-    def _check(
-        self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str], names: tuple[str, ...], samples: int
-    ) -> None:
-        self.refuse_other_version(metadata.get("digest"))
+    def check(
+        self, layout: wire.Layout, blob: memoryview, names: tuple[str, ...], *, samples: int
+    ) -> dict[str, NDArray[Any]]:
+        """The arrays of a reply whose header was not seen before. Raises as `read` does."""
+        arrays = layout.arrays(blob)
+        self.refuse_other_version(layout.metadata.get("digest"))
         rows = samples
         if self._manifest.layout.kind == "sequences":
             offsets = arrays.get(ROW_OFFSETS)
@@ -108,6 +109,7 @@ class ReplyReader:
         for name in names:
             once_a_sample = name == IDS or (name == FINGERPRINTS and name not in self._manifest.arrays)
             self._refuse_other_form(arrays, name, rows=samples if once_a_sample else rows)
+        return arrays
 
     def _spec(self, name: str) -> ArraySpec:
         spec = self._specs.get(name)

@@ -79,7 +79,10 @@ class HttpRows:
         if not self._manifest.encoding.constants:
             return self._manifest.make_encoding()
         reply = self._transport.request(
-            "GET", f"{self._address.path}/constants", headers={"Accept": wire.MEDIA_TYPE}, max_bytes=_MOST_CONSTANT_BYTES
+            "GET",
+            f"{self._address.path}/constants",
+            headers={"Accept": wire.MEDIA_TYPE},
+            max_bytes=_MOST_CONSTANT_BYTES,
         )
         arrays, metadata = wire.from_bytes(reply.body)
         self._reader.refuse_other_version(metadata.get("digest"))

@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from softlabels.errors import RequestError, SoftLabelsError, TruncatedError, WireError
+from softlabels import wire
+from softlabels.errors import RequestError, ServerUnreachableError, SoftLabelsError, TruncatedError, WireError
 from softlabels_client.address import StoreAddress
 from softlabels_client.buffers import Buffers
 from softlabels_client.failures import explain, mends_itself, refusal
+from softlabels_client.open_replies import OpenReply, ParsedReply, PlainReply
 from softlabels_client.plain import PlainConnection, read_usual, usual_length
 from softlabels_client.retrying import RETRIED_STATUSES, Deadline, RetryPolicy, retry_after_s
 
@@ -142,6 +144,58 @@ class HttpTransport:
                 mends, asked_s = reply.status in RETRIED_STATUSES, retry_after_s(reply.headers)
             failures += 1
             self._pause_or_give_up(failure, failures, request.deadline, mends=mends, asked_s=asked_s)
+
+    def open(self, path: str) -> OpenReply:
+        """Ask for a long answer, which is read as it comes; not sent again when it breaks.
+
+        Raises: as `request` does, but at the first failure.
+        """
+        request = self._prepared("GET", path, None, {"Accept": wire.MEDIA_TYPE}, 0)
+        connection = self._fresh_connection(request.deadline)
+        where = self._address.base_url + path
+        try:
+            connection.connect()
+            reply = self._opened(connection, request)
+            if reply.status == 200:
+                self._has_answered = True
+                return reply
+            body = reply.rest(MAX_ERROR_BYTES)
+        except WireError:
+            connection.close()
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise explain(error, where=where, timeout_s=self._timeout_s) from error
+        except BaseException:
+            connection.close()
+            raise
+        connection.close()
+        raise refusal(reply.status, reply.headers, body, where=where)
+
+    def pause_or_raise(self, error: SoftLabelsError, failures: int) -> None:
+        """Wait before a stream is asked for again; raise what it failed with where that would change nothing."""
+        mends = isinstance(error, TruncatedError | WireError | ServerUnreachableError)
+        if not mends or failures >= self._retry.attempts:
+            raise error
+        time.sleep(self._retry.pause_s(failures))
+
+    def _opened(self, connection: http.client.HTTPConnection, request: _Request) -> OpenReply:
+        def again() -> Deadline:
+            return Deadline(self._timeout_s)
+
+        if isinstance(connection, PlainConnection):
+            head, buffer, begin, end = connection.ask(self._head_of(request), None, request.deadline)
+            usual = usual_length(head)
+            if usual is not None:
+                taken = bytes(memoryview(buffer)[begin:end])
+                return PlainReply(connection, usual[0], usual[1], taken, again, self._buffers)
+            connection.use_timeout(request.deadline)
+            response = connection.unusual("GET", bytes(memoryview(buffer)[:end]))
+        else:
+            connection.sock.settimeout(request.deadline.left_s())
+            connection.request("GET", request.target, headers=request.headers)
+            response = connection.getresponse()
+        return ParsedReply(connection, response, self._timeout_s, self._buffers)
 
     def close(self) -> None:
         """Close the connections that wait to be used again; a later request opens a new one."""

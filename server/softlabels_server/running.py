@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from softlabels.errors import RequestError
+from softlabels_server.allocator import keep_freed_memory
 from softlabels_server.connections import bounded_protocol
 from softlabels_server.settings import Settings
 
@@ -85,6 +86,7 @@ class StoppableServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer, then say so."""
+        keep_freed_memory()
         await super().startup(sockets=sockets)
         if self.started:
             self._announce()

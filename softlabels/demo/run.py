@@ -146,7 +146,7 @@ def _train_alone(data: DemoData) -> int:
     schedule = data.schedules.student
     torch.manual_seed(0)
     student = student_mlp(in_features=data.train.inputs[0].size)
-    print("\nthe student on hard labels alone: the same net, epochs, batches and rate as from the service", flush=True)
+    print("\nthe student on hard labels alone: the same net, epochs and batches as from the service", flush=True)
     with track(schedule.epochs * len(data.train), "student alone", "samples") as progress:
         fit_hard(
             student,
@@ -154,7 +154,7 @@ def _train_alone(data: DemoData) -> int:
             hard_labels(data.train),
             epochs=schedule.epochs,
             batch_size=schedule.batch_size,
-            learning_rate=schedule.learning_rate,
+            learning_rate=schedule.hard_learning_rate,
             seed=0,
             progress=progress,
         )

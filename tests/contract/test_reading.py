@@ -147,6 +147,30 @@ class TestDamage:
             flip(made.root, field=field, shard=1, chunk=2, byte=byte)
         softlabels.open(made.root).batch(made.ids, fingerprints=True)
 
+    def test_chunks_that_changed_places(self, made: Any, place: Any) -> None:
+        """Two chunks of one size, each sound by itself, that were swapped are found out."""
+        (path, first, size), (_, second, other) = (place(made.root, "fingerprints", 1, chunk) for chunk in (0, 1))
+        if size != other:
+            pytest.skip("these chunks compress to different sizes, so that swapping them is plain damage")
+        raw = bytearray(path.read_bytes())
+        raw[first : first + size], raw[second : second + size] = (
+            raw[second : second + size],
+            raw[first : first + size],
+        )
+        path.write_bytes(raw)
+        with pytest.raises(ChecksumError):
+            softlabels.open(made.root).batch([1000 + 64], fingerprints=True)
+
+    def test_a_hole(self, made: Any, place: Any) -> None:
+        """A chunk of zeros, as a file has where nothing was written, is not data: Fletcher-32 of zeros is zero."""
+        path, offset, size = place(made.root, "targets", 1, 2)
+        raw = bytearray(path.read_bytes())
+        raw[offset : offset + size] = bytes(size)
+        path.write_bytes(raw)
+        with pytest.raises(ChecksumError) as caught:
+            softlabels.open(made.root).batch(made.ids)
+        assert caught.value.context["chunk"] == 2
+
     def test_the_rows_of_a_partial_chunk_are_named_rightly(self, made: Any, flip: Callable[..., Path]) -> None:
         """The last chunk of the store ends where the store ends."""
         flip(made.root, shard=3, chunk=0)

@@ -155,7 +155,7 @@ class TestFullDisk:
             pytest.skip("mounting a small tmpfs is not permitted here")
         try:
             refused = 0
-            for pages in range(4, 200, 2):
+            for pages in range(3, 200):
                 remount(disk, pages)
                 code = nursery.run("write", root=disk / "s", kind=kind)
                 if code == 0:

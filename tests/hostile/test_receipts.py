@@ -46,6 +46,11 @@ LIES: dict[str, Lie] = {
         offset=receipt["parts"]["labels"]["offset"] + 4, path=receipt["parts"]["labels"]["path"]
     ),
     "a part of a file that is not named": lambda receipt, part: part.update(path="targets/c/9/0"),
+    "too few checksums": lambda receipt, part: part.update(checksums=part["checksums"][:-8]),
+    "half a checksum": lambda receipt, part: part.update(checksums=part["checksums"][:-1]),
+    "checksums in words": lambda receipt, part: part.update(checksums="x" * len(part["checksums"])),
+    "no checksums": lambda receipt, part: part.pop("checksums"),
+    "checksums that are a list": lambda receipt, part: part.update(checksums=[0] * len(part["checksums"])),
     "no part": lambda receipt, part: receipt["parts"].pop("targets"),
     "parts that are a list": lambda receipt, part: receipt.update(parts=[part]),
     "another shard": lambda receipt, part: receipt.update(shard=1),
