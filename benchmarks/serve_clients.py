@@ -1,8 +1,9 @@
 """How many batches a second reach a client's process? One client of one server, told by lines on its standard input.
 
-    python -m benchmarks.serve_clients ours|ours_decoded|ours_epoch|tcp|tcp_epoch|flight|flight_epoch ADDRESS SAMPLES BATCH
+    python -m benchmarks.serve_clients KIND ADDRESS SAMPLES ROW_BYTES BATCH
 
-A line `SECONDS` makes it ask for that long; it answers with a line of JSON: batches, rows, bytes, seconds, latencies.
+KIND is ours, ours_decoded, ours_epoch, tcp, tcp_epoch, flight or flight_epoch. A line `SECONDS` makes it ask for that
+long, one with an epoch's number makes it read that epoch; it answers with a line of JSON: batches, bytes, seconds, latencies.
 """
 
 from __future__ import annotations

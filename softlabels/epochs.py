@@ -136,8 +136,10 @@ class Epoch:
         return self
 
     def __next__(self) -> SoftTargets:
-        """The next batch. From then on `cursor` is what to begin the rest of the epoch at, after this batch;
-        `repeated` is how many of its samples, at the end, are padding.
+        """The next batch.
+
+        From then on `cursor` is where to begin the rest of the epoch; `repeated` counts the samples at the batch's end
+        that are padding.
         """
         rows = next(self._rows)
         targets = self._wrap(rows)

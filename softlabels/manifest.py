@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from softlabels.encodings import Encoding, make_encoding
 from softlabels.errors import FormatVersionError, ManifestError
 from softlabels.ids import IdKind
-from softlabels.sealing import canonical_json
+from softlabels.sealing import canonical_json, document_of
 from softlabels.soundness import MAX_EXTENT, check_manifest
 
 FORMAT = "softlabels-store"
@@ -88,9 +88,9 @@ class TeacherSpec:
     name: str
     model: str
     arguments: Mapping[str, Any]
-    weights: str | None
-    weights_sha256: str | None
     weight: float
+    weights: str | None = None
+    weights_sha256: str | None = None
     preprocess: str | None = None
     code_sha256: str | None = None
 
@@ -233,7 +233,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able description that `from_json` reads back."""
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": FORMAT, **document_of(self)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Manifest:

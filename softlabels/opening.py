@@ -172,7 +172,7 @@ class TargetStore:
         """The batches of an epoch in an order that follows from the store, the seed and the epoch's number alone.
 
         Every sample comes once, whatever the number of ranks, and each rank has as many batches as any other. What is
-        left of an epoch can be begun at its `cursor`, also with other ranks or another batch size.
+        left of it can be begun at its `cursor`, also with other ranks or another batch size.
 
         Args:
             seed: of the training run.
@@ -181,13 +181,13 @@ class TargetStore:
             rank, world_size: which of how many ranks this is.
             cursor: where to go on, as `Epoch.cursor` said.
             shuffle: False takes the samples in the store's order.
-            block: shuffle blocks of so many consecutive samples, then within a few blocks, for slow disks.
-            remainder: "split" shares out the samples that fill no last step, "drop" leaves them out, "pad" repeats some.
-            view: which view of every sample, where the store keeps views; view `epoch` modulo their number when left out.
+            block: shuffle blocks of so many consecutive samples, then within a few of them, for slow disks.
+            remainder: "split" shares out what fills no last step, "drop" leaves it out, "pad" repeats some.
+            view: which view of every sample, where the store keeps views; `epoch` modulo their number if left out.
             temperature, mean, weights, labels, fingerprints, view_parameters: as `batch` takes them.
         Raises:
-            RequestError, TemperatureError, TemperatureLockedError, UnknownFieldError, RowsNotCommittedError; while it is
-            read what `batch` raises.
+            RequestError, TemperatureError, TemperatureLockedError, UnknownFieldError, RowsNotCommittedError; and
+            while it is read what `batch` raises.
         """
         spec = self.manifest.temperature
         carried = spec.default if temperature is None else check_temperature(temperature)

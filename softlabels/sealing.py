@@ -5,12 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from softlabels.errors import ManifestError
 
 MAX_MANIFEST_BYTES = 16 << 20
 """No real manifest or receipt comes near; a hostile one must not fill the memory."""
+
+
+def document_of(value: Any) -> Any:
+    """A dataclass as JSON-able tables, without its fields that are None.
+
+    A field that a later version adds, with None for "as before", leaves the digests of older documents as they are.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        found = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+        return {name: document_of(part) for name, part in found.items() if part is not None}
+    if isinstance(value, Mapping):
+        return {key: document_of(part) for key, part in value.items()}
+    return [document_of(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def canonical_json(document: Any) -> bytes:

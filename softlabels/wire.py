@@ -51,12 +51,6 @@ def header_bytes(shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], me
     return len(text).to_bytes(8, "little") + text
 
 
-def pad_header(header: bytes, size_bytes: int) -> bytes:
-    """What `header_bytes` made, filled up with spaces to this length: files of one size whatever their numbers."""
-    assert size_bytes % 8 == 0 and len(header) <= size_bytes, "the arrays behind it must stay aligned"
-    return (size_bytes - 8).to_bytes(8, "little") + header[8:].ljust(size_bytes - 8)
-
-
 def to_buffers(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
     """A safetensors file as buffers to be sent one after the other; the arrays are not copied."""
     ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))

@@ -1,4 +1,4 @@
-"""How is a long answer read while it is still on its way? Piece by piece into given memory, each within a time limit."""
+"""How is a long answer read while it is still on its way? Piece by piece, each within a time limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a reply what was asked for? Its version, its arrays, their shapes, and whose rows they are: nothing else is believed."""
+"""Is a reply what was asked for? Its version, its arrays, their shapes, and whose rows they are."""
 
 from __future__ import annotations
 

@@ -213,8 +213,8 @@ class HttpRows:
             raise RequestError(f"{name!r} keeps no views: it has none to ask for")
         if views is None and kind == "views":
             raise RequestError(
-                f"{name!r} keeps {self._manifest.layout.views} views a sample: say which one each input shows; a target of "
-                "one view never serves another"
+                f"{name!r} keeps {self._manifest.layout.views} views a sample: say which one each input shows; a "
+                "target of one view never serves another"
             )
         if spans is not None and kind != "sequences":
             raise RequestError(f"{name!r} keeps no sequences: it has no spans to ask for")

@@ -14,8 +14,9 @@ from softlabels.errors import SoftLabelsError, WireError
 from softlabels.manifest import Manifest
 from softlabels.opening import IDS, ROW_OFFSETS
 from softlabels.order import RankBatches, StepBatch
+from softlabels_client.open_replies import OpenReply
 from softlabels_client.replies import ReplyReader
-from softlabels_client.transport import HttpTransport, OpenReply
+from softlabels_client.transport import HttpTransport
 
 _MOST_HEADER_BYTES = 1 << 20
 """A frame's header names a dozen arrays; real ones take under 2 KiB."""
@@ -36,7 +37,7 @@ def epoch_rows(
     stands after it and, where ids count up, whose rows they are.
 
     Raises:
-        TruncatedError, WireError, ServerUnreachableError: no connection would go on; SoftLabelsError: as the server has it.
+        TruncatedError, WireError, ServerUnreachableError: no connection would go on; or what the server has against it.
     """
     names = tuple(dict.fromkeys((*fields, IDS)))
     failures = 0

@@ -1,8 +1,8 @@
 """How does a request reach the server and its answer come back whole? One narrow seam: `HttpTransport.request`.
 
 Built on `http.client`, because it lets a body be read straight into one buffer of the known length, each read under the
-request's own deadline; what is usual goes past its parser, see `plain`. Everything sent here is a pure read, so everything
-may be sent again.
+request's own deadline; what is usual goes past its parser, see `plain`. Everything sent here is a pure read, so
+everything may be sent again.
 """
 
 from __future__ import annotations
@@ -252,6 +252,7 @@ class HttpTransport:
             if isinstance(connection, PlainConnection):
                 reply, keep = self._exchange_plainly(connection, request)
             else:
+                assert connection.sock is not None
                 connection.sock.settimeout(request.deadline.left_s())
                 connection.request(request.method, request.target, body=request.body, headers=request.headers)
                 reply, keep = _read_reply(connection.getresponse(), connection.sock, request)

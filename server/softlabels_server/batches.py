@@ -1,4 +1,4 @@
-"""What may a client have of a store, and what are its arrays? A batch request checked against the store, and gathered."""
+"""What may a client have of a store? A batch request checked against it, and its arrays gathered."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def array_names(store: ServedStore, fields: tuple[str, ...] | None, *, encoded: 
 
 
 def bytes_a_row(store: ServedStore, names: tuple[str, ...]) -> int:
-    """Bytes that a row takes in these arrays; ids and fingerprints of sequences stand once a sample and count as a row."""
+    """Bytes that a row takes in these arrays; what sequences keep once a sample counts as a row."""
     arrays = store.manifest.arrays
     elsewhere = {IDS: 8 if store.manifest.ids.kind == "int" else store.manifest.ids.width_bytes, FINGERPRINTS: 16}
     return sum(arrays[name].row_bytes if name in arrays else elsewhere[name] for name in names)

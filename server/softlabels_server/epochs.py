@@ -40,7 +40,10 @@ _FRAME_FORMAT = "softlabels-epoch/1"
 _COUNTED = 20
 """Digits that no cursor or row count needs: they stand in for the real ones where a header's room is worked out."""
 
-PIECE_BYTES = 512 << 10
+_MARK = "<cursor>"
+"""Where a frame's place stands in a header that is made once for many."""
+
+PIECE_BYTES = 1024 << 10
 """Gathered at a time: what stays in a core's cache until the socket has taken it."""
 
 
@@ -132,26 +135,39 @@ class EpochStream:
         return found
 
     def _header(self, step: StepBatch, rows: Mapping[str, int]) -> bytes:
-        shapes = {name: (self._dtype(name), (rows[name], *self._row_shape(name))) for name in self._ordered}
-        metadata = {
-            **metadata_of(self.store, self.temperature, samples=len(step.positions)),
+        """The header of a frame; frames of one size differ in their place alone, so one is made for each size."""
+        key = (len(step.positions), step.repeated, tuple(rows.items()))
+        around = self._headers.get(key)
+        if around is None:
+            shapes = {name: (self._dtype(name), (rows[name], *self._row_shape(name))) for name in self._ordered}
+            metadata = self._metadata(len(step.positions), _MARK, step.repeated)
+            before, _, after = wire.header_bytes(shapes, metadata)[8:].rstrip().partition(_MARK.encode())
+            if has_row_offsets(self.store):
+                self._headers.clear()
+            around = self._headers[key] = before, after
+        text = around[0] + str(step.cursor_after).encode() + around[1]
+        size = self._header_bytes
+        assert len(text) <= size - 8, "the room was worked out for longer numbers"
+        return (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
+
+    @cached_property
+    def _headers(self) -> dict[Any, tuple[bytes, bytes]]:
+        return {}
+
+    def _metadata(self, samples: int, cursor: object, repeated: int) -> dict[str, str]:
+        return {
+            **metadata_of(self.store, self.temperature, samples=samples),
             "format": _FRAME_FORMAT,
-            "cursor": str(step.cursor_after),
-            "repeated": str(step.repeated),
+            "cursor": str(cursor),
+            "repeated": str(repeated),
         }
-        return wire.pad_header(wire.header_bytes(shapes, metadata), self._header_bytes)
 
     @cached_property
     def _header_bytes(self) -> int:
         """Room that the header of every frame has: as much as the longest numbers would need, in whole cache lines."""
         longest = 10 ** (_COUNTED - 4)
         shapes = {name: (self._dtype(name), (longest // 10**6, *self._row_shape(name))) for name in self._ordered}
-        metadata = {
-            **metadata_of(self.store, self.temperature, samples=longest),
-            "format": _FRAME_FORMAT,
-            "cursor": str(longest),
-            "repeated": str(longest),
-        }
+        metadata = self._metadata(longest, longest, longest)
         return -(-len(wire.header_bytes(shapes, metadata)) // 64) * 64
 
     @cached_property

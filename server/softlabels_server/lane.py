@@ -87,25 +87,33 @@ class FastLane(asyncio.Protocol):
         else:
             super().timeout_keep_alive_handler()  # type: ignore[misc]
 
-    def pour(self, scope: Any, buffers: Sequence[bytes | NDArray[Any]]) -> bool:
-        """Send body bytes of the reply under way; whether the socket took all of them at once."""
-        cycle = self.cycle
-        if cycle.scope is not scope or cycle.disconnected or self.transport.is_closing():
-            return False
-        # uvicorn counts what passes through it against the announced length; this passes it by.
-        cycle.expected_content_length -= sum(map(_size, buffers))
-        assert cycle.expected_content_length >= 0, "more bytes than the reply announced"
-        if self.transport.get_write_buffer_size():
-            for buffer in buffers:
-                self.transport.write(buffer if isinstance(buffer, bytes) else as_buffer(buffer))
-        else:
-            self._send(buffers)
-        return not self.transport.get_write_buffer_size()
+    def own_descriptor(self) -> int:
+        """Another descriptor of the socket: once the transport closes its own, that number may name another file."""
+        return os.dup(self._descriptor)
 
-    async def drained(self, scope: Any) -> bool:
-        """Wait until the client has read enough for more; False where it is gone."""
-        await self.flow.drain()
-        return not (self.cycle.scope is not scope or self.cycle.disconnected or self.transport.is_closing())
+    def account(self, scope: Any, size_bytes: int) -> None:
+        """Note that body bytes were written past the transport: uvicorn counts them against the announced length."""
+        if self.cycle.scope is scope:
+            self.cycle.expected_content_length -= size_bytes
+            assert self.cycle.expected_content_length >= 0, "more bytes than the reply announced"
+
+    def pour(self, scope: Any, buffers: Sequence[memoryview]) -> None:
+        """Send body bytes through the transport."""
+        self.account(scope, sum(map(len, buffers)))
+        for buffer in buffers:
+            self.transport.write(buffer)
+
+    async def emptied(self, scope: Any) -> bool:
+        """Wait until the transport has sent everything; False where the client is gone."""
+        if self.transport.get_write_buffer_size():
+            self.transport.set_write_buffer_limits(high=0)  # calls `pause_writing`, and `resume_writing` when empty
+            await self.flow.drain()
+            self.transport.set_write_buffer_limits()
+        return not self.is_gone(scope)
+
+    def is_gone(self, scope: Any) -> bool:
+        """Whether nobody is there to read any more."""
+        return self.cycle.scope is not scope or self.cycle.disconnected or self.transport.is_closing()
 
     def abandon(self) -> None:
         """Close the connection in the middle of the reply, so that the client notices."""

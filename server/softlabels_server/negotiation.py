@@ -5,7 +5,7 @@ Source: RFC 9110, section 12.5.1.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 from starlette.exceptions import HTTPException
 
@@ -22,6 +22,9 @@ MEDIA_TYPES: dict[Form, str] = {
 """In the order of preference where a client likes several equally well."""
 
 
+DEFAULT: Form = "safetensors"
+
+
 def accepted_form(accept: str | None) -> Form:
     """The form of the reply.
 
@@ -31,10 +34,10 @@ def accepted_form(accept: str | None) -> Form:
         HTTPException: 406, nothing that this server speaks is acceptable.
     """
     if not accept or accept == MEDIA_TYPE:
-        return "safetensors"
+        return DEFAULT
     wishes = [_wish(part) for part in accept.split(",") if part.strip()]
     liked = {form: _weight(media_type, wishes) for form, media_type in MEDIA_TYPES.items()}
-    best = max(liked, key=lambda form: liked[form])
+    best: Form = max(liked, key=lambda form: liked[form])
     if liked[best] <= 0:
         raise HTTPException(406, f"it accepts {accept[:128]!r} alone; there are {', '.join(MEDIA_TYPES.values())}")
     return best
@@ -56,4 +59,4 @@ def _weight(media_type: str, wishes: list[tuple[str, float]]) -> float:
     """The weight of the most specific range that covers a type; 0 where none does."""
     covering = {media_type: 3, media_type.partition("/")[0] + "/*": 2, "*/*": 1}
     found = [(covering[media_range], weight) for media_range, weight in wishes if media_range in covering]
-    return cast(float, max(found)[1]) if found else 0.0
+    return max(found)[1] if found else 0.0

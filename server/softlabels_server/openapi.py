@@ -8,6 +8,8 @@ from softlabels.wire import MEDIA_TYPE
 from softlabels_server.problems import MEDIA_TYPE as PROBLEM_TYPE
 
 BATCH_PATH = "/v1/stores/{name}/batch"
+EPOCH_PATH = "/v1/stores/{name}/epochs/{epoch}"
+CONSTANTS_PATH = "/v1/stores/{name}/constants"
 
 _PROBLEM_CONTENT = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 
@@ -57,6 +59,29 @@ _DIGEST = {
     "type": "string",
 }
 
+_DECODE = {
+    "description": "Have the server decode the targets at that temperature, to float32: `logits` whose softmax is the "
+    "target, or its probabilities `p`. Left out: rows as they are kept, for the student's device to decode.",
+    "type": "string",
+    "enum": ["logits", "p"],
+}
+_VIEWS = {
+    "description": "Which view of each sample, one for each id, where the store keeps views.",
+    "type": "array",
+    "items": {"type": "integer", "format": "int64"},
+}
+_SPANS = {
+    "description": "First row and the one after the last of each sample, for sequences; left out for whole ones.",
+    "type": "array",
+    "items": {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "integer", "format": "int64"}},
+}
+_COLUMNS = {
+    "description": "What the body holds, int64 columns one after the other: `ids`, then `views` or `spans` (two numbers "
+    "a sample). Left out: ids alone.",
+    "type": "array",
+    "items": {"type": "string", "enum": ["ids", "views", "spans"]},
+}
+
 _BATCH_SCHEMA = {
     "title": "BatchRequest",
     "type": "object",
@@ -69,10 +94,13 @@ _BATCH_SCHEMA = {
             "minItems": 1,
             "items": {"anyOf": [{"type": "integer", "format": "int64"}, {"type": "string"}]},
         },
+        "views": {"anyOf": [_VIEWS, {"type": "null"}]},
+        "spans": {"anyOf": [_SPANS, {"type": "null"}]},
         "fields": {"anyOf": [_FIELDS, {"type": "null"}]},
         "temperature": {"anyOf": [_TEMPERATURE, {"type": "null"}]},
         "transfer_set": {"anyOf": [_TRANSFER_SET, {"type": "null"}]},
         "digest": {"anyOf": [_DIGEST, {"type": "null"}]},
+        "decode": {"anyOf": [_DECODE, {"type": "null"}]},
     },
 }
 
@@ -86,11 +114,31 @@ _EXAMPLES = {
 }
 
 
-def _query(name: str, schema: dict[str, Any], **more: Any) -> dict[str, Any]:
-    text = f"With binary ids only. {schema['description']}"
+def _query(name: str, schema: dict[str, Any], *, required: bool = False, **more: Any) -> dict[str, Any]:
     plain = {key: value for key, value in schema.items() if key != "description"}
-    return {"name": name, "in": "query", "required": False, "description": text, "schema": plain, **more}
+    return {
+        "name": name,
+        "in": "query",
+        "required": required,
+        "description": schema["description"],
+        "schema": plain,
+        **more,
+    }
 
+
+def _with_binary_ids(name: str, schema: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return _query(name, {**schema, "description": f"With binary ids only. {schema['description']}"}, **more)
+
+
+_NAME = {"name": "name", "in": "path", "required": True, "description": "of the store", "schema": {"type": "string"}}
+_IF_MATCH = {
+    "name": "If-Match",
+    "in": "header",
+    "required": False,
+    "description": "ETag of the version that the client holds, as `digest`.",
+    "schema": {"type": "string"},
+}
+_FILE = {"schema": {"type": "string", "format": "binary"}}
 
 _BATCH_OPERATION = {
     "tags": ["stores"],
@@ -98,18 +146,14 @@ _BATCH_OPERATION = {
     "description": "Rows come in the order asked. The ids of the rows, as the store keeps them, come with every reply.",
     "operationId": "batch",
     "parameters": [
-        {"name": "name", "in": "path", "required": True, "description": "of the store", "schema": {"type": "string"}},
-        {
-            "name": "If-Match",
-            "in": "header",
-            "required": False,
-            "description": "ETag of the version that the client holds, as `digest`.",
-            "schema": {"type": "string"},
-        },
-        _query("fields", _FIELDS, style="form", explode=False),
-        _query("temperature", _TEMPERATURE),
-        _query("transfer_set", _TRANSFER_SET),
-        _query("digest", _DIGEST),
+        _NAME,
+        _IF_MATCH,
+        _with_binary_ids("columns", _COLUMNS, style="form", explode=False),
+        _with_binary_ids("fields", _FIELDS, style="form", explode=False),
+        _with_binary_ids("temperature", _TEMPERATURE),
+        _with_binary_ids("transfer_set", _TRANSFER_SET),
+        _with_binary_ids("digest", _DIGEST),
+        _with_binary_ids("decode", _DECODE),
     ],
     "requestBody": {
         "required": True,
@@ -119,7 +163,7 @@ _BATCH_OPERATION = {
                 "schema": {
                     "type": "string",
                     "format": "binary",
-                    "description": "int64 ids, little-endian, 8 bytes each",
+                    "description": "int64 ids, little-endian, 8 bytes each, and the other `columns`",
                 }
             },
         },
@@ -133,9 +177,15 @@ _BATCH_OPERATION = {
                 "Softlabels-Digest": {"description": "version of the store", "schema": {"type": "string"}},
                 "Content-Length": {"description": "exact", "schema": {"type": "integer"}},
             },
-            "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+            "content": {
+                MEDIA_TYPE: _FILE,
+                "application/vnd.apache.arrow.stream": _FILE,
+                "application/x-npy": _FILE,
+                "application/json": {"schema": {"type": "object"}},
+            },
         },
         "404": {"description": "`unknown-store` or `unknown-id`", "content": _PROBLEM_CONTENT},
+        "406": {"description": "None of the forms that there are is acceptable", "content": _PROBLEM_CONTENT},
         "408": {"description": "The body came too slowly", "content": _PROBLEM_CONTENT},
         "409": {
             "description": "`temperature-locked`, `fingerprint-mismatch` or `rows-not-committed`",
@@ -153,6 +203,79 @@ _BATCH_OPERATION = {
 }
 
 
+def _number(description: str, **more: Any) -> dict[str, Any]:
+    return {"description": description, "type": "integer", "minimum": 0, **more}
+
+
+_EPOCH_OPERATION = {
+    "tags": ["stores"],
+    "summary": "One rank's batches of an epoch, as one stream",
+    "description": "Safetensors files end to end, one a batch, and at the end one without arrays that says how many there "
+    "were. The order follows from the store's digest, the seed and the epoch's number.",
+    "operationId": "epoch",
+    "parameters": [
+        _NAME,
+        {"name": "epoch", "in": "path", "required": True, "description": "its number", "schema": {"type": "integer"}},
+        _IF_MATCH,
+        _query("seed", _number("Of the training run."), required=True),
+        _query("batch_size", _number("Samples in a batch.", minimum=1), required=True),
+        _query("rank", _number("Which of the ranks asks; 0 when left out.")),
+        _query("world_size", _number("How many ranks share the epoch; 1 when left out.", minimum=1)),
+        _query("cursor", _number("How many samples all ranks together have taken; the stream goes on there.")),
+        _query("shuffle", {"description": "`false` for the store's own order.", "type": "boolean"}),
+        _query("block", _number("Shuffle blocks of so many consecutive samples.", minimum=1)),
+        _query(
+            "remainder",
+            {
+                "description": "What becomes of the samples that fill no last step; `split` when left out.",
+                "type": "string",
+                "enum": ["split", "drop", "pad"],
+            },
+        ),
+        _query("view", _number("Of every sample, where the store keeps views; the epoch's number modulo theirs.")),
+        _query("fields", _FIELDS, style="form", explode=False),
+        _query("temperature", _TEMPERATURE),
+        _query("transfer_set", _TRANSFER_SET),
+        _query("digest", _DIGEST),
+    ],
+    "responses": {
+        "200": {
+            "description": "The stream. Metadata of a frame: those of a batch reply, `cursor` and `repeated`.",
+            "headers": _BATCH_OPERATION["responses"]["200"]["headers"],  # type: ignore[index]
+            "content": {MEDIA_TYPE: _FILE},
+        },
+        **{
+            status: _BATCH_OPERATION["responses"][status]  # type: ignore[index]
+            for status in ("404", "406", "409", "412", "413", "422")
+        },
+        **PROBLEMS,
+    },
+}
+
+_CONSTANTS_OPERATION = {
+    "tags": ["stores"],
+    "summary": "What the encoding learnt for this store",
+    "description": "A safetensors file of the arrays that decoding takes; of most encodings one without arrays.",
+    "operationId": "constants",
+    "parameters": [
+        _NAME,
+        {
+            "name": "If-None-Match",
+            "in": "header",
+            "required": False,
+            "description": "ETag of the copy that the client holds",
+            "schema": {"type": "string"},
+        },
+    ],
+    "responses": {
+        "200": {"description": "The arrays; `ETag` is the store's digest", "content": {MEDIA_TYPE: _FILE}},
+        "304": {"description": "The client's copy is of this version"},
+        "404": NOT_FOUND,
+        **PROBLEMS,
+    },
+}
+
+
 def complete(document: dict[str, Any], *, with_token: bool) -> dict[str, Any]:
     """The document with the batch route, the problem details and, where one is asked for, the token.
 
@@ -163,7 +286,11 @@ def complete(document: dict[str, Any], *, with_token: bool) -> dict[str, Any]:
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     schemas |= {"Problem": _PROBLEM_SCHEMA, "BatchRequest": _BATCH_SCHEMA}
-    document["paths"][BATCH_PATH] = {"post": _BATCH_OPERATION}
+    document["paths"] |= {
+        BATCH_PATH: {"post": _BATCH_OPERATION},
+        EPOCH_PATH: {"get": _EPOCH_OPERATION},
+        CONSTANTS_PATH: {"get": _CONSTANTS_OPERATION},
+    }
     if with_token:
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"token": []}]

@@ -1,12 +1,15 @@
-"""How do the bytes of a long reply leave? No faster than the client reads, and past the transport where that is known."""
+"""How does a long reply leave? From a thread for as long as the reader keeps up; else no faster than it reads."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, Protocol
+import os
+import select
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 from numpy.typing import NDArray
+from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope, Send
 
 from softlabels_server.forms import as_buffer
@@ -14,16 +17,34 @@ from softlabels_server.forms import as_buffer
 EXTENSION = "softlabels.pour"
 """Where the HTTP protocol leaves, in a request's scope, itself as a `Pourer`."""
 
+PATIENCE_MS = 20
+"""How long a thread waits for a reader that has no room. Whoever takes longer is waited for in the event loop, where a
+thousand of them cost nothing."""
+
+Piece: TypeAlias = Sequence[bytes | NDArray[Any]]
+
 
 class Pourer(Protocol):
     """What the HTTP protocol can do for a reply under way."""
 
-    def pour(self, scope: Any, buffers: Sequence[bytes | NDArray[Any]]) -> bool:
-        """Send body bytes; whether the socket took all of them at once."""
+    def own_descriptor(self) -> int:
+        """A descriptor of the connection's socket, to be closed by the caller; bytes may be written to it now."""
         ...
 
-    async def drained(self, scope: Any) -> bool:
-        """Wait until the client has read enough for more; False where it is gone."""
+    def account(self, scope: Any, size_bytes: int) -> None:
+        """Note that so many body bytes were written past the transport."""
+        ...
+
+    def pour(self, scope: Any, buffers: Sequence[memoryview]) -> None:
+        """Send body bytes through the transport."""
+        ...
+
+    async def emptied(self, scope: Any) -> bool:
+        """Wait until the transport has sent everything; False where the client is gone."""
+        ...
+
+    def is_gone(self, scope: Any) -> bool:
+        """Whether nobody is there to read any more."""
         ...
 
     def abandon(self) -> None:
@@ -32,20 +53,78 @@ class Pourer(Protocol):
 
 
 class PouringOutlet:
-    """Onto the socket. Yields to other requests now and then, since a fast reader would never make it wait."""
+    """Onto the socket, past the event loop while that pays."""
 
     def __init__(self, pourer: Pourer, scope: Scope) -> None:
         self._pourer, self._scope = pourer, scope
 
-    async def send(self, buffers: Sequence[bytes | NDArray[Any]]) -> bool:
-        """Send body bytes; False where the client is gone."""
-        if self._pourer.pour(self._scope, buffers):
-            await asyncio.sleep(0)
-        return await self._pourer.drained(self._scope)
+    async def send_all(self, pieces: Iterator[Piece], *, stall_timeout_s: float) -> bool:
+        """Send all pieces; False where the client is gone, or took longer than that for one.
+
+        Raises: what gathering a piece raises; the connection is closed then.
+        """
+        pourer, scope = self._pourer, self._scope
+        if not await pourer.emptied(scope):
+            return False
+        descriptor = pourer.own_descriptor()
+        pump = Pump(descriptor, pieces, lambda: pourer.is_gone(scope))
+        try:
+            while (left := await run_in_threadpool(pump.run)) is not None:
+                pourer.account(scope, pump.take_count())
+                if pourer.is_gone(scope):
+                    return False
+                pourer.pour(scope, left)
+                async with asyncio.timeout(stall_timeout_s):
+                    if not await pourer.emptied(scope):
+                        return False
+            pourer.account(scope, pump.take_count())
+            return True
+        except TimeoutError:
+            return False  # a reader that stopped; whoever it is can go on at its cursor
+        finally:
+            os.close(descriptor)
 
     def abandon(self) -> None:
         """Close the connection in the middle of the reply."""
         self._pourer.abandon()
+
+
+class Pump:
+    """Gathers pieces and writes them to a socket, in a thread.
+
+    Args:
+        descriptor: of a socket that does not block.
+        pieces: what to write; each is gathered when it is asked for.
+        is_gone: whether to stop.
+    """
+
+    def __init__(self, descriptor: int, pieces: Iterator[Piece], is_gone: Callable[[], bool]) -> None:
+        self._descriptor, self._pieces, self._is_gone = descriptor, pieces, is_gone
+        self._written = 0
+        self._room = select.poll()
+        self._room.register(descriptor, select.POLLOUT)
+
+    def run(self) -> list[memoryview] | None:
+        """Write until all is written (None), or the reader has no room for a while: what it had none for."""
+        for piece in self._pieces:
+            left = [as_view(buffer) for buffer in piece]
+            while left:
+                try:
+                    count = os.writev(self._descriptor, left)
+                except BlockingIOError:
+                    if self._is_gone() or not self._room.poll(PATIENCE_MS):
+                        return left
+                    continue
+                except OSError:
+                    return left  # the client is gone, as the event loop will find
+                self._written += count
+                left = _after(left, count)
+        return None
+
+    def take_count(self) -> int:
+        """Bytes written since it was last asked for."""
+        count, self._written = self._written, 0
+        return count
 
 
 class PlainOutlet:
@@ -54,11 +133,12 @@ class PlainOutlet:
     def __init__(self, send: Send) -> None:
         self._send = send
 
-    async def send(self, buffers: Sequence[bytes | NDArray[Any]]) -> bool:
-        """Send body bytes; an ASGI server does not say whether anybody is there."""
-        for buffer in buffers:
-            body = buffer if isinstance(buffer, bytes) else as_buffer(buffer)
-            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+    async def send_all(self, pieces: Iterator[Piece], *, stall_timeout_s: float) -> bool:
+        """Send all pieces; an ASGI server does not say whether anybody is there. Raises as gathering does."""
+        while (piece := await run_in_threadpool(next, pieces, None)) is not None:
+            async with asyncio.timeout(stall_timeout_s):
+                for buffer in piece:
+                    await self._send({"type": "http.response.body", "body": as_view(buffer), "more_body": True})
         return True
 
     def abandon(self) -> None:
@@ -69,3 +149,17 @@ def outlet_of(scope: Scope, send: Send) -> PouringOutlet | PlainOutlet:
     """The best way out for a reply to this request."""
     pourer: Pourer | None = scope.get("extensions", {}).get(EXTENSION)
     return PlainOutlet(send) if pourer is None else PouringOutlet(pourer, scope)
+
+
+def as_view(buffer: bytes | NDArray[Any]) -> memoryview:
+    """The bytes of either."""
+    return memoryview(buffer) if isinstance(buffer, bytes) else as_buffer(buffer)
+
+
+def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of buffers of which so many bytes are written."""
+    for number, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[number + 1 :]]
+        count -= len(buffer)
+    return []

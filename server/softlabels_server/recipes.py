@@ -1,8 +1,8 @@
 """What was decided about a batch request that will be asked again, word for word, with other ids?
 
-A trainer sends the same request head for every batch of an epoch: same path, fields, version, token and length. Once such
-a request has been answered the long way, everything that follows from its head alone is kept: which store, which arrays,
-which headers. The next request with the very same bytes before its body needs only its ids looked up and its rows copied.
+A trainer sends the same request head for every batch of an epoch: same path, fields, version, token and length. Once
+such a request has been answered the long way, all that follows from its head alone is kept: which store, which arrays,
+which headers. The next request with the very same bytes before its body needs only its ids looked up and rows copied.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Recipe:
             return None
         keys = split_columns(body, self.columns, self.count)
         try:
-            arrays = pace.run_here(partial(store.rows.fetch, keys.pop(IDS), self.names, **keys))  # type: ignore[arg-type]
+            arrays = pace.run_here(partial(store.rows.fetch, keys.pop(IDS), self.names, **keys))
         except SoftLabelsError:
             return None
         return [arrays[name] for name in self.form.names]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,6 @@ from softlabels.ids import from_fixed_bytes
 from softlabels.opening import FINGERPRINTS, IDS, ROW_OFFSETS
 from softlabels_server.forms import as_buffer
 from softlabels_server.negotiation import MEDIA_TYPES, Form
-
-if TYPE_CHECKING:
-    import pyarrow
 
 DIGEST_HEADER = "softlabels-digest"
 """Response header: the version of the store that the rows come from."""
@@ -125,7 +123,7 @@ def _npy(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
 
 def _arrow(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> memoryview:
     try:
-        import pyarrow as pa
+        pa: Any = importlib.import_module("pyarrow")
     except ImportError as error:
         raise HTTPException(
             406,
@@ -133,7 +131,7 @@ def _arrow(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> m
             "`pip install 'softlabels[arrow]'`",
         ) from error
     offsets = arrays.get(ROW_OFFSETS)
-    columns: dict[str, pyarrow.Array] = {}
+    columns: dict[str, Any] = {}
     for name, array in arrays.items():
         if name != ROW_OFFSETS:
             column = pa.array(from_fixed_bytes(array).tolist()) if _is_text(name, array) else _column(pa, array)

@@ -171,7 +171,7 @@ def checked_decoding(decode: object) -> str | None:
 
 
 def refuse_unknown_keys(given: Mapping[str, object], known: frozenset[str], where: str) -> None:
-    """Refuse a key that is not known. A misspelt "temprature", skipped, would be a silent answer to another question."""
+    """Refuse a key that is not known: a misspelt "temprature", skipped, would silently answer another question."""
     unknown = sorted(set(given) - known)
     if unknown:
         raise RequestError(f"{where} has unknown keys {', '.join(map(short, unknown[:5]))}; known are {sorted(known)}")

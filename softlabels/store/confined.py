@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tokenize
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 # A named pipe would hold its opener until somebody writes; as no regular file it is refused once it is open.
 _FILE = _FLAGS | os.O_NONBLOCK
 _FOLDER = _FLAGS | os.O_DIRECTORY
+
+_UNREADABLE = (
+    *(FileNotFoundError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, tokenize.TokenError),
+)
+"""What NumPy raises of a `.npy` file with flipped bits: it parses the header as Python."""
 
 
 def open_confined(root: Path, path: str) -> int:
@@ -75,7 +82,7 @@ def map_confined(root: Path, path: str) -> NDArray[Any]:
     try:
         os.close(open_confined(root, path))
         loaded = np.load(root / path, mmap_mode="r", allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise ManifestError(f"{root / path} cannot be read ({error}): run `softlabels repair`") from error
     if not isinstance(loaded, np.ndarray):
         loaded.close()

@@ -10,12 +10,12 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from softlabels.errors import ManifestError, ShardClaimedError, TruncatedError
-from softlabels.sealing import MAX_MANIFEST_BYTES, canonical_json, seal, unseal
+from softlabels.sealing import MAX_MANIFEST_BYTES, canonical_json, document_of, seal, unseal
 from softlabels.soundness import check_path, check_whole
 from softlabels.store.confined import read_confined
 from softlabels.store.files import TEMPORARY, make_folder, write_atomically
@@ -65,7 +65,8 @@ class Receipt:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able description that `from_json` reads back."""
-        return asdict(self)
+        document: dict[str, Any] = document_of(self)
+        return document
 
     @property
     def sha256(self) -> str:

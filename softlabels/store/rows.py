@@ -148,7 +148,7 @@ class LocalRows:
     def fetch_rows(
         self, rows_B: NDArray[np.int64], fields: tuple[str, ...], *, ids: IdArray | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Rows by number; with `ids`, also checked to be theirs where the ids were looked up. Raises as `fetch` does."""
+        """Rows by number; with `ids`, checked to be theirs where the ids were looked up. Raises as `fetch` does."""
         for field in fields:
             if field not in self._manifest.arrays:
                 kept = ", ".join(self._manifest.arrays)

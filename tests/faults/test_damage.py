@@ -1,4 +1,4 @@
-"""Bits flip, files shrink and vanish: what is served is right or refused, `verify` tells, `repair` and `resume` mend."""
+"""Bits flip, files shrink and vanish: what is served is right or refused, `verify` tells, and `repair` mends."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TestFlippedBits:
             served = refuse_wrong_rows(root, kind_name)
             faults = verify(root).faults
             if not faults:
-                # Only where a document means the very same with and without the flip: 1e-05 and 1E-05, \\u00e9 and \\u00E9.
+                # Only where a document means the very same with and without the flip: 1e-05 and 1E-05.
                 assert path.suffix == ".json", (path, byte, bit)
                 assert meaning(before) == meaning(path.read_bytes()), (path, byte, bit)
                 assert served == whole

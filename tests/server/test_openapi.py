@@ -11,9 +11,12 @@ from fastapi.openapi.models import OpenAPI
 from pydantic import TypeAdapter
 
 from softlabels_server import Settings, StoreFolder, create_app
+from softlabels_server.negotiation import MEDIA_TYPES
 from softlabels_server.routes.batch import PATH
 
 BATCH = "/v1/stores/{name}/batch"
+EPOCHS = "/v1/stores/{name}/epochs/{epoch}"
+CONSTANTS = "/v1/stores/{name}/constants"
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +63,12 @@ class TestDocument:
     def test_operations_are_told_apart(self, document: dict[str, Any]) -> None:
         """Generated clients name their functions by the operation's id."""
         ids = list(every("operationId", document["paths"]))
-        assert len(ids) == len(set(ids)) == 4
+        assert len(ids) == len(set(ids)) == 6
 
     def test_no_route_is_missing(self, document: dict[str, Any]) -> None:
         """Plain ASGI routes too."""
-        assert set(document["paths"]) == {"/health", "/v1/stores", "/v1/stores/{name}", BATCH}
+        paths = {"/health", "/v1/stores", "/v1/stores/{name}", BATCH, EPOCHS, CONSTANTS}
+        assert set(document["paths"]) == paths
         assert PATH == BATCH
 
     def test_errors_are_problems_everywhere(self, document: dict[str, Any]) -> None:
@@ -85,10 +89,10 @@ class TestBatchRoute:
             assert answer.status == 200 or answer.problem() == (404, "unknown-id")
 
     def test_both_bodies_and_the_file_are_described(self, document: dict[str, Any]) -> None:
-        """JSON and binary in, safetensors out, with the version in a header."""
+        """JSON and binary in, every form out, with the version in a header."""
         operation = document["paths"][BATCH]["post"]
         assert set(operation["requestBody"]["content"]) == {"application/json", "application/octet-stream"}
-        assert set(operation["responses"]["200"]["content"]) == {"application/vnd.safetensors"}
+        assert set(operation["responses"]["200"]["content"]) == set(MEDIA_TYPES.values())
         assert "Softlabels-Digest" in operation["responses"]["200"]["headers"]
 
     def test_what_is_described_is_what_is_taken(self, document: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""GET /v1/stores/{name}/constants: the arrays that a store's encoding learnt, without which its rows cannot be decoded."""
+"""GET /v1/stores/{name}/constants: the arrays that a store's encoding learnt, without which no row can be decoded."""
 
 from __future__ import annotations
 

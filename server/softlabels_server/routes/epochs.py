@@ -1,12 +1,7 @@
-"""GET /v1/stores/{name}/epochs/{epoch}: a rank's batches of an epoch, one after the other. Plain ASGI, as it streams."""
+"""GET /v1/stores/{name}/epochs/{epoch}: a rank's batches of an epoch, one after the other. Plain ASGI: it streams."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
-from typing import Any
-
-from numpy.typing import NDArray
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -14,7 +9,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from softlabels_server.catalog import StoreFolder
-from softlabels_server.epochs import PIECE_BYTES, EpochStream, plan_stream
+from softlabels_server.epochs import EpochStream, plan_stream
 from softlabels_server.negotiation import accepted_form
 from softlabels_server.outlets import outlet_of
 from softlabels_server.replies import reply_headers
@@ -22,8 +17,6 @@ from softlabels_server.routes.batch import opened, refuse_other_match
 from softlabels_server.settings import Settings
 
 PATH = "/v1/stores/{name}/epochs/{epoch}"
-
-Piece = list[bytes | NDArray[Any]]
 
 
 class EpochEndpoint:
@@ -61,17 +54,9 @@ class EpochEndpoint:
 
     async def _send_all(self, stream: EpochStream, scope: Scope, send: Send) -> None:
         outlet = outlet_of(scope, send)
-        pieces = stream.pieces()
-        pace = stream.store.pace
-        while (piece := await pace.run(lambda: _next(pieces), reply_bytes=PIECE_BYTES)) is not None:
-            try:
-                async with asyncio.timeout(self._settings.stall_timeout_s):
-                    gone = not await outlet.send(piece)
-            except TimeoutError:
-                gone = True  # a reader that stopped; whoever it is can go on at its cursor
-            if gone:
-                outlet.abandon()
-                return
+        if not await outlet.send_all(stream.pieces(), stall_timeout_s=self._settings.stall_timeout_s):
+            outlet.abandon()
+            return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -83,7 +68,3 @@ def make_route(stores: StoreFolder, settings: Settings) -> Route:
 def _checked_size(stream: EpochStream, most_bytes: int) -> int:
     stream.check_size(most_bytes)
     return stream.size_bytes
-
-
-def _next(pieces: Iterator[Piece]) -> Piece | None:
-    return next(pieces, None)
