@@ -69,10 +69,7 @@ class FastLane(asyncio.Protocol):
         super().on_message_begin()  # type: ignore[misc]
         self._in_message = True
         head, self._head = self._head, None
-        extensions: dict[str, Any] = {POURING: self} if self._descriptor >= 0 else {}
-        if head is not None:
-            extensions[EXTENSION] = partial(self._keep, head, self.scope)
-        self.scope["extensions"] = extensions
+        self.scope["extensions"] = {} if head is None else {EXTENSION: partial(self._keep, head, self.scope)}
 
     def on_message_complete(self) -> None:
         """What comes next is another request."""
@@ -87,37 +84,11 @@ class FastLane(asyncio.Protocol):
         else:
             super().timeout_keep_alive_handler()  # type: ignore[misc]
 
-    def own_descriptor(self) -> int:
-        """Another descriptor of the socket: once the transport closes its own, that number may name another file."""
-        return os.dup(self._descriptor)
-
-    def account(self, scope: Any, size_bytes: int) -> None:
-        """Note that body bytes were written past the transport: uvicorn counts them against the announced length."""
-        if self.cycle.scope is scope:
-            self.cycle.expected_content_length -= size_bytes
-            assert self.cycle.expected_content_length >= 0, "more bytes than the reply announced"
-
-    def pour(self, scope: Any, buffers: Sequence[memoryview]) -> None:
-        """Send body bytes through the transport."""
-        self.account(scope, sum(map(len, buffers)))
-        for buffer in buffers:
-            self.transport.write(buffer)
-
-    async def emptied(self, scope: Any) -> bool:
-        """Wait until the transport has sent everything; False where the client is gone."""
-        if self.transport.get_write_buffer_size():
-            self.transport.set_write_buffer_limits(high=0)  # calls `pause_writing`, and `resume_writing` when empty
-            await self.flow.drain()
-            self.transport.set_write_buffer_limits()
-        return not self.is_gone(scope)
-
-    def is_gone(self, scope: Any) -> bool:
-        """Whether nobody is there to read any more."""
-        return self.cycle.scope is not scope or self.cycle.disconnected or self.transport.is_closing()
-
-    def abandon(self) -> None:
-        """Close the connection in the middle of the reply, so that the client notices."""
-        self.transport.abort()
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """Let the app write past the transport; the request may be one of several that came at once."""
+        if self._descriptor >= 0:
+            cycle.scope["extensions"][POURING] = _Pouring(cycle, self._descriptor)
+        super()._start_asgi_task(cycle, app)  # type: ignore[misc]
 
     def _is_between_requests(self) -> bool:
         # With bytes still to be sent, a reply written past the transport would overtake them; and whoever asks again
@@ -168,6 +139,50 @@ class FastLane(asyncio.Protocol):
                 view = memoryview(buffer) if isinstance(buffer, bytes) else as_buffer(buffer)
                 self.transport.write(view[sent:])
             sent = max(0, sent - size)
+
+
+class _Pouring:
+    """What an app may do with the connection while its reply is under way; see `outlets.Pourer`.
+
+    Args:
+        cycle: uvicorn's, of this request; the protocol itself may have begun to read the next one.
+        descriptor: of the connection's socket.
+    """
+
+    def __init__(self, cycle: Any, descriptor: int) -> None:
+        self._cycle, self._descriptor = cycle, descriptor
+        self._transport: asyncio.Transport = cycle.transport
+
+    def own_descriptor(self) -> int:
+        """Another descriptor of the socket: once the transport closes its own, that number may name another file."""
+        return os.dup(self._descriptor)
+
+    def account(self, size_bytes: int) -> None:
+        """Note that body bytes were written past the transport: uvicorn counts them against the announced length."""
+        self._cycle.expected_content_length -= size_bytes
+        assert self._cycle.expected_content_length >= 0, "more bytes than the reply announced"
+
+    def pour(self, buffers: Sequence[memoryview]) -> None:
+        """Send body bytes through the transport."""
+        self.account(sum(map(len, buffers)))
+        for buffer in buffers:
+            self._transport.write(buffer)
+
+    async def emptied(self) -> bool:
+        """Wait until the transport has sent everything; False where the client is gone."""
+        if self._transport.get_write_buffer_size():
+            self._transport.set_write_buffer_limits(high=0)  # calls `pause_writing`, and `resume_writing` when empty
+            await self._cycle.flow.drain()
+            self._transport.set_write_buffer_limits()
+        return not self.is_gone()
+
+    def is_gone(self) -> bool:
+        """Whether nobody is there to read any more."""
+        return bool(self._cycle.disconnected or self._transport.is_closing())
+
+    def abandon(self) -> None:
+        """Close the connection in the middle of the reply, so that the client notices."""
+        self._transport.abort()
 
 
 def _size(buffer: bytes | NDArray[Any]) -> int:

@@ -76,8 +76,8 @@ _SPANS = {
     "items": {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "integer", "format": "int64"}},
 }
 _COLUMNS = {
-    "description": "What the body holds, int64 columns one after the other: `ids`, then `views` or `spans` (two numbers "
-    "a sample). Left out: ids alone.",
+    "description": "What the body holds, int64 columns one after the other: `ids`, then `views` or `spans`, two "
+    "numbers a sample. Left out: ids alone.",
     "type": "array",
     "items": {"type": "string", "enum": ["ids", "views", "spans"]},
 }
@@ -140,7 +140,7 @@ _IF_MATCH = {
 }
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 
-_BATCH_OPERATION = {
+_BATCH_OPERATION: dict[str, Any] = {
     "tags": ["stores"],
     "summary": "Rows by sample id, as one safetensors file",
     "description": "Rows come in the order asked. The ids of the rows, as the store keeps them, come with every reply.",
@@ -207,11 +207,11 @@ def _number(description: str, **more: Any) -> dict[str, Any]:
     return {"description": description, "type": "integer", "minimum": 0, **more}
 
 
-_EPOCH_OPERATION = {
+_EPOCH_OPERATION: dict[str, Any] = {
     "tags": ["stores"],
     "summary": "One rank's batches of an epoch, as one stream",
-    "description": "Safetensors files end to end, one a batch, and at the end one without arrays that says how many there "
-    "were. The order follows from the store's digest, the seed and the epoch's number.",
+    "description": "Safetensors files end to end, one a batch, and at the end one without arrays that says how many "
+    "there were. The order follows from the store's digest, the seed and the epoch's number.",
     "operationId": "epoch",
     "parameters": [
         _NAME,
@@ -241,18 +241,15 @@ _EPOCH_OPERATION = {
     "responses": {
         "200": {
             "description": "The stream. Metadata of a frame: those of a batch reply, `cursor` and `repeated`.",
-            "headers": _BATCH_OPERATION["responses"]["200"]["headers"],  # type: ignore[index]
+            "headers": _BATCH_OPERATION["responses"]["200"]["headers"],
             "content": {MEDIA_TYPE: _FILE},
         },
-        **{
-            status: _BATCH_OPERATION["responses"][status]  # type: ignore[index]
-            for status in ("404", "406", "409", "412", "413", "422")
-        },
+        **{status: _BATCH_OPERATION["responses"][status] for status in ("404", "406", "409", "412", "413", "422")},
         **PROBLEMS,
     },
 }
 
-_CONSTANTS_OPERATION = {
+_CONSTANTS_OPERATION: dict[str, Any] = {
     "tags": ["stores"],
     "summary": "What the encoding learnt for this store",
     "description": "A safetensors file of the arrays that decoding takes; of most encodings one without arrays.",

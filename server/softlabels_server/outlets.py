@@ -15,7 +15,7 @@ from starlette.types import Scope, Send
 from softlabels_server.forms import as_buffer
 
 EXTENSION = "softlabels.pour"
-"""Where the HTTP protocol leaves, in a request's scope, itself as a `Pourer`."""
+"""Where the HTTP protocol leaves, in a request's scope, a `Pourer`."""
 
 PATIENCE_MS = 20
 """How long a thread waits for a reader that has no room. Whoever takes longer is waited for in the event loop, where a
@@ -31,19 +31,19 @@ class Pourer(Protocol):
         """A descriptor of the connection's socket, to be closed by the caller; bytes may be written to it now."""
         ...
 
-    def account(self, scope: Any, size_bytes: int) -> None:
+    def account(self, size_bytes: int) -> None:
         """Note that so many body bytes were written past the transport."""
         ...
 
-    def pour(self, scope: Any, buffers: Sequence[memoryview]) -> None:
+    def pour(self, buffers: Sequence[memoryview]) -> None:
         """Send body bytes through the transport."""
         ...
 
-    async def emptied(self, scope: Any) -> bool:
+    async def emptied(self) -> bool:
         """Wait until the transport has sent everything; False where the client is gone."""
         ...
 
-    def is_gone(self, scope: Any) -> bool:
+    def is_gone(self) -> bool:
         """Whether nobody is there to read any more."""
         ...
 
@@ -55,29 +55,29 @@ class Pourer(Protocol):
 class PouringOutlet:
     """Onto the socket, past the event loop while that pays."""
 
-    def __init__(self, pourer: Pourer, scope: Scope) -> None:
-        self._pourer, self._scope = pourer, scope
+    def __init__(self, pourer: Pourer) -> None:
+        self._pourer = pourer
 
     async def send_all(self, pieces: Iterator[Piece], *, stall_timeout_s: float) -> bool:
         """Send all pieces; False where the client is gone, or took longer than that for one.
 
         Raises: what gathering a piece raises; the connection is closed then.
         """
-        pourer, scope = self._pourer, self._scope
-        if not await pourer.emptied(scope):
+        pourer = self._pourer
+        if not await pourer.emptied():
             return False
         descriptor = pourer.own_descriptor()
-        pump = Pump(descriptor, pieces, lambda: pourer.is_gone(scope))
+        pump = Pump(descriptor, pieces, pourer.is_gone)
         try:
             while (left := await run_in_threadpool(pump.run)) is not None:
-                pourer.account(scope, pump.take_count())
-                if pourer.is_gone(scope):
+                pourer.account(pump.take_count())
+                if pourer.is_gone():
                     return False
-                pourer.pour(scope, left)
+                pourer.pour(left)
                 async with asyncio.timeout(stall_timeout_s):
-                    if not await pourer.emptied(scope):
+                    if not await pourer.emptied():
                         return False
-            pourer.account(scope, pump.take_count())
+            pourer.account(pump.take_count())
             return True
         except TimeoutError:
             return False  # a reader that stopped; whoever it is can go on at its cursor
@@ -148,7 +148,7 @@ class PlainOutlet:
 def outlet_of(scope: Scope, send: Send) -> PouringOutlet | PlainOutlet:
     """The best way out for a reply to this request."""
     pourer: Pourer | None = scope.get("extensions", {}).get(EXTENSION)
-    return PlainOutlet(send) if pourer is None else PouringOutlet(pourer, scope)
+    return PlainOutlet(send) if pourer is None else PouringOutlet(pourer)
 
 
 def as_view(buffer: bytes | NDArray[Any]) -> memoryview:

@@ -21,17 +21,14 @@ from softlabels.precompute.shards import ShardComputer, ask, averaged
 from softlabels.precompute.teachers import Teacher, load_teacher
 from softlabels.progress import Progress, track
 from softlabels.references import load_reference
-from softlabels.sealing import seal, unseal
+from softlabels.sealing import unseal
 from softlabels.softmath import check_temperature
+from softlabels.store.beginning import load_plan
 from softlabels.store.constants import load_encoding
-from softlabels.store.files import write_atomically
 from softlabels.store.planning import plan_store
-from softlabels.store.rows import PLAN
-from softlabels.store.writer import StoreWriter, load_plan
+from softlabels.store.rows import JOB, PLAN
+from softlabels.store.writer import StoreWriter
 from softlabels.transfer import ArrayTransferSet, TransferSet
-
-JOB = "job.json"
-"""The job that a store was begun with, beside its plan: what `softlabels resume STORE` goes on from."""
 
 PILOT_ROWS = 4096
 """Rows that an encoding is learnt or chosen from; half of them measure what the other half taught."""
@@ -65,7 +62,7 @@ def precompute(
     members = teachers if teachers is not None else load_teachers(job, device)
     plan, encoding = plan_job(job, data, members, device, encoding=_kept_encoding(job))
     writer = StoreWriter.create(job.store_path, plan, encoding=encoding)
-    _keep_job(job)
+    writer.keep_job(job.to_json())
     computer = ShardComputer(plan, data, members, encoding=encoding, batch_size=job.run.batch_size, device=device)
     missing = writer.missing_shards()
     done = plan.rows - sum(_rows_in(plan, shard) for shard in missing)
@@ -258,10 +255,6 @@ def _write_shard(writer: StoreWriter, computer: ShardComputer, shard: int, progr
             )
     except ShardClaimedError:
         progress.note("other processes work on this store too")
-
-
-def _keep_job(job: Job) -> None:
-    write_atomically(job.store_path / JOB, [seal(job.to_json())])
 
 
 def _at(job: Job, where: Path) -> Job:

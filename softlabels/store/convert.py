@@ -15,11 +15,12 @@ from softlabels.errors import ChecksumError, JobError, ManifestError, RowsNotCom
 from softlabels.ids import to_fixed_bytes
 from softlabels.manifest import Container, Manifest
 from softlabels.soundness import COMPRESSIONS
+from softlabels.store.beginning import load_plan
 from softlabels.store.confined import read_confined
 from softlabels.store.geometry import shard_rows
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.rows import LocalRows, plan_digest
-from softlabels.store.writer import StoreWriter, load_plan
+from softlabels.store.writer import StoreWriter
 from softlabels.transfer import FingerprintSum
 
 MAX_BESIDE_BYTES = 1 << 40

@@ -12,10 +12,7 @@ from softlabels.store.confined import read_confined
 from softlabels.store.container import container_of
 from softlabels.store.faults import Fault
 from softlabels.store.index import POSITIONS, SORTED_IDS
-from softlabels.store.rows import MANIFEST, PLAN
-
-JOB = "job.json"
-"""The job that a store was begun with, beside its plan; written by precompute, sealed as the others are."""
+from softlabels.store.rows import JOB, MANIFEST, PLAN
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,9 @@ CLAIM_PATIENCE_S = 0.25
 
 _LOOK_AGAIN_S = 0.01
 STAGING = "staging"
+DAMAGED = "damaged"
+"""Where `repair` puts what it takes out of a store."""
+
 
 _HEX = re.compile(r"[0-9a-f]*")
 _RECEIPT_NAME = re.compile(r"[0-9]{8}\.json")

@@ -19,11 +19,11 @@ from softlabels.errors import (
 )
 from softlabels.manifest import Manifest
 from softlabels.store.confined import open_confined
-from softlabels.store.documents import JOB, read_documents
+from softlabels.store.documents import read_documents
 from softlabels.store.faults import ShowProgress, silent
 from softlabels.store.files import write_atomically
 from softlabels.store.ledger import Ledger, Receipt
-from softlabels.store.rows import PLAN
+from softlabels.store.rows import JOB, PLAN
 from softlabels.store.writer import StoreWriter
 
 _BLOCK_BYTES = 4 << 20

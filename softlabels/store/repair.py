@@ -16,9 +16,9 @@ from softlabels.store.documents import Documents, read_documents
 from softlabels.store.faults import Fault, Report, ShowProgress, silent
 from softlabels.store.files import make_folder, purge, sha256_of, sync_folder, write_atomically
 from softlabels.store.index import POSITIONS, SORTED_IDS, index_files
-from softlabels.store.ledger import FOLDER, Ledger
+from softlabels.store.ledger import DAMAGED, FOLDER, Ledger
 from softlabels.store.rows import MANIFEST, PLAN
-from softlabels.store.verify import DAMAGED, find_faults
+from softlabels.store.verify import find_faults
 from softlabels.store.writer import StoreWriter, stored_ids
 
 

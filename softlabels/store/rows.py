@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,9 @@ from softlabels.store.sequences import SequenceIndex
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+JOB = "job.json"
+"""The job that a store was begun with, beside its plan: what `softlabels resume STORE` goes on from."""
+
 IDS = "ids"
 FINGERPRINTS = "fingerprints"
 ROW_OFFSETS = "row_offsets"
@@ -65,16 +67,19 @@ class LocalRows:
         self._arrays: dict[str, MappedArray] = {}
         self._compressed: dict[str, CompressedArray] = {}
         self._digest = store_digest(self._manifest)
+        self._encoding: Encoding | None = None
 
     @property
     def manifest(self) -> Manifest:
         """What the store says of itself; of an unfinished one, its plan."""
         return self._manifest
 
-    @cached_property
+    @property
     def encoding(self) -> Encoding:
         """How the rows are decoded, with what the encoding learnt for this store."""
-        return load_encoding(self._root, self._manifest)
+        if self._encoding is None:
+            self._encoding = load_encoding(self._root, self._manifest)
+        return self._encoding
 
     @property
     def digest(self) -> str:

@@ -17,16 +17,13 @@ from softlabels.sealing import canonical_json
 from softlabels.store.confined import open_confined
 from softlabels.store.constants import load_encoding
 from softlabels.store.container import container_of
-from softlabels.store.documents import JOB, Documents, read_documents
+from softlabels.store.documents import Documents, read_documents
 from softlabels.store.faults import Fault, Report, ShowProgress, silent
 from softlabels.store.index import POSITIONS, SORTED_IDS, DenseIndex, SortedIndex, make_index
-from softlabels.store.ledger import FOLDER, LOCKS, STAGING, Ledger, Receipt
-from softlabels.store.rows import MANIFEST, PLAN
+from softlabels.store.ledger import DAMAGED, FOLDER, LOCKS, STAGING, Ledger, Receipt
+from softlabels.store.rows import JOB, MANIFEST, PLAN
 from softlabels.store.shard_checks import ShardChecks
 from softlabels.transfer import FingerprintSum
-
-DAMAGED = "damaged"
-"""Where `repair` puts what it takes out of a store."""
 
 _NOT_DATA = (LOCKS, STAGING, DAMAGED)
 

@@ -18,21 +18,20 @@ from softlabels.errors import (
     ShapeMismatchError,
     ShardClaimedError,
     ShardConflictError,
-    StoreExistsError,
     TruncatedError,
 )
 from softlabels.ids import IdArray, to_fixed_bytes
 from softlabels.manifest import Manifest
-from softlabels.sealing import MAX_MANIFEST_BYTES, seal, unseal
-from softlabels.store.confined import read_confined
+from softlabels.sealing import seal
+from softlabels.store.beginning import begin_store, has_file, load_plan
 from softlabels.store.constants import constant_files
 from softlabels.store.container import ShardFile, container_of
-from softlabels.store.files import TEMPORARY, make_folder, sha256_of, sync_folder, write_atomically
+from softlabels.store.files import TEMPORARY, make_folder, sync_folder, write_atomically
 from softlabels.store.geometry import shard_rows
 from softlabels.store.index import write_index
 from softlabels.store.ledger import FOLDER as LEDGER
-from softlabels.store.ledger import LOCKS, STAGING, FileRecord, Ledger, Receipt
-from softlabels.store.rows import MANIFEST, PLAN, LocalRows, load_manifest
+from softlabels.store.ledger import STAGING, FileRecord, Ledger, Receipt
+from softlabels.store.rows import JOB, MANIFEST, LocalRows, load_manifest
 from softlabels.store.sequences import SampleTable
 from softlabels.transfer import UNLABELLED, FingerprintSum
 
@@ -80,19 +79,7 @@ class StoreWriter:
             raise ManifestError(
                 "the plan was made with another sample table or encoding: hand both to `create` as well"
             )
-        make_folder(root)
-        with Ledger(root, plan_sha256=plan.digest).alone():
-            begun = (root / PLAN).exists()
-            if begun:
-                _refuse_other_plan(root, load_plan(root), plan)
-            elif _holds_more_than(root, files):
-                _refuse_unless_begun_from(root, plan)
-            for path, contents in files.items():
-                if not _has(root / path, plan.metadata_sha256[path]):
-                    write_atomically(root / path, [contents])
-            # The plan last: where it stands, all that it names does.
-            if not begun:
-                write_atomically(root / PLAN, [seal(plan.to_json())])
+        begin_store(root, plan, files)
         return cls(root, plan)
 
     @classmethod
@@ -128,6 +115,11 @@ class StoreWriter:
         """
         with self._ledger.claim(shard):
             yield ShardClaim(self, shard)
+
+    def keep_job(self, document: Mapping[str, Any]) -> None:
+        """Keep the job beside the plan, for `resume`; several processes may run one job at the same time."""
+        with self._ledger.alone():
+            write_atomically(self.root / JOB, [seal(document)])
 
     def finish(self) -> Manifest:
         """Publish the manifest: from here on the store is complete and never changes. Idempotent.
@@ -210,7 +202,7 @@ class StoreWriter:
 
     def _refuse_lost_tables(self) -> None:
         for path, digest in self.plan.metadata_sha256.items():
-            if not _has(self.root / path, digest):
+            if not has_file(self.root / path, digest):
                 raise ManifestError(
                     f"{self.root / path} is not what the plan says, so the store cannot be published: run `softlabels "
                     "repair`, then `softlabels resume`, which writes it again"
@@ -311,59 +303,6 @@ def stored_ids(root: Path, manifest: Manifest) -> IdArray:
     # With views an id stands once a view; the index is of samples.
     joined: IdArray = np.concatenate(pieces)
     return joined[:: manifest.layout.views]
-
-
-def load_plan(root: Path) -> Manifest:
-    """The plan of the store at `root`.
-
-    Raises:
-        ManifestError: it is gone or damaged.
-    """
-    path = root / PLAN
-    try:
-        return Manifest.from_json(unseal(read_confined(root, PLAN, most_bytes=MAX_MANIFEST_BYTES), what=str(path)))
-    except FileNotFoundError as error:
-        raise ManifestError(f"{path} is gone: without it nothing can be added to the store") from error
-
-
-def _has(path: Path, sha256: str) -> bool:
-    """Whether this file is there and holds just that."""
-    try:
-        return sha256_of(path) == sha256
-    except FileNotFoundError:
-        return False
-
-
-def _holds_more_than(root: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether a folder holds anything beyond what the beginning of a store leaves when it is killed."""
-    known = {root / path for path in (PLAN, *files)}
-    known |= {path.with_name(path.name + TEMPORARY) for path in known}
-    known |= {parent for path in known for parent in path.parents} | {root / LOCKS}
-    return any(path not in known and path.parent != root / LOCKS for path in root.rglob("*"))
-
-
-def _refuse_unless_begun_from(root: Path, plan: Manifest) -> None:
-    """Let a folder without a plan pass whose receipts are all of this very plan: the plan was lost, the shards not."""
-    ledger = Ledger(root, plan_sha256=plan.digest)
-    shards = ledger.committed()
-    try:
-        known = bool(shards) and all(ledger.read(shard) is not None for shard in shards)
-    except ManifestError:
-        known = False
-    if not known:
-        raise StoreExistsError(f"{root} holds files that are no store of this job: choose another path, or empty it")
-
-
-def _refuse_other_plan(root: Path, existing: Manifest, plan: Manifest) -> None:
-    if existing.digest == plan.digest:
-        return
-    old, new = existing.to_json(), plan.to_json()
-    differs = sorted(key for key in old if old[key] != new.get(key))
-    raise StoreExistsError(
-        f"a store made from another job stands at {root} (they differ in {', '.join(differs)}): choose another path, "
-        "or delete it first",
-        differs=differs,
-    )
 
 
 def _refuse_other_contents(root: Path, before: Receipt, files: list[ShardFile]) -> None:

@@ -16,9 +16,9 @@ from softlabels.encodings import draw_keys, make_encoding
 from softlabels.encodings.learning import learn_basis
 from softlabels.manifest import Container, IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
+from softlabels.store.beginning import load_plan
 from softlabels.store.ledger import Ledger
 from softlabels.store.rows import LocalRows, plan_digest
-from softlabels.store.writer import load_plan
 from softlabels.transfer import sample_fingerprints
 
 SAMPLES, CLASSES = 200, 10

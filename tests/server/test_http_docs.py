@@ -10,8 +10,8 @@ import pytest
 
 from softlabels.cli import build_parser
 from softlabels_server import Settings, StoreFolder, create_app
-from softlabels_server.requests import JSON_KEYS, QUERY_KEYS
 from softlabels_server.openapi import BATCH_PATH
+from softlabels_server.requests import JSON_KEYS, QUERY_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 

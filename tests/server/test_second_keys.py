@@ -1,0 +1,201 @@
+"""Views, ranges of sequences, members and learnt constants over HTTP: the same as from the folder, near and far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import softlabels
+from softlabels.audit import Audit
+from softlabels.encodings import make_encoding
+from softlabels.encodings.learning import learn_basis
+from softlabels.errors import RequestError
+from softlabels.manifest import IdSpec, Layout, TemperatureSpec, TransferSetSpec, ViewSpec
+from softlabels.store import SampleTable, StoreWriter, plan_store
+from softlabels.transfer import sample_fingerprints
+
+CLASSES, SAMPLES, VIEWS = 7, 40, 3
+
+
+def _logits(rows: int, classes: int = CLASSES, *, members: int | None = None) -> np.ndarray:
+    shape = (rows, classes) if members is None else (rows, members, classes)
+    found = np.random.default_rng(5).normal(size=shape).astype(np.float32) * 4
+    return found - found.max(axis=-1, keepdims=True)
+
+
+def _write(root: Path, rows: np.ndarray, keys: Any, *, encoding: Any = None, **plan: Any) -> None:
+    encoding = encoding or make_encoding("f32", classes=CLASSES)
+    manifest = plan_store(
+        name=root.name,
+        samples=SAMPLES,
+        encoding=encoding,
+        temperature=TemperatureSpec(default=4.0, captured=1.0, locked=False),
+        mean=plan.pop("mean", "none"),
+        teachers=(),
+        transfer_set=TransferSetSpec(name="x", source="x:y", arguments={}),
+        rows_per_shard=16,
+        rows_per_chunk=4,
+        ids=plan.pop("ids", IdSpec(kind="int", dense_start=0)),
+        **plan,
+    )
+    writer = StoreWriter.create(root, manifest, table=plan.get("table"), encoding=encoding)
+    for shard in writer.missing_shards():
+        with writer.claim(shard) as claim:
+            piece = rows[claim.rows.start : claim.rows.stop]
+            encoded = encoding.encode(piece.reshape(-1, piece.shape[-1]))
+            shaped = {n: a.reshape(*piece.shape[:-1], *a.shape[1:]) for n, a in encoded.items()}
+            audit = Audit((1.0,))
+            flat = piece.reshape(-1, piece.shape[-1])
+            audit.add(flat, flat, captured=1.0)
+            claim.commit(encoded=shaped, audit=audit.to_json(), **keys(claim.rows))
+    writer.finish()
+
+
+def _sample_keys(span: range) -> dict[str, Any]:
+    positions = np.arange(span.start, span.stop)
+    return {"ids": positions, "fingerprints": sample_fingerprints(positions[:, None])}
+
+
+def _view_keys(span: range) -> dict[str, Any]:
+    row = np.arange(span.start, span.stop)
+    return {
+        "ids": row // VIEWS,
+        "fingerprints": sample_fingerprints(row[:, None]),
+        "view_parameters": np.stack([row, row * 0.5], axis=1),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store of each kind."""
+    root = tmp_path_factory.mktemp("kinds")
+    _write(
+        root / "views",
+        _logits(SAMPLES * VIEWS),
+        _view_keys,
+        layout=Layout(kind="views", samples=SAMPLES, rows=SAMPLES * VIEWS, views=VIEWS),
+        views=ViewSpec(transform="m:f", parameters=("top", "left")),
+    )
+    _write(root / "members", _logits(SAMPLES, members=2), _sample_keys, members=2, mean="geometric")
+    lengths = np.arange(SAMPLES) % 5
+    for name, ids in (
+        ("sequences", np.arange(SAMPLES)),
+        ("texts", np.array([f"t{i:02d}" for i in range(SAMPLES)])[::-1]),
+    ):
+        dense = name == "sequences"
+        table = SampleTable(
+            ids=ids, lengths=lengths, fingerprints=sample_fingerprints(np.arange(SAMPLES)[:, None]), dense=dense
+        )
+        spec = IdSpec(kind="int", dense_start=0) if dense else IdSpec(kind="str", width_bytes=8)
+        _write(root / name, _logits(int(lengths.sum())), lambda span: {}, table=table, ids=spec)
+    rows = _logits(SAMPLES, 60)
+    _write(root / "learnt", rows, _sample_keys, encoding=learn_basis(rows, row_bytes=60))
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Any:
+    """A server over them."""
+    import threading
+    import time
+
+    from softlabels_server import Settings, StoreFolder, create_app
+    from softlabels_server.running import listen, make_server, url_of
+
+    settings = Settings(port=0)
+    listener = listen(settings)
+    server = make_server(create_app(StoreFolder(folder), settings), settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield url_of(listener)
+    server.should_exit = True
+    thread.join(timeout=30)
+
+
+def both(url: str, folder: Path, name: str) -> tuple[softlabels.TargetStore, softlabels.TargetStore]:
+    """The store behind the server, and its folder."""
+    return softlabels.open(f"{url}/{name}"), softlabels.open(folder / name)
+
+
+def assert_same(far: Any, near: Any) -> None:
+    """Two batches of the same rows."""
+    assert far.ids.tolist() == near.ids.tolist()
+    assert set(far.encoded) == set(near.encoded)
+    for name in far.encoded:
+        np.testing.assert_array_equal(far.encoded[name], near.encoded[name])
+    np.testing.assert_array_equal(far.logits(), near.logits())
+    for field in ("row_offsets", "view_parameters", "fingerprints", "labels"):
+        one, other = getattr(far, field), getattr(near, field)
+        assert (one is None) == (other is None), field
+        if one is not None:
+            np.testing.assert_array_equal(one, other)
+
+
+class TestBatches:
+    def test_views(self, url: str, folder: Path) -> None:
+        """A view of each sample, or one for all, with its parameters; none named is an error on either side."""
+        far, near = both(url, folder, "views")
+        for views in ([0, 2, 1], 2):
+            keys: dict[str, Any] = {"views": views, "view_parameters": True, "fingerprints": True}
+            for _ in range(3):
+                assert_same(far.batch([5, 39, 5], **keys), near.batch([5, 39, 5], **keys))
+        for store in (far, near):
+            with pytest.raises(RequestError):
+                store.batch([5])
+            with pytest.raises(RequestError):
+                store.batch([5], views=[3])
+            with pytest.raises(RequestError):
+                store.batch([5], spans=[(0, 1)])
+
+    @pytest.mark.parametrize("name", ["sequences", "texts"])
+    def test_sequences(self, url: str, folder: Path, name: str) -> None:
+        """Whole ones and ranges, empty ones among them."""
+        far, near = both(url, folder, name)
+        ids = [3, 0, 4, 3] if name == "sequences" else ["t03", "t00", "t38", "t03"]
+        assert_same(far.batch(ids, fingerprints=True), near.batch(ids, fingerprints=True))
+        picked = ids[:1] * 2
+        assert_same(far.batch(picked, spans=[(0, 1), (1, 1)]), near.batch(picked, spans=[(0, 1), (1, 1)]))
+        with pytest.raises(RequestError):
+            far.batch(picked, spans=[(0, 99), (0, 1)])
+
+    def test_members(self, url: str, folder: Path) -> None:
+        """Either mean at any temperature, chosen by the reader."""
+        far, near = both(url, folder, "members")
+        for mean in ("geometric", "arithmetic"):
+            keys: dict[str, Any] = {"mean": mean, "temperature": 3.0}
+            np.testing.assert_array_equal(far.batch([1, 2], **keys).p(), near.batch([1, 2], **keys).p())
+
+    def test_learnt_constants(self, url: str, folder: Path) -> None:
+        """What a basis learnt comes over HTTP, once, and decodes to the same bits."""
+        far, near = both(url, folder, "learnt")
+        assert_same(far.batch([1, 20, 1]), near.batch([1, 20, 1]))
+
+
+class TestEpochs:
+    @pytest.mark.parametrize("name", ["views", "members", "sequences", "texts", "learnt"])
+    @pytest.mark.parametrize("keys", [{}, {"rank": 1, "world_size": 3}, {"cursor": 11}, {"remainder": "pad"}])
+    def test_near_and_far_go_the_same_way(self, url: str, folder: Path, name: str, keys: dict[str, Any]) -> None:
+        """Batch by batch, with the same place to go on from after each."""
+        far, near = both(url, folder, name)
+        asked: dict[str, Any] = {"seed": 3, "epoch": 5, "batch_size": 7, "fingerprints": True, **keys}
+        one, other = far.epoch(**asked), near.epoch(**asked)
+        assert len(one) == len(other)
+        count = 0
+        for here, there in zip(one, other, strict=True):
+            assert_same(here, there)
+            assert (one.cursor, one.repeated) == (other.cursor, other.repeated)
+            count += 1
+        assert count == len(one)
+
+    def test_each_epoch_shows_another_view(self, folder: Path) -> None:
+        """In turn, unless one is named."""
+        store = softlabels.open(folder / "views")
+        rows = _logits(SAMPLES * VIEWS)
+        for epoch, keys, view in ((0, {}, 0), (4, {}, 1), (4, {"view": 2}, 2)):
+            batch = next(store.epoch(seed=0, epoch=epoch, batch_size=SAMPLES, **keys))  # type: ignore[arg-type]
+            np.testing.assert_array_equal(batch.logits(), rows[batch.ids * VIEWS + view])
