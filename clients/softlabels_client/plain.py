@@ -103,10 +103,10 @@ class PlainConnection(http.client.HTTPConnection):
 
     def _wait_at_most(self, seconds: float) -> None:
         # A socket with a timeout of Python's own asks `poll` before every call; one that blocks with the kernel's
-        # does not. Set again only where it matters: a call returns at the deadline or at most 1% late.
+        # does not. Set again only where it matters: a call returns within 1% of its time.
         if self._waits_s < 0:
             self.sock.settimeout(None)
-        if not seconds <= self._waits_s <= seconds * 1.01:
+        if not seconds * 0.99 <= self._waits_s <= seconds * 1.01:
             whole = int(seconds)
             packed = struct.pack("ll", whole, max(1, int((seconds - whole) * 1e6)))
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)

@@ -61,7 +61,18 @@ class ReplyReader:
             if ROW_OFFSETS not in arrays:
                 self._known[header, names, samples] = layout
             return arrays, layout.metadata
-        return layout.arrays(blob), layout.metadata
+        return self.unspoilt(layout.arrays(blob)), layout.metadata
+
+    def unspoilt(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The arrays but for their checksum, if it is theirs. Raises WireError: bytes changed on the way."""
+        checksum = arrays.pop(wire.CHECKSUM, None)
+        if checksum is None or checksum.dtype != np.dtype("<u8") or checksum.shape != (1,):
+            raise WireError(f"{self._where} sent rows without their checksum: whether they are whole cannot be told")
+        if checksum[0] != wire.checksum_of(arrays.values())[0]:
+            raise WireError(
+                f"rows from {self._where} changed on the way: their checksum fails; look at the proxy or the network between"
+            )
+        return arrays
 
     def ids_of(self, kept: NDArray[Any]) -> IdArray:
         """The ids that came with a reply. Raises WireError: they are not UTF-8."""
@@ -96,7 +107,7 @@ class ReplyReader:
         self, layout: wire.Layout, blob: memoryview, names: tuple[str, ...], *, samples: int
     ) -> dict[str, NDArray[Any]]:
         """The arrays of a reply whose header was not seen before. Raises as `read` does."""
-        arrays = layout.arrays(blob)
+        arrays = self.unspoilt(layout.arrays(blob))
         self.refuse_other_version(layout.metadata.get("digest"))
         rows = samples
         if self._manifest.layout.kind == "sequences":

@@ -210,7 +210,7 @@ class HttpRows:
     def _refuse_keys(self, views: NDArray[np.int64] | None, spans: NDArray[np.int64] | None) -> None:
         name, kind = self._manifest.name, self._manifest.layout.kind
         if views is not None and kind != "views":
-            raise RequestError(f"{name!r} keeps no views: it has none to ask for")
+            raise RequestError(f"{name!r} keeps one row a sample: it has no views to ask for")
         if views is None and kind == "views":
             raise RequestError(
                 f"{name!r} keeps {self._manifest.layout.views} views a sample: say which one each input shows; a "

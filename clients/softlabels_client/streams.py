@@ -92,7 +92,7 @@ class Frames:
             self._reader.check(layout, blob, self._names, samples=count)
             _refuse_other_place(layout.metadata, step)
             self._layout, self._like, self._count = layout, (header, step), count
-        arrays = layout.arrays(blob)
+        arrays = self._reader.unspoilt(layout.arrays(blob))
         ids = self._reader.ids_of(arrays[IDS])
         if self._manifest.ids.dense_start is not None:
             self._reader.refuse_other_ids(ids, step.positions + self._manifest.ids.dense_start)
@@ -116,11 +116,23 @@ class Frames:
             raise WireError(f"the stream ends with {metadata} where an epoch of {counted[0]} batches should")
 
     def _header(self) -> bytes:
-        start = bytes(self._stream.read(8))
-        length = int.from_bytes(start, "little")
+        # A stream's headers have one length: with the first one known, the others come in one read each.
+        known = 0 if self._like is None else len(self._like[0])
+        if 0 < known <= self._stream.left_bytes:
+            whole = bytes(self._stream.read(known))
+            if int.from_bytes(whole[:8], "little") == known - 8:
+                return whole
+            return self._rest_of_header(whole)
+        return self._rest_of_header(bytes(self._stream.read(8)))
+
+    def _rest_of_header(self, start: bytes) -> bytes:
+        """A header of which the first bytes are here, 8 or more."""
+        length = int.from_bytes(start[:8], "little")
         if length > _MOST_HEADER_BYTES:
             raise WireError(f"a frame announces a header of {length} bytes: this is no stream of safetensors files")
-        return start + bytes(self._stream.read(length))
+        if 8 + length < len(start):
+            raise WireError("a frame's header is shorter than those before it: the stream is no longer in step")
+        return start + bytes(self._stream.read(8 + length - len(start)))
 
     def _blob(self, header: bytes, layout: wire.Layout) -> memoryview:
         if layout.data_bytes > self._stream.left_bytes:

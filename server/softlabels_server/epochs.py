@@ -72,7 +72,7 @@ class EpochStream:
         per_row = sum(self._row_bytes(name) for name in self.names if not self._is_once_a_sample(name))
         per_sample = sum(self._row_bytes(name) for name in self.names if self._is_once_a_sample(name))
         offsets = 8 * (samples + self.batches.batch_count) if has_row_offsets(self.store) else 0
-        frames = self.batches.batch_count * self._header_bytes
+        frames = self.batches.batch_count * (self._header_bytes + 8)
         return frames + rows * per_row + samples * per_sample + offsets + len(self.end_frame)
 
     @cached_property
@@ -109,22 +109,23 @@ class EpochStream:
         if has_row_offsets(self.store):
             arrays = self._arrays(step.positions, (*self.names,))
             header = self._header(step, {name: array.shape[0] for name, array in arrays.items()})
-            yield [header, *(arrays[name] for name in self._ordered)]
+            yield [header, *(arrays[name] for name in self._ordered), wire.checksum_of(arrays.values())]
             return
         count = len(step.positions)
         pending: list[bytes | NDArray[Any]] = [self._header(step, dict.fromkeys(self.names, count))]
-        size = 0
+        size = total = 0
         for name in self.names:
-            at_once = max(1, PIECE_BYTES // self._row_bytes(name))
+            # Eight rows are whole words, so that the pieces' sums add up to the array's.
+            at_once = max(8, PIECE_BYTES // self._row_bytes(name) & ~7)
             for begin in range(0, count, at_once):
                 found = self._arrays(step.positions[begin : begin + at_once], (name,))[name]
                 pending.append(found)
+                total += wire.word_sum(found)
                 size += found.nbytes
                 if size >= PIECE_BYTES:
                     yield pending
                     pending, size = [], 0
-        if pending:
-            yield pending
+        yield [*pending, np.array([total % (1 << 64)], dtype="<u8")]
 
     def _arrays(self, positions: NDArray[np.int64], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         view = self.plan.view_of(self.store.manifest)
@@ -139,7 +140,7 @@ class EpochStream:
         key = (len(step.positions), step.repeated, tuple(rows.items()))
         around = self._headers.get(key)
         if around is None:
-            shapes = {name: (self._dtype(name), (rows[name], *self._row_shape(name))) for name in self._ordered}
+            shapes = self._shapes(rows)
             metadata = self._metadata(len(step.positions), _MARK, step.repeated)
             before, _, after = wire.header_bytes(shapes, metadata)[8:].rstrip().partition(_MARK.encode())
             if has_row_offsets(self.store):
@@ -166,7 +167,7 @@ class EpochStream:
     def _header_bytes(self) -> int:
         """Room that the header of every frame has: as much as the longest numbers would need, in whole cache lines."""
         longest = 10 ** (_COUNTED - 4)
-        shapes = {name: (self._dtype(name), (longest // 10**6, *self._row_shape(name))) for name in self._ordered}
+        shapes = self._shapes(dict.fromkeys(self._ordered, longest // 10**6))
         metadata = self._metadata(longest, longest, longest)
         return -(-len(wire.header_bytes(shapes, metadata)) // 64) * 64
 
@@ -174,6 +175,10 @@ class EpochStream:
     def _ordered(self) -> tuple[str, ...]:
         names = (*self.names, ROW_OFFSETS) if has_row_offsets(self.store) else self.names
         return tuple(sorted(names, key=lambda name: -self._dtype(name).itemsize))
+
+    def _shapes(self, rows: Mapping[str, int]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        shapes = {name: (self._dtype(name), (rows[name], *self._row_shape(name))) for name in self._ordered}
+        return {**shapes, wire.CHECKSUM: (np.dtype("<u8"), (1,))}
 
     @cached_property
     def _rows(self) -> int:

@@ -29,7 +29,7 @@ class ReplyForm:
 
     Attributes:
         header: the length field and header of the safetensors file.
-        names: of the arrays, in the order in which their bytes follow.
+        names: of the arrays, in the order in which their bytes follow; the checksum comes behind them.
         size_bytes: of the whole file.
     """
 
@@ -39,7 +39,8 @@ class ReplyForm:
 
     def buffers(self, arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
         """The file as buffers to be sent one after the other; the arrays are not copied."""
-        return [self.header, *(as_buffer(arrays[name]) for name in self.names)]
+        checksum = wire.checksum_of(arrays[name] for name in self.names)
+        return [self.header, *(as_buffer(arrays[name]) for name in self.names), as_buffer(checksum)]
 
 
 def form_for(
@@ -87,6 +88,8 @@ def as_buffer(array: NDArray[Any]) -> memoryview:
 def _make(shapes: Shapes, metadata: Mapping[str, str]) -> ReplyForm:
     wide_first = sorted(shapes, key=lambda entry: -np.dtype(entry[1]).itemsize)
     table = {name: (np.dtype(dtype), shape) for name, dtype, shape in wide_first}
+    names = tuple(table)
+    table[wire.CHECKSUM] = (np.dtype("<u8"), (1,))
     header = wire.header_bytes(table, metadata)
     size = sum(dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for dtype, shape in table.values())
-    return ReplyForm(header=header, names=tuple(table), size_bytes=len(header) + size)
+    return ReplyForm(header=header, names=names, size_bytes=len(header) + size)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Scope
 
+from softlabels import wire
 from softlabels.errors import SoftLabelsError
 from softlabels.opening import IDS
 from softlabels_server.batches import Gathering, has_row_offsets
@@ -68,7 +69,8 @@ class Recipe:
             arrays = pace.run_here(partial(store.rows.fetch, keys.pop(IDS), self.names, **keys))
         except SoftLabelsError:
             return None
-        return [arrays[name] for name in self.form.names]
+        found = [arrays[name] for name in self.form.names]
+        return [*found, wire.checksum_of(found)]
 
 
 Recipes: TypeAlias = dict[bytes, Recipe]

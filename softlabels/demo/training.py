@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -161,14 +161,23 @@ def count_errors(model: nn.Module, inputs: NDArray[Any], labels: NDArray[np.int6
 
 
 def fast_arithmetic() -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 matrix products where the CPU has instructions for them (two to four times as fast), else no change."""
+    """bfloat16 matrix products where this CPU is faster at them than at float32, else no change."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16_products())
 
 
-def has_bfloat16_products() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; emulated, it would be slower than float32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+def has_bfloat16_products(capabilities: Mapping[str, Any] | None = None) -> bool:
+    """Whether bfloat16 is worth its loss of precision on a CPU: with matrix tiles (AMX) alone.
+
+    One step of the student at 256 rows, forward and backward, took 12 ms of CPU time in float32; in bfloat16 5 ms with
+    AMX, 19 with AVX-512 BF16 instructions, 49 emulated by AVX-512 and 162 by AVX2 (torch 2.13, one thread).
+
+    Args:
+        capabilities: as `torch.cpu.get_capabilities` gives them; those of this machine unless given.
+    """
+    if capabilities is None:
+        # Older torch cannot tell; float32 is right everywhere.
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16"))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,14 +60,16 @@ def has_file(path: Path, sha256: str) -> bool:
 
 
 def _holds_more_than(root: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether a folder holds anything beyond what a store holds before its first shard."""
+    """Whether a folder holds any file beyond what a store holds before its first shard."""
     known = {root / path for path in (PLAN, JOB, *files)}
     known |= {path.with_name(path.name + TEMPORARY) for path in known}
-    known |= {parent for path in known for parent in path.parents}
-    beside = [root / folder for folder in (LOCKS, STAGING, DAMAGED)]
-    return any(
-        path not in known and not any(path.is_relative_to(folder) for folder in beside) for path in root.rglob("*")
-    )
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        if here == root:
+            folders[:] = [name for name in folders if name not in (LOCKS, STAGING, DAMAGED)]
+        if any(here / name not in known for name in names):
+            return True
+    return False
 
 
 def _refuse_unless_begun_from(root: Path, plan: Manifest) -> None:

@@ -74,7 +74,7 @@ def find_faults(
     report.finished, report.shards = documents.manifest is not None, plan.shards.count
     ledger = Ledger(root, plan_sha256=plan.digest)
     numbers = [number for number in ledger.committed() if number < plan.shards.count]
-    metadata_faults = list(_metadata_faults(root, documents.manifest or plan))
+    metadata_faults = list(_metadata_faults(root, documents.manifest or plan, planned=set(plan.metadata_sha256)))
     index, index_faults = _index(root, documents, {fault.path for fault in metadata_faults})
     container = container_of(plan)
     checks = ShardChecks(root, plan, container, _encoding(root, plan), index=index, report=report)
@@ -143,16 +143,17 @@ def _receipts(ledger: Ledger, shards: list[int]) -> Iterator[Receipt]:
             yield receipt
 
 
-def _metadata_faults(root: Path, manifest: Manifest) -> Iterator[Fault]:
+def _metadata_faults(root: Path, manifest: Manifest, *, planned: set[str]) -> Iterator[Fault]:
     for path, expected in manifest.metadata_sha256.items():
+        mend = f"`softlabels {'resume' if path in planned else 'repair'}` writes it again"
         try:
             with os.fdopen(open_confined(root, path), "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except (FileNotFoundError, ManifestError, OSError) as error:
-            yield Fault(kind="missing", message=f"it cannot be read: {error}", path=path)
+            yield Fault(kind="missing", message=f"it cannot be read ({error}); {mend}", path=path)
             continue
         if digest != expected:
-            yield Fault(kind="checksum", message="its SHA-256 is not the manifest's", path=path)
+            yield Fault(kind="checksum", message=f"its SHA-256 is not the manifest's; {mend}", path=path)
 
 
 def _index(

@@ -187,7 +187,7 @@ class Impostor:
         metadata = {"digest": self.rows.digest}
         if change is not None:
             change(arrays, metadata)
-        return wire.to_bytes(arrays, metadata)
+        return wire.to_bytes({**arrays, "checksum": wire.checksum_of(arrays.values())}, metadata)
 
 
 @pytest.fixture

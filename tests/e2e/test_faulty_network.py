@@ -1,4 +1,4 @@
-"""A network that cuts, delays, truncates and corrupts, and a server that is killed: no wrong row, none lost, none twice."""
+"""A network that cuts, delays, truncates and corrupts, and servers that are killed: no row wrong, lost or doubled."""
 
 from __future__ import annotations
 
@@ -42,13 +42,18 @@ class FaultyProxy:
         self._random = random.Random(seed)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self._open: set[socket.socket] = set()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._open: list[socket.socket] = [self._listener]
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
 
     def close(self) -> None:
         """End every connection."""
-        self._listener.close()
         for connection in list(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for connection in self._open:
             connection.close()
 
     def _accept(self) -> None:
@@ -59,11 +64,12 @@ class FaultyProxy:
                 with contextlib.suppress(OSError):
                     far = socket.create_connection(("127.0.0.1", self._target))
                 if far is None:
-                    near.close()
+                    near.close()  # the server is down
                     continue
-                self._open |= {near, far}
-                threading.Thread(target=self._copy, args=(near, far, False), daemon=True).start()
-                threading.Thread(target=self._copy, args=(far, near, True), daemon=True).start()
+                self._open += [near, far]
+                for source, sink, faulty in ((near, far, False), (far, near, True)):
+                    self._threads.append(threading.Thread(target=self._copy, args=(source, sink, faulty)))
+                    self._threads[-1].start()
 
     def _copy(self, source: socket.socket, sink: socket.socket, faulty: bool) -> None:
         until_fault = self._random.expovariate(1 / self._mean)
@@ -85,7 +91,6 @@ class FaultyProxy:
                         data = self._corrupted(data)
                 sink.sendall(data)
         for end in (source, sink):
-            self._open.discard(end)
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 

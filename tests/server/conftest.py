@@ -25,6 +25,7 @@ from softlabels.ids import IdArray, kind_of
 from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
 from softlabels.transfer import sample_fingerprints
+from softlabels.wire import checksum_of
 from softlabels_server import Settings, StoreFolder, create_app
 from softlabels_server.running import listen, make_server, url_of
 
@@ -166,7 +167,9 @@ class Answer:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata()
         assert self.headers["softlabels-digest"] == metadata["digest"]
-        return load(self.body), metadata
+        arrays = load(self.body)
+        assert arrays.pop("checksum").tolist() == checksum_of(arrays.values()).tolist()
+        return arrays, metadata
 
 
 class Asker:

@@ -96,13 +96,14 @@ class TestBinary:
 
 class TestPlan:
     def test_the_size_is_known_beforehand(self, served: dict[str, ServedStore]) -> None:
-        """`reply_bytes` is what the arrays come to."""
+        """`reply_bytes` is what the arrays come to, without their checksum."""
         gathering = plan(served["dense"], BatchRequest(ids=np.arange(5)), Settings())
         assert gathering.reply_bytes == 5 * (7 * 4 + 4 + 8)
-        assert sum(map(len, gathering.buffers()[1:])) == gathering.reply_bytes
+        *_, checksum = buffers = gathering.buffers()
+        assert sum(map(len, buffers[1:])) == gathering.reply_bytes + len(checksum)
 
     def test_rows_are_not_joined_into_one_piece(self, served: dict[str, ServedStore]) -> None:
-        """One buffer a field behind the header, so that nothing is copied before it is sent."""
+        """One buffer a field behind the header, and the checksum, so that nothing is copied before it is sent."""
         header, *arrays = plan(served["dense"], BatchRequest(ids=np.arange(5)), Settings()).buffers()
         assert isinstance(header, bytes)
-        assert [type(buffer) for buffer in arrays] == [memoryview] * 3
+        assert [type(buffer) for buffer in arrays] == [memoryview] * 4

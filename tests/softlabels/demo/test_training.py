@@ -12,8 +12,10 @@ from softlabels.demo.training import (
     Jitter,
     constrain_incoming_weights,
     count_errors,
+    fast_arithmetic,
     fit_hard,
     hard_labels,
+    has_bfloat16_products,
     one_cycle,
 )
 from softlabels.errors import JobError
@@ -179,6 +181,19 @@ class TestCountErrors:
         counts = {count_errors(model, images, labels, batch_size=size) for size in (1, 7, 100, 1_000)}
         assert len(counts) == 1
         assert model.training
+
+
+class TestHasBfloat16Products:
+    def test_only_matrix_tiles_make_it_worth_while(self) -> None:
+        """BF16 instructions without tiles were slower than float32, and emulation by far."""
+        assert has_bfloat16_products({"amx_bf16": True, "avx512_bf16": True})
+        assert not has_bfloat16_products({"amx_bf16": False, "avx512_bf16": True})
+        assert not has_bfloat16_products({})
+
+    def test_this_machine_can_be_asked(self) -> None:
+        """Whatever it answers, training takes the answer."""
+        with fast_arithmetic():
+            assert torch.is_autocast_enabled("cpu") == has_bfloat16_products()
 
 
 class TestHardLabels:
