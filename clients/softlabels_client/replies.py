@@ -70,7 +70,8 @@ class ReplyReader:
             raise WireError(f"{self._where} sent rows without their checksum: whether they are whole cannot be told")
         if checksum[0] != wire.checksum_of(arrays.values())[0]:
             raise WireError(
-                f"rows from {self._where} changed on the way: their checksum fails; look at the proxy or the network between"
+                f"rows from {self._where} changed on the way: their checksum fails; look at the proxy or the network "
+                "between"
             )
         return arrays
 

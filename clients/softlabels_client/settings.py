@@ -29,8 +29,8 @@ class DistillSettings:
         optimizer: SGD with Nesterov momentum, or AdamW.
         momentum: of SGD; AdamW keeps its own.
         weight_decay: of either.
-        max_gradient_norm: gradients of a larger L2 norm are scaled down to it: the soft term's are large while the student
-            is far from a confident teacher, and a rate that is good later may diverge there. None leaves them.
+        max_gradient_norm: gradients of a larger L2 norm are scaled down to it: the soft term's are large while the
+            student is far from a confident teacher. None leaves them.
         schedule: "one_cycle" rises for a fifth of all steps, then falls to 0 as a cosine; or "constant".
         seed: of the order of samples and of dropout. The student's first weights are the caller's affair.
         device: "auto" takes an accelerator where there is one.

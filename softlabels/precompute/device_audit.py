@@ -34,7 +34,10 @@ def figures_on_device(
     p_BC = torch.softmax(wide, dim=-1)
     error_BC = torch.softmax(narrow, dim=-1) - p_BC
     dropped = p_BC[decoded_BC.isneginf()] if dropped_mass_B is None else dropped_mass_B
-    kl = {temperature: _kl(wide * (captured / temperature), narrow * (captured / temperature)) for temperature in temperatures}
+    kl = {
+        temperature: _kl(wide * (captured / temperature), narrow * (captured / temperature))
+        for temperature in temperatures
+    }
     return RowFigures(
         rows=len(exact_BC),
         top1_agreements=int((exact_BC.argmax(dim=1) == decoded_BC.argmax(dim=1)).sum()),

@@ -1,4 +1,4 @@
-"""One row, four readers: plain zarr-python, a store on disk, a store behind HTTP, and curl with the safetensors library."""
+"""One row, four readers: zarr-python, a store on disk, a store behind HTTP, and plain HTTP with safetensors."""
 
 from __future__ import annotations
 

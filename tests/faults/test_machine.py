@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -63,17 +64,17 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def repair_and_resume(self) -> None:
         """Whatever happened before, afterwards the store is bit-identical with an undisturbed one."""
-        self.mend()
-        try:
-            self.kind.write(self.root)
-        except StoreExistsError:
-            # Plan, manifest and every receipt are gone: what lies there is nobody's, and is refused, never overwritten.
-            assert not any(self.found().get(name) == self.expected[name] for name in self.receipts())
-            shutil.rmtree(self.root)
-            self.kind.write(self.root)
-        # Where the plan was lost, only the writer brought back what damage can be told by.
-        self.mend()
-        self.kind.write(self.root)
+        # Where the plan was lost, the writer brings back what the rest of the damage can be told by: hence twice.
+        for last in (False, True):
+            self.mend()
+            try:
+                self.kind.write(self.root)
+            except StoreExistsError:
+                # Plan, manifest and every receipt are gone: what lies there is nobody's, and is not overwritten.
+                assert not any(self.found().get(name) == self.expected[name] for name in self.receipts())
+                shutil.rmtree(self.root)
+            except SoftLabelsError:
+                assert not last
         assert self.found() == self.expected
         assert verify(self.root).sound
 
@@ -146,7 +147,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert kinds - {"unfinished"}, self.wrong()
         else:
             assert kinds <= {"unfinished"}
-            assert (not kinds) == (self.found() == self.expected)
+            assert bool(kinds) == ("manifest.json" not in self.found())
 
     # The model: what an undisturbed store holds, file by file.
 
@@ -180,7 +181,16 @@ class StoreMachine(RuleBasedStateMachine):
                 vouched |= {path for path in self.expected if shard_of(path) == number}
         if "plan.json" in found and self.kind.sequences:
             vouched |= {path for path in self.expected if path.startswith("index/")}
-        return {path for path in vouched if found.get(path) != self.expected[path]}
+        return {path for path in vouched if found.get(path) != self.expected[path] and not self.means_the_same(path)}
+
+    def means_the_same(self, path: str) -> bool:
+        """Whether a document says what it should, spelt otherwise: without its last newline, with 1E-05 for 1e-05."""
+        if not path.endswith(".json") or path.endswith("zarr.json") or not (self.root / path).exists():
+            return False
+        try:
+            return bool(json.loads((self.root / path).read_bytes()) == json.loads((self.pristine / path).read_bytes()))
+        except ValueError:
+            return False
 
 
 def shard_of(path: str) -> int | None:

@@ -14,7 +14,8 @@ TEMPERATURES = (1.0, 4.0, 20.0)
 
 
 @pytest.mark.parametrize(
-    ("name", "params"), [("f16", {}), ("q4", {"head": 4}), ("topk", {"k": 12, "tail": "renormalise"}), ("topk", {"k": 12})]
+    ("name", "params"),
+    [("f16", {}), ("q4", {"head": 4}), ("topk", {"k": 12, "tail": "renormalise"}), ("topk", {"k": 12})],
 )
 @pytest.mark.parametrize("captured", [1.0, 4.0])
 def test_it_agrees_with_numpy(name: str, params: dict[str, object], captured: float) -> None:

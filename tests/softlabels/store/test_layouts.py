@@ -207,8 +207,10 @@ class TestSequences:
         store = softlabels.open(root)
         batch = store.batch([50, 10, 30], fingerprints=True)
         np.testing.assert_array_equal(batch.logits(), rows[[*range(10, 60), *range(10)]])
-        assert batch.row_offsets is not None and batch.row_offsets.tolist() == [0, 50, 50, 60]
-        assert batch.labels is not None and batch.labels.tolist() == [r % CLASSES for r in [*range(10, 60), *range(10)]]
+        assert batch.row_offsets is not None
+        assert batch.row_offsets.tolist() == [0, 50, 50, 60]
+        assert batch.labels is not None
+        assert batch.labels.tolist() == [r % CLASSES for r in [*range(10, 60), *range(10)]]
         np.testing.assert_array_equal(batch.fingerprints, sample_fingerprints(np.array([[50], [10], [30]])))
         batch = store.batch([40, 40, 20], spans=[(0, 2), (37, 39), (0, 1)])
         np.testing.assert_array_equal(batch.logits(), rows[[61, 62, 98, 99, 60]])
