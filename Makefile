@@ -6,7 +6,7 @@ PYTEST := .venv/bin/python -m pytest -m "not slow and not faults"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-quick check lint types imports format bench wheel clean
+.PHONY: help install demo test test-quick faults check lint types imports format bench wheel clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ test: install ## the whole test suite, without what is marked slow or faults
 
 test-quick: install ## the tests that need no server process, no wheel and no training
 	$(PYTEST) -q --ignore=tests/e2e --ignore=tests/packaging
+
+faults: install ## kill writers, fail system calls, flip bits: some thousand faults, minutes (needs strace for some)
+	.venv/bin/python -m pytest -m faults tests/faults -q -rs
 
 check: install ## everything that must hold: format, lint, types, import directions, tests
 	@$(MAKE) --no-print-directory lint types imports test

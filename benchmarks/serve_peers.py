@@ -2,9 +2,10 @@
 
     python -m benchmarks.serve_peers tcp|flight STORE
 
-Prints its port, then serves until it is ended. A request of the bare socket is two int64, count and batch size, and the
-ids: with a batch size of 0 the rows of those ids come back; else the rows of all positions in the order of the epoch named
-by the one id, a batch at a time. Nothing is checked, named or described: it is the floor that HTTP stands on.
+Prints its port, then serves until it is ended. A request of the bare socket is two int64, count and batch size, and
+the ids: with a batch size of 0 the rows of those ids come back; else the rows of all positions in the order of the
+epoch named by the one id, a batch at a time. Nothing is checked, named or described: it is the floor that HTTP stands
+on.
 """
 
 from __future__ import annotations

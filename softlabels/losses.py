@@ -13,9 +13,11 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -69,17 +71,23 @@ class SoftTargetBatch:
                 object.__setattr__(self, "labels_B", torch.from_numpy(labels_B).to(self.labels_B.device))
 
     @classmethod
-    def from_soft_targets(cls, targets: SoftTargets) -> SoftTargetBatch:
-        """What a store's batch becomes for torch, on the CPU, at the temperature it carries."""
-        logits_BC = targets.logits()
-        return cls(
-            # A view on a reply cannot be written to, and torch has no read-only tensors: those are copied.
-            logits_BC=torch.from_numpy(logits_BC if logits_BC.flags.writeable else logits_BC.copy()),
+    def from_soft_targets(cls, targets: SoftTargets, *, device: torch.device | str | None = None) -> SoftTargetBatch:
+        """What a store's batch becomes for torch, at the temperature it carries.
+
+        Args:
+            targets: as a store gave them.
+            device: where rows are decoded: their encoded bytes go there, a fraction of what decoded ones would be, from
+                pinned memory where it is an accelerator. None decodes with NumPy on the host.
+        """
+        logits_BC = torch.from_numpy(_writable(targets.logits())) if device is None else _decoded_on(device, targets)
+        made = cls(
+            logits_BC=logits_BC,
             temperature=targets.temperature,
             captured_temperature=targets.captured_temperature,
             locked=targets.locked,
             labels_B=None if targets.labels is None else torch.tensor(targets.labels, dtype=torch.int64),
         )
+        return made if device is None else made.to(device, non_blocking=True)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftTargetBatch:
         """The same batch on another device."""
@@ -99,6 +107,29 @@ class SoftTargetBatch:
     def log_p(self) -> Tensor:
         """logp_BC of the target at `temperature`."""
         return torch.log_softmax(self.tempered(), dim=-1)
+
+
+def _decoded_on(device: torch.device | str, targets: SoftTargets) -> Tensor:
+    """logits_BC as kept, decoded on a device from its encoded bytes."""
+    where = torch.device(device)
+    if targets.members is not None:
+        # Members are averaged at the temperature first, which the reference does on the host.
+        return torch.from_numpy(_writable(targets.logits())).to(where)
+    moved = {name: _moved(array, where) for name, array in targets.encoded.items()}
+    return targets.encoding.decode_torch(moved)
+
+
+def _moved(array: NDArray[Any], device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return torch.from_numpy(_writable(array)).to(device)
+    pinned = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, pin_memory=True)
+    np.copyto(pinned.numpy(), array)
+    return pinned.to(device, non_blocking=True)
+
+
+def _writable(array: NDArray[Any]) -> NDArray[Any]:
+    """The array, copied where it is a view on a reply: torch has no read-only tensors."""
+    return array if array.flags.writeable else array.copy()
 
 
 class LossParts(NamedTuple):

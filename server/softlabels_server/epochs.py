@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
@@ -42,9 +42,6 @@ _COUNTED = 20
 
 _MARK = "<cursor>"
 """Where a frame's place stands in a header that is made once for many."""
-
-PIECE_BYTES = 1024 << 10
-"""Gathered at a time: what stays in a core's cache until the socket has taken it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +84,16 @@ class EpochStream:
         }
         return wire.header_bytes({}, metadata)
 
-    def pieces(self) -> Iterator[list[bytes | NDArray[Any]]]:
-        """The frames in order, cut into lists of buffers of about `PIECE_BYTES`; each is gathered when it is asked for.
+    def pieces(self, piece_bytes: Callable[[], int]) -> Iterator[list[bytes | NDArray[Any]]]:
+        """The frames in order, cut into lists of buffers; each is gathered when it is asked for.
 
+        Args:
+            piece_bytes: how large the next piece should be, about.
         Raises:
             RowsNotCommittedError, DamageError.
         """
         for step in self.batches:
-            yield from self._frame(step)
+            yield from self._frame(step, piece_bytes)
         yield [self.end_frame]
 
     def check_size(self, most_bytes: int) -> None:
@@ -105,7 +104,7 @@ class EpochStream:
         if has_row_offsets(self.store) and self._largest_batch_rows > most:
             raise too_large(self._largest_batch_rows, most, "rows")
 
-    def _frame(self, step: StepBatch) -> Iterator[list[bytes | NDArray[Any]]]:
+    def _frame(self, step: StepBatch, piece_bytes: Callable[[], int]) -> Iterator[list[bytes | NDArray[Any]]]:
         if has_row_offsets(self.store):
             arrays = self._arrays(step.positions, (*self.names,))
             header = self._header(step, {name: array.shape[0] for name, array in arrays.items()})
@@ -116,13 +115,16 @@ class EpochStream:
         size = total = 0
         for name in self.names:
             # Eight rows are whole words, so that the pieces' sums add up to the array's.
-            at_once = max(8, PIECE_BYTES // self._row_bytes(name) & ~7)
-            for begin in range(0, count, at_once):
+            begin = 0
+            while begin < count:
+                at_once = max(8, piece_bytes() // self._row_bytes(name) & ~7)
                 found = self._arrays(step.positions[begin : begin + at_once], (name,))[name]
-                pending.append(found)
                 total += wire.word_sum(found)
                 size += found.nbytes
-                if size >= PIECE_BYTES:
+                begin += at_once
+                pending.append(found)
+                del found  # not held here while it is sent, nor longer
+                if size >= piece_bytes():
                     yield pending
                     pending, size = [], 0
         yield [*pending, np.array([total % (1 << 64)], dtype="<u8")]

@@ -173,7 +173,8 @@ class _Pouring:
         if self._transport.get_write_buffer_size():
             self._transport.set_write_buffer_limits(high=0)  # calls `pause_writing`, and `resume_writing` when empty
             await self._cycle.flow.drain()
-            self._transport.set_write_buffer_limits()
+            if not self.is_gone():
+                self._transport.set_write_buffer_limits()
         return not self.is_gone()
 
     def is_gone(self) -> bool:

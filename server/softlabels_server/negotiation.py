@@ -37,8 +37,11 @@ def accepted_form(accept: str | None) -> Form:
         return DEFAULT
     wishes = [_wish(part) for part in accept.split(",") if part.strip()]
     liked = {form: _weight(media_type, wishes) for form, media_type in MEDIA_TYPES.items()}
-    best: Form = max(liked, key=lambda form: liked[form])
-    if liked[best] <= 0:
+    # The first of those that are liked best: they stand in the order of preference.
+    best, weight = DEFAULT, liked[DEFAULT]
+    for form, other in liked.items():
+        best, weight = (form, other) if other > weight else (best, weight)
+    if weight <= 0:
         raise HTTPException(406, f"it accepts {accept[:128]!r} alone; there are {', '.join(MEDIA_TYPES.values())}")
     return best
 

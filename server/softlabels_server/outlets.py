@@ -21,6 +21,13 @@ PATIENCE_MS = 20
 """How long a thread waits for a reader that has no room. Whoever takes longer is waited for in the event loop, where a
 thousand of them cost nothing."""
 
+SMALL_BYTES, LARGE_BYTES = 64 << 10, 1 << 20
+"""Sizes of pieces: what a reader costs who stops reading, and what is gathered at the least cost a byte while it is
+still in a core's cache when the socket takes it."""
+
+PROOF_BYTES = 8 << 20
+"""Whoever took so much without a pause reads: the kernel's buffers alone hold less."""
+
 Piece: TypeAlias = Sequence[bytes | NDArray[Any]]
 
 
@@ -58,7 +65,7 @@ class PouringOutlet:
     def __init__(self, pourer: Pourer) -> None:
         self._pourer = pourer
 
-    async def send_all(self, pieces: Iterator[Piece], *, stall_timeout_s: float) -> bool:
+    async def send_all(self, pieces: Iterator[Piece], appetite: Appetite, *, stall_timeout_s: float) -> bool:
         """Send all pieces; False where the client is gone, or took longer than that for one.
 
         Raises: what gathering a piece raises; the connection is closed then.
@@ -67,7 +74,7 @@ class PouringOutlet:
         if not await pourer.emptied():
             return False
         descriptor = pourer.own_descriptor()
-        pump = Pump(descriptor, pieces, pourer.is_gone)
+        pump = Pump(descriptor, pieces, appetite, pourer.is_gone)
         try:
             while (left := await run_in_threadpool(pump.run)) is not None:
                 pourer.account(pump.take_count())
@@ -89,17 +96,40 @@ class PouringOutlet:
         self._pourer.abandon()
 
 
+class Appetite:
+    """How much a reader takes at once, as far as seen; a piece is made no larger."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+
+    @property
+    def piece_bytes(self) -> int:
+        """How large the next piece should be."""
+        return LARGE_BYTES if self._taken >= PROOF_BYTES else SMALL_BYTES
+
+    def took(self, size_bytes: int) -> None:
+        """The reader took so much."""
+        self._taken += size_bytes
+
+    def paused(self) -> None:
+        """The reader took no more for a while."""
+        self._taken = 0
+
+
 class Pump:
     """Gathers pieces and writes them to a socket, in a thread.
 
     Args:
         descriptor: of a socket that does not block.
         pieces: what to write; each is gathered when it is asked for.
+        appetite: says how large the next piece should be, and is told what the reader took.
         is_gone: whether to stop.
     """
 
-    def __init__(self, descriptor: int, pieces: Iterator[Piece], is_gone: Callable[[], bool]) -> None:
-        self._descriptor, self._pieces, self._is_gone = descriptor, pieces, is_gone
+    def __init__(
+        self, descriptor: int, pieces: Iterator[Piece], appetite: Appetite, is_gone: Callable[[], bool]
+    ) -> None:
+        self._descriptor, self._pieces, self._appetite, self._is_gone = descriptor, pieces, appetite, is_gone
         self._written = 0
         self._room = select.poll()
         self._room.register(descriptor, select.POLLOUT)
@@ -113,11 +143,14 @@ class Pump:
                     count = os.writev(self._descriptor, left)
                 except BlockingIOError:
                     if self._is_gone() or not self._room.poll(PATIENCE_MS):
-                        return left
+                        self._appetite.paused()
+                        # Copied, so that what waits for a slow reader is no more than it has still to read.
+                        return [memoryview(bytes(buffer)) for buffer in left]
                     continue
                 except OSError:
                     return left  # the client is gone, as the event loop will find
                 self._written += count
+                self._appetite.took(count)
                 left = _after(left, count)
         return None
 
@@ -133,7 +166,7 @@ class PlainOutlet:
     def __init__(self, send: Send) -> None:
         self._send = send
 
-    async def send_all(self, pieces: Iterator[Piece], *, stall_timeout_s: float) -> bool:
+    async def send_all(self, pieces: Iterator[Piece], appetite: Appetite, *, stall_timeout_s: float) -> bool:
         """Send all pieces; an ASGI server does not say whether anybody is there. Raises as gathering does."""
         while (piece := await run_in_threadpool(next, pieces, None)) is not None:
             async with asyncio.timeout(stall_timeout_s):

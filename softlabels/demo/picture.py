@@ -61,7 +61,7 @@ def draw(store: TargetStore, data: ArrayTransferSet, path: Path, *, high_tempera
         for axis, (title, p_BC) in zip(bars, columns.items(), strict=True):
             axis.bar(range(p_BC.shape[1]), p_BC[row], color="#3b6ea5")
             axis.set_xticks(range(p_BC.shape[1]))
-            axis.set_ylim(0, 1)
+            axis.set_ylim(0, 1.1 * float(p_BC.max()))  # a scale a column: at a high T all bars are near 1/C
             axis.spines[["top", "right"]].set_visible(False)
             if row == 0:
                 axis.set_title(title)

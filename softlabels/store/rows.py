@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,20 @@ from numpy.typing import NDArray
 from softlabels.encodings import Encoding
 from softlabels.epochs import EpochPlan, EpochRows
 from softlabels.errors import (
-    ChecksumError,
     ManifestError,
     RequestError,
     RowsNotCommittedError,
-    TruncatedError,
     UnknownFieldError,
     UnknownStoreError,
 )
 from softlabels.ids import IdArray, from_fixed_bytes
-from softlabels.manifest import ArraySpec, Manifest
+from softlabels.manifest import Manifest
 from softlabels.sealing import MAX_MANIFEST_BYTES, unseal
-from softlabels.store.compressed import CompressedArray
+from softlabels.store.arrays import StoreArrays
 from softlabels.store.confined import read_confined
 from softlabels.store.constants import load_encoding
-from softlabels.store.container import container_of
-from softlabels.store.geometry import CHECKSUM_BYTES, Part, chunk_stride, chunks_in, part_bytes
+from softlabels.store.geometry import chunks_in
 from softlabels.store.index import make_index
-from softlabels.store.ledger import Ledger, Receipt
-from softlabels.store.mapping import MappedArray
 from softlabels.store.sequences import SequenceIndex
 
 MANIFEST = "manifest.json"
@@ -60,12 +54,9 @@ class LocalRows:
     def __init__(self, root: Path, *, manifest: Manifest | None = None) -> None:
         self._root = Path(root)
         self._manifest = load_manifest(self._root) if manifest is None else manifest
-        self._ledger = Ledger(self._root, plan_sha256=plan_digest(self._manifest))
-        self._container = container_of(self._manifest)
         self._index = make_index(self._root, self._manifest) if self._manifest.finished else None
         self._sequences = SequenceIndex(self._root, self._manifest)
-        self._arrays: dict[str, MappedArray] = {}
-        self._compressed: dict[str, CompressedArray] = {}
+        self._arrays = StoreArrays(self._root, self._manifest, plan_sha256=plan_digest(self._manifest))
         self._digest = store_digest(self._manifest)
         self._encoding: Encoding | None = None
 
@@ -154,13 +145,10 @@ class LocalRows:
         self, rows_B: NDArray[np.int64], fields: tuple[str, ...], *, ids: IdArray | None = None
     ) -> dict[str, NDArray[Any]]:
         """Rows by number; with `ids`, checked to be theirs where the ids were looked up. Raises as `fetch` does."""
-        for field in fields:
-            if field not in self._manifest.arrays:
-                kept = ", ".join(self._manifest.arrays)
-                raise UnknownFieldError(f"{self._manifest.name!r} keeps no {field!r}; it keeps {kept}", field=field)
-        found = {field: self._gather(field, rows_B) for field in fields}
+        self._refuse_unknown(fields)
+        found = {field: self._arrays.gather(field, rows_B) for field in fields}
         if ids is not None and self._manifest.ids.dense_start is None:
-            kept_ids = found[IDS] if IDS in found else self._gather(IDS, rows_B)
+            kept_ids = found[IDS] if IDS in found else self._arrays.gather(IDS, rows_B)
             self._refuse_other_ids(_as_ids(kept_ids), ids)
         if IDS in found:
             found[IDS] = _as_ids(found[IDS])
@@ -194,97 +182,37 @@ class LocalRows:
             ids: Any = arrays[IDS]
             yield EpochRows(ids=ids, arrays=arrays, repeated=step.repeated, cursor_after=step.cursor_after)
 
+    def scan(self, fields: tuple[str, ...], *, start: int = 0) -> Iterator[tuple[range, dict[str, NDArray[Any]]]]:
+        """Every row in the store's order, a chunk at a time: the fastest way through all of it.
+
+        Args:
+            fields: arrays of the store; string ids come as the bytes that are kept.
+            start: the first row.
+        Yields:
+            The rows' numbers, and one read-only array a field, [rows of the chunk, …]: views of the mapped files, not
+            copies, unless the store is compressed.
+        Raises:
+            UnknownFieldError, RowsNotCommittedError, ChecksumError, TruncatedError, ManifestError.
+        """
+        self._refuse_unknown(fields)
+        size = self._manifest.shards.rows_per_chunk
+        for chunk in range(start // size, chunks_in(self._manifest.rows, size)):
+            first, last = max(start, chunk * size), min((chunk + 1) * size, self._manifest.rows)
+            skipped = first - chunk * size
+            yield range(first, last), {field: self._arrays.run(field, chunk)[skipped:] for field in fields}
+
+    def _refuse_unknown(self, fields: tuple[str, ...]) -> None:
+        for field in fields:
+            if field not in self._manifest.arrays:
+                kept = ", ".join(self._manifest.arrays)
+                raise UnknownFieldError(f"{self._manifest.name!r} keeps no {field!r}; it keeps {kept}", field=field)
+
     def close(self) -> None:
         """Let go of the mapped files; views that were handed out keep theirs."""
-        self._arrays.clear()
-        self._compressed.clear()
+        self._arrays.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self._root,))
-
-    def _gather(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
-        if self._manifest.shards.compression is not None:
-            return self._compressed_array(field).gather(rows_B)
-        array = self._arrays.get(field) or self._array(field)
-        found = array.gather(rows_B)
-        if found is None:
-            self._admit(field, array, array.unadmitted(rows_B))
-            found = array.gather(rows_B)
-        assert found is not None, "every chunk was admitted just now"
-        return found
-
-    def _array(self, field: str) -> MappedArray:
-        array = self._arrays.get(field)
-        if array is None:
-            spec, shards = self._manifest.arrays[field], self._manifest.shards
-            array = MappedArray(
-                dtype=np.dtype(spec.dtype),
-                row_shape=spec.row_shape,
-                shards=shards.count,
-                rows_per_shard=shards.rows_per_shard,
-                rows_per_chunk=shards.rows_per_chunk,
-            )
-            array = self._arrays.setdefault(field, array)
-        return array
-
-    def _compressed_array(self, field: str) -> CompressedArray:
-        array = self._compressed.get(field)
-        if array is None:
-            array = CompressedArray(
-                self._root,
-                array=self._manifest.arrays[field],
-                shards=self._manifest.shards,
-                part_of=lambda shard: self._part(shard, field),
-                is_sound=self._container.chunk_is_sound,
-                damaged=lambda shard, chunk: self._damaged(field, shard, chunk),
-            )
-            array = self._compressed.setdefault(field, array)
-        return array
-
-    def _admit(self, field: str, array: MappedArray, chunks: list[int]) -> None:
-        per_shard = self._manifest.shards.rows_per_shard // self._manifest.shards.rows_per_chunk
-        for number in chunks:
-            shard, chunk = divmod(number, per_shard)
-            if not array.is_mapped(shard):
-                array.map(shard, self._part(shard, field), self._root)
-            found = array.chunk(shard, chunk)
-            in_place = found[-CHECKSUM_BYTES:].tobytes() == array.checksum(shard, chunk)
-            if not in_place or not self._container.chunk_is_sound(found):
-                raise self._damaged(field, shard, chunk)
-            array.admit(number)
-
-    def _damaged(self, field: str, shard: int, chunk: int) -> ChecksumError:
-        shards = self._manifest.shards
-        first = shard * shards.rows_per_shard + chunk * shards.rows_per_chunk
-        last = min(first + shards.rows_per_chunk, self._manifest.rows) - 1
-        return ChecksumError(
-            f"{self._manifest.name!r}: array {field!r}, shard {shard}, chunk {chunk} (rows {first} to {last}) is not "
-            "what was written; run `softlabels verify`, then `softlabels repair` and `softlabels resume`",
-            field=field,
-            shard=shard,
-            chunk=chunk,
-            rows=[first, last],
-        )
-
-    def _part(self, shard: int, field: str) -> Part:
-        receipt = self._ledger.read(shard)
-        if receipt is None:
-            raise self._not_committed(shard)
-        return checked_part(receipt, field, self._manifest)
-
-    def _not_committed(self, shard: int) -> RowsNotCommittedError | TruncatedError:
-        if self._manifest.finished:
-            return TruncatedError(
-                f"{self._manifest.name!r}: the receipt of shard {shard} is gone from a finished store; run `softlabels "
-                "repair`, then `softlabels resume`",
-                shard=shard,
-            )
-        first = shard * self._manifest.shards.rows_per_shard
-        return RowsNotCommittedError(
-            f"{self._manifest.name!r} is unfinished: shard {shard} (rows from {first} on) is not committed; run "
-            "`softlabels resume`",
-            shard=shard,
-        )
 
     def _refuse_other_ids(self, kept: IdArray, asked: IdArray) -> None:
         if not np.array_equal(kept, asked):
@@ -318,35 +246,6 @@ def store_digest(manifest: Manifest) -> str:
     if manifest.finished:
         return manifest.digest
     return hashlib.sha256(b"unfinished" + bytes.fromhex(manifest.digest)).hexdigest()
-
-
-def checked_part(receipt: Receipt, field: str, manifest: Manifest) -> Part:
-    """Where a field of a shard lies, if the receipt says so soundly.
-
-    Raises:
-        ManifestError: it names no place, or one that contradicts the manifest.
-    """
-    part = receipt.parts.get(field)
-    spec: ArraySpec = manifest.arrays[field]
-    shards = manifest.shards
-    rows = min(shards.rows_per_shard, manifest.rows - receipt.shard * shards.rows_per_shard)
-    chunks = chunks_in(rows, shards.rows_per_chunk)
-    fits = part is not None and part.rows == rows and len(part.checksums) == 2 * CHECKSUM_BYTES * chunks
-    if part is not None and part.sizes is None:
-        fits = fits and shards.compression is None and part.stride == chunk_stride(spec, shards.rows_per_chunk)
-    elif part is not None and part.sizes is not None:
-        fits = fits and shards.compression is not None and min(part.sizes, default=0) > CHECKSUM_BYTES
-        fits = fits and len(part.sizes) == chunks
-    if part is None or not fits or _overlap(receipt, shards.rows_per_chunk):
-        raise ManifestError(f"the receipt of shard {receipt.shard} of {manifest.name!r} contradicts the manifest")
-    return part
-
-
-def _overlap(receipt: Receipt, rows_per_chunk: int) -> bool:
-    """Whether two arrays claim the same bytes of a file."""
-    parts = receipt.parts.values()
-    spans = sorted((part.path, part.offset, part.offset + part_bytes(part, rows_per_chunk)) for part in parts)
-    return any(path == other and begin < end for (path, _, end), (other, begin, _) in pairwise(spans))
 
 
 def checked_views(views: NDArray[np.int64] | None, count: int, manifest: Manifest) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError, UnknownIdError
 from softlabels.ids import IdArray, from_fixed_bytes
 from softlabels.manifest import Manifest
+from softlabels.store.arrays import checked_part
 from softlabels.store.compressed import decompress
 from softlabels.store.confined import open_confined
 from softlabels.store.container import StoreContainer
@@ -22,7 +23,6 @@ from softlabels.store.faults import Fault, Report
 from softlabels.store.geometry import CHECKSUM_BYTES, Part, chunks_in, shard_rows
 from softlabels.store.index import DenseIndex, SortedIndex
 from softlabels.store.ledger import FileRecord, Receipt
-from softlabels.store.rows import checked_part
 from softlabels.transfer import UNLABELLED, FingerprintSum
 
 Piece: TypeAlias = NDArray[np.uint8]

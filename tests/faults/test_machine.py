@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from softlabels.errors import SoftLabelsError, StoreExistsError, UnknownStoreError
 from softlabels.store.repair import repair
@@ -75,7 +75,9 @@ class StoreMachine(RuleBasedStateMachine):
                 shutil.rmtree(self.root)
             except SoftLabelsError:
                 assert not last
-        assert self.found() == self.expected
+        differs = {path for path, digest in self.expected.items() if self.found().get(path) != digest}
+        assert {path for path in differs if not self.means_the_same(path)} == set()
+        assert set(self.found()) == set(self.expected)
         assert verify(self.root).sound
 
     @rule()
@@ -102,28 +104,28 @@ class StoreMachine(RuleBasedStateMachine):
         os.kill(pid, 9)
         assert self.nursery.wait() in (-9, 0, 3), self.nursery.said()
 
-    @precondition(lambda self: self.files())
     @rule(which=UNITS, where=UNITS, bit=st.integers(0, 7))
     def flip(self, which: float, where: float, bit: int) -> None:
         """One bit of any file."""
         path = self.pick(which)
-        raw = bytearray(path.read_bytes())
-        if raw:
+        raw = bytearray(b"" if path is None else path.read_bytes())
+        if path is not None and raw:
             raw[int(where * len(raw))] ^= 1 << bit
             path.write_bytes(raw)
 
-    @precondition(lambda self: self.files())
     @rule(which=UNITS)
     def delete(self, which: float) -> None:
         """Any file."""
-        self.pick(which).unlink()
+        path = self.pick(which)
+        if path is not None:
+            path.unlink()
 
-    @precondition(lambda self: self.files())
     @rule(which=UNITS, where=UNITS)
     def truncate(self, which: float, where: float) -> None:
         """Any file, to any length."""
         path = self.pick(which)
-        os.truncate(path, int(where * path.stat().st_size))
+        if path is not None:
+            os.truncate(path, int(where * path.stat().st_size))
 
     # What must hold all the time.
 
@@ -159,10 +161,10 @@ class StoreMachine(RuleBasedStateMachine):
         """The store's files that damage may befall."""
         return [path for path in self.found() if path in self.expected]
 
-    def pick(self, which: float) -> Path:
-        """One of them."""
+    def pick(self, which: float) -> Path | None:
+        """One of them. No rule has a precondition: what a killed writer leaves differs from run to run."""
         files = self.files()
-        return self.root / files[int(which * len(files))]
+        return self.root / files[int(which * len(files))] if files else None
 
     def receipts(self) -> list[str]:
         """Paths of the receipts of a whole store."""

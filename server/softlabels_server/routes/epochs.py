@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from softlabels_server.catalog import StoreFolder
 from softlabels_server.epochs import EpochStream, plan_stream
 from softlabels_server.negotiation import accepted_form
-from softlabels_server.outlets import outlet_of
+from softlabels_server.outlets import Appetite, outlet_of
 from softlabels_server.replies import reply_headers
 from softlabels_server.routes.batch import opened, refuse_other_match
 from softlabels_server.settings import Settings
@@ -54,7 +54,9 @@ class EpochEndpoint:
 
     async def _send_all(self, stream: EpochStream, scope: Scope, send: Send) -> None:
         outlet = outlet_of(scope, send)
-        if not await outlet.send_all(stream.pieces(), stall_timeout_s=self._settings.stall_timeout_s):
+        appetite = Appetite()
+        pieces = stream.pieces(lambda: appetite.piece_bytes)
+        if not await outlet.send_all(pieces, appetite, stall_timeout_s=self._settings.stall_timeout_s):
             outlet.abandon()
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
