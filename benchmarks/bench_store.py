@@ -92,7 +92,9 @@ def interleaved(contenders: Mapping[str, Work], *, rounds: int = ROUNDS) -> dict
     return found
 
 
-def row(what: str, rates: Mapping[str, list[float]], ours: str, peer: str, *, against: str, unit: str) -> dict[str, Any]:
+def row(
+    what: str, rates: Mapping[str, list[float]], ours: str, peer: str, *, against: str, unit: str
+) -> dict[str, Any]:
     """One line of the table."""
     ratios = [a / b for a, b in zip(rates[ours], rates[peer], strict=True)]
     return {
@@ -235,7 +237,13 @@ def bench_open() -> list[dict[str, Any]]:
         found.append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
     spent_ms, peak_mb = (statistics.median(values) for values in list(zip(*found, strict=True))[:2])
     line = {"what": "open.1e9_rows", "ours": round(spent_ms, 2), "peer": 50.0, "against": "bound", "unit": "ms"}
-    memory = {"what": "open.1e9_rows_memory", "ours": round(peak_mb, 1), "peer": 100.0, "against": "bound", "unit": "MB"}
+    memory = {
+        "what": "open.1e9_rows_memory",
+        "ours": round(peak_mb, 1),
+        "peer": 100.0,
+        "against": "bound",
+        "unit": "MB",
+    }
     return [{**entry, "ratio": round(entry["ours"] / entry["peer"], 3)} for entry in (line, memory)]
 
 

@@ -64,7 +64,9 @@ def check_agreement(
     rows, device = LocalRows(where), choose_device(job.run.device)
     manifest = rows.manifest
     if manifest.layout.kind != "single":
-        raise JobError(f"{manifest.name!r} keeps {manifest.layout.kind}: only one row a sample can be computed again yet")
+        raise JobError(
+            f"{manifest.name!r} keeps {manifest.layout.kind}: only one row a sample can be computed again yet"
+        )
     data, teachers = load_transfer_set(job), load_teachers(job, device)
     if len(teachers) != len(manifest.teachers):
         raise JobError(f"the job has {len(teachers)} teachers, the store was made by {len(manifest.teachers)}")
@@ -77,7 +79,9 @@ def check_agreement(
             drawn = data.take(chosen)
             kept = rows.fetch(drawn.ids, (*rows.encoding.fields, "fingerprints"))
             other = (sample_fingerprints(drawn.inputs) != kept["fingerprints"]).any(axis=1)
-            report.faults += [_fault(int(row), "its input is not the one that the teachers saw") for row in chosen[other]]
+            report.faults += [
+                _fault(int(row), "its input is not the one that the teachers saw") for row in chosen[other]
+            ]
             found = _cosines(rows, kept, rows_to_keep(ask(teachers, drawn, device), teachers, manifest), drawn.ids)
             for position, cosine in zip(chosen, found.tolist(), strict=True):
                 if cosine < LEAST_COSINE:

@@ -165,8 +165,9 @@ def _listed(ids: list[Any]) -> str:
 
 def _joined(pieces: list[tuple[Samples, dict[str, NDArray[Any]], NDArray[np.uint8]]], audit: Audit) -> ComputedShard:
     unlabelled = all(samples.labels is None for samples, _, _ in pieces)
+    ids: NDArray[Any] = np.concatenate([samples.ids for samples, _, _ in pieces])
     return ComputedShard(
-        ids=np.concatenate([samples.ids for samples, _, _ in pieces]),
+        ids=ids,
         encoded={name: np.concatenate([encoded[name] for _, encoded, _ in pieces]) for name in pieces[0][1]},
         fingerprints=np.concatenate([fingerprints for _, _, fingerprints in pieces]),
         labels=None if unlabelled else np.concatenate([_labels(samples) for samples, _, _ in pieces]),

@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,9 +14,6 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 TEMPORARY = ".part"
 """Ending of a file that is still being written; such a file is never read, and purged by the next writer."""
-
-_WORTH_A_THREAD = 1 << 20
-"""A thread costs about 50 µs; a megabyte takes SHA-256 about a millisecond."""
 
 _WRITE_BYTES = 8 << 20
 """One write call at most: large enough to stream, small enough that Ctrl-C is heard."""

@@ -87,7 +87,7 @@ class TestDamage:
         assert [(f.shard, f.chunk) for f in faults] == [(3, None), (0, 1), (2, 3)]
 
     def test_bytes_outside_the_chunks(self, store: Path, flip: Flip) -> None:
-        """The index of a Zarr shard, the header of an HDF5 file: no chunk's checksum covers them, the receipt's does."""
+        """The index of a Zarr shard, the header of an HDF5 file: covered by no chunk's checksum, but by the receipt."""
         path, _ = chunk_place(store, "targets", 0, 0)
         flip(path, byte=path.stat().st_size - 6 if "targets" in str(path) else 20)
         [fault] = verify(store).faults
