@@ -22,7 +22,7 @@ from softlabels.data.mnist import Mnist, open_mnist
 from softlabels.demo.nets import student_mlp
 from softlabels.demo.schedules import QUICK, Schedules
 from softlabels.demo.teachers import train_teacher
-from softlabels.demo.training import count_errors, fit_hard, hard_labels
+from softlabels.demo.training import count_errors, fit_hard, hard_labels, has_bfloat16_products
 from softlabels.precompute import Job, precompute
 from softlabels.precompute.job import StoreTable, TargetsTable, TeacherTable, TransferSetTable
 from softlabels.progress import duration, track
@@ -100,7 +100,7 @@ def run_seed(mnist: Mnist, seed: int, schedules: Schedules, folder: Path) -> See
         batch_size=schedule.batch_size,
         learning_rate=schedule.learning_rate,
         hard_weight=schedule.hard_weight,
-        precision=schedule.precision,
+        precision="bfloat16" if has_bfloat16_products() else "float32",
         seed=seed,
     )
     with (

@@ -21,7 +21,7 @@ from softlabels.demo.report import DemoReport
 from softlabels.demo.schedules import DEMO, SMALL, Schedules
 from softlabels.demo.service import run_command, served
 from softlabels.demo.teachers import TrainedTeacher, train_teacher
-from softlabels.demo.training import count_errors, fit_hard, hard_labels
+from softlabels.demo.training import count_errors, fit_hard, hard_labels, has_bfloat16_products
 from softlabels.errors import DataUnavailableError
 from softlabels.progress import track
 from softlabels.transfer import ArrayTransferSet
@@ -172,7 +172,7 @@ def _distil(data: DemoData, url: str, folder: Path) -> int:
             "--inputs", data.loader, "--inputs-args", '{"split": "train"}',
             "--epochs", str(schedule.epochs), "--batch-size", str(schedule.batch_size),
             "--learning-rate", str(schedule.learning_rate), "--hard-weight", str(schedule.hard_weight),
-            "--precision", schedule.precision, "--out", str(out),
+            "--precision", "bfloat16" if has_bfloat16_products() else "float32", "--out", str(out),
         ]
     )  # fmt: skip
     student = student_mlp(in_features=in_features)

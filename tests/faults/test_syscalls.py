@@ -17,7 +17,19 @@ from softlabels.store.verify import verify
 
 Tree = Callable[[Path], dict[str, str]]
 
-CHANGING = ("openat", "write", "fsync", "rename", "renameat", "renameat2", "mkdir", "close", "unlink", "flock")
+CHANGING = (
+    "openat",
+    "write",
+    "writev",
+    "fsync",
+    "rename",
+    "renameat",
+    "renameat2",
+    "mkdir",
+    "close",
+    "unlink",
+    "flock",
+)
 READING = ("read", "pread64", "newfstatat", "fstat", "lseek", "getdents64")
 """Calls that a writer makes; those that it does not make are left out by themselves."""
 
@@ -26,7 +38,7 @@ KINDS = ("zarr", "hdf5-int", "zarr-sequences")
 
 def errors_of(call: str) -> tuple[str, ...]:
     """What each call is made to fail with."""
-    full = ("ENOSPC",) if call in ("openat", "write", "fsync", "rename", "mkdir", "close") else ()
+    full = ("ENOSPC",) if call in ("openat", "write", "writev", "fsync", "rename", "mkdir") else ()
     return ("EIO", *full)
 
 
@@ -91,7 +103,7 @@ class TestWriting:
         """The error is reported, a shard is whole or absent, and the resumed store is bit-identical."""
         expected = tree(undisturbed(kind))
         calls = count_calls(tracer, tmp_path / "counted", kind)
-        assert {"openat", "write", "fsync", "rename", "mkdir", "close"} <= set(calls), calls
+        assert {"openat", "writev", "fsync", "rename", "mkdir", "close"} <= set(calls), calls
         root, trials = tmp_path / "s", 0
         for call, times in calls.items():
             for error in errors_of(call):
