@@ -39,7 +39,7 @@ DEMO = Schedules(teachers=2, teacher=TeacherSchedule(epochs=10), student=Student
 
 QUICK = Schedules(teachers=1, teacher=TeacherSchedule(epochs=30), student=StudentSchedule(epochs=30))
 """MNIST, three seeds in a quarter of an hour. On 10,000 held-out training digits, 50,000 trained on: this teacher makes
-90 errors (138 with the paper's dropout and a max-norm: such a net needs many more epochs); the student alone 143 and 160
+90 errors (138 with the dropout of the paper and a max-norm: that needs many more epochs); the student alone 143 and 160
 at rate 0.2 (two seeds, 20 epochs), 155 and 175 at 0.1; distilled 106 at rate 0.1. Rates of 0.15 and 0.2 let the
 distilled student of some teachers diverge."""
 
