@@ -23,6 +23,10 @@ from softlabels.store.geometry import CHECKSUM_BYTES, Part
 MAX_RESERVED_BYTES = 1 << 45
 """x86-64 and arm64 give a process 2^47 bytes of addresses; a quarter for one array leaves room for others."""
 
+ALIGNMENT_BYTES = 2 << 20
+"""Where the kernel keeps a file in huge pages, it maps them as such if file and addresses are aligned alike: a random
+row then misses one entry of the processor's address cache and not four."""
+
 _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
 _MAP_FIXED = 0x10
@@ -49,15 +53,17 @@ class AddressSpace:
 
     def __init__(self, *, slots: int, slot_bytes: int) -> None:
         self._libc = _libc()
-        self.pitch = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        # The first page stays empty: no file's bytes begin at zero, which can so stand for "not there".
-        self.size_bytes = mmap.PAGESIZE + self.pitch * slots
+        self.pitch = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        # What stands before the first slot stays empty: no file's bytes begin at zero, which so means "not there".
+        self.size_bytes = ALIGNMENT_BYTES + self.pitch * slots
+        self._reserved_bytes = self.size_bytes + ALIGNMENT_BYTES
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        address = self._libc.mmap(None, self.size_bytes, _PROT_NONE, flags, -1, 0)
-        if address == _FAILED:
-            raise MemoryError(f"no {self.size_bytes} bytes of addresses: {os.strerror(ctypes.get_errno())}")
-        self._address: int | None = address
-        buffer = (ctypes.c_char * self.size_bytes).from_address(address)
+        reserved = self._libc.mmap(None, self._reserved_bytes, _PROT_NONE, flags, -1, 0)
+        if reserved == _FAILED:
+            raise MemoryError(f"no {self._reserved_bytes} bytes of addresses: {os.strerror(ctypes.get_errno())}")
+        self._reserved: int | None = reserved
+        self._address = -(-reserved // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        buffer = (ctypes.c_char * self.size_bytes).from_address(self._address)
         # Whoever views these addresses keeps the space, and so the mapping, alive.
         buffer._softlabels_space = self  # type: ignore[attr-defined]
         self.buffer = memoryview(buffer).cast("B").toreadonly()
@@ -70,7 +76,7 @@ class AddressSpace:
         Raises:
             TruncatedError: the file is shorter than that or missing. ManifestError: it is no plain file.
         """
-        first_page = offset - offset % mmap.PAGESIZE
+        first = offset - offset % ALIGNMENT_BYTES
         path = root / inside
         try:
             descriptor = open_confined(root, inside)
@@ -83,27 +89,27 @@ class AddressSpace:
                 raise TruncatedError(
                     f"{path} has {size} bytes where {offset + length} are needed: run `softlabels repair`"
                 )
-            assert self._address is not None
-            assert offset + length - first_page <= self.pitch
-            place = mmap.PAGESIZE + slot * self.pitch
+            assert self._reserved is not None
+            assert offset + length - first <= self.pitch
+            place = ALIGNMENT_BYTES + slot * self.pitch
             address = self._libc.mmap(
                 self._address + place,
-                offset + length - first_page,
+                offset + length - first,
                 mmap.PROT_READ,
                 mmap.MAP_SHARED | _MAP_FIXED,
                 descriptor,
-                first_page,
+                first,
             )
             if address == _FAILED:
                 raise OSError(ctypes.get_errno(), f"mapping {path}: {os.strerror(ctypes.get_errno())}")
         finally:
             os.close(descriptor)
-        return place + offset - first_page
+        return place + offset - first
 
     def __del__(self) -> None:
-        if getattr(self, "_address", None) is not None:
-            self._libc.munmap(self._address, self.size_bytes)
-            self._address = None
+        if getattr(self, "_reserved", None) is not None:
+            self._libc.munmap(self._reserved, self._reserved_bytes)
+            self._reserved = None
 
 
 class MappedArray:
@@ -124,8 +130,8 @@ class MappedArray:
         self._row_bytes = dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
         self._chunks_per_shard, self._rows_per_chunk = rows_per_shard // rows_per_chunk, rows_per_chunk
         self._stride = self._row_bytes * rows_per_chunk + CHECKSUM_BYTES
-        shard_bytes = self._stride * self._chunks_per_shard + mmap.PAGESIZE
-        if shards * (shard_bytes + mmap.PAGESIZE) > MAX_RESERVED_BYTES:
+        shard_bytes = self._stride * self._chunks_per_shard + ALIGNMENT_BYTES
+        if shards * (shard_bytes + ALIGNMENT_BYTES) > MAX_RESERVED_BYTES:
             raise ManifestError(f"{shards} shards of {shard_bytes} bytes are more than a process can address")
         try:
             self._space = AddressSpace(slots=shards, slot_bytes=shard_bytes)
