@@ -6,7 +6,7 @@ PYTEST := .venv/bin/python -m pytest -m "not slow and not faults"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-quick faults check lint types imports format bench wheel clean
+.PHONY: help install demo test test-quick faults slow soak check lint types imports format bench wheel clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,12 @@ test-quick: install ## the tests that need no server process, no wheel and no tr
 
 faults: install ## kill writers, fail system calls, flip bits: some thousand faults, minutes (needs strace for some)
 	.venv/bin/python -m pytest -m faults tests/faults -q -rs
+
+slow: install ## the exactness suites at full size: ranks, workers, kills of trainers, slow links; minutes
+	.venv/bin/python -m pytest -m slow -q -rs --ignore=tests/soak --timeout=3000
+
+soak: install ## a million requests, a thousand slow readers, a network that cuts and corrupts: tens of minutes
+	.venv/bin/python -m pytest -m slow tests/soak tests/e2e/test_faulty_network.py -q -rs --timeout=7200
 
 check: install ## everything that must hold: format, lint, types, import directions, tests
 	@$(MAKE) --no-print-directory lint types imports test
