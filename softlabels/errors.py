@@ -15,10 +15,12 @@
     │   └── UnknownIdError                     a sample id that the store does not hold
     ├── ConflictError                      both sides are sound but do not belong together: find out which is right
     │   ├── FingerprintMismatchError           the targets were computed for other data
+    │   ├── ClassListMismatchError             the classes have other names, or another order
     │   ├── StoreChangedError                  the store is not the version that the caller holds
     │   ├── RowsNotCommittedError              the store is unfinished and these rows are not there yet
     │   ├── StoreExistsError                   a store stands there already
     │   ├── ShardClaimedError                  another writer holds this shard
+    │   ├── CheckpointMismatchError            a training's checkpoints are of another training
     │   └── ShardConflictError                 a shard was committed before with other contents
     ├── DamageError                        bytes are not what was written: verify, repair, resume
     │   ├── ChecksumError                      a chunk's checksum fails
@@ -28,7 +30,9 @@
     ├── FormatVersionError                 written by a newer softlabels: upgrade
     ├── JobError                           a job that cannot run as written: mend the job file
     │   ├── ReferenceLoadError                 a `module:name` reference that cannot be loaded
-    │   └── DataUnavailableError               a data set that cannot be had here
+    │   ├── DataUnavailableError               a data set that cannot be had here
+    │   ├── UnreadableSampleError              a sample of the transfer set that cannot be read
+    │   └── TransferSetChangedError            the transfer set is not the one that the job began with
     ├── TeacherError                       a teacher that gives no sound targets: mend the teacher
     │   ├── TeacherShapeError                  its output has the wrong shape
     │   └── NonFiniteLogitsError               its output holds NaN or Inf
@@ -178,6 +182,13 @@ class FingerprintMismatchError(ConflictError):
     title = "The targets were computed for other data"
 
 
+class ClassListMismatchError(ConflictError):
+    """The classes have other names, or another order: column j there is not your class j."""
+
+    code = "class-list-mismatch"
+    title = "The classes are not the same, or not in the same order"
+
+
 class StoreChangedError(ConflictError):
     """The store is not the version that the caller holds."""
 
@@ -212,6 +223,13 @@ class ShardConflictError(ConflictError):
 
     code = "shard-conflict"
     title = "This shard was committed before with other contents"
+
+
+class CheckpointMismatchError(ConflictError):
+    """A training's checkpoints are of another training: other settings, targets, data or another student."""
+
+    code = "checkpoint-mismatch"
+    title = "These checkpoints are of another training"
 
 
 class DamageError(SoftLabelsError, OSError):
@@ -279,6 +297,20 @@ class DataUnavailableError(JobError):
 
     code = "data-unavailable"
     title = "A data set cannot be had here"
+
+
+class UnreadableSampleError(JobError):
+    """A sample of the transfer set that cannot be read: a corrupt picture, a file that ends too early."""
+
+    code = "unreadable-sample"
+    title = "A sample of the transfer set cannot be read"
+
+
+class TransferSetChangedError(JobError):
+    """The transfer set is not the one that the job began with: files came, went or changed."""
+
+    code = "transfer-set-changed"
+    title = "The transfer set changed under the job"
 
 
 class TeacherError(SoftLabelsError, ValueError):

@@ -11,11 +11,12 @@ from typing import Any, Literal, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.classes import ClassList, class_list_of
 from softlabels.encodings import Encoding, make_encoding
 from softlabels.errors import FormatVersionError, ManifestError
 from softlabels.ids import IdKind
 from softlabels.sealing import canonical_json, document_of
-from softlabels.soundness import MAX_EXTENT, check_manifest
+from softlabels.soundness import MAX_EXTENT, check_manifest, check_teacher
 
 FORMAT = "softlabels-store"
 FORMAT_VERSION = 1
@@ -23,8 +24,8 @@ FORMAT_VERSION = 1
 STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a store may be called: it is a path segment in URLs and on disk, so nothing that climbs out of a folder."""
 
-ROW_FACTS = ("ids", "labels", "fingerprints", "view_parameters")
-"""Arrays that say what a row belongs to; all others are the encoding's."""
+ROW_FACTS = ("ids", "labels", "fingerprints", "view_parameters", "inputs")
+"""Arrays that say what a row belongs to, up to the sample itself; all others are the encoding's."""
 
 Container = Literal["zarr", "hdf5"]
 LayoutKind = Literal["single", "views", "sequences"]
@@ -83,7 +84,17 @@ class TemperatureSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
-    """One member of the ensemble, as the job named it."""
+    """One member of the ensemble, as the job named it.
+
+    Attributes:
+        weights, weights_sha256: the file's name and SHA-256; without a file, the digest is of the weights in memory.
+        preprocess, preprocess_table: the reference or the table of what turned samples into the model's inputs.
+        code_sha256, preprocess_sha256: of the source files that define them.
+        kind: where the model came from: `python`, `torchscript`, `export`, `onnx`, `transformers`, ...
+        revision: the version that a model hub resolved the name to.
+        libraries: versions of the libraries that ran it, beyond those of the whole store.
+        class_list_sha256: digest of its own list of classes, as in `ClassList`, whose order was mapped to the store's.
+    """
 
     name: str
     model: str
@@ -93,6 +104,12 @@ class TeacherSpec:
     weights_sha256: str | None = None
     preprocess: str | None = None
     code_sha256: str | None = None
+    kind: str | None = None
+    preprocess_table: Mapping[str, Any] | None = None
+    preprocess_sha256: str | None = None
+    revision: str | None = None
+    libraries: Mapping[str, str] | None = None
+    class_list_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +179,7 @@ class Manifest:
         views: how views were made; None where samples have one row, or none that was augmented.
         ledger: digest over all receipts; None while the store is unfinished.
         metadata_sha256: SHA-256 of the container's metadata files and of the id index, by path; empty in a plan.
+        class_list: names of the classes, in the order of the columns; None where the job gave none.
         audit: error of the encoding over every row written, see `softlabels.audit`.
         plan_sha256: digest of the plan that every receipt of this store names; None in the plan itself.
     """
@@ -185,6 +203,7 @@ class Manifest:
     audit: Mapping[str, Any] | None = None
     ledger: str | None = None
     plan_sha256: str | None = None
+    class_list: ClassList | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -209,7 +228,7 @@ class Manifest:
 
     @property
     def target_row_bytes(self) -> int:
-        """Bytes of targets a row: what the encoding writes, without ids, labels and fingerprints."""
+        """Bytes of targets a row: what the encoding writes, without ids, labels, fingerprints and inputs."""
         return sum(spec.row_bytes for name, spec in self.arrays.items() if name not in ROW_FACTS)
 
     def make_encoding(self, constants: Mapping[str, NDArray[Any]] | None = None) -> Encoding:
@@ -254,7 +273,7 @@ class Manifest:
                 encoding=_encoding_spec(_table(document, "encoding")),
                 temperature=TemperatureSpec(**_table(document, "temperature")),
                 mean=cast(MeanKind, _one_of(document, "mean", ("none", "arithmetic", "geometric"))),
-                teachers=tuple(TeacherSpec(**teacher) for teacher in _typed(document, "teachers", list)),
+                teachers=tuple(check_teacher(TeacherSpec(**t)) for t in _typed(document, "teachers", list)),
                 transfer_set=TransferSetSpec(**_table(document, "transfer_set")),
                 shards=ShardSpec(**_table(document, "shards")),
                 arrays={check_store_name(k): _array_spec(v) for k, v in _table(document, "arrays").items()},
@@ -265,6 +284,7 @@ class Manifest:
                 audit=document.get("audit"),
                 ledger=document.get("ledger"),
                 plan_sha256=document.get("plan_sha256"),
+                class_list=_class_list(document),
             )
             check_manifest(manifest)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
@@ -332,6 +352,12 @@ def _array_spec(value: Any) -> ArraySpec:
     if not isinstance(dtype, str) or not re.fullmatch(r"[<|][fiu][1248]", dtype):
         raise ValueError(f"dtype {dtype!r} is not a little-endian number type")
     return ArraySpec(dtype=dtype, row_shape=tuple(shape))
+
+
+def _class_list(document: Mapping[str, Any]) -> ClassList | None:
+    if document.get("class_list") is None:
+        return None
+    return class_list_of(_table(document, "class_list"), classes=_typed(document, "classes", int))
 
 
 def _view_spec(value: Mapping[str, Any]) -> ViewSpec:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.classes import refuse_other_classes
 from softlabels.encodings import Encoding
 from softlabels.epochs import Epoch, EpochPlan, EpochRows
 from softlabels.errors import (
@@ -32,6 +33,10 @@ FINGERPRINTS = "fingerprints"
 IDS = "ids"
 ROW_OFFSETS = "row_offsets"
 VIEW_PARAMETERS = "view_parameters"
+INPUTS = "inputs"
+
+_IDS_AT_ONCE = 1024
+"""Ids a frame, where all are read: what any server sends at once."""
 
 
 class RowSource(Protocol):
@@ -118,6 +123,7 @@ class TargetStore:
         labels: bool = True,
         fingerprints: bool = False,
         view_parameters: bool = False,
+        inputs: bool = False,
     ) -> SoftTargets:
         """The soft targets of these samples, in the order asked; ids may repeat.
 
@@ -130,6 +136,7 @@ class TargetStore:
             labels: also return hard labels, where the store keeps them.
             fingerprints: also return the samples' content fingerprints.
             view_parameters: also return the recorded parameters of each view.
+            inputs: also return the samples themselves, where the store keeps them.
         Raises:
             EmptyBatchError, BadIdsError, UnknownIdError, TemperatureError, TemperatureLockedError, RequestError,
             RowsNotCommittedError, ChecksumError; from a server also ServerUnreachableError.
@@ -146,7 +153,7 @@ class TargetStore:
             keys["views"] = _whole_numbers(np.broadcast_to(np.asarray(views), (len(wanted),)), "views")
         if spans is not None:
             keys["spans"] = _whole_numbers(np.asarray(spans).reshape(len(wanted), 2), "spans")
-        arrays = self._rows.fetch(wanted, self._fields(labels, fingerprints, view_parameters), **keys)
+        arrays = self._rows.fetch(wanted, self._fields(labels, fingerprints, view_parameters, inputs), **keys)
         return self._targets(wanted, arrays, members, (carried, captured, locked))
 
     def epoch(
@@ -168,6 +175,7 @@ class TargetStore:
         labels: bool = True,
         fingerprints: bool = False,
         view_parameters: bool = False,
+        inputs: bool = False,
     ) -> Epoch:
         """The batches of an epoch in an order that follows from the store, the seed and the epoch's number alone.
 
@@ -184,7 +192,7 @@ class TargetStore:
             block: shuffle blocks of so many consecutive samples, then within a few of them, for slow disks.
             remainder: "split" shares out what fills no last step, "drop" leaves it out, "pad" repeats some.
             view: which view of every sample, where the store keeps views; `epoch` modulo their number if left out.
-            temperature, mean, weights, labels, fingerprints, view_parameters: as `batch` takes them.
+            temperature, mean, weights, labels, fingerprints, view_parameters, inputs: as `batch` takes them.
         Raises:
             RequestError, TemperatureError, TemperatureLockedError, UnknownFieldError, RowsNotCommittedError; and
             while it is read what `batch` raises.
@@ -206,11 +214,28 @@ class TargetStore:
             view=view,
         )
         count = plan.batches(self.manifest, self.digest).batch_count
-        rows = self._rows.epoch(plan, self._fields(labels, fingerprints, view_parameters))
+        rows = self._rows.epoch(plan, self._fields(labels, fingerprints, view_parameters, inputs))
         heat = (carried, captured, locked)
         return Epoch(
             rows, lambda step: self._targets(step.ids, step.arrays, members, heat), plan=plan, batch_count=count
         )
+
+    def ids(self) -> IdArray:
+        """The id of every sample, [samples], in the store's order.
+
+        Where ids count up by one this is arithmetic; else they are all read, which only a finished store allows.
+
+        Raises:
+            RowsNotCommittedError: the store is unfinished and its ids do not count up; and all that an epoch raises.
+        """
+        manifest = self.manifest
+        if manifest.ids.dense_start is not None:
+            return np.arange(manifest.samples, dtype=np.int64) + manifest.ids.dense_start
+        plan = EpochPlan(seed=0, epoch=0, batch_size=_IDS_AT_ONCE, shuffle=False)
+        # Copied: rows of a reply lie in its memory, which a list of views would keep whole.
+        pieces: list[Any] = [step.ids.copy() for step in self._rows.epoch(plan, (IDS,))]
+        joined: IdArray = np.concatenate(pieces)
+        return joined
 
     def _targets(
         self,
@@ -234,6 +259,7 @@ class TargetStore:
             members=members,
             row_offsets=arrays.get(ROW_OFFSETS),
             view_parameters=arrays.get(VIEW_PARAMETERS),
+            inputs=arrays.get(INPUTS),
         )
 
     def _mean_of(
@@ -256,7 +282,7 @@ class TargetStore:
         as_mean: Literal["arithmetic", "geometric"] = "arithmetic" if locked else "geometric"
         return MemberMean(kind=as_mean, weights=chosen), carried if locked else 1.0, locked
 
-    def _fields(self, labels: bool, fingerprints: bool, view_parameters: bool) -> tuple[str, ...]:
+    def _fields(self, labels: bool, fingerprints: bool, view_parameters: bool, inputs: bool) -> tuple[str, ...]:
         manifest = self.manifest
         fields = tuple(self._encoding.fields)
         if labels and LABELS in manifest.arrays:
@@ -267,17 +293,33 @@ class TargetStore:
             if VIEW_PARAMETERS not in manifest.arrays:
                 raise UnknownFieldError(f"store {manifest.name!r} records no view parameters")
             fields += (VIEW_PARAMETERS,)
+        if inputs:
+            if INPUTS not in manifest.arrays:
+                raise UnknownFieldError(
+                    f"store {manifest.name!r} keeps no inputs: bring them yourself, or precompute with `inputs = true` "
+                    "in the job's [store] table",
+                    field=INPUTS,
+                )
+            fields += (INPUTS,)
         return fields
 
-    def require(self, *, transfer_set: str | None = None, classes: int | None = None) -> None:
+    def require(
+        self,
+        *,
+        transfer_set: str | None = None,
+        classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         """Refuse a store that does not fit.
 
         Args:
             transfer_set: fingerprint of the trainer's own data, see `softlabels.transfer.transfer_set_fingerprint`.
             classes: how many classes the student has.
+            class_names: the student's classes by name, in the order of its outputs.
         Raises:
             FingerprintMismatchError: the targets were computed for other data.
             ShapeMismatchError: the student has another number of classes.
+            ClassListMismatchError: the student's classes are others, or in another order; the first is named.
         """
         refuse_other_transfer_set(self.manifest, transfer_set)
         if classes is not None and classes != self.manifest.classes:
@@ -287,6 +329,8 @@ class TargetStore:
                 student=classes,
                 store=self.manifest.classes,
             )
+        if class_names is not None:
+            refuse_other_classes(self.manifest.class_list, class_names, store=self.manifest.name)
 
     def close(self) -> None:
         """Let go of files and connections."""

@@ -10,7 +10,7 @@ from softlabels.ids import MAX_STRING_ID_BYTES
 from softlabels.transfer import FINGERPRINT_BYTES
 
 if TYPE_CHECKING:
-    from softlabels.manifest import Manifest
+    from softlabels.manifest import Manifest, TeacherSpec
 
 # Bounds that no real store reaches, and a hostile manifest must not pass.
 MAX_ROWS = 1 << 48
@@ -24,6 +24,10 @@ COMPRESSIONS: Mapping[str, tuple[str, ...]] = {"zarr": ("zstd", "blosc"), "hdf5"
 """What any reader of the format decodes without a plugin: HDF5 itself ships neither Zstandard nor Blosc."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_TEACHER_TEXTS = (
+    *("weights", "weights_sha256", "preprocess", "preprocess_sha256", "code_sha256", "kind", "revision"),
+    "class_list_sha256",
+)
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -38,6 +42,25 @@ def check_manifest(manifest: Manifest) -> None:
     _check_arrays(manifest)
     _check_keys(manifest)
     _check_digests(manifest)
+
+
+def check_teacher(teacher: TeacherSpec) -> TeacherSpec:
+    """What a manifest says of a teacher, if all of it has the types that it must have.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if type(teacher.weight) not in (int, float) or not 0 < teacher.weight < float("inf"):
+        raise ValueError(f"the weight of a teacher is {teacher.weight!r}, not a finite positive number")
+    if not isinstance(teacher.name, str) or not isinstance(teacher.model, str):
+        raise ValueError("a teacher's name or model is no text")
+    for field in _TEACHER_TEXTS:
+        if not isinstance(getattr(teacher, field), str | None):
+            raise ValueError(f"{field} of teacher {teacher.name!r} is no text")
+    for table in (teacher.arguments, teacher.preprocess_table, teacher.libraries):
+        if not isinstance(table, Mapping | None):
+            raise ValueError(f"a table of teacher {teacher.name!r} is none")
+    return teacher
 
 
 def check_path(path: str) -> str:
@@ -124,6 +147,8 @@ def _check_keys(manifest: Manifest) -> None:
         _expect(manifest, "view_parameters", "<f8", (len(manifest.views.parameters),))
     if manifest.transfer_set.labelled:
         _expect(manifest, "labels", "<i4", ())
+    if "inputs" in manifest.arrays and layout.kind != "single":
+        raise ValueError("inputs are kept where every sample has one row, which is not so here")
 
 
 def _expect(manifest: Manifest, name: str, dtype: str, row_shape: tuple[int, ...]) -> None:

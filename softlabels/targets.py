@@ -41,6 +41,7 @@ class SoftTargets:
         members: how the rows of a store that keeps every member are averaged; None where the mean itself is kept.
         row_offsets: [B + 1] where each sample's rows begin, for sequences: R rows in all instead of one a sample.
         view_parameters: [B, parameters] of each view; None when not asked for.
+        inputs: [B, ...] the samples themselves, as the teachers' transfer set gave them; None when not asked for.
     """
 
     ids: IdArray
@@ -55,6 +56,7 @@ class SoftTargets:
     members: MemberMean | None = None
     row_offsets: NDArray[np.int64] | None = None
     view_parameters: NDArray[np.float64] | None = None
+    inputs: NDArray[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,74 @@ class ArrayTransferSet:
         """The samples at these positions, in this order; positions may repeat."""
         labels = None if self.labels is None else self.labels[positions]
         return Samples(ids=self.ids[positions], inputs=np.asarray(self.inputs[positions]), labels=labels)
+
+
+class MapStyle(Protocol):
+    """Anything with a length and items by position: a list, an array, a map-style torch data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: Any, /) -> Any: ...
+
+
+class SequenceTransferSet:
+    """Samples of a sequence or a map-style torch data set.
+
+    Args:
+        items: each one an input (an array, a tensor, a picture), or a tuple (input, label).
+        ids: [N], unique; the ids that the targets were computed under.
+        name: for people.
+    Raises:
+        BadIdsError: ids repeat. ShapeMismatchError: there are not as many ids as items.
+    """
+
+    def __init__(self, items: MapStyle, *, ids: Iterable[Any] | NDArray[Any], name: str = "inputs") -> None:
+        self._items = items
+        self.ids = as_ids(ids)
+        self._name = name
+        if len(self.ids) != len(items):
+            raise ShapeMismatchError(f"{len(self.ids)} ids do not name {len(items)} inputs: give one id an input")
+        if len(np.unique(self.ids)) != len(self.ids):
+            raise BadIdsError("sample ids of the inputs repeat: each sample needs an id of its own")
+
+    @property
+    def name(self) -> str:
+        """A short name for people."""
+        return self._name
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def take(self, positions: NDArray[np.int64]) -> Samples:
+        """The samples at these positions, in this order; positions may repeat.
+
+        Raises:
+            ShapeMismatchError: inputs of different shapes.
+        """
+        items = [self._items[position] for position in positions.tolist()]
+        with_labels = all(isinstance(item, tuple) and len(item) >= 2 for item in items)
+        inputs = [np.asarray(item[0] if with_labels else item) for item in items]
+        shapes = sorted({array.shape for array in inputs})
+        if len(shapes) > 1:
+            raise ShapeMismatchError(
+                f"inputs of shapes {shapes[:4]} cannot share a batch: bring them to one shape first"
+            )
+        labels = None
+        if with_labels:
+            labels = np.array([UNLABELLED if item[1] is None else int(item[1]) for item in items], dtype=np.int64)
+        return Samples(ids=self.ids[positions], inputs=np.stack(inputs), labels=labels)
+
+
+@runtime_checkable
+class KnowsItsFiles(Protocol):
+    """A transfer set that can tell cheaply whether it is still what it was: a job that goes on compares."""
+
+    def identity(self) -> Iterator[tuple[str, str]]:
+        """What the set is made of, always in the same order: names, mostly of files, and a few facts about each.
+
+        The facts are those that change when the contents do: size and time of modification, or a digest.
+        """
+        ...
 
 
 def sample_fingerprints(inputs: NDArray[Any]) -> NDArray[np.uint8]:

@@ -46,6 +46,16 @@ class DistillationBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def first(self, rows: int) -> DistillationBatch:
+        """The first rows only; 0 leaves a batch of none, which still knows shapes and types."""
+        labels_B = self.targets.labels_B
+        targets = dataclasses.replace(
+            self.targets,
+            logits_BC=self.targets.logits_BC[:rows],
+            labels_B=None if labels_B is None else labels_B[:rows],
+        )
+        return dataclasses.replace(self, inputs=self.inputs[:rows], targets=targets, ids=self.ids[:rows])
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DistillationBatch:
         """The same batch on another device; ids stay with the host."""
         return dataclasses.replace(

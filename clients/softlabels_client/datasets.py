@@ -13,7 +13,7 @@ from softlabels.errors import FingerprintMismatchError, MissingExtraError, Reque
 
 try:
     import torch
-    from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+    from torch.utils.data import DataLoader, Dataset
 except ImportError as error:
     raise MissingExtraError(
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
@@ -22,11 +22,14 @@ except ImportError as error:
 from softlabels.ids import IdArray
 from softlabels.losses import SoftTargetBatch
 from softlabels.opening import FINGERPRINTS, TargetStore
+from softlabels.order import Remainder
 from softlabels.softmath import check_temperature
-from softlabels.targets import refuse_if_locked
-from softlabels.transfer import TransferSet, sample_fingerprints
+from softlabels.targets import SoftTargets, refuse_if_locked
+from softlabels.transfer import Samples, TransferSet, sample_fingerprints
 from softlabels_client.batches import DistillationBatch, collate_batches
-from softlabels_client.inputs import MapStyle, as_transfer_set
+from softlabels_client.inputs import MapStyle, StoreInputs, as_transfer_set
+from softlabels_client.loaders import StatefulLoader
+from softlabels_client.ordering import EpochSampler, identity_of
 
 Check = Literal["first", "always", "never"]
 
@@ -40,7 +43,8 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
     `collate_fn`, or use `data_loader`. Pickles, and works in workers under fork, spawn and forkserver.
 
     Args:
-        inputs: a transfer set, or a sequence, an array or a map-style torch data set together with `ids`.
+        inputs: a transfer set, or a sequence, an array or a map-style torch data set together with `ids`; None takes
+            the store's own, where it keeps them.
         store: what `softlabels.open` returned.
         ids: [N] sample ids of `inputs`, where it is no transfer set.
         temperature: what the targets are tempered with; the store's default when left out.
@@ -48,7 +52,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
             sees it, "always", or "never".
     Raises:
         TemperatureError, TemperatureLockedError: targets of this temperature cannot be had.
-        UnknownFieldError: the store keeps no fingerprints to check by.
+        UnknownFieldError: the store keeps no fingerprints to check by, or no inputs where none were given.
         RequestError: an unknown `check`, or ids missing.
 
     Labels are the inputs' own where they have any, else the store's.
@@ -56,7 +60,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
 
     def __init__(
         self,
-        inputs: TransferSet | MapStyle,
+        inputs: TransferSet | MapStyle | None,
         store: TargetStore,
         *,
         ids: Iterable[Any] | NDArray[Any] | None = None,
@@ -74,7 +78,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
                 f"{store.manifest.name!r} keeps no fingerprints, so nobody can tell whether an input is the one that "
                 "the teacher saw; pass check='never' if you are certain that ids agree"
             )
-        self.samples = as_transfer_set(inputs, ids)
+        self.samples = StoreInputs(store, ids) if inputs is None else as_transfer_set(inputs, ids)
         self.store = store
         self.temperature = wanted
         self._check = check
@@ -95,15 +99,38 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
             UnknownIdError: the store has no targets for a sample.
         """
         wanted = np.asarray(positions, dtype=np.int64)
+        if not len(wanted):  # what some ranks take at the last step, where fewer samples are left than ranks
+            return self[0].first(0)
+        checked = self.checks(wanted)
+        if isinstance(self.samples, StoreInputs):
+            ids = self.samples.ids[wanted]
+            targets = self.store.batch(ids, temperature=self.temperature, inputs=True, fingerprints=checked)
+            return self.pair(samples_in(targets), targets, wanted)
         samples = self.samples.take(wanted)
-        checked = self._check == "always" or (self._check == "first" and not self._seen[wanted].all())
         targets = self.store.batch(
             samples.ids, temperature=self.temperature, labels=samples.labels is None, fingerprints=checked
         )
-        if checked:
-            assert targets.fingerprints is not None
+        return self.pair(samples, targets, wanted)
+
+    def checks(self, positions: NDArray[np.int64] | None = None) -> bool:
+        """Whether the samples at these positions, or any of all, have yet to be compared with their fingerprints."""
+        seen = self._seen if positions is None else self._seen[positions]
+        return self._check == "always" or (self._check == "first" and not seen.all())
+
+    def pair(self, samples: Samples, targets: SoftTargets, positions: NDArray[np.int64]) -> DistillationBatch:
+        """One batch of samples and the targets that were fetched for their ids, in this order.
+
+        Args:
+            samples: at these positions of the data set.
+            targets: with fingerprints, where `checks` asks for them.
+            positions: [B].
+        Raises:
+            FingerprintMismatchError: an input is not the one that the targets of its id were computed for.
+        """
+        if targets.fingerprints is not None:
+            # One that comes from the store and fails was damaged on its way, or there.
             self._refuse_other_inputs(samples.inputs, samples.ids, targets.fingerprints)
-            self._seen[wanted] = True
+            self._seen[positions] = True
         if samples.labels is not None:
             targets = dataclasses.replace(targets, labels=samples.labels)
         return DistillationBatch(
@@ -134,10 +161,13 @@ def data_loader(
     shuffle: bool = True,
     seed: int = 0,
     workers: int = 0,
-    drop_last: bool = False,
+    remainder: Remainder = "split",
+    rank: int | None = None,
+    world_size: int | None = None,
     start_method: Literal["fork", "spawn", "forkserver"] | None = None,
-) -> DataLoader[DistillationBatch]:
-    """A DataLoader over the data set: its order follows from the seed, epoch after epoch, whatever the workers.
+    ahead: bool = False,
+) -> StatefulLoader:
+    """Batches of the data set in an order that follows from store, seed and epoch alone, whatever ranks and workers.
 
     Args:
         dataset: the samples.
@@ -145,26 +175,42 @@ def data_loader(
         shuffle: a new order each epoch.
         seed: of the orders.
         workers: processes that fetch; 0 fetches in this one.
-        drop_last: leave out a last batch that is not full.
+        remainder: "split" shares what fills no last step among the ranks, "drop" leaves it out, "pad" repeats samples.
+        rank, world_size: which of how many ranks; torch.distributed's when left out, or one alone.
         start_method: how workers start; torch's default when None.
+        ahead: without workers, a thread fetches the next batch while this one is used.
+    Raises:
+        RequestError: a number that cannot be.
     """
-    # The sampler draws from a generator of its own: a loader with workers takes other draws from its generator than one
-    # without, and the order would depend on the workers.
-    order = (
-        RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else SequentialSampler(dataset)
-    )
-    return DataLoader(
-        dataset,
+    order = EpochSampler(
+        len(dataset),
+        digest=dataset.store.digest,
         batch_size=batch_size,
-        sampler=order,
+        seed=seed,
+        shuffle=shuffle,
+        rank=rank,
+        world_size=world_size,
+        remainder=remainder,
+        data=identity_of(dataset.samples),
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        # Of its own: else every loader would draw from torch's global generator, and dropout with it would change.
         generator=torch.Generator().manual_seed(seed),
         num_workers=workers,
         collate_fn=collate_batches,
-        drop_last=drop_last,
         multiprocessing_context=start_method if workers else None,
         # Kept from epoch to epoch: a fresh worker connects again and checks every fingerprint again.
         persistent_workers=workers > 0,
     )
+    return StatefulLoader(loader, order, ahead=ahead)
+
+
+def samples_in(targets: SoftTargets) -> Samples:
+    """The samples that came with their targets, from a store that keeps both."""
+    assert targets.inputs is not None
+    return Samples(ids=targets.ids, inputs=targets.inputs, labels=targets.labels)
 
 
 def _tensor(inputs: NDArray[Any]) -> torch.Tensor:

@@ -1,73 +1,52 @@
-"""How do a trainer's own data become samples with ids? Transfer sets bring them, sequences get them."""
+"""How do a trainer's inputs become samples with ids? Transfer sets and stores bring them, sequences get them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import BadIdsError, RequestError, ShapeMismatchError
+from softlabels.errors import RequestError, UnknownFieldError
 from softlabels.ids import as_ids
-from softlabels.softmath import UNLABELLED
-from softlabels.transfer import ArrayTransferSet, Samples, TransferSet
+from softlabels.opening import INPUTS, TargetStore
+from softlabels.transfer import ArrayTransferSet, MapStyle, Samples, SequenceTransferSet, TransferSet
 
 
-class MapStyle(Protocol):
-    """Anything with a length and items by position: a list, an array, a map-style torch data set."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, position: Any, /) -> Any: ...
-
-
-class SequenceTransferSet:
-    """Samples of a sequence or a map-style torch data set.
+class StoreInputs:
+    """The samples that a store keeps beside its targets, near or far, as a transfer set of their own.
 
     Args:
-        items: each one an input (an array or a tensor), or a tuple (input, label).
-        ids: [N], unique; the ids that the targets were computed under.
-        name: for people.
+        store: what `softlabels.open` returned.
+        ids: [N] of the samples to take; all of the store's when None.
     Raises:
-        BadIdsError: ids repeat. ShapeMismatchError: there are not as many ids as items.
+        UnknownFieldError: the store keeps no inputs.
     """
 
-    def __init__(self, items: MapStyle, *, ids: Iterable[Any] | NDArray[Any], name: str = "inputs") -> None:
-        self._items = items
-        self._ids = as_ids(ids)
-        self._name = name
-        if len(self._ids) != len(items):
-            raise ShapeMismatchError(f"{len(self._ids)} ids do not name {len(items)} inputs: give one id an input")
-        if len(np.unique(self._ids)) != len(self._ids):
-            raise BadIdsError("sample ids of the inputs repeat: each sample needs an id of its own")
+    def __init__(self, store: TargetStore, ids: Iterable[Any] | NDArray[Any] | None = None) -> None:
+        if INPUTS not in store.manifest.arrays:
+            raise UnknownFieldError(
+                f"{store.manifest.name!r} keeps no inputs, so a student cannot be trained from it alone: pass the "
+                "inputs, or precompute with `inputs = true` in the job's [store] table",
+                field=INPUTS,
+            )
+        self._store = store
+        self.ids = store.ids() if ids is None else as_ids(ids)
 
     @property
     def name(self) -> str:
-        """A short name for people."""
-        return self._name
+        """The name of the transfer set that the targets were computed for."""
+        return self._store.manifest.transfer_set.name
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.ids)
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """The samples at these positions, in this order; positions may repeat.
-
-        Raises:
-            ShapeMismatchError: inputs of different shapes.
-        """
-        items = [self._items[position] for position in positions.tolist()]
-        with_labels = all(isinstance(item, tuple) and len(item) >= 2 for item in items)
-        inputs = [np.asarray(item[0] if with_labels else item) for item in items]
-        shapes = sorted({array.shape for array in inputs})
-        if len(shapes) > 1:
-            raise ShapeMismatchError(
-                f"inputs of shapes {shapes[:4]} cannot share a batch: bring them to one shape first"
-            )
-        labels = None
-        if with_labels:
-            labels = np.array([UNLABELLED if item[1] is None else int(item[1]) for item in items], dtype=np.int64)
-        return Samples(ids=self._ids[positions], inputs=np.stack(inputs), labels=labels)
+        """The samples at these positions, in this order; positions may repeat. One request."""
+        targets = self._store.batch(self.ids[positions], inputs=True)
+        assert targets.inputs is not None
+        return Samples(ids=targets.ids, inputs=targets.inputs, labels=targets.labels)
 
 
 def as_transfer_set(inputs: TransferSet | MapStyle, ids: Iterable[Any] | NDArray[Any] | None) -> TransferSet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 _END: Final = object()
 
 
-def one_ahead(batches: Iterable[T]) -> Iterator[T]:
+def one_ahead(batches: Iterable[T]) -> Generator[T, None, None]:
     """The same batches in the same order, each fetched while the one before is used.
 
     At most one batch waits. Whatever fetching raises comes out where that batch would have.

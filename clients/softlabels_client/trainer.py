@@ -8,28 +8,44 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import softlabels
 from softlabels.errors import MissingExtraError, RequestError
 
 try:
     import torch
     from torch import nn
+    from torch.utils.data import DataLoader
 except ImportError as error:
     raise MissingExtraError(
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
     ) from error
 
-from softlabels.losses import distillation_loss
 from softlabels.progress import QUIET, Progress
-from softlabels_client.datasets import SoftTargetDataset, data_loader
+from softlabels_client.batches import DistillationBatch, collate_batches
+from softlabels_client.checkpoints import CheckpointFolder
+from softlabels_client.datasets import SoftTargetDataset
+from softlabels_client.draws import draw_states, seeded, set_draw_states
+from softlabels_client.learner import Learner
+from softlabels_client.optimizers import rate_factor
+from softlabels_client.ordering import EpochSampler
+from softlabels_client.places import Place
 from softlabels_client.prefetch import one_ahead
 from softlabels_client.settings import DistillSettings
+from softlabels_client.training_log import Figures, PairRecord, TrainingLog
+from softlabels_client.training_state import (
+    TrainingState,
+    copied_weights,
+    refuse_other_training,
+    training_identity,
+)
 
-WARM_UP_SHARE = 0.2
-"""Share of all steps in which a one-cycle schedule rises to its peak."""
+Evaluate = Callable[[nn.Module], float]
+"""How bad a student is, in eval mode and without gradients: `count_errors`, or any figure that should fall."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +55,21 @@ class DistillResult:
     Attributes:
         losses: mean of the whole loss over each epoch's rows, as the student was while it learnt them.
         divergences: mean KL(target, student) at T over each epoch's rows, nats: 0 when the targets are learnt.
-        errors: what `evaluate` returned after each epoch; empty without it.
-        seconds: of the whole training, evaluation included.
+        errors: what `evaluate` returned, each time; empty without it.
+        best_errors: the lowest of them; None without it.
+        steps: of the optimiser.
+        stopped_early: whether evaluations had ceased to improve.
+        resumed_at: the step of the checkpoint that this process went on from; None where it began.
+        seconds: of the whole training, evaluation and earlier processes included.
     """
 
     losses: tuple[float, ...]
     divergences: tuple[float, ...]
     errors: tuple[float, ...]
+    best_errors: float | None
+    steps: int
+    stopped_early: bool
+    resumed_at: int | None
     seconds: float
 
 
@@ -54,100 +78,276 @@ def distill(
     dataset: SoftTargetDataset,
     settings: DistillSettings,
     *,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     progress: Progress = QUIET,
+    checkpoints: CheckpointFolder | None = None,
+    logs: Sequence[TrainingLog] = (),
+    record: PairRecord | None = None,
 ) -> DistillResult:
     """Train `student` in place on the data set's soft targets; the same arguments give the same weights on one machine.
+
+    With checkpoints that holds for a training that was killed at any moment and resumed, too. One process trains; under
+    several ranks use a framework's trainer.
 
     Args:
         student: maps a batch of inputs to logits_BC, one a class of the store.
         dataset: inputs paired with targets, which carry the temperature.
         settings: see there.
-        evaluate: called after each epoch with the student in eval mode and without gradients.
+        evaluate: called after each epoch, or every `evaluate_every` steps.
         progress: advanced by the rows of each step.
+        checkpoints: where the training is kept, and taken up again.
+        logs: where figures go.
+        record: which pairs were learnt.
     Raises:
         ShapeMismatchError: the student's classes are not the store's.
         FingerprintMismatchError, UnknownIdError: the inputs are not those that the targets were computed for.
-        RequestError: the loss is no number any more: the training diverged.
+        CheckpointMismatchError: the checkpoints are of another training.
+        RequestError: settings that do not fit each other, or the loss is no number any more: the training diverged.
     """
-    started_s = time.monotonic()
-    device = _device(settings.device)
-    student.to(device)
-    loader = data_loader(dataset, batch_size=settings.batch_size, seed=settings.seed, workers=settings.workers)
-    optimizer = _optimizer(student, settings)
-    losses: list[float] = []
-    divergences: list[float] = []
-    errors: list[float] = []
-    step, steps = 0, settings.epochs * len(loader)
-    with _seeded(settings.seed, device):
-        for epoch in range(settings.epochs):
-            student.train()
-            total = torch.zeros(2, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-            for batch in loader if settings.workers else one_ahead(loader):
-                on_device = batch.to(device, non_blocking=True)
-                _set_learning_rate(optimizer, settings.learning_rate * _factor(settings, step / steps))
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                    logits_BC = student(on_device.inputs)
-                loss = distillation_loss(logits_BC, on_device.targets, hard_weight=settings.hard_weight)
-                optimizer.zero_grad()
-                loss.total.backward()  # type: ignore[no-untyped-call]
-                if settings.max_gradient_norm is not None:
-                    nn.utils.clip_grad_norm_(student.parameters(), settings.max_gradient_norm)
-                optimizer.step()
+    if evaluate is None and (settings.patience or settings.keep_best or settings.evaluate_every):
+        raise RequestError("patience, keep_best and evaluate_every need something to evaluate on: pass `evaluate`")
+    learner = Learner(student, settings)
+    training = _Training(
+        learner,
+        dataset,
+        settings,
+        evaluate=evaluate,
+        progress=progress,
+        checkpoints=checkpoints,
+        logs=(*logs,),
+        record=record,
+    )
+    with seeded(settings.seed, learner.device):
+        training.take_up()
+        with training.logging():
+            while not training.over:
+                training.learn_epoch()
+    return training.result()
+
+
+class _Training:
+    """One course through the epochs: what comes when, and where it goes on after a break."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        dataset: SoftTargetDataset,
+        settings: DistillSettings,
+        *,
+        evaluate: Evaluate | None,
+        progress: Progress,
+        checkpoints: CheckpointFolder | None,
+        logs: tuple[TrainingLog, ...],
+        record: PairRecord | None,
+    ) -> None:
+        self._learner, self._dataset, self._settings = learner, dataset, settings
+        self._evaluate, self._progress, self._checkpoints = evaluate, progress, checkpoints
+        self._logs, self._record = logs, record
+        self._order = EpochSampler(
+            len(dataset),
+            digest=dataset.store.digest,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            rank=0,
+            world_size=1,
+        )
+        self._loader = _loader(dataset, self._order, settings.workers)
+        self._steps_an_epoch = -(-len(dataset) // (settings.batch_size * settings.accumulate))
+        self._state = TrainingState.beginning(learner.device)
+        self._resumed_at: int | None = None
+        self._started_s = time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to learn."""
+        return self._state.stopped or self._state.epoch == self._settings.epochs
+
+    def take_up(self) -> None:
+        """Go on from the newest checkpoint, where there is one and it is of this training."""
+        if self._checkpoints is None or (kept := self._checkpoints.newest()) is None:
+            return
+        refuse_other_training(kept["training"], self._identity, where=str(self._checkpoints.path))
+        self._learner.load(kept)
+        set_draw_states(kept["draws"], self._learner.device)
+        self._state = TrainingState.from_tree(kept["state"], self._learner.device)
+        self._resumed_at = self._state.step
+        self._progress.note(f"resumed at step {self._resumed_at}")
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Open the logs where the training stands, and close them in the end."""
+        try:
+            for log in self._all_logs:
+                log.begin(self._state.step)
+            yield
+        finally:
+            for log in self._all_logs:
+                log.close()
+
+    def learn_epoch(self) -> None:
+        """Learn an epoch, or what is left of it."""
+        state, settings = self._state, self._settings
+        self._learner.student.train()
+        with self._rest_of_the_epoch() as batches:
+            for number, batch in enumerate(batches, start=state.cursor // settings.batch_size + 1):
+                if self._record is not None:
+                    self._record.add(state.step + 1, state.epoch + 1, batch)
+                share = len(batch) / self._rows_of_the_step()
                 # Summed on the device: reading a figure at each step would make the host wait for it.
-                total += len(batch) * torch.stack((loss.total.detach(), loss.kl))
-                step += 1
-                progress.advance(len(batch))
-            mean_loss, mean_divergence = (total / len(dataset)).tolist()
-            losses.append(_finite(mean_loss, epoch))
-            divergences.append(mean_divergence)
-            if evaluate is not None:
-                errors.append(_evaluated(student, evaluate))
-            progress.note(_summary(epoch, settings, losses, errors))
-    return DistillResult(
-        losses=tuple(losses),
-        divergences=tuple(divergences),
-        errors=tuple(errors),
-        seconds=time.monotonic() - started_s,
+                state.sums += len(batch) * self._learner.backward(batch, share)
+                state.cursor += len(batch)
+                self._progress.advance(len(batch))
+                if number % settings.accumulate == 0 or state.cursor == len(self._dataset):
+                    self._learner.step(rate_factor(settings, state.step, self._steps_an_epoch))
+                    self._after_step()
+                if state.stopped:
+                    break
+
+    def result(self) -> DistillResult:
+        """What came of it; the student has its best weights where those were kept."""
+        state = self._state
+        if state.best_weights is not None:
+            self._learner.student.load_state_dict(state.best_weights)
+        return DistillResult(
+            losses=tuple(state.losses),
+            divergences=tuple(state.divergences),
+            errors=tuple(state.errors),
+            best_errors=state.best_errors,
+            steps=state.step,
+            stopped_early=state.stopped,
+            resumed_at=self._resumed_at,
+            seconds=self._seconds,
+        )
+
+    @property
+    def _all_logs(self) -> list[TrainingLog | PairRecord]:
+        return [*self._logs, *([] if self._record is None else [self._record])]
+
+    @property
+    def _seconds(self) -> float:
+        return self._state.seconds + time.monotonic() - self._started_s
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return training_identity(self._learner.student, self._dataset, self._settings)
+
+    @contextlib.contextmanager
+    def _rest_of_the_epoch(self) -> Iterator[Iterator[DistillationBatch]]:
+        cursor, batch_size = self._state.cursor, self._settings.batch_size
+        self._order.begin_at(Place(epoch=self._state.epoch, cursor=cursor, batches=cursor // batch_size))
+        if self._settings.workers:
+            yield iter(self._loader)
+        else:
+            with contextlib.closing(one_ahead(self._loader)) as batches:
+                yield batches
+
+    def _rows_of_the_step(self) -> int:
+        """Rows that the step learns from to which the next batch belongs: fewer than ever at an epoch's end only."""
+        full = self._settings.batch_size * self._settings.accumulate
+        return min(full, len(self._dataset) - self._state.cursor // full * full)
+
+    def _after_step(self) -> None:
+        state, settings = self._state, self._settings
+        state.step += 1
+        epoch_over = state.cursor == len(self._dataset)
+        evaluates = self._evaluate is not None and self._due(settings.evaluate_every, epoch_over)
+        logs = epoch_over or evaluates or (settings.log_every is not None and state.step % settings.log_every == 0)
+        means = self._means_since_last_row() if logs else (0.0, 0.0)
+        if epoch_over:
+            self._end_epoch()
+        errors = self._evaluated() if evaluates else None
+        if logs:
+            self._log(*means, errors)
+        if self._checkpoints is not None and self._due(self._checkpoints.every, epoch_over):
+            self._keep(self._checkpoints)
+
+    def _due(self, every: int | None, epoch_over: bool) -> bool:
+        """Whether something that happens so often happens after this step; everything does after the last."""
+        last = epoch_over and self._state.epoch + 1 >= self._settings.epochs
+        return last or self.over or (epoch_over if every is None else self._state.step % every == 0)
+
+    def _end_epoch(self) -> None:
+        state = self._state
+        mean_loss, mean_divergence = (state.sums / len(self._dataset)).tolist()
+        state.losses.append(_finite(mean_loss, state.epoch))
+        state.divergences.append(mean_divergence)
+        state.epoch, state.cursor = state.epoch + 1, 0
+        state.sums.zero_()
+        state.logged_sums.zero_()
+
+    def _evaluated(self) -> float:
+        """What the evaluation finds, remembered; whether the training stops for it."""
+        assert self._evaluate is not None
+        state, settings, student = self._state, self._settings, self._learner.student
+        student.eval()
+        with torch.no_grad():
+            errors = float(self._evaluate(student))
+        student.train()
+        if math.isnan(errors):
+            raise RequestError(f"the evaluation after step {state.step} gave no number: mend it, or the student")
+        state.errors.append(errors)
+        if state.best_errors is None or errors < state.best_errors - settings.min_delta:
+            state.best_errors, state.best_step, state.stale = errors, state.step, 0
+            if settings.keep_best or settings.patience is not None:
+                state.best_weights = copied_weights(student)
+        else:
+            state.stale += 1
+            state.stopped = settings.patience is not None and state.stale >= settings.patience
+        return errors
+
+    def _means_since_last_row(self) -> tuple[float, float]:
+        """Loss and divergence, over the rows since the log's last row."""
+        state = self._state
+        samples = state.epoch * len(self._dataset) + state.cursor
+        loss, divergence = ((state.sums - state.logged_sums) / (samples - state.logged_samples)).tolist()
+        state.logged_sums.copy_(state.sums)
+        state.logged_samples = samples
+        return loss, divergence
+
+    def _log(self, loss: float, divergence: float, errors: float | None) -> None:
+        state = self._state
+        figures = Figures(
+            step=state.step,
+            epoch=state.epoch + (state.cursor > 0),
+            samples=state.logged_samples,
+            learning_rate=self._learner.learning_rate,
+            loss=loss,
+            divergence=divergence,
+            errors=errors,
+            seconds=round(self._seconds, 3),
+        )
+        for log in self._logs:
+            log.add(figures)
+        told = f", errors {state.errors[-1]:g}" if state.errors else ""
+        self._progress.note(f"epoch {figures.epoch} of {self._settings.epochs}, loss {loss:.4f}{told}")
+
+    def _keep(self, checkpoints: CheckpointFolder) -> None:
+        for value in self._state.sums.tolist():
+            _finite(value, self._state.epoch)
+        for log in self._all_logs:
+            log.sync()  # a checkpoint must never know of a row that a power cut could take
+        checkpoints.write(
+            self._state.step,
+            {
+                **self._learner.tree(),
+                "training": self._identity,
+                "state": {**self._state.tree(), "seconds": self._seconds},
+                "draws": draw_states(self._learner.device),
+                "written_by": {"softlabels": softlabels.__version__, "torch": torch.__version__},
+            },
+        )
+
+
+def _loader(dataset: SoftTargetDataset, order: EpochSampler, workers: int) -> DataLoader[DistillationBatch]:
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        # Of its own: a loader draws a number a pass, and from torch's global one a resumed training would draw another.
+        generator=torch.Generator().manual_seed(order.course.seed),
+        num_workers=workers,
+        collate_fn=collate_batches,
+        persistent_workers=workers > 0,
     )
-
-
-def one_cycle(done_share: float) -> float:
-    """The factor on the peak learning rate after `done_share` of all steps: a linear rise, then a cosine fall to 0."""
-    if done_share < WARM_UP_SHARE:
-        return done_share / WARM_UP_SHARE
-    return 0.5 * (1.0 + math.cos(math.pi * (done_share - WARM_UP_SHARE) / (1.0 - WARM_UP_SHARE)))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if accelerator is None else accelerator
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise RequestError(f"device is {name!r}; choose 'auto', 'cpu', 'cuda' or another that torch knows") from error
-
-
-def _optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.Optimizer:
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        student.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0,
-        weight_decay=settings.weight_decay,
-    )
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def _factor(settings: DistillSettings, done_share: float) -> float:
-    return one_cycle(done_share) if settings.schedule == "one_cycle" else 1.0
 
 
 def _finite(loss: float, epoch: int) -> float:
@@ -157,23 +357,3 @@ def _finite(loss: float, epoch: int) -> float:
         f"the loss is {loss} in epoch {epoch + 1}: the training diverged; try a smaller learning_rate, and look at the "
         "student's own inputs and outputs"
     )
-
-
-@torch.no_grad()
-def _evaluated(student: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
-    student.eval()
-    return float(evaluate(student))
-
-
-def _summary(epoch: int, settings: DistillSettings, losses: list[float], errors: list[float]) -> str:
-    tested = f", errors {errors[-1]:g}" if errors else ""
-    return f"epoch {epoch + 1} of {settings.epochs}, loss {losses[-1]:.4f}{tested}"
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    # Dropout draws from torch's global generators: they are seeded here, and given their state back afterwards.
-    devices: list[Any] = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

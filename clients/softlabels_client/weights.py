@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,8 @@ except ImportError as error:
         extra="torch",
     ) from error
 
+from softlabels_client.whole_files import whole_file
+
 
 def save_student(student: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Keep a student's weights as safetensors: the whole file or none, whatever is interrupted.
@@ -29,17 +30,5 @@ def save_student(student: nn.Module, path: str | Path, *, metadata: Mapping[str,
     Raises:
         OSError: the folder does not exist, or the disk is full.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(Path(path)) as partial:
         save_model(student, str(partial), metadata=dict(metadata or {}))
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

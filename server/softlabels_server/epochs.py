@@ -114,19 +114,22 @@ class EpochStream:
         pending: list[bytes | NDArray[Any]] = [self._header(step, dict.fromkeys(self.names, count))]
         size = total = 0
         for name in self.names:
-            # Eight rows are whole words, so that the pieces' sums add up to the array's.
             begin = 0
             while begin < count:
-                at_once = max(8, piece_bytes() // self._row_bytes(name) & ~7)
+                if 2 * size >= piece_bytes():
+                    yield pending
+                    pending, size = [], 0
+                # In equal parts, the nearest to what a piece should be; eight rows are whole words, so that the parts'
+                # sums add up to the array's.
+                left = count - begin
+                parts = max(1, round(left * self._row_bytes(name) / piece_bytes()))
+                at_once = -(-left // (8 * parts)) * 8
                 found = self._arrays(step.positions[begin : begin + at_once], (name,))[name]
                 total += wire.word_sum(found)
                 size += found.nbytes
                 begin += at_once
                 pending.append(found)
                 del found  # not held here while it is sent, nor longer
-                if size >= piece_bytes():
-                    yield pending
-                    pending, size = [], 0
         yield [*pending, np.array([total % (1 << 64)], dtype="<u8")]
 
     def _arrays(self, positions: NDArray[np.int64], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:

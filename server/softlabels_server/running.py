@@ -1,10 +1,12 @@
-"""How an app is run: one process that listens, announces itself, and stops when told to."""
+"""How is an app run? By one process that listens, announces itself, and stops when told to; `workers` runs several."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -72,6 +74,30 @@ def make_server(app: FastAPI, settings: Settings, *, announce: Callable[[], None
     return StoppableServer(config, announce=announce)
 
 
+def set_up_logging(settings: Settings) -> None:
+    """Warnings and errors on standard error; requests too where that was asked for."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if settings.access_log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+
+
+def allow_many_files() -> None:
+    """Let this process have as many connections as the system allows it at all.
+
+    Shells start with a soft limit of 1,024 files, for programs that still use `select`; a stream takes two.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        except (OSError, ValueError) as error:  # macOS has a lower limit than the one that it names
+            logging.getLogger(__name__).warning("only %d files may be open at once: %s", limit, error)
+
+
 class StoppableServer(uvicorn.Server):
     """uvicorn, ending quietly on SIGTERM and Ctrl-C: being told to stop is no failure.
 
@@ -87,6 +113,7 @@ class StoppableServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer, then say so."""
         keep_freed_memory()
+        allow_many_files()
         await super().startup(sockets=sockets)
         if self.started:
             self._announce()

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from softlabels.errors import RequestError
 
+MOST_WORKERS = 256
+"""More than the cores of any machine that this was tried on: a larger number is a slip of the pen."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -24,6 +27,7 @@ class Settings:
         keep_alive_timeout_s: how long a connection may be idle between requests.
         stall_timeout_s: how long the reader of a stream may take for its next piece; it can go on at its cursor.
         shutdown_timeout_s: how long replies under way may take once the server is told to stop.
+        workers: processes that answer; each opens the stores itself.
         access_log: log a line a request.
     Raises:
         RequestError: a value that makes no sense.
@@ -44,6 +48,8 @@ class Settings:
     # A trainer may validate for minutes; one that comes back later connects again without losing a row.
     stall_timeout_s: float = 600.0
     shutdown_timeout_s: int = 5
+    # On 2 cores a second one adds little, for the clients need theirs too: docs/operations.md has the figures.
+    workers: int = 1
     access_log: bool = False
 
     def __post_init__(self) -> None:
@@ -65,6 +71,11 @@ class Settings:
         ):
             if not getattr(self, name) > 0:
                 raise RequestError(f"{name} is {getattr(self, name)!r}: it must be above 0, or nothing could be served")
+        if not isinstance(self.workers, int) or not 1 <= self.workers <= MOST_WORKERS:
+            raise RequestError(
+                f"workers is {self.workers!r}: it is a whole number from 1 to {MOST_WORKERS}; more than there are "
+                "cores help nobody"
+            )
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
             raise RequestError("the token must be printable ASCII and not empty: it travels in a header")
 

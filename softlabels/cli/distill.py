@@ -46,7 +46,12 @@ def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
     reference = "package.module:name, or file.py:name, called with the arguments"
     add("--student", metavar="REF", required=True, help=f"what makes the student, a torch module: {reference}")
     add("--student-args", metavar="JSON", default="{}", help="its keyword arguments, a JSON object")
-    add("--inputs", metavar="REF", required=True, help=f"what makes the transfer set with the inputs: {reference}")
+    add(
+        "--inputs",
+        metavar="REF",
+        help="what makes the transfer set with the inputs: as --student, or a kind that a job file knows, such as "
+        "image_folder (when left out: the inputs that the store keeps)",
+    )
     add("--inputs-args", metavar="JSON", default="{}", help="its keyword arguments, a JSON object")
     add("--test", metavar="REF", help=f"what makes a labelled transfer set to count errors on: {reference}")
     add("--test-args", metavar="JSON", default="{}", help="its keyword arguments, a JSON object")
@@ -102,14 +107,14 @@ def run(options: argparse.Namespace) -> int:
     from softlabels_client.weights import save_student
 
     with open_store(options.store, token=options.token, timeout_s=options.timeout) as store:
-        inputs = _transfer_set("--inputs", options.inputs, options.inputs_args)
+        inputs = _transfer_set("--inputs", options.inputs, options.inputs_args) if options.inputs else None
         test = _transfer_set("--test", options.test, options.test_args) if options.test else None
         torch.manual_seed(settings.seed)
         student = _made("--student", options.student, options.student_args)
         if not isinstance(student, torch.nn.Module):
             raise ReferenceLoadError(f"--student {options.student!r} made a {type(student).__name__}, no torch module")
         dataset = SoftTargetDataset(inputs, store, temperature=options.temperature, check=options.check)
-        print(f"{store!r}\n{len(dataset)} samples of {inputs.name!r}, temperature {dataset.temperature:g}", flush=True)
+        print(f"{store!r}\n{len(dataset)} samples of {dataset.samples.name!r}, temperature {dataset.temperature:g}", flush=True)
         evaluate = None if test is None else partial(count_errors, samples=test)
         with track(settings.epochs * len(dataset), "distill", "samples") as progress:
             result = distill(student, dataset, settings, evaluate=evaluate, progress=progress)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softlabels.errors import MissingExtraError, RequestError, UnknownStoreError
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from softlabels_server import Settings, StoreFolder
+
+_OPTIONAL = frozenset(
+    {
+        *("anyio", "fastapi", "httptools", "pydantic", "starlette", "typing_extensions", "uvicorn", "uvloop"),
+        *("google_crc32c", "h5py", "numcodecs", "zarr"),
+    }
+)
+"""What the extra `server` brings, and what that imports before anything else."""
 
 _DESCRIPTION = """\
 Serve every store that lies directly in DIR, or DIR itself when it is a store. Students then open
@@ -33,6 +42,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--max-batch-ids", type=int, metavar="N", help="most ids in one batch (default 65536)")
     parser.add_argument("--max-reply-bytes", type=int, metavar="N", help="most bytes in one reply (default 268435456)")
     parser.add_argument("--max-body-bytes", type=int, metavar="N", help="most bytes in a request (default 16777216)")
+    parser.add_argument(
+        "--stall-timeout",
+        type=float,
+        dest="stall_timeout_s",
+        metavar="SECONDS",
+        help="how long the reader of an epoch stream may take for its next piece (default 600.0)",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that answer (default 1)")
     parser.add_argument("--access-log", action="store_true", help="log a line a request")
     parser.set_defaults(run=run)
 
@@ -40,13 +57,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(options: argparse.Namespace) -> int:
     """Serve until told to stop; 0 then."""
     try:
-        from softlabels_server import StoreFolder, create_app
-        from softlabels_server.running import listen, make_server, url_of
+        from softlabels_server import StoreFolder
+        from softlabels_server.running import listen, set_up_logging, url_of
     except MissingExtraError:
         raise
     except ImportError as error:
+        if (error.name or "").partition(".")[0] not in _OPTIONAL:
+            raise  # one of our own modules, say: installing the extra would change nothing
         raise MissingExtraError(
-            f"softlabels serve needs {error.name or error}, which is not installed: pip install 'softlabels[server]'"
+            f"softlabels serve needs {error.name}, which is not installed: pip install 'softlabels[server]'"
         ) from error
     settings = _settings(options)
     stores = StoreFolder(options.folder)
@@ -57,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
             "that holds the stores",
             where=str(options.folder),
         )
-    _set_up_logging(settings)
+    set_up_logging(settings)
     if not settings.on_loopback and settings.token is None:
         print(
             f"softlabels: warning: anyone who reaches {settings.host} can read these stores; ask for a token with "
@@ -66,16 +85,39 @@ def run(options: argparse.Namespace) -> int:
         )
     with listen(settings) as listener:
         announcement = "\n".join([f"softlabels: serving {len(lines)} store(s) at {url_of(listener)}", *lines])
-        app = create_app(stores, settings)
-        make_server(app, settings, announce=lambda: print(announcement, flush=True)).run(sockets=[listener])
+        _serve(stores, settings, listener, announcement)
     print("softlabels: stopped", flush=True)
     return 0
+
+
+def _serve(stores: StoreFolder, settings: Settings, listener: socket, announcement: str) -> None:
+    """Answer on the listener, in this process or in workers, until told to stop."""
+    from softlabels_server import create_app
+    from softlabels_server.running import make_server
+    from softlabels_server.workers import Workers
+
+    def announce() -> None:
+        print(announcement, flush=True)
+
+    if settings.workers == 1:
+        make_server(create_app(stores, settings), settings, announce=announce).run(sockets=[listener])
+        return
+    # Every worker maps the stores itself; what this process opened was for the announcement.
+    stores.close()
+    Workers(
+        stores.root,
+        settings,
+        listener,
+        announce=announce,
+        say=lambda line: print(f"softlabels: {line}", flush=True),
+    ).run()
 
 
 def _settings(options: argparse.Namespace) -> Settings:
     from softlabels_server import Settings
 
-    names = ("host", "port", "max_batch_ids", "max_reply_bytes", "max_body_bytes", "access_log")
+    limits = ("max_batch_ids", "max_reply_bytes", "max_body_bytes", "stall_timeout_s")
+    names = ("host", "port", *limits, "workers", "access_log")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return Settings(token=None if options.token_file is None else _token_in(options.token_file), **given)
 
@@ -105,9 +147,3 @@ def _describe(stores: StoreFolder) -> list[str]:
             f"  {store.name}: {manifest.rows} rows × {manifest.classes} classes, {manifest.encoding.name}{state}"
         )
     return lines
-
-
-def _set_up_logging(settings: Settings) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    if settings.access_log:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)

@@ -1,9 +1,9 @@
-"""How one shard is computed: inputs in batches through every teacher, averaged, encoded, audited."""
+"""One shard in work: claimed, filled batch by batch, committed as a whole or given up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -12,168 +12,116 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabels.audit import Audit
-from softlabels.encodings import Encoding, draw_keys
-from softlabels.ensemble import Combined, combine
-from softlabels.errors import EncodingError, NonFiniteLogitsError, TeacherError
-from softlabels.ids import IdArray
-from softlabels.manifest import Manifest, MeanKind
-from softlabels.precompute.device_audit import figures_on_device
-from softlabels.precompute.teachers import Teacher
-from softlabels.progress import Progress
-from softlabels.transfer import Samples, TransferSet, sample_fingerprints
+from softlabels.manifest import Manifest
+from softlabels.precompute.device_audit import unpack_figures
+from softlabels.precompute.rows import RowBatch
+from softlabels.store.writer import ShardClaim
+from softlabels.transfer import UNLABELLED
 
-_SHOWN = 5
-"""How many sample ids a message spells out."""
+_FACTS = ("labels", "fingerprints", "view_parameters", "kept_inputs")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComputedShard:
-    """All that a shard's writer needs; arrays are [rows of the shard, …]."""
+class ShardWork:
+    """A claimed shard on its way to a commit.
 
-    ids: IdArray
-    encoded: dict[str, NDArray[Any]]
-    fingerprints: NDArray[np.uint8]
-    labels: NDArray[np.int64] | None
-    audit: Audit
+    Encoded rows land where they are written from: in the shard's own arrays, pinned for a device that copies into them
+    by itself. They are made when the first rows land, so that a shard whose inputs are loaded ahead holds none.
 
-
-class ShardComputer:
-    """Computes shards of one plan with one set of teachers."""
+    Args:
+        claim: the claim's context, not entered yet: it is held from here until `commit` or `release`.
+        plan: of the store.
+        temperatures: of the audit.
+        pinned: whether a device copies into the arrays.
+    Attributes:
+        shard, rows: its number and its rows in the store.
+        landed: where in the device's work all copies into the shard are done.
+        counted: rows that were shown as done.
+    Raises:
+        ShardClaimedError: another writer holds it.
+    """
 
     def __init__(
         self,
+        claim: AbstractContextManager[ShardClaim],
         plan: Manifest,
-        transfer_set: TransferSet,
-        teachers: Sequence[Teacher],
         *,
-        encoding: Encoding,
-        batch_size: int,
-        device: torch.device,
+        temperatures: tuple[float, ...],
+        pinned: bool,
     ) -> None:
-        self._plan, self._transfer_set, self._teachers = plan, transfer_set, teachers
-        self._batch_size, self._device = batch_size, device
-        self._encoding = encoding
+        self._held = ExitStack()
+        self._claim = self._held.enter_context(claim)
+        self._plan, self._temperatures, self._pinned = plan, temperatures, pinned
+        self.shard, self.rows = self._claim.shard, self._claim.rows
+        self.landed: torch.cuda.Event | None = None
+        self.counted = 0
+        self._arrays: dict[str, Tensor] = {}
+        self._ids: list[NDArray[Any]] = []
+        self._facts: dict[str, NDArray[Any]] = {}
+        self._figures: list[Tensor] = []
 
-    def compute(self, rows: range, progress: Progress) -> ComputedShard:
-        """Compute the targets of these rows of the store.
+    def land(self, first: int, batch: RowBatch, encoded: Mapping[str, Tensor]) -> None:
+        """Begin to copy a batch's rows into the shard, from its row `first` on; batches come in order."""
+        if not self._arrays:
+            self._arrays = {name: self._host_array(name) for name in encoded}
+        part = slice(first, first + batch.rows)
+        for name, tensor in encoded.items():
+            target = self._arrays[name][part]
+            assert tensor.dtype == target.dtype, f"{name}: {tensor.dtype} is not the plan's {target.dtype}"
+            target.copy_(tensor.reshape(target.shape), non_blocking=self._pinned)
+        self._keep_facts(part, batch)
 
-        Batches start at the shard's first row, so that a shard computed again is computed in the same batches: the
-        kernels of some devices round differently for another batch size.
+    def land_figures(self, packed: Tensor) -> None:
+        """Begin to copy the audit's figures of a batch."""
+        target = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=self._pinned)
+        target.copy_(packed, non_blocking=self._pinned)
+        self._figures.append(target)
 
+    def commit(self) -> Audit:
+        """Wait for the last copy, write the shard, and let go of it.
+
+        Returns:
+            the audit of its rows.
         Raises:
-            NonFiniteLogitsError, TeacherError, EncodingError: with the sample ids that are to blame.
+            ShardConflictError, ShapeMismatchError, OSError: nothing of the shard exists then.
         """
-        spec = self._plan.temperature
-        audit = Audit(audit_temperatures(self._plan))
-        pieces: list[tuple[Samples, dict[str, NDArray[Any]], NDArray[np.uint8]]] = []
-        for start in range(rows.start, rows.stop, self._batch_size):
-            positions = np.arange(start, min(start + self._batch_size, rows.stop), dtype=np.int64)
-            samples = self._transfer_set.take(positions)
-            answers = ask(self._teachers, samples, self._device)
-            logits_RC = rows_to_keep(answers, self._teachers, self._plan)
-            on_device = self._encode(logits_RC, samples)
-            audit.absorb(
-                figures_on_device(
-                    logits_RC,
-                    self._encoding.decode_torch(on_device),
-                    temperatures=audit.temperatures,
-                    captured=spec.captured,
-                    dropped_mass_B=on_device.get("tail_mass"),
+        with self._held:
+            if self.landed is not None:
+                self.landed.synchronize()
+            audit = Audit(self._temperatures)
+            for packed in self._figures:
+                audit.absorb(
+                    unpack_figures(packed.numpy(), classes=self._plan.classes, temperatures=self._temperatures)
                 )
+            rows_have_ids = self._plan.layout.kind != "sequences"
+            self._claim.commit(
+                encoded={name: tensor.numpy() for name, tensor in self._arrays.items()},
+                ids=np.concatenate(self._ids) if rows_have_ids else None,
+                fingerprints=self._facts.get("fingerprints"),
+                labels=self._facts.get("labels"),
+                view_parameters=self._facts.get("view_parameters"),
+                inputs=self._facts.get("kept_inputs"),
+                audit=audit.to_json(),
             )
-            encoded = {name: tensor.cpu().numpy() for name, tensor in on_device.items()}
-            if self._plan.members is not None:
-                encoded = {k: v.reshape(len(positions), self._plan.members, *v.shape[1:]) for k, v in encoded.items()}
-            pieces.append((samples, encoded, sample_fingerprints(samples.inputs)))
-            progress.advance(len(positions))
-        return _joined(pieces, audit)
+            return audit
 
-    def _encode(self, logits_RC: Tensor, samples: Samples) -> dict[str, Tensor]:
-        keys = draw_keys(self._plan.name, samples.ids)
-        try:
-            return self._encoding.encode_torch(logits_RC, keys_B=keys)
-        except EncodingError as error:
-            rows_a_sample = len(logits_RC) // len(samples.ids)
-            blamed = samples.ids[sorted({row // rows_a_sample for row in error.context.get("rows", [])})].tolist()
-            raise EncodingError(f"{error.message} (sample ids {_listed(blamed)})", ids=blamed) from error
+    def release(self) -> None:
+        """Let go of the shard without a commit; nothing of it is kept."""
+        self._held.close()
 
+    def _host_array(self, name: str) -> Tensor:
+        spec = self._plan.arrays[name]
+        dtype = torch.from_numpy(np.empty(0, dtype=spec.dtype)).dtype
+        return torch.empty((len(self.rows), *spec.row_shape), dtype=dtype, pin_memory=self._pinned)
 
-def ask(teachers: Sequence[Teacher], samples: Samples, device: torch.device) -> list[Tensor]:
-    """Every teacher's logits of these samples, [B, C] each.
+    def _keep_facts(self, part: slice, batch: RowBatch) -> None:
+        self._ids.append(batch.ids)
+        for name in _FACTS:
+            found: NDArray[Any] | None = getattr(batch, name)
+            if found is None or (name == "kept_inputs" and "inputs" not in self._plan.arrays):
+                continue
+            if name not in self._facts:
+                # Rows of batches without labels, among others that have some, are unlabelled.
+                blank = UNLABELLED if name == "labels" else 0
+                self._facts[name] = np.full((len(self.rows), *found.shape[1:]), blank, dtype=found.dtype)
+            self._facts[name][part] = found
 
-    Raises:
-        NonFiniteLogitsError: an answer holds NaN or Inf. TeacherError: another number of rows than samples.
-    """
-    inputs = torch.from_numpy(np.ascontiguousarray(samples.inputs)).to(device)
-    answers = [teacher.logits(inputs) for teacher in teachers]
-    for teacher, answer in zip(teachers, answers, strict=True):
-        _refuse_unsound(answer, samples, teacher.spec.name)
-    return answers
-
-
-def averaged(answers: Sequence[Tensor], teachers: Sequence[Teacher], mean: MeanKind, temperature: float) -> Combined:
-    """The ensemble's mean of its members' answers. Raises TeacherShapeError: the members' shapes differ."""
-    return combine(
-        answers,
-        mean=mean,
-        temperature=temperature,
-        weights=[teacher.spec.weight for teacher in teachers],
-        names=[teacher.spec.name for teacher in teachers],
-    )
-
-
-def rows_to_keep(answers: Sequence[Tensor], teachers: Sequence[Teacher], plan: Manifest) -> Tensor:
-    """logits tempered as the plan captures them, each row's largest 0.
-
-    Returns:
-        [B, C] of the members' mean; where every member is kept, [B · M, C] with a sample's members side by side.
-    """
-    spec = plan.temperature
-    if plan.members is not None:
-        each = [combine([answer], mean="none", temperature=1.0).logits_BC for answer in answers]
-        return torch.stack(each, dim=1).flatten(0, 1)
-    combined = averaged(answers, teachers, plan.mean, spec.default)
-    # Truncated and sampled rows are locked to the job's temperature, so they are taken of rows tempered with it.
-    return combined.logits_BC * (combined.captured_temperature / spec.captured)
-
-
-def audit_temperatures(plan: Manifest) -> tuple[float, ...]:
-    """The temperatures at which an encoding's error is measured: those that the store can be asked for most."""
-    spec = plan.temperature
-    return (spec.captured,) if spec.locked else tuple(sorted({1.0, spec.default}))
-
-
-def _refuse_unsound(answer: Tensor, samples: Samples, name: str) -> None:
-    if answer.ndim == 2 and len(answer) != len(samples.ids):
-        raise TeacherError(f"teacher {name!r} answers {len(answer)} rows for {len(samples.ids)} samples")
-    finite = answer.isfinite()
-    if not bool(finite.all()):
-        per_row = finite.reshape(len(answer), -1).all(dim=1).cpu().numpy()
-        blamed = samples.ids[~per_row].tolist() if len(per_row) == len(samples.ids) else []
-        raise NonFiniteLogitsError(
-            f"teacher {name!r} gives NaN or Inf for {len(blamed)} samples (sample ids {_listed(blamed)}): the shard is "
-            "refused and nothing of it is kept; look at these inputs, or run the teacher in f32",
-            teacher=name,
-            ids=blamed,
-        )
-
-
-def _listed(ids: list[Any]) -> str:
-    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
-    return ", ".join(map(repr, ids[:_SHOWN])) + more
-
-
-def _joined(pieces: list[tuple[Samples, dict[str, NDArray[Any]], NDArray[np.uint8]]], audit: Audit) -> ComputedShard:
-    unlabelled = all(samples.labels is None for samples, _, _ in pieces)
-    ids: NDArray[Any] = np.concatenate([samples.ids for samples, _, _ in pieces])
-    return ComputedShard(
-        ids=ids,
-        encoded={name: np.concatenate([encoded[name] for _, encoded, _ in pieces]) for name in pieces[0][1]},
-        fingerprints=np.concatenate([fingerprints for _, _, fingerprints in pieces]),
-        labels=None if unlabelled else np.concatenate([_labels(samples) for samples, _, _ in pieces]),
-        audit=audit,
-    )
-
-
-def _labels(samples: Samples) -> NDArray[np.int64]:
-    return np.full(len(samples.ids), -1, dtype=np.int64) if samples.labels is None else samples.labels

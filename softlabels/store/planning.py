@@ -8,6 +8,8 @@ from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
+from numpy.typing import NDArray
+
 from softlabels.encodings import Encoding
 from softlabels.errors import JobError
 from softlabels.manifest import (
@@ -34,6 +36,9 @@ from softlabels.transfer import FINGERPRINT_BYTES
 _RECORDED = ("softlabels", "numpy", "torch", "zarr", "h5py", "numcodecs")
 """Libraries whose versions may change a target or a file."""
 
+MAX_INPUT_CHUNK_BYTES = 1 << 20
+"""A chunk of inputs is verified whole before its first row is read: a mebibyte takes a quarter of a millisecond."""
+
 
 def plan_store(
     *,
@@ -52,6 +57,7 @@ def plan_store(
     members: int | None = None,
     views: ViewSpec | None = None,
     table: SampleTable | None = None,
+    inputs: ArraySpec | None = None,
 ) -> Manifest:
     """The plan of a store, with shard and chunk sizes chosen where they are not given.
 
@@ -60,8 +66,10 @@ def plan_store(
         members: how many members' rows are kept side by side; None keeps their mean.
         views: how views were made, for a layout of views.
         table: the samples of a layout of sequences.
+        inputs: what one sample looks like, where the inputs are kept as well; see `kept_inputs`.
     Raises:
-        JobError: sizes that do not fit each other. ManifestError: a name that no store may have.
+        JobError: sizes that do not fit each other, or inputs of a layout that cannot keep them. ManifestError: a name
+        that no store may have.
     """
     check_store_name(name)
     if samples < 1:
@@ -72,9 +80,13 @@ def plan_store(
     layout = layout or Layout(kind="single", samples=samples, rows=samples)
     arrays = store_arrays(encoding, ids, layout=layout, labelled=transfer_set.labelled, members=members, views=views)
     row_bytes = sum(spec.row_bytes for spec in encoded_arrays(encoding, members).values())
+    input_bytes = 0 if inputs is None else inputs.row_bytes
+    if inputs is not None:
+        _refuse_inputs_of(layout)
+        arrays["inputs"] = inputs
     files = constant_files(encoding) | ({} if table is None else table.files())
-    per_chunk = rows_per_chunk or _chunk_for(row_bytes, rows_per_shard)
-    per_shard = rows_per_shard or choose_rows_per_shard(row_bytes, per_chunk, layout.rows)
+    per_chunk = rows_per_chunk or _chunk_for(row_bytes, input_bytes, rows_per_shard)
+    per_shard = rows_per_shard or choose_rows_per_shard(row_bytes + input_bytes, per_chunk, layout.rows)
     if per_shard % per_chunk:
         raise JobError(f"rows_per_shard ({per_shard}) must be a multiple of rows_per_chunk ({per_chunk})")
     return Manifest(
@@ -124,6 +136,29 @@ def store_arrays(
     return arrays
 
 
+def kept_inputs(inputs: NDArray[Any]) -> ArraySpec:
+    """How samples like these are kept in a store.
+
+    Args:
+        inputs: [B, ...], some of them.
+    Raises:
+        JobError: of a type or shape that no store holds.
+    """
+    order = inputs.dtype.newbyteorder("<") if inputs.dtype.itemsize > 1 else inputs.dtype
+    if inputs.dtype.kind not in "fiu" or inputs.dtype.itemsize > 8 or inputs.dtype.str != order.str:
+        raise JobError(
+            f"inputs of type {inputs.dtype.str} cannot be kept in a store: it holds whole numbers and floats of up to "
+            "8 bytes, little-endian; have the transfer set give one of these, as '|u1' or '<f4', or leave out `inputs "
+            "= true` of [store]"
+        )
+    if not all(inputs.shape[1:]) or inputs.ndim > 9:
+        raise JobError(
+            f"inputs of shape {list(inputs.shape[1:])} a sample cannot be kept in a store: it takes up to 8 axes, none "
+            "of them empty"
+        )
+    return ArraySpec(dtype=inputs.dtype.str, row_shape=inputs.shape[1:])
+
+
 def software_versions() -> Mapping[str, Any]:
     """Versions of the installed libraries that may change a target or a file."""
     found = {}
@@ -135,8 +170,20 @@ def software_versions() -> Mapping[str, Any]:
     return found
 
 
-def _chunk_for(row_bytes: int, rows_per_shard: int | None) -> int:
+def _refuse_inputs_of(layout: Layout) -> None:
+    if layout.kind != "single":
+        what = "views" if layout.kind == "views" else "sequences"
+        raise JobError(
+            f"inputs are kept where every sample has one row of targets, not in a store of {what}: leave out `inputs = "
+            "true` of [store]; students bring the inputs themselves"
+        )
+
+
+def _chunk_for(row_bytes: int, input_bytes: int, rows_per_shard: int | None) -> int:
+    """Rows a chunk: for the targets' sake, which are read most; fewer where the inputs' chunks would be too large."""
     chosen = choose_rows_per_chunk(row_bytes)
+    while chosen > 1 and chosen * input_bytes > MAX_INPUT_CHUNK_BYTES:
+        chosen //= 2
     while rows_per_shard is not None and rows_per_shard % chosen:
         chosen //= 2
     return max(1, chosen)

@@ -23,7 +23,7 @@ from softlabels.store.faults import Fault, Report
 from softlabels.store.geometry import CHECKSUM_BYTES, Part, chunks_in, shard_rows
 from softlabels.store.index import DenseIndex, SortedIndex
 from softlabels.store.ledger import FileRecord, Receipt
-from softlabels.transfer import UNLABELLED, FingerprintSum
+from softlabels.transfer import UNLABELLED, FingerprintSum, sample_fingerprints
 
 Piece: TypeAlias = NDArray[np.uint8]
 Read: TypeAlias = Callable[[str, int, int], Piece]
@@ -212,6 +212,10 @@ class ShardChecks:
             bad = (labels < UNLABELLED) | (labels >= self._plan.classes)
             if bad.any():
                 yield "labels", bad, f"labels outside {UNLABELLED} to {self._plan.classes - 1}"
+        if "inputs" in arrays:
+            bad = (sample_fingerprints(arrays["inputs"]) != arrays["fingerprints"]).any(axis=1)
+            if bad.any():
+                yield "inputs", bad, "inputs that are not those of their fingerprints"
         if "ids" in arrays and self._index is not None:
             bad = _misplaced(self._index, _as_ids(arrays["ids"]), rows // self._plan.layout.views)
             if bad.any():

@@ -229,6 +229,7 @@ class ShardClaim:
         fingerprints: NDArray[np.uint8] | None = None,
         labels: NDArray[np.int64] | None = None,
         view_parameters: NDArray[np.float64] | None = None,
+        inputs: NDArray[Any] | None = None,
         audit: Mapping[str, Any],
     ) -> Receipt:
         """Write the shard's files and, when all of them are durable, its receipt.
@@ -241,6 +242,7 @@ class ShardClaim:
             fingerprints: [rows, 16], None for sequences.
             labels: [rows]; None where no row has one.
             view_parameters: [rows, parameters], where the store records them.
+            inputs: [rows, ...], the samples themselves, where the store keeps them; left unused where it does not.
             audit: `Audit.to_json()` of these rows.
         Raises:
             ShapeMismatchError: arrays of another shape or type than the plan's, or ids that the plan excludes.
@@ -257,6 +259,8 @@ class ShardClaim:
             total.add(ids, fingerprints)
         if view_parameters is not None:
             arrays["view_parameters"] = view_parameters
+        if inputs is not None and "inputs" in plan.arrays:
+            arrays["inputs"] = inputs
         if "labels" in plan.arrays:
             found = np.full(len(self.rows), UNLABELLED, dtype=np.int64) if labels is None else labels
             arrays["labels"] = found.astype(plan.arrays["labels"].dtype)

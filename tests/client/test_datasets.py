@@ -328,7 +328,7 @@ class TestLoader:
 
     def test_in_order_and_without_the_rest(self, store: softlabels.TargetStore, tiny_inputs: Any) -> None:
         """As a DataLoader has it."""
-        loader = data_loader(SoftTargetDataset(tiny_inputs, store), batch_size=64, shuffle=False, drop_last=True)
+        loader = data_loader(SoftTargetDataset(tiny_inputs, store), batch_size=64, shuffle=False, remainder="drop")
         assert np.concatenate([batch.ids for batch in loader]).tolist() == list(range(192))
 
     def test_an_error_in_a_worker_keeps_its_class(self, far: softlabels.TargetStore, tiny_inputs: Any) -> None:

@@ -1,0 +1,104 @@
+"""How does a training loop get batches, and how does it keep the place for the next run? A loader that counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from softlabels.errors import MissingExtraError
+
+try:
+    from torch.utils.data import DataLoader, Dataset
+except ImportError as error:
+    raise MissingExtraError(
+        "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
+    ) from error
+
+from softlabels_client.batches import DistillationBatch
+from softlabels_client.places import Pass, Place, Walk
+from softlabels_client.prefetch import one_ahead
+
+
+class Ordered(Protocol):
+    """What decides a loader's order: an `EpochSampler`, or a `SoftTargetStream`."""
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Rank and world size."""
+        ...
+
+    def walk(self) -> Walk:
+        """A walk of its own over the same course."""
+        ...
+
+    def begin_at(self, place: Place) -> None:
+        """The next pass begins here."""
+        ...
+
+
+class StatefulLoader:
+    """A DataLoader's batches, and a place that counts the batches taken, however many more were fetched ahead.
+
+    A batch is taken when the loop gets it: keep `state_dict()` after the step that learnt from it. It is no DataLoader
+    on purpose: frameworks put samplers of their own into those, and every rank would see a share of its share.
+
+    Args:
+        loader: gives batches in the order that `order` decides.
+        order: the sampler or the stream that the loader was made with.
+        ahead: a thread fetches the next batch while this one is used; workers do so anyway.
+    """
+
+    def __init__(self, loader: DataLoader[Any], order: Ordered, *, ahead: bool = False) -> None:
+        self.loader = loader
+        self._order = order
+        self._ahead = ahead and loader.num_workers == 0
+        self._walk = order.walk()
+
+    @property
+    def dataset(self) -> Dataset[Any]:
+        """What the batches are fetched from."""
+        return self.loader.dataset
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next pass goes through, or goes on with."""
+        return self._walk.upcoming(self._order.ranks).epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass goes through this epoch; on from a place in it, if such a one was loaded.
+
+        Without a call, passes follow each other: a whole one is followed by the next epoch, one broken off begins anew.
+        """
+        self._walk.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Batches of a pass, the same on every rank: the one underway, or the next; a resumed one's are all counted."""
+        return self._walk.batch_count(self._order.ranks)
+
+    def __iter__(self) -> Iterator[DistillationBatch]:
+        walked = self._walk.begin(self._order.ranks)
+        self._order.begin_at(walked.place)
+        batches = iter(self.loader)
+        return _counted(one_ahead(batches) if self._ahead else batches, walked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last batch taken: epoch, cursor and what they are places in; ready for JSON.
+
+        The same on every rank once each has taken as many batches.
+        """
+        return self._walk.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next pass goes on from a kept place, also under other ranks, workers or batch size.
+
+        Raises:
+            RequestError: this is no place.
+            StoreChangedError, FingerprintMismatchError, ConflictError: it is one in another training.
+        """
+        self._walk.load_state_dict(state)
+
+
+def _counted(batches: Iterator[DistillationBatch], walked: Pass) -> Iterator[DistillationBatch]:
+    for step, batch in enumerate(batches):
+        walked.took(step)
+        yield batch

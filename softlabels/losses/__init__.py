@@ -1,0 +1,48 @@
+"""What does a student minimise? Losses over a batch of soft targets that knows its own temperature, one file a family.
+
+Every loss here has the form `loss(student_logits_BC, targets, *, weights...)`: T comes with the targets and can never
+be passed beside them, so T² can be applied neither twice nor for another T. Those with a name (`make_loss`) give
+`LossParts`: Hinton's objective (`plain`), decoupled distillation (`decoupled`), correlations (`relations`); the first
+two compare z-scores instead of logits where `standardise` asks for it (`standardised`). Logits themselves are matched
+in `matching`. A further family is one more file of that form, made of `terms`, and a line in `named`.
+
+Shapes: B rows, C classes. p is the target's distribution, q the student's, T the targets' temperature, z the student's
+logits, v the teacher's. Arithmetic is float32, or float64 for a float64 student; half-precision students are raised.
+"""
+
+from __future__ import annotations
+
+from softlabels.losses.batch import SoftTargetBatch
+from softlabels.losses.decoupled import decoupled_loss
+from softlabels.losses.matching import logit_matching_loss
+from softlabels.losses.named import (
+    LOSS_NAMES,
+    DecoupledLoss,
+    DistillationLoss,
+    NamedLoss,
+    RelationLoss,
+    make_loss,
+)
+from softlabels.losses.plain import distillation_loss, hard_loss, soft_loss
+from softlabels.losses.relations import relation_loss
+from softlabels.losses.standardised import Deviation, standardise_logits
+from softlabels.losses.terms import LossParts
+
+__all__ = [
+    "LOSS_NAMES",
+    "DecoupledLoss",
+    "Deviation",
+    "DistillationLoss",
+    "LossParts",
+    "NamedLoss",
+    "RelationLoss",
+    "SoftTargetBatch",
+    "decoupled_loss",
+    "distillation_loss",
+    "hard_loss",
+    "logit_matching_loss",
+    "make_loss",
+    "relation_loss",
+    "soft_loss",
+    "standardise_logits",
+]

@@ -1,0 +1,147 @@
+"""What do the teachers say of a batch, is it sound, and what of it is kept? All on the device.
+
+Legend: R rows of a batch, C classes, M teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabels.ensemble import Combined, combine
+from softlabels.errors import NonFiniteLogitsError, TeacherError, TeacherShapeError
+from softlabels.ids import IdArray
+from softlabels.manifest import Manifest, MeanKind
+from softlabels.precompute.rows import RowBatch, RowMaker
+from softlabels.precompute.teachers import Teacher
+
+_SHOWN = 5
+"""How many sample ids a message spells out."""
+
+
+def answers_of(teachers: Sequence[Teacher], inputs: Tensor, batch: RowBatch, maker: RowMaker) -> list[Tensor]:
+    """Every teacher's rows of a batch whose inputs are on the device, [R, C] each; the device is not waited for.
+
+    Raises:
+        TeacherError: a teacher fails, or answers another number of rows. TeacherShapeError: no [rows, classes].
+    """
+    prepared = maker.prepare(inputs, batch)
+    answers = [maker.pick(teacher.logits(prepared), batch) for teacher in teachers]
+    for teacher, answer in zip(teachers, answers, strict=True):
+        if answer.ndim != 2:
+            raise TeacherShapeError(
+                f"teacher {teacher.spec.name!r} gives shape {list(answer.shape)}: logits are [rows, classes]; have the "
+                "model return one row of logits for each input"
+            )
+        if len(answer) != batch.rows:
+            raise TeacherError(
+                f"teacher {teacher.spec.name!r} answers {len(answer)} rows for {batch.rows} samples: it must give one "
+                "row of logits for each"
+            )
+    return answers
+
+
+def refuse_non_finite(answers: Sequence[Tensor], teachers: Sequence[Teacher], ids: IdArray) -> None:
+    """Let answers without NaN and Inf pass; waits for the device, once for all teachers.
+
+    Raises:
+        NonFiniteLogitsError: with the ids of the samples, the first teacher at fault.
+    """
+    sound_MR = [answer.isfinite().flatten(1).all(dim=1) for answer in answers]
+    if bool(torch.stack([sound_R.all() for sound_R in sound_MR]).all()):
+        return
+    for teacher, sound_R in zip(teachers, sound_MR, strict=True):
+        sound = sound_R.cpu().numpy()
+        if not sound.all():
+            blamed = list(dict.fromkeys(ids[~sound].tolist()))
+            raise NonFiniteLogitsError(
+                f"teacher {teacher.spec.name!r} gives NaN or Inf for {len(blamed)} samples (sample ids "
+                f"{listed(blamed)}): the shard is refused and nothing of it is kept; look at these inputs, or run the "
+                "teacher in f32",
+                teacher=teacher.spec.name,
+                ids=blamed,
+            )
+
+
+def ask(teachers: Sequence[Teacher], batch: RowBatch, maker: RowMaker, device: torch.device) -> list[Tensor]:
+    """Every teacher's sound rows of a batch, [R, C] each.
+
+    Raises:
+        NonFiniteLogitsError, TeacherError: as `refuse_non_finite` and `answers_of`.
+    """
+    inputs = host_tensor(batch.inputs).to(device)
+    answers = answers_of(teachers, inputs, batch, maker)
+    refuse_non_finite(answers, teachers, batch.ids)
+    return answers
+
+
+def host_tensor(inputs: NDArray[Any]) -> Tensor:
+    """An array as a tensor over the same memory; copied where that may only be read, which tensors cannot express."""
+    return torch.from_numpy(inputs if inputs.flags.writeable else inputs.copy())
+
+
+def averaged(answers: Sequence[Tensor], teachers: Sequence[Teacher], mean: MeanKind, temperature: float) -> Combined:
+    """The ensemble's mean of its members' answers. Raises TeacherShapeError: the members' shapes differ."""
+    return combine(
+        answers,
+        mean=mean,
+        temperature=temperature,
+        weights=[teacher.spec.weight for teacher in teachers],
+        names=[teacher.spec.name for teacher in teachers],
+    )
+
+
+def rows_to_keep(answers: Sequence[Tensor], teachers: Sequence[Teacher], plan: Manifest) -> Tensor:
+    """logits tempered as the plan captures them, each row's largest 0.
+
+    Returns:
+        [R, C] of the members' mean; where every member is kept, [R · M, C] with a row's members side by side.
+    """
+    spec = plan.temperature
+    if plan.members is not None:
+        each = [combine([answer], mean="none", temperature=1.0).logits_BC for answer in answers]
+        return torch.stack(each, dim=1).flatten(0, 1)
+    combined = averaged(answers, teachers, plan.mean, spec.default)
+    # Truncated and sampled rows are locked to the job's temperature, so they are taken of rows tempered with it.
+    return combined.logits_BC * (combined.captured_temperature / spec.captured)
+
+
+def pilot_rows(
+    batches: Iterator[RowBatch],
+    maker: RowMaker,
+    teachers: Sequence[Teacher],
+    mean: MeanKind,
+    *,
+    temperature: float,
+    captured: float,
+    most_rows: int,
+    device: torch.device,
+) -> NDArray[np.float32]:
+    """Up to `most_rows` rows of these batches, averaged and tempered at `captured`: what an encoding is learnt from."""
+    pieces: list[NDArray[np.float32]] = []
+    wanted = most_rows
+    for batch in batches:
+        combined = averaged(ask(teachers, batch, maker, device), teachers, mean, temperature)
+        rows = combined.logits_BC[:wanted] * (combined.captured_temperature / captured)
+        pieces.append(rows.cpu().numpy())
+        wanted -= len(rows)
+        if wanted <= 0:
+            break
+    return np.concatenate(pieces)
+
+
+def audit_temperatures(plan: Manifest) -> tuple[float, ...]:
+    """The temperatures at which an encoding's error is measured: those that the store can be asked for most."""
+    spec = plan.temperature
+    return (spec.captured,) if spec.locked else tuple(sorted({1.0, spec.default}))
+
+
+def listed(ids: list[Any]) -> str:
+    """The first few ids, and how many more there are."""
+    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
+    return ", ".join(map(repr, ids[:_SHOWN])) + more

@@ -1,0 +1,100 @@
+"""In which streams does a device work, so that its forward passes never wait for anything else?
+
+On a CUDA device there are three lanes: inputs are copied in one, the teachers run in the device's current stream, and
+all that follows (mean, encoding, audit, the copy to the host) runs in a third, beside the next batch's forward passes.
+What waits for the device there, waits while it is busy. Elsewhere everything runs in order and the lanes do nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Lanes:
+    """The streams of one device, and how long its teachers stood idle."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._cuda = device.type == "cuda"
+        self._copies = torch.cuda.Stream(device) if self._cuda else None
+        self._beside = torch.cuda.Stream(device) if self._cuda else None
+        self._ended: torch.cuda.Event | None = None
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._began_s = time.perf_counter()
+        self._idle_s = 0.0
+
+    @property
+    def pinned(self) -> bool:
+        """Whether host memory is to be pinned, so that copies to and from it run beside the device's work."""
+        return self._cuda
+
+    def upload(self, inputs: Tensor) -> Tensor:
+        """The inputs on the device: copied beside what runs there, and there before anything that follows needs it."""
+        if self._copies is None:
+            return inputs.to(self.device)
+        main = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            copied = inputs.to(self.device, non_blocking=True)
+        main.wait_stream(self._copies)
+        copied.record_stream(main)
+        return copied
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the teachers' forward passes of one batch; the time between two of these is counted as idle."""
+        if not self._cuda:
+            yield
+            return
+        main = torch.cuda.current_stream(self.device)
+        started = torch.cuda.Event(enable_timing=True)
+        started.record(main)
+        yield
+        if self._ended is not None:
+            self._gaps.append((self._ended, started))
+        self._ended = torch.cuda.Event(enable_timing=True)
+        self._ended.record(main)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """A point in the teachers' lane that `beside` can start from."""
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    @contextmanager
+    def beside(self, mark: torch.cuda.Event | None, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Run what follows after `mark`, beside later forward passes; `tensors` are what it needs of their lane."""
+        if self._beside is None or mark is None:
+            yield
+            return
+        self._beside.wait_event(mark)
+        with torch.cuda.stream(self._beside):
+            yield
+        for tensor in tensors:
+            tensor.record_stream(self._beside)
+
+    def landed(self) -> torch.cuda.Event | None:
+        """A point that the host can wait for: all copies to it that were begun so far are done then."""
+        if self._beside is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._beside)
+        return event
+
+    def starved(self, seconds: float) -> None:
+        """Count time in which the host had no batch to give; on CUDA the device's own clock tells that."""
+        if not self._cuda:
+            self._idle_s += seconds
+
+    def idle_share(self) -> float:
+        """Share of the time so far in which no teacher ran; of finished batches alone."""
+        while self._gaps and self._gaps[0][1].query():
+            ended, started = self._gaps.pop(0)
+            self._idle_s += max(0.0, ended.elapsed_time(started)) / 1e3
+        return min(1.0, self._idle_s / max(1e-9, time.perf_counter() - self._began_s))

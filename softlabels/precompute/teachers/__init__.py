@@ -1,0 +1,8 @@
+"""Where teachers come from: Python references, programs, ONNX graphs and model hubs, loaded, frozen and described."""
+
+from __future__ import annotations
+
+from softlabels.precompute.teachers.loading import load_teacher
+from softlabels.precompute.teachers.teacher import PADDING, Head, Teacher, frozen, state_sha256, teacher_from_module
+
+__all__ = ["PADDING", "Head", "Teacher", "frozen", "load_teacher", "state_sha256", "teacher_from_module"]

@@ -1,0 +1,185 @@
+"""What do readers cost who take an epoch stream at a trickle, or stop taking it, and who else feels it?"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import softlabels
+
+MOST_MB_A_READER = 0.75
+"""A piece of 64 KiB that waits for it, the gather's own arrays, a task, a connection: 0.3 MB as measured."""
+
+MOST_GROWTH_MB = 8.0
+"""While they read on at their trickle. Where pieces are cut moves what each one costs by some KB from time to time."""
+
+KEPT_MB = 64.0
+"""What the allocator keeps of freed memory, see `softlabels_server.allocator`."""
+
+MOST_LATENCY_S = 1.0
+"""Of anybody's batch meanwhile, all other work of a busy machine included; a few ms as measured."""
+
+STREAM_BYTES = 20_000 * 1_000 * 2
+"""The rows of a whole epoch of the store `large`."""
+
+
+class SlowReaders:
+    """So many streams of one server, opened and hardly read.
+
+    Args:
+        served: the server.
+        count: of the readers.
+    """
+
+    def __init__(self, served: Any, count: int) -> None:
+        self._sockets: list[socket.socket] = []
+        head = "GET /v1/stores/large/epochs/{}?seed=0&batch_size=1024 HTTP/1.1\r\nHost: x\r\n\r\n"
+        for number in range(count):
+            reader = socket.socket()
+            # Before it connects, so that the kernel takes no more than this for the reader.
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.settimeout(60)
+            reader.connect((served.host, served.port))
+            reader.sendall(head.format(number).encode())
+            self._sockets.append(reader)
+
+    def read_a_little(self) -> int:
+        """Some KB each; how many bytes came in all."""
+        return sum(len(reader.recv(16 << 10)) for reader in self._sockets)
+
+    def read_to_the_end(self, number: int) -> int:
+        """All that still comes to one of them, until the server closes; how many bytes that is."""
+        size = 0
+        with contextlib.suppress(ConnectionResetError):
+            while data := self._sockets[number].recv(1 << 20):
+                size += len(data)
+        return size
+
+    def close(self) -> None:
+        """Go away, in the middle of it all."""
+        for reader in self._sockets:
+            reader.close()
+
+
+class Regular:
+    """Another client of the same server, which wants its batches now."""
+
+    def __init__(self, served: Any) -> None:
+        self._store = softlabels.open(f"{served.url}/small")
+        self._ids = np.random.default_rng(3).integers(0, 20_000, size=(64, 256))
+        self.latencies_s: list[float] = []
+
+    def ask(self, count: int) -> None:
+        """So many batches, timed."""
+        for ids in itertools.islice(itertools.cycle(self._ids), count):
+            began = time.perf_counter()
+            self._store.batch(ids)
+            self.latencies_s.append(time.perf_counter() - began)
+
+    def summary(self) -> str:
+        """For people."""
+        p50, p99 = np.percentile(self.latencies_s, [50, 99]) * 1e3
+        return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {max(self.latencies_s) * 1e3:.1f} ms"
+
+
+@contextlib.contextmanager
+def slow_readers(served: Any, count: int) -> Iterator[SlowReaders]:
+    """Readers who are gone after the block."""
+    with contextlib.closing(SlowReaders(served, count)) as readers:
+        yield readers
+
+
+def wait_for_files(served: Any, count: int) -> None:
+    """Until the server has no more files open than that."""
+    give_up = time.monotonic() + 60
+    while served.open_files() > count:
+        assert time.monotonic() < give_up, f"{served.open_files()} files are open, {count} were before"
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("many_files")
+@pytest.mark.parametrize(
+    ("count", "rounds", "pause_s"),
+    [
+        pytest.param(100, 8, 0.1, id="a-hundred"),
+        pytest.param(1_000, 60, 2.0, id="a-thousand", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_readers_at_a_trickle(serve: Any, count: int, rounds: int, pause_s: float) -> None:
+    """Each costs a bounded piece of memory, which does not grow while they read on; others are served as ever."""
+    served = serve()
+    regular = Regular(served)
+    regular.ask(500)
+    alone_mb, files = served.anonymous_mb(), served.open_files()
+    print(f"alone: {alone_mb:.1f} MB; a batch takes {regular.summary()}")
+    regular.latencies_s.clear()
+    found: list[float] = []
+    with slow_readers(served, count) as readers:
+        for number in range(rounds):
+            received = readers.read_a_little()
+            assert received > 0
+            regular.ask(20)
+            time.sleep(pause_s)
+            found.append(served.anonymous_mb())
+            if number % 10 == 0 or number == rounds - 1:
+                print(f"{count} readers, round {number}: {found[-1]:.1f} MB; a batch takes {regular.summary()}")
+    wait_for_files(served, files)
+    regular.ask(100)
+    after_mb = served.anonymous_mb()
+    print(f"when they are gone: {after_mb:.1f} MB, {served.open_files()} open files")
+    assert max(found) - alone_mb < count * MOST_MB_A_READER + MOST_GROWTH_MB, found
+    assert found[-1] - max(found[: rounds // 2]) < MOST_GROWTH_MB, found
+    assert after_mb - alone_mb < KEPT_MB + MOST_GROWTH_MB
+    assert max(regular.latencies_s) < MOST_LATENCY_S, regular.summary()
+
+
+@pytest.mark.usefixtures("many_files")
+@pytest.mark.parametrize(
+    ("count", "timeout_s"),
+    [
+        pytest.param(50, 1.0, id="fifty"),
+        pytest.param(1_000, 10.0, id="a-thousand", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
+)
+def test_readers_who_stop_are_dropped(serve: Any, count: int, timeout_s: float) -> None:
+    """After `stall_timeout_s`: their streams are cut, their sockets closed, and the next herd needs no more memory."""
+    served = serve("--stall-timeout", timeout_s)
+    regular = Regular(served)
+    regular.ask(500)
+    alone_mb, files = served.anonymous_mb(), served.open_files()
+    peaks: list[float] = []
+    for _ in range(3):
+        with slow_readers(served, count) as readers:
+            readers.read_a_little()
+            time.sleep(timeout_s / 2)
+            assert served.open_files() > files + count / 2, "they were dropped before their time"
+            peaks.append(served.anonymous_mb())
+            wait_for_files(served, files)
+            assert readers.read_to_the_end(0) < STREAM_BYTES / 2
+    regular.ask(100)
+    after_mb = served.anonymous_mb()
+    print(f"alone {alone_mb:.1f} MB; with {count} each time {peaks} MB; when all are dropped {after_mb:.1f} MB")
+    assert max(peaks) - alone_mb < count * MOST_MB_A_READER + MOST_GROWTH_MB
+    assert peaks[2] - max(peaks[:2]) < MOST_GROWTH_MB + 0.05 * count
+    assert after_mb - alone_mb < KEPT_MB + MOST_GROWTH_MB
+    assert max(regular.latencies_s) < MOST_LATENCY_S, regular.summary()
+
+
+def test_a_reader_who_comes_back_goes_on(serve: Any) -> None:
+    """The public client was dropped while its trainer did something else: it connects again and loses no row."""
+    served = serve("--stall-timeout", 0.5)
+    with softlabels.open(f"{served.url}/large") as store, store.epoch(seed=1, epoch=0, batch_size=512) as stream:
+        seen = next(stream).ids.tolist()
+        files = served.open_files()
+        time.sleep(1.0)
+        wait_for_files(served, files - 1)
+        for targets in stream:
+            seen += targets.ids.tolist()
+    assert sorted(seen) == list(range(20_000))
