@@ -2,7 +2,7 @@
 
     python -m benchmarks.serve_clients KIND ADDRESS SAMPLES ROW_BYTES BATCH
 
-KIND is ours, ours_decoded, ours_epoch, tcp, tcp_epoch, flight or flight_epoch. A line `SECONDS` makes it ask for that
+KIND is ours, ours_decoded, ours_epoch, tcp, tcp_epoch, flight, flight_epoch or redis. A line `SECONDS` makes it ask for that
 long, one with an epoch's number makes it read that epoch; it answers with a line of JSON: batches, bytes, seconds,
 latencies.
 """
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.serve_peers import FIELD, IN_ORDER, read_exactly
+from benchmarks.serve_redis import ask_redis
 
 Ask = Callable[[NDArray[np.int64]], int]
 """Asks for the rows of these ids; returns how many bytes of rows came."""
@@ -162,6 +163,8 @@ def main(kind: str, address: str, samples: int, row_bytes: int, batch: int) -> N
     stream, ask = None, None
     if kind == "tcp":
         ask = tcp(address, row_bytes)
+    elif kind == "redis":
+        ask = ask_redis(_connect(address), row_bytes)
     elif kind == "tcp_epoch":
         stream = tcp_epoch(address, row_bytes, samples, batch)
     elif kind in asks:

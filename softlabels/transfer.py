@@ -110,16 +110,18 @@ class SequenceTransferSet:
 
     Args:
         items: each one an input (an array, a tensor, a picture), or a tuple (input, label).
-        ids: [N], unique; the ids that the targets were computed under.
+        ids: [N], unique; the ids that the targets were computed under. None takes the positions for ids.
         name: for people.
     Raises:
         BadIdsError: ids repeat. ShapeMismatchError: there are not as many ids as items.
     """
 
-    def __init__(self, items: MapStyle, *, ids: Iterable[Any] | NDArray[Any], name: str = "inputs") -> None:
+    def __init__(self, items: MapStyle, *, ids: Iterable[Any] | NDArray[Any] | None, name: str = "inputs") -> None:
         self._items = items
-        self.ids = as_ids(ids)
+        self.ids: IdArray | None = None if ids is None else as_ids(ids)
         self._name = name
+        if self.ids is None:
+            return
         if len(self.ids) != len(items):
             raise ShapeMismatchError(f"{len(self.ids)} ids do not name {len(items)} inputs: give one id an input")
         if len(np.unique(self.ids)) != len(self.ids):
@@ -150,7 +152,8 @@ class SequenceTransferSet:
         labels = None
         if with_labels:
             labels = np.array([UNLABELLED if item[1] is None else int(item[1]) for item in items], dtype=np.int64)
-        return Samples(ids=self.ids[positions], inputs=np.stack(inputs), labels=labels)
+        ids = positions.astype(np.int64) if self.ids is None else self.ids[positions]
+        return Samples(ids=ids, inputs=np.stack(inputs), labels=labels)
 
 
 @runtime_checkable

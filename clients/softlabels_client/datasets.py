@@ -25,9 +25,9 @@ from softlabels.opening import FINGERPRINTS, TargetStore
 from softlabels.order import Remainder
 from softlabels.softmath import check_temperature
 from softlabels.targets import SoftTargets, refuse_if_locked
-from softlabels.transfer import Samples, TransferSet, sample_fingerprints
+from softlabels.transfer import MapStyle, Samples, TransferSet, sample_fingerprints
 from softlabels_client.batches import DistillationBatch, collate_batches
-from softlabels_client.inputs import MapStyle, StoreInputs, as_transfer_set
+from softlabels_client.inputs import StoreInputs, as_transfer_set
 from softlabels_client.loaders import StatefulLoader
 from softlabels_client.ordering import EpochSampler, identity_of
 
@@ -128,8 +128,9 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
             FingerprintMismatchError: an input is not the one that the targets of its id were computed for.
         """
         if targets.fingerprints is not None:
-            # One that comes from the store and fails was damaged on its way, or there.
-            self._refuse_other_inputs(samples.inputs, samples.ids, targets.fingerprints)
+            rows = slice(None) if self._check == "always" else np.flatnonzero(~self._seen[positions])
+            # An input that comes from the store and fails was damaged on its way, or there.
+            self._refuse_other_inputs(samples.inputs[rows], samples.ids[rows], targets.fingerprints[rows])
             self._seen[positions] = True
         if samples.labels is not None:
             targets = dataclasses.replace(targets, labels=samples.labels)

@@ -1,9 +1,4 @@
-"""How does a DataLoader read an epoch as a stream? An iterable data set that ranks and workers share without overlap.
-
-A worker reads one long reply where a map-style data set asks for each batch. Worker w of W of rank r of R takes every
-W-th step of its rank; while all batches are full those are the steps of rank wR + r among WR, which is one stream. What
-is left at the end, fewer than 2W steps, is asked for step by step: so the batches are the same whatever the workers.
-"""
+"""How does a DataLoader read an epoch as a stream? An iterable data set that ranks and workers share exactly."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.epochs import Epoch
 from softlabels.errors import BadIdsError, ConflictError, FingerprintMismatchError, MissingExtraError
 
 try:
@@ -26,7 +22,7 @@ except ImportError as error:
 from softlabels.ids import IdArray
 from softlabels.losses import SoftTargetBatch
 from softlabels.opening import TargetStore
-from softlabels.order import RankBatches, Remainder
+from softlabels.order import Remainder
 from softlabels.targets import SoftTargets
 from softlabels.transfer import TransferSet
 from softlabels_client.batches import DistillationBatch, collate_batches
@@ -35,6 +31,7 @@ from softlabels_client.inputs import StoreInputs
 from softlabels_client.loaders import StatefulLoader
 from softlabels_client.ordering import current_ranks, given_ranks
 from softlabels_client.places import Course, Place, Walk
+from softlabels_client.shares import WorkerShare
 
 STORE_ORDER = "the store's own order"
 """What a place of a stream says of its data: it counts the store's samples, whatever order the inputs lie in."""
@@ -88,7 +85,7 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         )
         self._positions = None if self._pairs is None else _PositionOf(_all_ids(self._pairs.samples))
         self._temperature = temperature
-        samples, self._data = store.manifest.samples, STORE_ORDER
+        samples = store.manifest.samples
         self.course = Course(
             digest=store.digest, samples=samples, seed=seed, shuffle=shuffle, block=block, data=STORE_ORDER
         )
@@ -96,9 +93,9 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         self._ranks = given_ranks(rank, world_size)
         self._walk = self.walk()
         self._walk.steps(Place(), self.ranks)  # refuses numbers that cannot be
-        self._own: _Share | None = None
+        self._own: WorkerShare | None = None
         # In memory that workers see, too: those that live on from epoch to epoch have a copy of everything else.
-        self._shared = torch.zeros(4, dtype=torch.int64).share_memory_()
+        self._shared = torch.zeros(4, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._tell_workers()
 
     @property
@@ -138,7 +135,7 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
             RequestError: this is no place.
             StoreChangedError, ConflictError: it is one in another training, or another worker's.
         """
-        share = _Share.here(self.course.place_in(state), self.ranks)
+        share = WorkerShare.here(self.course.place_in(state), self.ranks)
         kept, here = (state.get("worker", 0), state.get("workers", 1)), (share.worker, share.workers)
         if kept != here and "taken" in state:
             raise ConflictError(
@@ -157,13 +154,13 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
     def __iter__(self) -> Iterator[DistillationBatch]:
         if get_worker_info() is None:
             walked = self._walk.begin(self.ranks)
-            for step, batch in enumerate(self._batches(_Share.here(walked.place, self.ranks))):
+            for step, batch in enumerate(self._batches(WorkerShare.here(walked.place, self.ranks))):
                 walked.took(step)
                 yield batch
             return
         if self._own is None or self._own.begun:
             epoch, cursor, rank, world_size = self._shared.tolist()
-            self._own = _Share.here(Place(epoch=epoch, cursor=cursor), (rank, world_size))
+            self._own = WorkerShare.here(Place(epoch=epoch, cursor=cursor), (rank, world_size))
         share = self._own
         share.begun = True
         for batch in self._batches(share):
@@ -178,12 +175,12 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         place, (rank, world_size) = self._walk.upcoming(self.ranks), self.ranks
         self._shared.copy_(torch.tensor([place.epoch, place.cursor, rank, world_size]))
 
-    def _batches(self, share: _Share) -> Iterator[DistillationBatch]:
+    def _batches(self, share: WorkerShare) -> Iterator[DistillationBatch]:
         steps = self._walk.steps(share.place, share.ranks)
         for targets in share.targets(steps, self._epoch):
             yield self._paired(targets)
 
-    def _epoch(self, place: Place, ranks: tuple[int, int]) -> Any:
+    def _epoch(self, place: Place, ranks: tuple[int, int]) -> Epoch:
         pairs = self._pairs
         return self.store.epoch(
             seed=self.course.seed,
@@ -243,53 +240,6 @@ def stream_loader(
     return StatefulLoader(loader, stream, ahead=ahead)
 
 
-class _Share:
-    """What one worker of one rank takes of an epoch, and how much of it this worker has taken."""
-
-    def __init__(self, place: Place, ranks: tuple[int, int], worker: int, workers: int) -> None:
-        self.place, self.ranks, self.worker, self.workers = place, ranks, worker, workers
-        self.taken = 0
-        self.begun = False
-
-    @classmethod
-    def here(cls, place: Place, ranks: tuple[int, int]) -> _Share:
-        """The share of the process that this runs in."""
-        info = get_worker_info()
-        return cls(place, ranks, 0, 1) if info is None else cls(place, ranks, info.id, info.num_workers)
-
-    def state(self) -> dict[str, int]:
-        """Whose share this is, and how many batches of it were taken."""
-        return {"worker": self.worker, "workers": self.workers, "taken": self.taken}
-
-    def targets(self, steps: RankBatches, epoch: Any) -> Iterator[SoftTargets]:
-        """The targets of this share's steps that were not taken before, in order."""
-        taken, (rank, world_size) = self.taken, self.ranks
-        if self.workers == 1 and not taken:
-            with epoch(self.place, self.ranks) as whole:
-                yield from whole
-            return
-        rounds = _full_steps(steps) // self.workers
-        if taken < rounds:
-            size = self.workers * world_size * steps.batch_size
-            place = Place(epoch=self.place.epoch, cursor=self.place.cursor + taken * size)
-            among = (self.worker * world_size + rank, self.workers * world_size)
-            with epoch(place, among) as stream:
-                for _ in range(rounds - taken):
-                    yield next(stream)
-        for step in range(max(taken, rounds) * self.workers + self.worker, len(steps), self.workers):
-            cursor = steps.cursor_after(step - 1) if step else self.place.cursor
-            with epoch(Place(epoch=self.place.epoch, cursor=cursor), self.ranks) as rest:
-                yield next(rest)
-
-
-def _full_steps(steps: RankBatches) -> int:
-    """How many steps, from the first on, take `batch_size` new samples on every rank."""
-    size = steps.world_size * steps.batch_size
-    full = (steps.order.samples - steps.cursor) // size
-    # Where fewer samples than ranks are left over, the last two steps share theirs.
-    return full - 1 if full and steps.cursor_after(full - 1) != steps.cursor + full * size else full
-
-
 class _PositionOf:
     """Where each sample lies in the inputs, by id."""
 
@@ -306,17 +256,19 @@ class _PositionOf:
         if lacking.any():
             named = ids[lacking][:5].tolist()
             raise FingerprintMismatchError(
-                f"{store!r} has targets for {', '.join(map(repr, named))}, and the inputs have no such samples: a stream "
-                "goes through the whole store; load all its samples, or use SoftTargetDataset for some of them",
+                f"{store!r} has targets for {', '.join(map(repr, named))}, and the inputs have no such samples: a "
+                "stream goes through the whole store; load all its samples, or use SoftTargetDataset for some of them",
                 ids=named,
             )
-        return self._sorted[found].astype(np.int64)
+        positions: NDArray[np.int64] = self._sorted[found]
+        return positions
 
 
 def _all_ids(samples: TransferSet) -> IdArray:
-    ids = getattr(samples, "ids", None)
-    if isinstance(ids, np.ndarray):
+    ids: IdArray | None = getattr(samples, "ids", None)
+    if ids is not None:
         return ids
-    parts = [samples.take(np.arange(i, min(i + 1024, len(samples)))).ids for i in range(0, len(samples), 1024)]
-    joined: IdArray = np.concatenate(parts)
+    ranges = (np.arange(i, min(i + 1024, len(samples))) for i in range(0, len(samples), 1024))
+    pieces: list[Any] = [samples.take(positions).ids for positions in ranges]
+    joined: IdArray = np.concatenate(pieces)
     return joined

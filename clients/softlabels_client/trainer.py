@@ -19,22 +19,18 @@ from softlabels.errors import MissingExtraError, RequestError
 try:
     import torch
     from torch import nn
-    from torch.utils.data import DataLoader
 except ImportError as error:
     raise MissingExtraError(
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
     ) from error
 
 from softlabels.progress import QUIET, Progress
-from softlabels_client.batches import DistillationBatch, collate_batches
 from softlabels_client.checkpoints import CheckpointFolder
 from softlabels_client.datasets import SoftTargetDataset
 from softlabels_client.draws import draw_states, seeded, set_draw_states
+from softlabels_client.feeding import Feed
 from softlabels_client.learner import Learner
 from softlabels_client.optimizers import rate_factor
-from softlabels_client.ordering import EpochSampler
-from softlabels_client.places import Place
-from softlabels_client.prefetch import one_ahead
 from softlabels_client.settings import DistillSettings
 from softlabels_client.training_log import Figures, PairRecord, TrainingLog
 from softlabels_client.training_state import (
@@ -56,7 +52,7 @@ class DistillResult:
         losses: mean of the whole loss over each epoch's rows, as the student was while it learnt them.
         divergences: mean KL(target, student) at T over each epoch's rows, nats: 0 when the targets are learnt.
         errors: what `evaluate` returned, each time; empty without it.
-        best_errors: the lowest of them; None without it.
+        final_errors: of the student as it is now: the lowest of them where the best weights were kept, else the last.
         steps: of the optimiser.
         stopped_early: whether evaluations had ceased to improve.
         resumed_at: the step of the checkpoint that this process went on from; None where it began.
@@ -66,7 +62,7 @@ class DistillResult:
     losses: tuple[float, ...]
     divergences: tuple[float, ...]
     errors: tuple[float, ...]
-    best_errors: float | None
+    final_errors: float | None
     steps: int
     stopped_early: bool
     resumed_at: int | None
@@ -143,15 +139,7 @@ class _Training:
         self._learner, self._dataset, self._settings = learner, dataset, settings
         self._evaluate, self._progress, self._checkpoints = evaluate, progress, checkpoints
         self._logs, self._record = logs, record
-        self._order = EpochSampler(
-            len(dataset),
-            digest=dataset.store.digest,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            rank=0,
-            world_size=1,
-        )
-        self._loader = _loader(dataset, self._order, settings.workers)
+        self._feed = Feed(dataset, settings)
         self._steps_an_epoch = -(-len(dataset) // (settings.batch_size * settings.accumulate))
         self._state = TrainingState.beginning(learner.device)
         self._resumed_at: int | None = None
@@ -188,7 +176,7 @@ class _Training:
         """Learn an epoch, or what is left of it."""
         state, settings = self._state, self._settings
         self._learner.student.train()
-        with self._rest_of_the_epoch() as batches:
+        with self._feed.epoch(state.epoch, state.cursor) as batches:
             for number, batch in enumerate(batches, start=state.cursor // settings.batch_size + 1):
                 if self._record is not None:
                     self._record.add(state.step + 1, state.epoch + 1, batch)
@@ -206,13 +194,15 @@ class _Training:
     def result(self) -> DistillResult:
         """What came of it; the student has its best weights where those were kept."""
         state = self._state
+        final = state.errors[-1] if state.errors else None
         if state.best_weights is not None:
             self._learner.student.load_state_dict(state.best_weights)
+            final = state.best_errors
         return DistillResult(
             losses=tuple(state.losses),
             divergences=tuple(state.divergences),
             errors=tuple(state.errors),
-            best_errors=state.best_errors,
+            final_errors=final,
             steps=state.step,
             stopped_early=state.stopped,
             resumed_at=self._resumed_at,
@@ -230,16 +220,6 @@ class _Training:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         return training_identity(self._learner.student, self._dataset, self._settings)
-
-    @contextlib.contextmanager
-    def _rest_of_the_epoch(self) -> Iterator[Iterator[DistillationBatch]]:
-        cursor, batch_size = self._state.cursor, self._settings.batch_size
-        self._order.begin_at(Place(epoch=self._state.epoch, cursor=cursor, batches=cursor // batch_size))
-        if self._settings.workers:
-            yield iter(self._loader)
-        else:
-            with contextlib.closing(one_ahead(self._loader)) as batches:
-                yield batches
 
     def _rows_of_the_step(self) -> int:
         """Rows that the step learns from to which the next batch belongs: fewer than ever at an epoch's end only."""
@@ -336,18 +316,6 @@ class _Training:
                 "written_by": {"softlabels": softlabels.__version__, "torch": torch.__version__},
             },
         )
-
-
-def _loader(dataset: SoftTargetDataset, order: EpochSampler, workers: int) -> DataLoader[DistillationBatch]:
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
-        # Of its own: a loader draws a number a pass, and from torch's global one a resumed training would draw another.
-        generator=torch.Generator().manual_seed(order.course.seed),
-        num_workers=workers,
-        collate_fn=collate_batches,
-        persistent_workers=workers > 0,
-    )
 
 
 def _finite(loss: float, epoch: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,9 @@ from softlabels.errors import SoftLabelsError
 __all__ = ["build_parser", "main"]
 
 EXIT_ERROR = 1
+_DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+"""What the operating system says of a disk that takes no more, or takes nothing from this user."""
+
 EXIT_INTERRUPTED = 130
 """What shells report for a process ended by Ctrl-C: 128 + SIGINT."""
 
@@ -51,6 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SoftLabelsError as error:
         print(f"softlabels {options.command}: {error}\n[{error.code}]", file=sys.stderr)
         return EXIT_ERROR
+    except OSError as error:
+        if error.errno not in _DISK_TROUBLE:
+            raise
+        print(f"softlabels {options.command}: {_disk_trouble(error)}", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"\nsoftlabels {options.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _disk_trouble(error: OSError) -> str:
+    where = "" if error.filename is None else f" ({error.filename})"
+    return (
+        f"{error.strerror}{where}: nothing half-written was kept, whatever was committed stays; make room or allow it, "
+        "then run the same command again"
+    )

@@ -11,12 +11,12 @@ import torch
 
 from softlabels.encodings import draw_keys
 from softlabels.errors import JobError
+from softlabels.precompute.answers import ask, rows_to_keep
 from softlabels.precompute.job import Job
+from softlabels.precompute.rows import SingleRows
 from softlabels.precompute.run import choose_device, load_teachers, load_transfer_set
-from softlabels.precompute.shards import ask, rows_to_keep
 from softlabels.store.faults import Fault, Report, ShowProgress, silent
 from softlabels.store.rows import LocalRows
-from softlabels.transfer import sample_fingerprints
 
 SAMPLED_ROWS = 256
 LEAST_COSINE = 0.9999
@@ -73,16 +73,16 @@ def check_agreement(
     count = min(samples, manifest.samples, len(data))
     positions = np.sort(np.random.default_rng(seed).choice(min(manifest.samples, len(data)), count, replace=False))
     cosines: list[float] = []
+    maker = SingleRows(data, store=manifest.name)
     with show(count, "ask the teachers again", "samples") as progress:
-        for start in range(0, count, job.run.batch_size):
-            chosen = positions[start : start + job.run.batch_size].astype(np.int64)
-            drawn = data.take(chosen)
+        for drawn in maker.samples(positions.astype(np.int64), job.run.batch_size):
+            chosen = positions[len(cosines) : len(cosines) + drawn.rows]
             kept = rows.fetch(drawn.ids, (*rows.encoding.fields, "fingerprints"))
-            other = (sample_fingerprints(drawn.inputs) != kept["fingerprints"]).any(axis=1)
+            other = (drawn.fingerprints != kept["fingerprints"]).any(axis=1)
             report.faults += [
                 _fault(int(row), "its input is not the one that the teachers saw") for row in chosen[other]
             ]
-            found = _cosines(rows, kept, rows_to_keep(ask(teachers, drawn, device), teachers, manifest), drawn.ids)
+            found = _cosines(rows, kept, rows_to_keep(ask(teachers, drawn, maker, device), teachers, manifest), drawn.ids)
             for position, cosine in zip(chosen, found.tolist(), strict=True):
                 if cosine < LEAST_COSINE:
                     report.faults.append(

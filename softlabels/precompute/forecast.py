@@ -11,7 +11,7 @@ import numpy as np
 from softlabels.encodings.auto import Tried, choose_encoding
 from softlabels.manifest import MeanKind, TemperatureSpec
 from softlabels.precompute.job import Job
-from softlabels.precompute.run import choose_device, load_teachers, load_transfer_set, pilot, plan_job
+from softlabels.precompute.run import choose_device, load_teachers, load_transfer_set, pilot, plan_job, row_maker
 from softlabels.softmath import check_temperature
 
 MOST_PILOT_ENTRIES = 1 << 24
@@ -72,7 +72,7 @@ def forecast(job: Job, *, samples: int | None = None) -> Forecast:
     mean: MeanKind = plain.mean
     wanted = max(64, min(MOST_PILOT_ROWS, MOST_PILOT_ENTRIES // plain.classes, len(data)))
     started_s = time.perf_counter()
-    pilot_BC = pilot(job, data, teachers, mean, spec, device, rows=wanted)
+    pilot_BC = pilot(job, data, row_maker(job, data), teachers, mean, spec, device, rows=wanted)
     samples_per_s = len(pilot_BC) / (time.perf_counter() - started_s)
     temperatures = (temperature,) if spec.locked else tuple(sorted({1.0, temperature}))
     relative = tuple(t / spec.captured for t in temperatures)

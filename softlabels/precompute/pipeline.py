@@ -217,11 +217,10 @@ class _Loading:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._halt.stop()
         self._stage.join(_PATIENCE_S)
-        for work in self._claimed:
+        for work in self._claimed.copy():
             if work.shard not in self._writing.handed_over:
                 self._progress.advance(-work.counted)
-                work.release()
-                self._writing.slots.give_back()
+                self._let_go(work)
 
     def __iter__(self) -> Iterator[_Loaded]:
         """The batches, until there are no more or loading one failed."""
@@ -243,10 +242,7 @@ class _Loading:
             for shard in self._shards:
                 self._writing.slots.take(self._halt)
                 work = self._claim(shard)
-                if work is None:
-                    self._writing.slots.give_back()
-                else:
-                    self._claimed.append(work)
+                if work is not None:
                     self._load_shard(work)
         except HaltedError:
             return
@@ -265,12 +261,19 @@ class _Loading:
             )
         except ShardClaimedError:
             self._progress.note("other processes work on this store too")
+            self._writing.slots.give_back()
             return None
-        if self._writer.receipt(shard) is not None:
-            self._progress.advance(len(work.rows))
-            work.release()
-            return None
-        return work
+        self._claimed.append(work)
+        if self._writer.receipt(shard) is None:
+            return work
+        self._progress.advance(len(work.rows))
+        self._let_go(work)
+        return None
+
+    def _let_go(self, work: ShardWork) -> None:
+        self._claimed.remove(work)
+        work.release()
+        self._writing.slots.give_back()
 
     def _load_shard(self, work: ShardWork) -> None:
         first = 0

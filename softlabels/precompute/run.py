@@ -13,11 +13,15 @@ from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
 from softlabels.encodings.requested import parse_encoding
-from softlabels.errors import JobError, ShardClaimedError, TeacherError, UnknownStoreError
+from softlabels.errors import JobError, TeacherError, UnknownStoreError
 from softlabels.ids import utf8
 from softlabels.manifest import IdSpec, Manifest, MeanKind, TemperatureSpec, TransferSetSpec
+from softlabels.precompute.answers import ask, averaged, pilot_rows
+from softlabels.precompute.device_pass import DevicePass
 from softlabels.precompute.job import Job, job_from_json
-from softlabels.precompute.shards import ShardComputer, ask, averaged
+from softlabels.precompute.lanes import Lanes
+from softlabels.precompute.pipeline import compute_shards
+from softlabels.precompute.rows import RowMaker, SingleRows
 from softlabels.precompute.teachers import Teacher, load_teacher
 from softlabels.progress import Progress, track
 from softlabels.references import load_reference
@@ -25,6 +29,7 @@ from softlabels.sealing import unseal
 from softlabels.softmath import check_temperature
 from softlabels.store.beginning import load_plan
 from softlabels.store.constants import load_encoding
+from softlabels.store.geometry import shard_rows
 from softlabels.store.planning import plan_store
 from softlabels.store.rows import JOB, PLAN
 from softlabels.store.writer import StoreWriter
@@ -60,15 +65,25 @@ def precompute(
     device = choose_device(job.run.device)
     data = transfer_set if transfer_set is not None else load_transfer_set(job)
     members = teachers if teachers is not None else load_teachers(job, device)
-    plan, encoding = plan_job(job, data, members, device, encoding=_kept_encoding(job))
-    writer = StoreWriter.create(job.store_path, plan, encoding=encoding)
+    maker = row_maker(job, data)
+    plan, encoding = plan_job(job, data, members, device, encoding=_kept_encoding(job), maker=maker)
+    writer = StoreWriter.create(job.store_path, plan, table=maker.table, encoding=encoding)
     writer.keep_job(job.to_json())
-    computer = ShardComputer(plan, data, members, encoding=encoding, batch_size=job.run.batch_size, device=device)
+    device_pass = DevicePass(plan, maker, members, encoding=encoding, lanes=Lanes(device))
     missing = writer.missing_shards()
-    done = plan.rows - sum(_rows_in(plan, shard) for shard in missing)
-    with show(plan.rows, f"precompute {plan.name}", "samples", done=done) as progress:
-        for shard in missing:
-            _write_shard(writer, computer, shard, progress)
+    done = plan.rows - sum(len(shard_rows(plan, shard)) for shard in missing)
+    unit = "samples" if plan.layout.kind == "single" else "rows"
+    with show(plan.rows, f"precompute {plan.name}", unit, done=done) as progress:
+        compute_shards(
+            writer,
+            maker,
+            device_pass,
+            missing,
+            batch_size=job.run.batch_size,
+            progress=progress,
+            committed=lambda work, audit: None,
+            halved=lambda size: None,
+        )
     return writer.finish() if not writer.missing_shards() else plan
 
 
@@ -108,6 +123,16 @@ def load_transfer_set(job: Job) -> TransferSet:
     return found  # type: ignore[no-any-return]
 
 
+def row_maker(job: Job, data: TransferSet) -> RowMaker:
+    """How the rows of a job's store follow from the samples of its transfer set."""
+    return SingleRows(data, store=store_name(job))
+
+
+def store_name(job: Job) -> str:
+    """What the job's store calls itself."""
+    return job.store.name or job.store_path.name
+
+
 def load_teachers(job: Job, device: torch.device) -> list[Teacher]:
     """The ensemble that a job names, in its order."""
     return [load_teacher(t, number=n, base=job.base, device=device) for n, t in enumerate(job.teachers)]
@@ -120,6 +145,7 @@ def plan_job(
     device: torch.device,
     *,
     encoding: Encoding | None = None,
+    maker: RowMaker | None = None,
 ) -> tuple[Manifest, Encoding]:
     """The plan of a job and the encoding of its rows.
 
@@ -128,17 +154,19 @@ def plan_job(
 
     Args:
         encoding: of an earlier run of this job; made or learnt when None.
+        maker: how rows follow from samples; the job's own when None.
     Raises:
         JobError, TeacherError: also when a teacher answers the same batch twice differently.
     """
     temperature = check_temperature(job.targets.temperature)
     if len(data) == 0:
         raise JobError(f"transfer set {data.name!r} is empty: there is nothing to compute targets for")
-    first = data.take(np.arange(min(len(data), job.run.batch_size, 16), dtype=np.int64))
+    maker = maker or row_maker(job, data)
+    first = next(maker.samples(np.arange(min(len(data), 16), dtype=np.int64), min(16, job.run.batch_size)))
     mean: MeanKind = "none" if len(teachers) == 1 else job.targets.mean
-    answers = ask(teachers, first, device)
+    answers = ask(teachers, first, maker, device)
     combined = averaged(answers, teachers, mean, temperature)
-    for teacher, once, again in zip(teachers, answers, ask(teachers, first, device), strict=True):
+    for teacher, once, again in zip(teachers, answers, ask(teachers, first, maker, device), strict=True):
         if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
             raise TeacherError(
                 f"teacher {teacher.spec.name!r} answers the same batch twice differently: something random is still on "
@@ -156,13 +184,13 @@ def plan_job(
     spec = TemperatureSpec(default=temperature, captured=temperature if locked else 1.0, locked=locked)
     encoding = encoding or requested.make(
         classes=classes,
-        pilot_BC=pilot(job, data, teachers, mean, spec, device) if requested.needs_pilot else None,
+        pilot_BC=pilot(job, data, maker, teachers, mean, spec, device) if requested.needs_pilot else None,
         temperatures=(1.0,) if locked else tuple(sorted({1.0, temperature})),
     )
     if not encoding.retemperable:  # `auto` may have taken truncated rows, where T = 1 is all that was asked for
         spec = replace(spec, locked=True)
     plan = plan_store(
-        name=job.store.name or job.store_path.name,
+        name=store_name(job),
         samples=len(data),
         ids=id_spec_of(data),
         encoding=encoding,
@@ -179,6 +207,9 @@ def plan_job(
         rows_per_shard=job.store.rows_per_shard,
         rows_per_chunk=job.store.rows_per_chunk,
         members=len(teachers) if keep_members else None,
+        layout=maker.layout,
+        views=maker.views,
+        table=maker.table,
     )
     return plan, encoding
 
@@ -186,6 +217,7 @@ def plan_job(
 def pilot(
     job: Job,
     data: TransferSet,
+    maker: RowMaker,
     teachers: Sequence[Teacher],
     mean: MeanKind,
     spec: TemperatureSpec,
@@ -194,13 +226,18 @@ def pilot(
     rows: int = PILOT_ROWS,
 ) -> NDArray[np.float32]:
     """Rows from all over the transfer set, tempered as they will be captured: what an encoding is learnt from."""
-    positions = np.unique(np.linspace(0, len(data) - 1, rows).astype(np.int64))
-    pieces = []
-    for start in range(0, len(positions), job.run.batch_size):
-        samples = data.take(positions[start : start + job.run.batch_size])
-        combined = averaged(ask(teachers, samples, device), teachers, mean, spec.default)
-        pieces.append((combined.logits_BC * (combined.captured_temperature / spec.captured)).cpu().numpy())
-    return np.concatenate(pieces)
+    rows_a_sample = max(1.0, maker.layout.rows / max(1, maker.layout.samples))
+    positions = np.unique(np.linspace(0, len(data) - 1, max(1, int(rows / rows_a_sample))).astype(np.int64))
+    return pilot_rows(
+        maker.samples(positions, job.run.batch_size),
+        maker,
+        teachers,
+        mean,
+        temperature=spec.default,
+        captured=spec.captured,
+        most_rows=rows,
+        device=device,
+    )
 
 
 def _kept_encoding(job: Job) -> Encoding | None:
@@ -239,29 +276,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _write_shard(writer: StoreWriter, computer: ShardComputer, shard: int, progress: Progress) -> None:
-    try:
-        with writer.claim(shard) as claim:
-            if writer.receipt(shard) is not None:  # another process committed it since we looked
-                progress.advance(len(claim.rows))
-                return
-            computed = computer.compute(claim.rows, progress)
-            claim.commit(
-                ids=computed.ids,
-                encoded=computed.encoded,
-                fingerprints=computed.fingerprints,
-                labels=computed.labels,
-                audit=computed.audit.to_json(),
-            )
-    except ShardClaimedError:
-        progress.note("other processes work on this store too")
-
-
 def _at(job: Job, where: Path) -> Job:
     resolved = str(where.resolve())
-    return replace(job, store=replace(job.store, path=resolved, name=job.store.name or job.store_path.name))
+    return replace(job, store=replace(job.store, path=resolved, name=store_name(job)))
 
-
-def _rows_in(plan: Manifest, shard: int) -> int:
-    size = plan.shards.rows_per_shard
-    return min(size, plan.rows - shard * size)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import BadIdsError
-from softlabels.ids import MAX_STRING_ID_BYTES, IdArray
+from softlabels.ids import MAX_STRING_ID_BYTES, IdArray, utf8
 from softlabels.manifest import IdSpec
 
 MOST_CHECKED_IDS = 1 << 24
@@ -57,23 +57,52 @@ class PackedNames:
 
     def repeated(self) -> str | None:
         """A name that stands twice, None where there is none."""
-        positions = _equal_pair(self.hashes())
-        while positions is not None:
-            first, second = (self[position] for position in positions)
-            # Of 10^7 names, two share 64 bits with a chance of 10^-5: then every one is looked at.
-            return first if first == second else _first_repeat(self)
-        return None
+        pair = _equal_pair(self.hashes())
+        if pair is None:
+            return None
+        first, second = (self[position] for position in pair)
+        # Of 10^7 names, two different ones share 64 bits with a chance of 10^-5: then every one is looked at.
+        return first if first == second else _first_repeat(self)
 
 
-def refuse_repeats(ids: IdArray, name: str) -> None:
-    """Let ids pass of which none stands twice.
+def examine_ids(blocks: Iterable[IdArray], count: int, name: str) -> IdSpec:
+    """How a store keeps these ids, of which none stands twice.
 
+    Args:
+        blocks: all of them, in order, a block at a time.
+        count: how many there are.
+        name: of the transfer set, for messages.
     Raises:
-        BadIdsError: one does; it is named.
+        BadIdsError: an id stands twice (named), or some are integers and some strings.
     """
-    if ids.dtype.kind == "U":
-        twice: object = PackedNames(ids.tolist()).repeated()
+    pieces: list[IdArray] = []
+    previous: int | None = None
+    start, width, dense, kinds = 0, 0, True, set()
+    for block in blocks:
+        kinds.add(block.dtype.kind)
+        if len(kinds) > 1:
+            raise BadIdsError(f"sample ids of {name!r} are integers and strings mixed: choose one kind")
+        if block.dtype.kind == "U":
+            width, dense = max(width, utf8(block).dtype.itemsize), False
+        else:
+            start = int(block[0]) if previous is None else start
+            joins = previous is None or int(block[0]) == previous + 1
+            dense, previous = dense and joins and bool((np.diff(block) == 1).all()), int(block[-1])
+        if count <= MOST_CHECKED_IDS:
+            pieces.append(block)
+    if not dense and pieces:
+        _refuse_repeats(pieces, name)
+    if "U" in kinds:
+        return IdSpec(kind="str", width_bytes=width)
+    return IdSpec(kind="int", dense_start=start if dense else None)
+
+
+def _refuse_repeats(pieces: list[IdArray], name: str) -> None:
+    twice: object = None
+    if pieces[0].dtype.kind == "U":
+        twice = PackedNames(text for piece in pieces for text in piece.tolist()).repeated()
     else:
+        ids: NDArray[np.int64] = np.concatenate(pieces)
         pair = _equal_pair(ids)
         twice = None if pair is None else int(ids[pair[0]])
     if twice is not None:
@@ -82,13 +111,6 @@ def refuse_repeats(ids: IdArray, name: str) -> None:
             "student would get the targets of another one",
             id=twice,
         )
-
-
-def spec_of(ids: IdArray) -> IdSpec:
-    """How a store keeps these ids: dense where they count up by one, else looked up."""
-    if ids.dtype.kind == "U":
-        return PackedNames(ids.tolist()).id_spec()
-    return IdSpec(kind="int", dense_start=int(ids[0]) if len(ids) and bool((np.diff(ids) == 1).all()) else None)
 
 
 def _encoded(name: str) -> bytes:
@@ -103,7 +125,7 @@ def _encoded(name: str) -> bytes:
     return text
 
 
-def _equal_pair(values: NDArray[np.int64] | NDArray[np.uint64] | NDArray[np.str_]) -> tuple[int, int] | None:
+def _equal_pair(values: NDArray[np.int64] | NDArray[np.uint64]) -> tuple[int, int] | None:
     """The positions of two values that are equal."""
     order = np.argsort(values, kind="stable")
     inside = np.flatnonzero(values[order[1:]] == values[order[:-1]])

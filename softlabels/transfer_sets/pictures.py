@@ -1,4 +1,4 @@
-"""How does a picture file become pixels of one shape? Decoded, resized, cut out of the middle: always the same bytes."""
+"""How does a picture file become pixels of one shape? Decoded, resized, cut out of its middle, always alike."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class CacheFolder:
             os.utime(self._root / digest / _TABLE)
             return self._opened(manifest, digest, shape)
 
-    def list(self) -> list[KeptStore]:
+    def kept(self) -> list[KeptStore]:
         """What the folder holds, the last opened first."""
         found = [self._described(folder) for folder in self._tables()]
         return sorted(found, key=lambda kept: -kept.last_opened_s)
@@ -143,37 +143,27 @@ class CacheFolder:
         removed, stayed = [], []
         with self._locked():
             self._clear_rubbish()
-            for kept in self.list():
+            for kept in self.kept():
                 if kept.digest.startswith(digest_start):
                     (removed if self._removed(kept.digest) else stayed).append(kept)
         return removed, stayed
 
     def _settled(self, manifest: Manifest, digest: str) -> TableShape | None:
-        """The shape of a table that is there, now; None where no room could be made."""
-        wanted = shape_within(manifest, self._most_bytes)
-        there = self._shape(manifest, digest)
-        if there is not None:
-            slots = 0 if wanted is None else wanted.slots
-            if there.slots <= max(slots, 0) <= there.slots * _GROWN or not self._removed(digest):
-                return there
-        elif (self._root / digest).exists() and not self._removed(digest):
-            return None
-        if wanted is None:
-            return None
-        shape = shape_within(manifest, self._most_bytes - self._others_bytes(wanted.size_bytes))
-        if shape is not None:
-            self._make(manifest, digest, shape)
-        return shape
-
-    def _others_bytes(self, needed_bytes: int) -> int:
-        """What other tables take once the longest unused have made room, as far as they can."""
-        others = self.list()
-        taken = sum(kept.size_bytes for kept in others)
-        while taken + needed_bytes > self._most_bytes and others:
-            kept = others.pop()
-            if self._removed(kept.digest):
-                taken -= kept.size_bytes
-        return taken
+        """The shape of the table that is there from now on; None where there is no room for one."""
+        others = [kept for kept in self.kept() if kept.digest != digest]
+        room_bytes = self._most_bytes - sum(kept.size_bytes for kept in others if kept.in_use)
+        wanted, there = shape_within(manifest, room_bytes), self._shape(manifest, digest)
+        slots = 0 if wanted is None else wanted.slots
+        if there is not None and there.slots <= slots <= there.slots * _GROWN:
+            return there
+        if (self._root / digest).exists() and not self._removed(digest):
+            return there
+        if wanted is not None:
+            idle = [kept for kept in others if not kept.in_use]
+            while wanted.size_bytes + sum(kept.size_bytes for kept in idle) > room_bytes:
+                self._removed(idle.pop().digest)
+            self._make(manifest, digest, wanted)
+        return wanted
 
     def _make(self, manifest: Manifest, digest: str, shape: TableShape) -> None:
         new = self._root / f".new-{digest}"

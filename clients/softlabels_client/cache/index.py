@@ -52,6 +52,15 @@ def taken_slots(index: SlotIndex) -> int:
     return int(np.frombuffer(index.file.map, dtype="<u8", count=1)[0])
 
 
+def read_taken(path: Path) -> int:
+    """The same of an index that is not open; 0 where there is none."""
+    try:
+        with path.open("rb") as file:
+            return int.from_bytes(file.read(WORD), "little")
+    except FileNotFoundError:
+        return 0
+
+
 def take_slots(index: SlotIndex, taken: int) -> None:
     """Write down that so many slots are given out. Raises OSError."""
     index.file.write(0, np.array([taken], dtype="<u8").view(np.uint8))

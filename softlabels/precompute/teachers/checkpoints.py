@@ -92,6 +92,9 @@ def state_of_pickled_module(path: Path) -> State:
             f"{path} cannot be read without running what is in it ({str(error).splitlines()[0]}): load it where you "
             "trust it, and save `model.state_dict()`"
         ) from error
+    wrapped = next((found[key] for key in _WRAPPED_IN if isinstance(found, Mapping) and key in found), None)
+    if isinstance(wrapped, Mapping):  # a trainer's checkpoint: weights by name, beside objects of its own
+        return _weights_in(wrapped, path.name, str(path))
     modules = (part for part in _containers(found) if isinstance(part, _StandIn) and "_modules" in vars(part))
     module = next(modules, None)
     if module is None:
