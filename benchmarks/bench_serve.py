@@ -4,7 +4,8 @@
 
 Every contender's server and clients are processes of their own; they take turns in short slices, and a ratio is the
 median over the rounds of ours to the peer's in the same round. A table on the screen; `benchmarks/out/serve.json` has a
-row for each figure. Arrow Flight needs pyarrow, which is installed where it is missing.
+row for each figure. Arrow Flight needs pyarrow, which is installed where it is missing; Redis takes part where
+redis-server is there or Debian's can be installed.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serve_stores import STORES, make_stores
+from benchmarks.serve_redis import is_there, redis
+from benchmarks.serve_stores import STORES, loss_of, make_stores
 
 OUT = Path(__file__).parent / "out" / "serve.json"
 SLICE_S = "0.5"
 WARM_UP_S = "1.5"
 IN_ORDER, SHUFFLED = "-1", "3"
+WORKERS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +69,23 @@ class Contender:
     """One server and its clients.
 
     Args:
-        kind: as `serve_clients` names it.
+        kind: as `serve_clients` names it, ours with `@` and a number of workers where that is not 1.
         store: which of `STORES`.
         clients: how many ask at once.
         batch: rows a batch.
     """
 
     def __init__(self, stack: ExitStack, folder: Path, kind: str, store: str, *, clients: int, batch: int) -> None:
+        kind, _, workers = kind.partition("@")
         server = kind.partition("_")[0]
         if server == "ours":
-            line = first_line(stack.enter_context(process("softlabels", "serve", str(folder), "--port", "0")))
+            command = ("softlabels", "serve", str(folder), "--port", "0", "--workers", workers or "1")
+            line = first_line(stack.enter_context(process(*command)))
             found = re.search(r" at (http://\S+)", line)
             assert found is not None, line
             address = f"{found.group(1)}/{store}"
+        elif server == "redis":
+            address = stack.enter_context(redis(folder / store))
         else:
             peer = stack.enter_context(process("benchmarks.serve_peers", server, str(folder / store)))
             address = f"127.0.0.1:{first_line(peer)}"
@@ -145,11 +152,10 @@ def compared(what: str, against: str, ours: list[float], peer: list[float], unit
 
 def batches(folder: Path, rounds: int) -> Iterator[Row]:
     """W1 and W3: random batches of 256 rows."""
-    for name, store, clients, peers in (
-        ("W1.1", "w1", 1, ("tcp", "flight")),
-        ("W1.4", "w1", 4, ("tcp", "flight")),
-        ("W3", "w3", 1, ("tcp", "flight")),
-    ):
+    peers = ("tcp", "flight", "redis") if is_there() else ("tcp", "flight")
+    if "redis" not in peers:
+        print("Redis does not take part: there is no redis-server, and it could not be installed")
+    for name, store, clients in (("W1.1", "w1", 1), ("W1.4", "w1", 4), ("W3", "w3", 1)):
         with ExitStack() as stack:
             kinds = dict.fromkeys(("ours", *peers), store)
             found = compete(stack, folder, kinds, clients=clients, batch=256, lines=(SLICE_S,), rounds=rounds)
@@ -185,21 +191,37 @@ def streams(folder: Path, rounds: int) -> Iterator[Row]:
             yield compared(f"W2.{name}.{peer}", peer, ours, theirs, "MB/s")
 
 
+def workers(folder: Path, rounds: int) -> Iterator[Row]:
+    """W1 by one and four clients of servers with one, two and four workers: the peer is the server with one."""
+    for clients, name in ((4, ""), (1, ".one_client")):
+        with ExitStack() as stack:
+            kinds = dict.fromkeys((f"ours@{count}" for count in WORKERS), "w1")
+            found = compete(stack, folder, kinds, clients=clients, batch=256, lines=(SLICE_S,), rounds=rounds)
+        rates = {kind: [rate(one, "batches/s") for one in slices] for kind, slices in found.items()}
+        for count in WORKERS:
+            what = f"workers.{count}{name}"
+            yield compared(what, "workers.1", rates[f"ours@{count}"], rates["ours@1"], "batches/s")
+            for quantile in ("p50_us", "p99_us"):
+                by_kind = {k: [max(c[quantile] for c in one) for one in s] for k, s in found.items()}
+                yield compared(f"{what}.{quantile}", "workers.1", by_kind[f"ours@{count}"], by_kind["ours@1"], "µs")
+
+
 def main() -> int:
     """Run everything; 0 when it ran."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "softlabels-bench")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "softlabels-bench-2")
     options = parser.parse_args()
     if importlib.util.find_spec("pyarrow") is None:
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "pyarrow"], check=True)
     make_stores(options.folder)
     rows: list[dict[str, Any]] = []
-    print(f"{'what':22} {'ours':>12} {'peer':>12} {'ratio':>7}  unit, against")
-    for part in (batches, quantised, streams):
+    print(loss_of(options.folder / "w1q8"))
+    print(f"{'what':28} {'ours':>12} {'peer':>12} {'ratio':>7}  unit, against")
+    for part in (batches, quantised, streams, workers):
         for row in part(options.folder, options.rounds):
             rows.append(asdict(row))
-            print(f"{row.what:22} {row.ours:12,.1f} {row.peer:12,.1f} {row.ratio:7.2f}  {row.unit}, {row.against}")
+            print(f"{row.what:28} {row.ours:12,.1f} {row.peer:12,.1f} {row.ratio:7.2f}  {row.unit}, {row.against}")
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

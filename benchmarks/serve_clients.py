@@ -2,9 +2,9 @@
 
     python -m benchmarks.serve_clients KIND ADDRESS SAMPLES ROW_BYTES BATCH
 
-KIND is ours, ours_decoded, ours_epoch, tcp, tcp_epoch, flight, flight_epoch or redis. A line `SECONDS` makes it ask for that
-long, one with an epoch's number makes it read that epoch; it answers with a line of JSON: batches, bytes, seconds,
-latencies.
+KIND is ours, ours_decoded, ours_epoch, tcp, tcp_epoch, flight, flight_epoch or redis. A line
+`SECONDS` makes it ask for that long, one with an epoch's number makes it read that epoch; it answers with a line of
+JSON: batches, bytes, seconds, latencies.
 """
 
 from __future__ import annotations

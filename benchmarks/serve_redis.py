@@ -38,7 +38,18 @@ def redis(store: Path) -> Iterator[str]:
     """Where a Redis listens that holds the targets of a store, each row under the eight bytes of its id."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(store.parent)]
+    options = [
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--dir",
+        str(store.parent),
+    ]
     server = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
     try:
         with _connected(port, server) as connection:

@@ -16,6 +16,7 @@
     ├── ConflictError                      both sides are sound but do not belong together: find out which is right
     │   ├── FingerprintMismatchError           the targets were computed for other data
     │   ├── ClassListMismatchError             the classes have other names, or another order
+    │   ├── ViewReplayError                    a view cannot be made again as the teacher saw it
     │   ├── StoreChangedError                  the store is not the version that the caller holds
     │   ├── RowsNotCommittedError              the store is unfinished and these rows are not there yet
     │   ├── StoreExistsError                   a store stands there already
@@ -187,6 +188,12 @@ class ClassListMismatchError(ConflictError):
 
     code = "class-list-mismatch"
     title = "The classes are not the same, or not in the same order"
+
+
+class ViewReplayError(ConflictError):
+    """A view cannot be made again as the teacher saw it: another transform, other libraries, or other parameters."""
+
+    code = "view-replay"
 
 
 class StoreChangedError(ConflictError):

@@ -162,12 +162,16 @@ class ViewSpec:
         parameters: names of the recorded parameters, the columns of the array `view_parameters`; empty when seeded.
         seed_key: the views' seeds follow from this key, the sample id and the view's number (`softlabels.views`).
         libraries: versions that a replay must match.
+        arguments: that the reference was called with.
+        transform_sha256: what names the transform's code and settings, see `softlabels.views.transforms.identity_of`.
     """
 
     transform: str
     parameters: tuple[str, ...] = ()
     seed_key: str | None = None
     libraries: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, Any] | None = None
+    transform_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +181,7 @@ class Manifest:
     Attributes:
         members: how many members' rows are kept side by side; None when their mean is kept.
         views: how views were made; None where samples have one row, or none that was augmented.
+        precision: what the teachers computed in, by autocast; None for float32.
         ledger: digest over all receipts; None while the store is unfinished.
         metadata_sha256: SHA-256 of the container's metadata files and of the id index, by path; empty in a plan.
         class_list: names of the classes, in the order of the columns; None where the job gave none.
@@ -200,6 +205,7 @@ class Manifest:
     metadata_sha256: Mapping[str, str]
     members: int | None = None
     views: ViewSpec | None = None
+    precision: str | None = None
     audit: Mapping[str, Any] | None = None
     ledger: str | None = None
     plan_sha256: str | None = None
@@ -281,6 +287,7 @@ class Manifest:
                 metadata_sha256=_table(document, "metadata_sha256"),
                 members=document.get("members"),
                 views=None if document.get("views") is None else _view_spec(_table(document, "views")),
+                precision=document.get("precision"),
                 audit=document.get("audit"),
                 ledger=document.get("ledger"),
                 plan_sha256=document.get("plan_sha256"),

@@ -1,10 +1,9 @@
-"""How a trainer gets at targets: `softlabels.open`, one object for a store on disk and for one behind HTTP."""
+"""How a trainer gets at targets: one object for a store on disk and for one behind HTTP."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -20,7 +19,6 @@ from softlabels.errors import (
     RequestError,
     ShapeMismatchError,
     UnknownFieldError,
-    UnknownStoreError,
 )
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import Manifest
@@ -176,6 +174,7 @@ class TargetStore:
         fingerprints: bool = False,
         view_parameters: bool = False,
         inputs: bool = False,
+        prefetch: int = 0,
     ) -> Epoch:
         """The batches of an epoch in an order that follows from the store, the seed and the epoch's number alone.
 
@@ -193,6 +192,7 @@ class TargetStore:
             remainder: "split" shares out what fills no last step, "drop" leaves it out, "pad" repeats some.
             view: which view of every sample, where the store keeps views; `epoch` modulo their number if left out.
             temperature, mean, weights, labels, fingerprints, view_parameters, inputs: as `batch` takes them.
+            prefetch: batches that a thread fetches before they are asked for, 32 MiB at most; 0 for none.
         Raises:
             RequestError, TemperatureError, TemperatureLockedError, UnknownFieldError, RowsNotCommittedError; and
             while it is read what `batch` raises.
@@ -215,6 +215,9 @@ class TargetStore:
         )
         count = plan.batches(self.manifest, self.digest).batch_count
         rows = self._rows.epoch(plan, self._fields(labels, fingerprints, view_parameters, inputs))
+        if prefetch:
+            # By name, not by import statement: the floor must not depend on the rooms above it.
+            rows = importlib.import_module("softlabels_client.prefetch").epoch_ahead(rows, batches=prefetch)
         heat = (carried, captured, locked)
         return Epoch(
             rows, lambda step: self._targets(step.ids, step.arrays, members, heat), plan=plan, batch_count=count
@@ -370,25 +373,3 @@ def refuse_other_transfer_set(manifest: Manifest, fingerprint: str | None) -> No
             store=own,
             yours=fingerprint,
         )
-
-
-def open_store(where: str | Path, *, token: str | None = None, timeout_s: float = 30.0) -> TargetStore:
-    """Open a store of soft targets, wherever it lies. Exported as `softlabels.open`.
-
-    Args:
-        where: a folder, or `http(s)://host/name` of a store behind `softlabels serve`.
-        token: bearer token for a server that asks for one.
-        timeout_s: how long one request to a server may take, seconds.
-    Raises:
-        UnknownStoreError: nothing there; MissingExtraError: a local store, and `softlabels[store]` is not installed;
-        FormatVersionError, ManifestError, ServerUnreachableError.
-    """
-    text = str(where)
-    if text.startswith(("http://", "https://")):
-        # By name, not by import statement: the floor must not depend on the rooms above it.
-        client = importlib.import_module("softlabels_client.rows")
-        return TargetStore(client.HttpRows(text, token=token, timeout_s=timeout_s), where=text)
-    if "://" in text:
-        raise UnknownStoreError(f"{text!r}: this softlabels opens folders and http(s) addresses")
-    store = importlib.import_module("softlabels.store")
-    return TargetStore(store.LocalRows(Path(text)), where=text)

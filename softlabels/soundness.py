@@ -28,6 +28,9 @@ _TEACHER_TEXTS = (
     *("weights", "weights_sha256", "preprocess", "preprocess_sha256", "code_sha256", "kind", "revision"),
     "class_list_sha256",
 )
+HALF_PRECISIONS = ("bfloat16", "float16")
+"""What teachers may have computed in; a manifest that names none says float32."""
+
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -109,6 +112,8 @@ def _check_counts(manifest: Manifest) -> None:
 
 
 def _check_temperature(manifest: Manifest) -> None:
+    if manifest.precision not in (None, *HALF_PRECISIONS):
+        raise ValueError(f"precision is {manifest.precision!r}, not one of {', '.join(HALF_PRECISIONS)}")
     temperature = manifest.temperature
     for degree in (temperature.default, temperature.captured):
         if type(degree) not in (int, float) or not 0 < degree < float("inf"):

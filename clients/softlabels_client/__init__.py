@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from softlabels_client.batches import DistillationBatch, collate_batches
     from softlabels_client.datasets import SoftTargetDataset, data_loader
     from softlabels_client.evaluation import count_errors
+    from softlabels_client.loaders import StatefulLoader
+    from softlabels_client.ordering import EpochDistributedSampler, EpochSampler
+    from softlabels_client.streaming import SoftTargetStream, stream_loader
     from softlabels_client.trainer import DistillResult, distill
     from softlabels_client.weights import save_student
 
@@ -22,10 +25,14 @@ __all__ = [
     "DistillResult",
     "DistillSettings",
     "DistillationBatch",
+    "EpochDistributedSampler",
+    "EpochSampler",
     "HttpRows",
     "HttpTransport",
     "RetryPolicy",
     "SoftTargetDataset",
+    "SoftTargetStream",
+    "StatefulLoader",
     "StoreAddress",
     "collate_batches",
     "count_errors",
@@ -33,17 +40,23 @@ __all__ = [
     "distill",
     "parse_address",
     "save_student",
+    "stream_loader",
 ]
 
 _NEEDS_TORCH = {
     "DistillResult": "trainer",
     "DistillationBatch": "batches",
+    "EpochDistributedSampler": "ordering",
+    "EpochSampler": "ordering",
     "SoftTargetDataset": "datasets",
+    "SoftTargetStream": "streaming",
+    "StatefulLoader": "loaders",
     "collate_batches": "batches",
     "count_errors": "evaluation",
     "data_loader": "datasets",
     "distill": "trainer",
     "save_student": "weights",
+    "stream_loader": "streaming",
 }
 
 

@@ -44,6 +44,7 @@ class Learner:
         self._max_norm = settings.max_gradient_norm
         self._loss = partial(distillation_loss, hard_weight=settings.hard_weight)
         self._optimizer = make_optimizer(student, settings)
+        self._optimizer.zero_grad()  # gradients that the caller left on the student are none of this training's
         # Scales the loss so that float16's gradients do not vanish, and passes over a step whose gradients overflow.
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._mixed is torch.float16)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from softlabels.errors import MissingExtraError
 
@@ -15,7 +15,7 @@ except ImportError as error:
     ) from error
 
 from softlabels_client.batches import DistillationBatch
-from softlabels_client.places import Pass, Place, Walk
+from softlabels_client.places import Place, Walk
 from softlabels_client.prefetch import one_ahead
 
 
@@ -33,6 +33,15 @@ class Ordered(Protocol):
 
     def begin_at(self, place: Place) -> None:
         """The next pass begins here."""
+        ...
+
+
+@runtime_checkable
+class ShowsEpochs(Protocol):
+    """A data set that shows something else each epoch, another view of every sample for one."""
+
+    def show_epoch(self, epoch: int) -> None:
+        """This epoch begins."""
         ...
 
 
@@ -64,6 +73,11 @@ class StatefulLoader:
         """The epoch that the next pass goes through, or goes on with."""
         return self._walk.upcoming(self._order.ranks).epoch
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last batch taken was its epoch's last."""
+        return self._walk.finished(self._order.ranks)
+
     def set_epoch(self, epoch: int) -> None:
         """The next pass goes through this epoch; on from a place in it, if such a one was loaded.
 
@@ -76,10 +90,15 @@ class StatefulLoader:
         return self._walk.batch_count(self._order.ranks)
 
     def __iter__(self) -> Iterator[DistillationBatch]:
+        # A generator begins with the first batch: frameworks make iterators that they never use.
         walked = self._walk.begin(self._order.ranks)
         self._order.begin_at(walked.place)
-        batches = iter(self.loader)
-        return _counted(one_ahead(batches) if self._ahead else batches, walked)
+        if isinstance(self.dataset, ShowsEpochs):
+            self.dataset.show_epoch(walked.place.epoch)
+        fetched = iter(self.loader)
+        for step, batch in enumerate(one_ahead(fetched) if self._ahead else fetched):
+            walked.took(step)
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the last batch taken: epoch, cursor and what they are places in; ready for JSON.
@@ -96,9 +115,3 @@ class StatefulLoader:
             StoreChangedError, FingerprintMismatchError, ConflictError: it is one in another training.
         """
         self._walk.load_state_dict(state)
-
-
-def _counted(batches: Iterator[DistillationBatch], walked: Pass) -> Iterator[DistillationBatch]:
-    for step, batch in enumerate(batches):
-        walked.took(step)
-        yield batch

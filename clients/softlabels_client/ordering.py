@@ -66,6 +66,7 @@ class EpochSampler(Sampler[list[int]]):
         self.batch_size, self.remainder = batch_size, remainder
         self._ranks = given_ranks(rank, world_size)
         self._walk = self.walk()
+        self._given: Place | None = None
         self._walk.steps(Place(), self.ranks)  # refuses numbers that cannot be
 
     @property
@@ -87,16 +88,17 @@ class EpochSampler(Sampler[list[int]]):
         self._walk.set_epoch(epoch)
 
     def begin_at(self, place: Place) -> None:
-        """The next pass begins here."""
-        self._walk.load_state_dict(self.course.state_at(place))
-        self._walk.set_epoch(place.epoch)
+        """Every pass begins here from now on: whoever calls this counts what is taken."""
+        self._given = place
 
     def __len__(self) -> int:
         """Batches of a pass, the same on every rank: the one underway, or the next; a resumed one's are all counted."""
         return self._walk.batch_count(self.ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return _positions(self._walk.begin(self.ranks))
+        if self._given is None:
+            return self._one_after_the_other()
+        return _positions(Pass(self.walk(), self._given, self._walk.steps(self._given, self.ranks)))
 
     def state_dict(self) -> dict[str, Any]:
         """How far the sampler has come: epoch, cursor, and what they are places in; ready for JSON."""
@@ -110,6 +112,10 @@ class EpochSampler(Sampler[list[int]]):
             StoreChangedError, FingerprintMismatchError, ConflictError: it is one in another training.
         """
         self._walk.load_state_dict(state)
+
+    def _one_after_the_other(self) -> Iterator[list[int]]:
+        # Begins with the first batch: a DataLoader with workers makes two iterators and uses one.
+        yield from _positions(self._walk.begin(self.ranks))
 
 
 def _positions(walked: Pass) -> Iterator[list[int]]:

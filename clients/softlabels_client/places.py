@@ -177,6 +177,10 @@ class Walk:
         place = self._underway or self.upcoming(ranks)
         return place.batches + len(self.steps(place, ranks))
 
+    def finished(self, ranks: tuple[int, int]) -> bool:
+        """Whether nothing is left of the epoch after what was taken."""
+        return not len(self.steps(self.place, ranks))
+
     def state_dict(self) -> dict[str, Any]:
         """The place, and what it is a place in; ready for JSON."""
         return self.course.state_at(self.place)

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Final, Generic, TypeVar
 
+from softlabels.epochs import EpochRows
 from softlabels.errors import RequestError
 
 T = TypeVar("T")
+
+EPOCH_BATCHES, EPOCH_BYTES = 256, 32 << 20
+"""Of an epoch that are fetched before they are asked for: seconds of a slow link, and little memory."""
 
 _END: Final = object()
 
@@ -90,6 +94,15 @@ class Ahead(Generic[T]):
 def one_ahead(batches: Iterable[T]) -> Ahead[T]:
     """The same batches in the same order, each fetched while the one before is used; at most one waits."""
     return Ahead(batches, most_items=1)
+
+
+def epoch_ahead(rows: Iterable[EpochRows], *, batches: int = EPOCH_BATCHES) -> Ahead[EpochRows]:
+    """An epoch's steps, fetched ahead: no more than so many batches, and no more than 32 MiB of rows."""
+    return Ahead(rows, most_items=batches, most_bytes=EPOCH_BYTES, size_of=_row_bytes)
+
+
+def _row_bytes(rows: EpochRows) -> int:
+    return sum(array.nbytes for array in rows.arrays.values())
 
 
 class _Queue(Generic[T]):

@@ -5,7 +5,6 @@ Legend: B rows, C classes.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ except ImportError as error:
     ) from error
 
 from softlabels.progress import QUIET, Progress
+from softlabels_client.batches import DistillationBatch
 from softlabels_client.checkpoints import CheckpointFolder
 from softlabels_client.datasets import SoftTargetDataset
 from softlabels_client.draws import draw_states, seeded, set_draw_states
@@ -32,7 +32,7 @@ from softlabels_client.feeding import Feed
 from softlabels_client.learner import Learner
 from softlabels_client.optimizers import rate_factor
 from softlabels_client.settings import DistillSettings
-from softlabels_client.training_log import Figures, PairRecord, TrainingLog
+from softlabels_client.training_log import Figures, Logbook, PairRecord, TrainingLog
 from softlabels_client.training_state import (
     TrainingState,
     copied_weights,
@@ -110,14 +110,11 @@ def distill(
         evaluate=evaluate,
         progress=progress,
         checkpoints=checkpoints,
-        logs=(*logs,),
-        record=record,
+        logbook=Logbook(logs, record),
     )
     with seeded(settings.seed, learner.device):
         training.take_up()
-        with training.logging():
-            while not training.over:
-                training.learn_epoch()
+        training.learn()
     return training.result()
 
 
@@ -133,22 +130,16 @@ class _Training:
         evaluate: Evaluate | None,
         progress: Progress,
         checkpoints: CheckpointFolder | None,
-        logs: tuple[TrainingLog, ...],
-        record: PairRecord | None,
+        logbook: Logbook,
     ) -> None:
         self._learner, self._dataset, self._settings = learner, dataset, settings
-        self._evaluate, self._progress, self._checkpoints = evaluate, progress, checkpoints
-        self._logs, self._record = logs, record
+        self._evaluate, self._progress, self._checkpoints, self._logbook = evaluate, progress, checkpoints, logbook
         self._feed = Feed(dataset, settings)
-        self._steps_an_epoch = -(-len(dataset) // (settings.batch_size * settings.accumulate))
+        self._rows_a_step = settings.batch_size * settings.accumulate
+        self._steps_an_epoch = -(-len(dataset) // self._rows_a_step)
         self._state = TrainingState.beginning(learner.device)
         self._resumed_at: int | None = None
         self._started_s = time.monotonic()
-
-    @property
-    def over(self) -> bool:
-        """Whether there is nothing left to learn."""
-        return self._state.stopped or self._state.epoch == self._settings.epochs
 
     def take_up(self) -> None:
         """Go on from the newest checkpoint, where there is one and it is of this training."""
@@ -159,37 +150,14 @@ class _Training:
         set_draw_states(kept["draws"], self._learner.device)
         self._state = TrainingState.from_tree(kept["state"], self._learner.device)
         self._resumed_at = self._state.step
-        self._progress.note(f"resumed at step {self._resumed_at}")
 
-    @contextlib.contextmanager
-    def logging(self) -> Iterator[None]:
-        """Open the logs where the training stands, and close them in the end."""
-        try:
-            for log in self._all_logs:
-                log.begin(self._state.step)
-            yield
-        finally:
-            for log in self._all_logs:
-                log.close()
-
-    def learn_epoch(self) -> None:
-        """Learn an epoch, or what is left of it."""
-        state, settings = self._state, self._settings
-        self._learner.student.train()
-        with self._feed.epoch(state.epoch, state.cursor) as batches:
-            for number, batch in enumerate(batches, start=state.cursor // settings.batch_size + 1):
-                if self._record is not None:
-                    self._record.add(state.step + 1, state.epoch + 1, batch)
-                share = len(batch) / self._rows_of_the_step()
-                # Summed on the device: reading a figure at each step would make the host wait for it.
-                state.sums += len(batch) * self._learner.backward(batch, share)
-                state.cursor += len(batch)
-                self._progress.advance(len(batch))
-                if number % settings.accumulate == 0 or state.cursor == len(self._dataset):
-                    self._learner.step(rate_factor(settings, state.step, self._steps_an_epoch))
-                    self._after_step()
-                if state.stopped:
-                    break
+    def learn(self) -> None:
+        """Learn what is left of every epoch."""
+        with self._logbook.opened(self._state.step):
+            while not self._over:
+                self._learner.student.train()
+                with self._feed.epoch(self._state.epoch, self._state.cursor) as batches:
+                    self._learn_from(batches)
 
     def result(self) -> DistillResult:
         """What came of it; the student has its best weights where those were kept."""
@@ -210,8 +178,8 @@ class _Training:
         )
 
     @property
-    def _all_logs(self) -> list[TrainingLog | PairRecord]:
-        return [*self._logs, *([] if self._record is None else [self._record])]
+    def _over(self) -> bool:
+        return self._state.stopped or self._state.epoch == self._settings.epochs
 
     @property
     def _seconds(self) -> float:
@@ -221,42 +189,45 @@ class _Training:
     def _identity(self) -> dict[str, Any]:
         return training_identity(self._learner.student, self._dataset, self._settings)
 
-    def _rows_of_the_step(self) -> int:
-        """Rows that the step learns from to which the next batch belongs: fewer than ever at an epoch's end only."""
-        full = self._settings.batch_size * self._settings.accumulate
-        return min(full, len(self._dataset) - self._state.cursor // full * full)
+    def _learn_from(self, batches: Iterator[DistillationBatch]) -> None:
+        """Learn from the batches that an epoch has left."""
+        state, rows_an_epoch = self._state, len(self._dataset)
+        for batch in batches:
+            self._logbook.add_pairs(state.step + 1, state.epoch + 1, batch)
+            # Steps begin at multiples of a full step's rows; at an epoch's end alone one has fewer.
+            begun = state.cursor // self._rows_a_step * self._rows_a_step
+            rows_of_the_step = min(self._rows_a_step, rows_an_epoch - begun)
+            # Summed on the device: reading a figure at each step would make the host wait for it.
+            state.sums += len(batch) * self._learner.backward(batch, len(batch) / rows_of_the_step)
+            state.cursor += len(batch)
+            self._progress.advance(len(batch))
+            if state.cursor - begun == rows_of_the_step:
+                self._learner.step(rate_factor(self._settings, state.step, self._steps_an_epoch))
+                self._after_step(epoch_over=state.cursor == rows_an_epoch)
+            if state.stopped:
+                return
 
-    def _after_step(self) -> None:
+    def _after_step(self, *, epoch_over: bool) -> None:
+        """Count the step; evaluate, log and keep what is due after it."""
         state, settings = self._state, self._settings
         state.step += 1
-        epoch_over = state.cursor == len(self._dataset)
-        evaluates = self._evaluate is not None and self._due(settings.evaluate_every, epoch_over)
+        last = epoch_over and state.epoch + 1 == settings.epochs
+        evaluates = self._evaluate is not None and (last or self._due(settings.evaluate_every, epoch_over))
         logs = epoch_over or evaluates or (settings.log_every is not None and state.step % settings.log_every == 0)
-        means = self._means_since_last_row() if logs else (0.0, 0.0)
+        samples = state.epoch * len(self._dataset) + state.cursor
+        means = state.means_since_last_row(samples) if logs else (0.0, 0.0)
         if epoch_over:
-            self._end_epoch()
+            _refuse_divergence(state.end_epoch(len(self._dataset)), state.epoch)
         errors = self._evaluated() if evaluates else None
         if logs:
-            self._log(*means, errors)
-        if self._checkpoints is not None and self._due(self._checkpoints.every, epoch_over):
+            self._log(samples, *means, errors)
+        if self._checkpoints is not None and (self._over or self._due(self._checkpoints.every, epoch_over)):
             self._keep(self._checkpoints)
 
     def _due(self, every: int | None, epoch_over: bool) -> bool:
-        """Whether something that happens so often happens after this step; everything does after the last."""
-        last = epoch_over and self._state.epoch + 1 >= self._settings.epochs
-        return last or self.over or (epoch_over if every is None else self._state.step % every == 0)
-
-    def _end_epoch(self) -> None:
-        state = self._state
-        mean_loss, mean_divergence = (state.sums / len(self._dataset)).tolist()
-        state.losses.append(_finite(mean_loss, state.epoch))
-        state.divergences.append(mean_divergence)
-        state.epoch, state.cursor = state.epoch + 1, 0
-        state.sums.zero_()
-        state.logged_sums.zero_()
+        return epoch_over if every is None else self._state.step % every == 0
 
     def _evaluated(self) -> float:
-        """What the evaluation finds, remembered; whether the training stops for it."""
         assert self._evaluate is not None
         state, settings, student = self._state, self._settings, self._learner.student
         student.eval()
@@ -265,47 +236,31 @@ class _Training:
         student.train()
         if math.isnan(errors):
             raise RequestError(f"the evaluation after step {state.step} gave no number: mend it, or the student")
-        state.errors.append(errors)
-        if state.best_errors is None or errors < state.best_errors - settings.min_delta:
-            state.best_errors, state.best_step, state.stale = errors, state.step, 0
-            if settings.keep_best or settings.patience is not None:
-                state.best_weights = copied_weights(student)
-        else:
-            state.stale += 1
-            state.stopped = settings.patience is not None and state.stale >= settings.patience
+        if state.judge(errors, settings) and (settings.keep_best or settings.patience is not None):
+            state.best_weights = copied_weights(student)
         return errors
 
-    def _means_since_last_row(self) -> tuple[float, float]:
-        """Loss and divergence, over the rows since the log's last row."""
+    def _log(self, samples: int, loss: float, divergence: float, errors: float | None) -> None:
         state = self._state
-        samples = state.epoch * len(self._dataset) + state.cursor
-        loss, divergence = ((state.sums - state.logged_sums) / (samples - state.logged_samples)).tolist()
-        state.logged_sums.copy_(state.sums)
-        state.logged_samples = samples
-        return loss, divergence
-
-    def _log(self, loss: float, divergence: float, errors: float | None) -> None:
-        state = self._state
-        figures = Figures(
-            step=state.step,
-            epoch=state.epoch + (state.cursor > 0),
-            samples=state.logged_samples,
-            learning_rate=self._learner.learning_rate,
-            loss=loss,
-            divergence=divergence,
-            errors=errors,
-            seconds=round(self._seconds, 3),
+        epoch = -(-samples // len(self._dataset))
+        self._logbook.add(
+            Figures(
+                step=state.step,
+                epoch=epoch,
+                samples=samples,
+                learning_rate=self._learner.learning_rate,
+                loss=loss,
+                divergence=divergence,
+                errors=errors,
+                seconds=round(self._seconds, 3),
+            )
         )
-        for log in self._logs:
-            log.add(figures)
         told = f", errors {state.errors[-1]:g}" if state.errors else ""
-        self._progress.note(f"epoch {figures.epoch} of {self._settings.epochs}, loss {loss:.4f}{told}")
+        self._progress.note(f"epoch {epoch} of {self._settings.epochs}, loss {loss:.4f}{told}")
 
     def _keep(self, checkpoints: CheckpointFolder) -> None:
-        for value in self._state.sums.tolist():
-            _finite(value, self._state.epoch)
-        for log in self._all_logs:
-            log.sync()  # a checkpoint must never know of a row that a power cut could take
+        _refuse_divergence(self._state.sums.tolist(), self._state.epoch + 1)
+        self._logbook.sync()  # a checkpoint must not know of a row that a power cut could take
         checkpoints.write(
             self._state.step,
             {
@@ -318,10 +273,9 @@ class _Training:
         )
 
 
-def _finite(loss: float, epoch: int) -> float:
-    if math.isfinite(loss):
-        return loss
-    raise RequestError(
-        f"the loss is {loss} in epoch {epoch + 1}: the training diverged; try a smaller learning_rate, and look at the "
-        "student's own inputs and outputs"
-    )
+def _refuse_divergence(losses: Sequence[float], epoch: int) -> None:
+    if not all(map(math.isfinite, losses)):
+        raise RequestError(
+            f"the loss is no number any more in epoch {epoch}: the training diverged; try a smaller learning_rate, and "
+            "look at the student's own inputs and outputs"
+        )

@@ -6,10 +6,12 @@ and is written anew.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Protocol
@@ -233,3 +235,45 @@ class PairRecord:
 def target_digest(row: bytes) -> str:
     """The digest that a `PairRecord` has of a target's row of float32 logits: 16 hex digits."""
     return hashlib.blake2b(row, digest_size=_DIGEST_BYTES).hexdigest()
+
+
+class Logbook:
+    """All that one training leaves behind, opened, made durable and closed together.
+
+    Args:
+        logs: where figures go.
+        record: where pairs go, if anywhere.
+    """
+
+    def __init__(self, logs: Sequence[TrainingLog], record: PairRecord | None) -> None:
+        self._logs, self._record = (*logs,), record
+
+    @contextlib.contextmanager
+    def opened(self, step: int) -> Iterator[None]:
+        """Ready for what comes after this step, and closed in the end."""
+        try:
+            for log in self._all:
+                log.begin(step)
+            yield
+        finally:
+            for log in self._all:
+                log.close()
+
+    def add(self, figures: Figures) -> None:
+        """A row for every log."""
+        for log in self._logs:
+            log.add(figures)
+
+    def add_pairs(self, step: int, epoch: int, batch: DistillationBatch) -> None:
+        """The pairs of a batch, see `PairRecord.add`."""
+        if self._record is not None:
+            self._record.add(step, epoch, batch)
+
+    def sync(self) -> None:
+        """Make all of it durable."""
+        for log in self._all:
+            log.sync()
+
+    @property
+    def _all(self) -> list[TrainingLog | PairRecord]:
+        return [*self._logs, *([] if self._record is None else [self._record])]

@@ -39,7 +39,7 @@ class TrainingState:
         logged_samples: learnt then, in all epochs together.
         losses, divergences: of the epochs that are over.
         errors: of every evaluation.
-        best_errors, best_step: the lowest of them, and where.
+        best_errors: the lowest of them.
         best_weights: the student's then, in the host's memory; None where they are not to be kept.
         stale: evaluations since.
         stopped: whether it ended early.
@@ -56,7 +56,6 @@ class TrainingState:
     divergences: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     best_errors: float | None = None
-    best_step: int = 0
     best_weights: dict[str, Any] | None = None
     stale: int = 0
     stopped: bool = False
@@ -69,6 +68,33 @@ class TrainingState:
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         zeros = torch.zeros(2, dtype=dtype, device=device)
         return cls(sums=zeros, logged_sums=zeros.clone())
+
+    def judge(self, errors: float, settings: DistillSettings) -> bool:
+        """Remember an evaluation, and whether the training stops for it; True where it is the best so far."""
+        self.errors.append(errors)
+        if self.best_errors is None or errors < self.best_errors - settings.min_delta:
+            self.best_errors, self.stale = errors, 0
+            return True
+        self.stale += 1
+        self.stopped = settings.patience is not None and self.stale >= settings.patience
+        return False
+
+    def means_since_last_row(self, samples: int) -> tuple[float, float]:
+        """Loss and divergence over the rows since the log's last row, given how many samples were learnt in all."""
+        loss, divergence = ((self.sums - self.logged_sums) / (samples - self.logged_samples)).tolist()
+        self.logged_sums.copy_(self.sums)
+        self.logged_samples = samples
+        return loss, divergence
+
+    def end_epoch(self, samples: int) -> tuple[float, float]:
+        """Begin the next epoch; the mean loss and divergence of the one that is over, which had so many samples."""
+        loss, divergence = (self.sums / samples).tolist()
+        self.losses.append(loss)
+        self.divergences.append(divergence)
+        self.epoch, self.cursor = self.epoch + 1, 0
+        self.sums.zero_()
+        self.logged_sums.zero_()
+        return loss, divergence
 
     def tree(self) -> dict[str, Any]:
         """As `softlabels_client.tensor_trees` keeps it."""

@@ -1,4 +1,4 @@
-"""How is memory for replies kept from going back and forth between the process and the operating system?
+"""How is memory for replies kept from going back and forth between process and system, and given back in the end?
 
 By default glibc returns a large block the moment it is freed. A server that gathers half a megabyte a hundred times a
 second then has every page of it zeroed and mapped a hundred times a second: half of a batch's cost, measured.
@@ -7,6 +7,7 @@ second then has every page of it zeroed and mapped a hundred times a second: hal
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 
 # malloc.h: what `mallopt` calls its parameters.
@@ -27,3 +28,52 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False  # another C library than glibc
     return bool(mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
+
+
+class _Mallinfo(ctypes.Structure):
+    """malloc.h: `struct mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+class Hoard:
+    """Freed memory that the allocator holds, given back once there was much of it for a while.
+
+    A thousand streams that end leave holes all over the heap, which glibc alone never returns: it trims the top.
+    """
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._describe = getattr(library, "mallinfo2", None)  # glibc 2.33
+        self._trim = getattr(library, "malloc_trim", None)
+        self._was_large = False
+        if self._describe is not None:
+            self._describe.restype = _Mallinfo
+            self._describe.argtypes = ()
+
+    def look(self) -> bool:
+        """Give it back if it was more than `KEPT_BYTES` the last time too; whether that was done. Takes milliseconds.
+
+        Twice, because memory that is free between two bursts of batches is better kept.
+        """
+        if self._describe is None or self._trim is None:
+            return False
+        found = self._describe()
+        # Pages that went back already count as free too, so that what is resident has to be looked at.
+        idle_bytes = _resident_bytes() - found.uordblks - found.hblkhd
+        is_large = min(found.fordblks, idle_bytes) > KEPT_BYTES
+        give_back, self._was_large = is_large and self._was_large, is_large
+        return give_back and bool(self._trim(ctypes.c_size_t(0)))
+
+
+def _resident_bytes() -> int:
+    """Memory of this process's own that is not swapped out; mapped files left out."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * mmap.PAGESIZE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import signal
@@ -14,9 +15,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from softlabels.errors import RequestError
-from softlabels_server.allocator import keep_freed_memory
+from softlabels_server.allocator import Hoard, keep_freed_memory
 from softlabels_server.connections import bounded_protocol
 from softlabels_server.settings import Settings
+
+TICKS_BETWEEN_LOOKS = 100
+"""uvicorn ticks ten times a second: every 10 s it is seen whether much freed memory can be given back."""
 
 BACKLOG = 2048
 """Connections that may wait to be accepted: uvicorn's own choice."""
@@ -109,6 +113,13 @@ class StoppableServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, *, announce: Callable[[], None]) -> None:
         super().__init__(config)
         self._announce = announce
+        self._hoard = Hoard()
+
+    async def on_tick(self, counter: int) -> bool:
+        """What uvicorn does, and now and then a look at the memory: in a thread, for it may take some milliseconds."""
+        if counter % TICKS_BETWEEN_LOOKS == TICKS_BETWEEN_LOOKS - 1:
+            await asyncio.to_thread(self._hoard.look)
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer, then say so."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from softlabels import __version__
 from softlabels.cli import (
     convert,
+    convert_weights,
     demo,
     distill,
     inspect,
@@ -42,7 +43,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"softlabels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (plan, precompute, resume, status, inspect, verify, repair, merge, convert, serve, distill, demo):
+    for module in (
+        plan,
+        precompute,
+        resume,
+        status,
+        inspect,
+        verify,
+        repair,
+        merge,
+        convert,
+        convert_weights,
+        serve,
+        distill,
+        demo,
+    ):
         module.add_parser(commands)
     return parser
 

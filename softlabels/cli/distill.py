@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
             "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
         ) from error
 
-    from softlabels.opening import open_store
+    from softlabels.locations import open_store
     from softlabels_client.datasets import SoftTargetDataset
     from softlabels_client.evaluation import count_errors
     from softlabels_client.weights import save_student

@@ -22,6 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Run it again after an interruption: committed shards are kept. Several processes may run the same job.",
     )
     parser.add_argument("job", type=Path, help="the job file (TOML)")
+    add_metrics(parser)
     parser.set_defaults(run=run)
 
 
@@ -32,12 +33,22 @@ def run(options: argparse.Namespace) -> int:
     interrupt_on_sigterm()
     job = load_job(options.job)
     try:
-        manifest = precompute(job)
+        manifest = precompute(job, metrics=options.metrics)
     except KeyboardInterrupt:
         print(f"\nall committed shards are kept; go on with: softlabels resume {job.store_path}", file=sys.stderr)
         raise
     report(manifest, job.store_path)
     return 0
+
+
+def add_metrics(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for a file of figures."""
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        metavar="FILE",
+        help="add a JSON line to FILE for every shard: rows, rate, time left, KL so far, the device's idle share",
+    )
 
 
 def report(manifest: Manifest, where: Path) -> None:

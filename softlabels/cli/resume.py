@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from softlabels.cli.precompute import interrupt_on_sigterm, report
+from softlabels.cli.precompute import add_metrics, interrupt_on_sigterm, report
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,6 +18,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "committed stay, all others are computed. Nothing happens to a store that is finished.",
     )
     parser.add_argument("store", type=Path, help="the store's folder")
+    add_metrics(parser)
     parser.set_defaults(run=run)
 
 
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
 
     interrupt_on_sigterm()
     try:
-        manifest = resume(options.store)
+        manifest = resume(options.store, metrics=options.metrics)
     except KeyboardInterrupt:
         print(f"\nall committed shards are kept; go on with: softlabels resume {options.store}", file=sys.stderr)
         raise

@@ -117,7 +117,7 @@ def make_loss(name: str, **options: Any) -> NamedLoss:
     Raises:
         RequestError: no such loss or option, and the nearest there is; or a value that cannot be.
     """
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise RequestError(
             f"there is no loss {name!r}{_nearest(name, LOSS_NAMES)}; known are {', '.join(LOSS_NAMES)}", name=repr(name)
         )
@@ -133,7 +133,7 @@ def make_loss(name: str, **options: Any) -> NamedLoss:
 
 
 def _nearest(name: object, known: tuple[str, ...]) -> str:
-    near = get_close_matches(str(name), known, n=1)
+    near = get_close_matches(str(name).lower(), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -31,7 +31,7 @@ def distillation_loss(
         hard_weight: for the labels; the paper wants it considerably lower than the soft one.
         soft_weight: for the soft term.
         standardise: compare z-scores, of this standard deviation, instead of logits (`losses.standardised`); its
-            authors take 9 or more for soft_weight and 0.1 for hard_weight at T = 2.
+            authors take T = 2, soft_weight = 9 and hard_weight = 0.1 for CIFAR-100.
     Raises:
         ShapeMismatchError: another number of rows or classes than the targets have.
         EmptyBatchError: no rows.

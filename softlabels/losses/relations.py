@@ -1,11 +1,12 @@
 """Does the student rank as the teacher does? Correlations of probabilities, within rows and within classes (DIST).
 
-A correlation of 1 asks for the teacher's relations and leaves the student its own scale. With rho Pearson's correlation,
+A correlation of 1 asks for the teacher's relations and leaves the student its own scale. With Pearson's rho,
 
     inter = mean over rows i of 1 - rho(p_i, q_i),  intra = mean over classes j of the same over the batch's rows.
 
-T² before both keeps the soft term's balance with the hard one, as in the authors' published code.
-Source: Huang, You, Wang, Qian, Xu 2022, "Knowledge distillation from a stronger teacher", section 4.
+T² stands before both as in the authors' published code. Unlike a divergence a correlation hardly falls with T, so
+that at high T the soft term grows as T²: soft_weight = 1/T² takes that back.
+Source: Huang, You, Wang, Qian, Xu 2022, "Knowledge distillation from a stronger teacher", NeurIPS.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def relation_loss(
 
     Args:
         student_logits_BC: raw outputs of the student, not tempered, on the targets' device.
-        targets: as a store gave them; they carry T (the paper takes 1 for ImageNet, 4 for CIFAR-100).
-        beta: of the relations between a row's classes.
+        targets: as a store gave them; they carry T (in the authors' configurations 1 for ImageNet, 4 for CIFAR-100).
+        beta: of the relations between a row's classes; this and gamma are 2 in the authors' configurations.
         gamma: of the relations between the batch's rows, class by class; larger batches show more of them.
-        hard_weight: of the labels; 1 in the paper.
+        hard_weight: of the labels; 1 in the authors' configurations.
         soft_weight: of both soft terms.
     Raises:
         RequestError: targets on another device, or a weight that is negative or not finite.

@@ -2,10 +2,10 @@
 
 A student is asked for the teacher's relations between classes, not for logits of the same range. The z-scores are
 divided by a base temperature, which here is the T that the targets carry, and T² stays in front of the soft term; the
-hard term sees the student's own logits. The paper's algorithm divides by the deviation of all C classes (`population`);
-the authors' published code takes the sample's, with C - 1, which comes to a T larger by sqrt(C/(C - 1)) (`sample`), and
-adds 1e-7 to it, which is not done here.
-Source: Sun, Ren, Li, Wang, Cao 2024, "Logit standardization in knowledge distillation", algorithm 1.
+hard term sees the student's own logits. The paper's algorithm 1 divides by the deviation of all C classes
+(`population`); the authors' published code takes the sample's, with C - 1, which comes to a T larger by
+sqrt(C/(C - 1)) (`sample`), and adds 1e-7 to it, which is not done here.
+Source: Sun, Ren, Li, Wang, Cao 2024, "Logit standardization in knowledge distillation", CVPR, algorithms 1 and 2.
 """
 
 from __future__ import annotations

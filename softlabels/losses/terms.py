@@ -31,8 +31,8 @@ class LossParts(NamedTuple):
         total: soft_weight soft + hard_weight hard; call `backward` on this.
         soft: what the loss makes of the soft targets, T² included; in plain distillation the cross-entropy.
         hard: mean cross-entropy with the labels at T = 1 over the labelled rows; 0 where there are none.
-        kl: mean KL(p, q) in nats of the distributions that the loss compares, not times T², without gradient: 0 when
-            the student has learnt the targets, whatever the loss.
+        kl: mean KL(p, q) at T in nats of the distributions that the loss compares, not times T², without gradient: 0
+            when the student has learnt the targets, while a cross-entropy stops at the targets' own entropy.
     """
 
     total: Tensor
@@ -158,7 +158,10 @@ def whole_logits(targets: SoftTargetBatch, *, dtype: torch.dtype, purpose: str, 
 def check_weight(name: str, weight: object) -> float:
     """The weight of a term as a float; `RequestError` unless it is a finite number of 0 or more."""
     if isinstance(weight, Real) and not isinstance(weight, bool):
-        value = float(weight)
+        try:
+            value = float(weight)
+        except OverflowError:
+            value = math.inf
         if math.isfinite(value) and value >= 0:
             return value
     raise RequestError(

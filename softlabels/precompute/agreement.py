@@ -13,8 +13,8 @@ from softlabels.encodings import draw_keys
 from softlabels.errors import JobError
 from softlabels.precompute.answers import ask, rows_to_keep
 from softlabels.precompute.job import Job
+from softlabels.precompute.planning import choose_device, load_teachers, load_transfer_set
 from softlabels.precompute.rows import SingleRows
-from softlabels.precompute.run import choose_device, load_teachers, load_transfer_set
 from softlabels.store.faults import Fault, Report, ShowProgress, silent
 from softlabels.store.rows import LocalRows
 
@@ -75,14 +75,17 @@ def check_agreement(
     cosines: list[float] = []
     maker = SingleRows(data, store=manifest.name)
     with show(count, "ask the teachers again", "samples") as progress:
-        for drawn in maker.samples(positions.astype(np.int64), job.run.batch_size):
+        for drawn in maker.samples(positions.astype(np.int64), job.run.pilot_batch_size):
             chosen = positions[len(cosines) : len(cosines) + drawn.rows]
             kept = rows.fetch(drawn.ids, (*rows.encoding.fields, "fingerprints"))
+            assert drawn.fingerprints is not None  # one row a sample has one
             other = (drawn.fingerprints != kept["fingerprints"]).any(axis=1)
             report.faults += [
                 _fault(int(row), "its input is not the one that the teachers saw") for row in chosen[other]
             ]
-            found = _cosines(rows, kept, rows_to_keep(ask(teachers, drawn, maker, device), teachers, manifest), drawn.ids)
+            found = _cosines(
+                rows, kept, rows_to_keep(ask(teachers, drawn, maker, device), teachers, manifest), drawn.ids
+            )
             for position, cosine in zip(chosen, found.tolist(), strict=True):
                 if cosine < LEAST_COSINE:
                     report.faults.append(

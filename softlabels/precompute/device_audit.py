@@ -88,7 +88,9 @@ def unpack_figures(packed: NDArray[np.float64], *, classes: int, temperatures: S
     )
 
 
-def figures_on_device(exact_BC: Tensor, decoded_BC: Tensor, *, temperatures: Sequence[float], **known: Any) -> RowFigures:
+def figures_on_device(
+    exact_BC: Tensor, decoded_BC: Tensor, *, temperatures: Sequence[float], **known: Any
+) -> RowFigures:
     """The figures of these rows, of which only a few bytes a row leave the device; arguments as of `pack_figures`."""
     packed = pack_figures(exact_BC, decoded_BC, temperatures=temperatures, **known)
     return unpack_figures(packed.cpu().numpy(), classes=exact_BC.shape[1], temperatures=temperatures)

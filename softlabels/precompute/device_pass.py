@@ -7,8 +7,9 @@ place in the shard.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +22,23 @@ from softlabels.precompute.answers import answers_of, audit_temperatures, listed
 from softlabels.precompute.device_audit import audited, pack_figures
 from softlabels.precompute.lanes import Lanes
 from softlabels.precompute.rows import RowBatch, RowMaker
-from softlabels.precompute.shards import ShardWork
 from softlabels.precompute.teachers import Teacher
+
+
+class Landing(Protocol):
+    """Where the encoded rows of a batch go."""
+
+    def land(self, batch: RowBatch, encoded: Mapping[str, Tensor]) -> int:
+        """Begin to copy a batch's rows to the host; returns the number of its first row in the store."""
+        ...
+
+    def land_figures(self, packed: Tensor) -> None:
+        """Begin to copy the audit's figures of a batch."""
+        ...
+
+    def landing(self, done: torch.cuda.Event | None) -> None:
+        """All that was begun is there when `done` is; at once, where it is None."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,13 +46,10 @@ class Started:
     """A batch whose forward passes are queued.
 
     Attributes:
-        work, first: the shard that its rows belong to, and which of the shard's rows is its first.
         answers: [R, C] a teacher.
         mark: where in the device's work they are done.
     """
 
-    work: ShardWork
-    first: int
     batch: RowBatch
     answers: list[Tensor]
     mark: torch.cuda.Event | None
@@ -56,40 +69,43 @@ class DevicePass:
     def __init__(
         self, plan: Manifest, maker: RowMaker, teachers: Sequence[Teacher], *, encoding: Encoding, lanes: Lanes
     ) -> None:
-        self.plan, self._maker, self._teachers = plan, maker, teachers
+        self.plan, self._maker, self.teachers = plan, maker, teachers
         self._encoding, self.lanes = encoding, lanes
         self._temperatures = audit_temperatures(plan)
 
-    def start(self, work: ShardWork, first: int, batch: RowBatch, inputs: Tensor) -> Started:
+    def by(self, teachers: Sequence[Teacher]) -> DevicePass:
+        """The same pass by other teachers."""
+        return DevicePass(self.plan, self._maker, teachers, encoding=self._encoding, lanes=self.lanes)
+
+    def start(self, batch: RowBatch, inputs: Tensor) -> Started:
         """Queue the forward passes of a batch.
 
         Args:
-            work, first: the shard, and which of its rows is the batch's first.
             batch: whose `inputs` the tensor `inputs` holds, pinned where the lanes ask for it.
         Raises:
             TeacherError: a teacher fails or answers with another shape.
         """
         uploaded = self.lanes.upload(inputs)
         with self.lanes.forward():
-            answers = answers_of(self._teachers, uploaded, batch, self._maker)
-        return Started(work=work, first=first, batch=batch, answers=answers, mark=self.lanes.mark())
+            answers = answers_of(self.teachers, uploaded, batch, self._maker)
+        return Started(batch=batch, answers=answers, mark=self.lanes.mark())
 
-    def finish(self, started: Started) -> None:
-        """Bring a batch's rows to their place in the shard; on return the copies are on their way.
+    def finish(self, started: Started, landing: Landing) -> None:
+        """Bring a batch's rows to where they go; on return the copies are on their way.
 
         Raises:
             NonFiniteLogitsError, TeacherError, EncodingError: with the sample ids that are to blame.
         """
-        batch, work = started.batch, started.work
+        batch = started.batch
         with self.lanes.beside(started.mark, started.answers), torch.inference_mode():
-            refuse_non_finite(started.answers, self._teachers, batch.ids)
-            kept_RC = rows_to_keep(started.answers, self._teachers, self.plan)
+            refuse_non_finite(started.answers, self.teachers, batch.ids)
+            kept_RC = rows_to_keep(started.answers, self.teachers, self.plan)
             encoded = self._encode(kept_RC, batch)
-            work.land(started.first, batch, encoded)
-            figures = self._figures(kept_RC, encoded, work.rows.start + started.first)
+            first_row = landing.land(batch, encoded)
+            figures = self._figures(kept_RC, encoded, first_row)
             if figures is not None:
-                work.land_figures(figures)
-            work.landed = self.lanes.landed()
+                landing.land_figures(figures)
+            landing.landing(self.lanes.landed())
 
     def _encode(self, kept_RC: Tensor, batch: RowBatch) -> dict[str, Tensor]:
         # A store of members keeps no encoding that draws, and its rows outnumber the keys.

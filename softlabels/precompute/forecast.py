@@ -11,7 +11,7 @@ import numpy as np
 from softlabels.encodings.auto import Tried, choose_encoding
 from softlabels.manifest import MeanKind, TemperatureSpec
 from softlabels.precompute.job import Job
-from softlabels.precompute.run import choose_device, load_teachers, load_transfer_set, pilot, plan_job, row_maker
+from softlabels.precompute.planning import choose_device, load_teachers, load_transfer_set, pilot, plan_job, row_maker
 from softlabels.softmath import check_temperature
 
 MOST_PILOT_ENTRIES = 1 << 24

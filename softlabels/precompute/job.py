@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from softlabels.encodings.requested import parse_encoding
 from softlabels.errors import JobError
+from softlabels.transfer_sets import check_source
 
 Table = TypeVar("Table")
+
+AUTO = "auto"
+PILOT_BATCH = 32
+"""What a few rows are computed in while no batch size is found yet: any device can do so much of any teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,7 @@ class StoreTable:
         name: what the store calls itself; the folder's name when left out.
         format: container format.
         rows_per_shard, rows_per_chunk: chosen by size when left out.
+        inputs: whether the samples themselves are kept beside their targets, so that the store alone trains a student.
     """
 
     path: str
@@ -32,13 +39,35 @@ class StoreTable:
     format: Literal["zarr", "hdf5"] = "zarr"
     rows_per_shard: int | None = None
     rows_per_chunk: int | None = None
+    inputs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferSetTable:
-    """What targets are computed for: a reference to a callable that returns a `TransferSet`, and its arguments."""
+    """What targets are computed for; docs/transfer-sets.md shows every kind.
+
+    Attributes:
+        source: one of `softlabels.transfer_sets.KINDS`, or a reference to a callable that returns a `TransferSet`.
+        arguments: for it, by name.
+    """
 
     source: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsTable:
+    """Several augmented versions of each sample, with a target each; leave the table out for one row a sample.
+
+    Attributes:
+        count: views a sample.
+        transform: a reference to a callable that returns what makes a view of a sample, see
+            `softlabels.views.load_view_transform`.
+        arguments: for that callable.
+    """
+
+    count: int
+    transform: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -52,24 +81,32 @@ class TargetsTable:
         mean: over the members of an ensemble.
         encoding: how a distribution becomes bytes: a name or a table, see `softlabels.encodings.requested`.
         keep: `members` keeps every teacher's own rows, so that mean, weights and temperature stay open after the job.
+        classes: a file with the names of the store's classes, one a column, in order; that of the first teacher with
+            a list when left out.
     """
 
     temperature: float
     mean: Literal["arithmetic", "geometric"] = "geometric"
     encoding: str | Mapping[str, Any] = "f16"
     keep: Literal["mean", "members"] = "mean"
+    classes: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTable:
-    """One member of the ensemble.
+    """One member of the ensemble; docs/teachers.md shows every kind.
 
     Attributes:
-        model: a reference to a callable that returns a `torch.nn.Module` giving logits [rows, classes].
-        arguments: for that callable.
-        weights: a safetensors file, relative to the job file; None when the callable returns a trained model.
+        model: a reference to a callable that returns a `torch.nn.Module` giving logits; or `torchscript:`, `export:`,
+            `onnx:` and a file, `transformers:`, `timm:`, `torchvision:` and a name or folder.
+        arguments: for that callable or library.
+        weights: safetensors, an index of them, or a checkpoint of weights alone, relative to the job file; None when
+            the callable returns a trained model.
         weight: in the mean.
-        preprocess: a reference to a callable from the inputs' tensor to what the model takes.
+        preprocess: a reference to a callable from the inputs' tensor to what the model takes, or a table of simple
+            steps for pictures.
+        classes: a file of class names in the order of the outputs, or `model` where its library knows them.
+        head: dotted name of the last linear layer, where hidden states are kept and the model does not say.
         name: for messages and the manifest; `teacher 0`, `teacher 1`, … when left out.
     """
 
@@ -77,21 +114,40 @@ class TeacherTable:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
     weight: float = 1.0
-    preprocess: str | None = None
+    preprocess: str | Mapping[str, Any] | None = None
+    classes: str | None = None
+    head: str | None = None
     name: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunTable:
-    """How the computation runs; none of it changes what the targets mean.
+    """How the computation runs; docs/operations.md says what each setting costs and changes.
 
     Attributes:
-        batch_size: samples a forward pass.
+        batch_size: inputs a forward pass; `auto` finds one, see `memory_limit_gib`.
+        memory_limit_gib: what a run may take of the device's memory (of main memory, on the CPU) when it looks for its
+            batch size; most of what is free when left out.
         device: `auto` takes an accelerator where there is one.
+        precision: what the teachers compute in, by autocast; other than `float32` it changes the targets, so the
+            manifest names it.
+        compile: whether the teachers go through `torch.compile`.
+        channels_last: whether images and convolutions lie with their channels last.
+        deterministic: whether the teachers may use deterministic kernels alone; an error where one has none.
     """
 
-    batch_size: int = 512
+    batch_size: int | str = 512
+    memory_limit_gib: float | None = None
     device: str = "auto"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = False
+    channels_last: bool = False
+    deterministic: bool = False
+
+    @property
+    def pilot_batch_size(self) -> int:
+        """Inputs a forward pass before the run has found its own."""
+        return PILOT_BATCH if isinstance(self.batch_size, str) else self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +163,7 @@ class Job:
     targets: TargetsTable
     teachers: tuple[TeacherTable, ...]
     run: RunTable = field(default_factory=RunTable)
+    views: ViewsTable | None = None
     base: Path = field(default_factory=Path.cwd)
 
     @property
@@ -137,7 +194,7 @@ def load_job(path: Path) -> Job:
 
 def job_from_json(document: Mapping[str, Any], *, base: Path, what: str = "the job") -> Job:
     """Make a job of nested tables, as TOML and JSON give them. Raises JobError as `load_job` does."""
-    known = {"store", "transfer_set", "targets", "teachers", "run"}
+    known = {"store", "transfer_set", "targets", "teachers", "run", "views"}
     _refuse_unknown(document, known, f"{what}, top level")
     teachers = document.get("teachers")
     if not isinstance(teachers, list | tuple) or not teachers:
@@ -146,28 +203,40 @@ def job_from_json(document: Mapping[str, Any], *, base: Path, what: str = "the j
         store=_table(StoreTable, document, "store", what),
         transfer_set=_table(TransferSetTable, document, "transfer_set", what),
         targets=_table(TargetsTable, document, "targets", what),
-        teachers=tuple(_filled(TeacherTable, t, f"{what}, teacher {i}") for i, t in enumerate(teachers)),
+        teachers=tuple(filled(TeacherTable, t, f"{what}, teacher {i}") for i, t in enumerate(teachers)),
         run=_table(RunTable, document, "run", what) if "run" in document else RunTable(),
+        views=None if document.get("views") is None else _table(ViewsTable, document, "views", what),
         base=base,
     )
+    check_source(job.transfer_set.source)
     parse_encoding(job.targets.encoding)
+    _check_run(job.run, what)
     for label, value in (
-        ("run.batch_size", job.run.batch_size),
         ("store.rows_per_shard", job.store.rows_per_shard),
         ("store.rows_per_chunk", job.store.rows_per_chunk),
+        ("views.count", None if job.views is None else job.views.count),
     ):
         if value is not None and value < 1:
             raise JobError(f"{what}: {label} is {value}, it must be at least 1")
     return job
 
 
+def _check_run(run: RunTable, what: str) -> None:
+    size, limit = run.batch_size, run.memory_limit_gib
+    if size != AUTO and (isinstance(size, str) or size < 1):
+        raise JobError(f"{what}: run.batch_size is {size!r}, it must be at least 1, or {AUTO!r}")
+    if limit is not None and not 0 < limit < math.inf:
+        raise JobError(f"{what}: run.memory_limit_gib is {limit}, it must be above 0")
+
+
 def _table(cls: type[Table], document: Mapping[str, Any], key: str, what: str) -> Table:
     if key not in document:
         raise JobError(f"{what} has no [{key}] table")
-    return _filled(cls, document[key], f"{what}, [{key}]")
+    return filled(cls, document[key], f"{what}, [{key}]")
 
 
-def _filled(cls: type[Table], values: Any, where: str) -> Table:
+def filled(cls: type[Table], values: Any, where: str) -> Table:
+    """A table of a job, each value of the type that it must have. Raises JobError, with the nearest known key."""
     if not isinstance(values, Mapping):
         raise JobError(f"{where} must be a table, not {values!r}")
     hints = get_type_hints(cls)
@@ -180,15 +249,16 @@ def _filled(cls: type[Table], values: Any, where: str) -> Table:
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise JobError(f"{where} is {value!r}, it must be one of {', '.join(map(repr, get_args(hint)))}")
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    literal = next((kind for kind in kinds if get_origin(kind) is Literal), None)
+    if literal is not None:
+        if value not in get_args(literal):
+            raise JobError(f"{where} is {value!r}, it must be one of {', '.join(map(repr, get_args(literal)))}")
         return value
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     kinds = tuple(get_origin(kind) or kind for kind in kinds)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise JobError(f"{where} is {value!r}, it must be a {names}")
     return value

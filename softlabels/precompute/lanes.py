@@ -21,8 +21,8 @@ class Lanes:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._cuda = device.type == "cuda"
-        self._copies = torch.cuda.Stream(device) if self._cuda else None
-        self._beside = torch.cuda.Stream(device) if self._cuda else None
+        self._copies = _stream(device) if self._cuda else None
+        self._beside = _stream(device) if self._cuda else None
         self._ended: torch.cuda.Event | None = None
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._began_s = time.perf_counter()
@@ -51,21 +51,17 @@ class Lanes:
             yield
             return
         main = torch.cuda.current_stream(self.device)
-        started = torch.cuda.Event(enable_timing=True)
-        started.record(main)
+        started = _point(main, timed=True)
         yield
         if self._ended is not None:
             self._gaps.append((self._ended, started))
-        self._ended = torch.cuda.Event(enable_timing=True)
-        self._ended.record(main)
+        self._ended = _point(main, timed=True)
 
     def mark(self) -> torch.cuda.Event | None:
         """A point in the teachers' lane that `beside` can start from."""
         if not self._cuda:
             return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return _point(torch.cuda.current_stream(self.device))
 
     @contextmanager
     def beside(self, mark: torch.cuda.Event | None, tensors: Sequence[Tensor]) -> Iterator[None]:
@@ -81,11 +77,12 @@ class Lanes:
 
     def landed(self) -> torch.cuda.Event | None:
         """A point that the host can wait for: all copies to it that were begun so far are done then."""
-        if self._beside is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(self._beside)
-        return event
+        return None if self._beside is None else _point(self._beside)
+
+    def synchronize(self) -> None:
+        """Wait until all lanes are done."""
+        if self._cuda:
+            torch.cuda.synchronize(self.device)
 
     def starved(self, seconds: float) -> None:
         """Count time in which the host had no batch to give; on CUDA the device's own clock tells that."""
@@ -94,7 +91,18 @@ class Lanes:
 
     def idle_share(self) -> float:
         """Share of the time so far in which no teacher ran; of finished batches alone."""
-        while self._gaps and self._gaps[0][1].query():
+        while self._gaps and self._gaps[0][1].query():  # type: ignore[no-untyped-call]
             ended, started = self._gaps.pop(0)
             self._idle_s += max(0.0, ended.elapsed_time(started)) / 1e3
         return min(1.0, self._idle_s / max(1e-9, time.perf_counter() - self._began_s))
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _point(stream: torch.cuda.Stream, *, timed: bool = False) -> torch.cuda.Event:
+    """A point in what a stream has been given so far."""
+    event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event

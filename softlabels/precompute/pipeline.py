@@ -12,20 +12,18 @@ stage stops them all; shards that are committed stay, the claims of all others a
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from softlabels.audit import Audit
 from softlabels.errors import ShardClaimedError, TeacherError
 from softlabels.precompute.answers import audit_temperatures, host_tensor
 from softlabels.precompute.device_pass import DevicePass, Started
-from softlabels.precompute.memory import is_out_of_memory
+from softlabels.precompute.memory import is_out_of_memory, release_cached
 from softlabels.precompute.rows import RowBatch, RowMaker
 from softlabels.precompute.shards import ShardWork
 from softlabels.precompute.stages import Channel, Halt, HaltedError, Slots, Stage
@@ -54,7 +52,7 @@ def compute_shards(
     *,
     batch_size: int,
     progress: Progress,
-    committed: Committed,
+    committed: Committed | None,
     halved: Halved,
 ) -> None:
     """Compute these shards, but for those that other processes hold or have committed.
@@ -66,7 +64,7 @@ def compute_shards(
         writer: of the store; maker: of its rows; device_pass: of its plan.
         batch_size: inputs of a forward pass.
         progress: rows as they are computed.
-        committed: told of every shard that this run wrote.
+        committed: told of every shard that this run wrote, if anybody is.
         halved: told of a batch size that had to be halved.
     Raises:
         SoftLabelsError, OSError: of whichever stage failed first. TeacherError: not even one input fits.
@@ -100,34 +98,30 @@ def _all_fit(loading: _Loading, device_pass: DevicePass, writing: _Writing, prog
 
 
 def _compute_all(loading: _Loading, device_pass: DevicePass, writing: _Writing, progress: Progress) -> None:
-    before: Started | None = None
+    before: tuple[ShardWork, Started] | None = None
+
+    def finish() -> None:
+        if before is not None:
+            work, started = before
+            device_pass.finish(started, work)
+            progress.advance(started.batch.rows)
+            if work.complete:
+                writing.hand_over(work)
+
     for loaded in loading:
         try:
-            started = device_pass.start(loaded.work, loaded.first, loaded.batch, loaded.inputs)
+            started = device_pass.start(loaded.batch, loaded.inputs)
         except Exception:
-            _finish(before, device_pass, writing, progress)  # what came before the fault is kept
+            finish()  # what came before the fault is kept
             raise
-        _finish(before, device_pass, writing, progress)
-        before = started
-    _finish(before, device_pass, writing, progress)
+        finish()
+        before = loaded.work, started
+    finish()
     loading.raise_error()
 
 
-def _finish(started: Started | None, device_pass: DevicePass, writing: _Writing, progress: Progress) -> None:
-    if started is None:
-        return
-    device_pass.finish(started)
-    work, rows = started.work, started.batch.rows
-    work.counted += rows
-    progress.advance(rows)
-    if work.counted == len(work.rows):
-        writing.hand_over(work)
-
-
 def _halve(batch_size: int, progress: Progress) -> int:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_cached()
     if batch_size == 1:
         raise TeacherError(
             "the device's memory does not do for a single input: use a device with more of it, half precision "
@@ -139,10 +133,9 @@ def _halve(batch_size: int, progress: Progress) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Loaded:
-    """A batch on the host, and its place."""
+    """A batch on the host, and the shard that it belongs to."""
 
     work: ShardWork
-    first: int
     batch: RowBatch
     inputs: Tensor
 
@@ -150,7 +143,7 @@ class _Loaded:
 class _Writing:
     """The writer's stage; left without an error, it waits until everything is committed."""
 
-    def __init__(self, halt: Halt, committed: Committed) -> None:
+    def __init__(self, halt: Halt, committed: Committed | None) -> None:
         self._halt, self._committed = halt, committed
         self._shards: Channel[ShardWork] = Channel(_CLAIMED, halt)
         self._given: list[ShardWork] = []
@@ -185,11 +178,12 @@ class _Writing:
             audit = work.commit()
             self._given.remove(work)
             self.slots.give_back()
-            self._committed(work, audit)
+            if self._committed is not None:
+                self._committed(work, audit)
 
 
 class _Loading:
-    """The loader's stage: gives batches in the order of shards; left, it lets go of the shards that are not computed."""
+    """The loader's stage: gives batches in the order of shards; left, it lets go of shards that are not computed."""
 
     def __init__(
         self,
@@ -219,7 +213,7 @@ class _Loading:
         self._stage.join(_PATIENCE_S)
         for work in self._claimed.copy():
             if work.shard not in self._writing.handed_over:
-                self._progress.advance(-work.counted)
+                self._progress.advance(-work.landed_rows)
                 self._let_go(work)
 
     def __iter__(self) -> Iterator[_Loaded]:
@@ -276,11 +270,11 @@ class _Loading:
         self._writing.slots.give_back()
 
     def _load_shard(self, work: ShardWork) -> None:
-        first = 0
+        rows = 0
         for batch in self._maker.batches(work.rows, self._batch_size):
             inputs = host_tensor(batch.inputs)
             if self._lanes.pinned:
                 inputs = inputs.pin_memory()
-            self._batches.put(_Loaded(work=work, first=first, batch=batch, inputs=inputs))
-            first += batch.rows
-        assert first == len(work.rows), f"{first} rows were made for the {len(work.rows)} of shard {work.shard}"
+            self._batches.put(_Loaded(work=work, batch=batch, inputs=inputs))
+            rows += batch.rows
+        assert rows == len(work.rows), f"{rows} rows were made for the {len(work.rows)} of shard {work.shard}"

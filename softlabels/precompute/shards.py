@@ -34,8 +34,7 @@ class ShardWork:
         pinned: whether a device copies into the arrays.
     Attributes:
         shard, rows: its number and its rows in the store.
-        landed: where in the device's work all copies into the shard are done.
-        counted: rows that were shown as done.
+        landed_rows: how many of its rows were brought so far.
     Raises:
         ShardClaimedError: another writer holds it.
     """
@@ -52,29 +51,41 @@ class ShardWork:
         self._claim = self._held.enter_context(claim)
         self._plan, self._temperatures, self._pinned = plan, temperatures, pinned
         self.shard, self.rows = self._claim.shard, self._claim.rows
-        self.landed: torch.cuda.Event | None = None
-        self.counted = 0
+        self.landed_rows = 0
+        self._done: torch.cuda.Event | None = None
         self._arrays: dict[str, Tensor] = {}
         self._ids: list[NDArray[Any]] = []
         self._facts: dict[str, NDArray[Any]] = {}
         self._figures: list[Tensor] = []
 
-    def land(self, first: int, batch: RowBatch, encoded: Mapping[str, Tensor]) -> None:
-        """Begin to copy a batch's rows into the shard, from its row `first` on; batches come in order."""
+    @property
+    def complete(self) -> bool:
+        """Whether all rows were brought."""
+        return self.landed_rows == len(self.rows)
+
+    def land(self, batch: RowBatch, encoded: Mapping[str, Tensor]) -> int:
+        """Begin to copy the shard's next rows into it; returns the first one's number in the store."""
         if not self._arrays:
             self._arrays = {name: self._host_array(name) for name in encoded}
-        part = slice(first, first + batch.rows)
+        first = self.rows.start + self.landed_rows
+        part = slice(self.landed_rows, self.landed_rows + batch.rows)
         for name, tensor in encoded.items():
             target = self._arrays[name][part]
             assert tensor.dtype == target.dtype, f"{name}: {tensor.dtype} is not the plan's {target.dtype}"
             target.copy_(tensor.reshape(target.shape), non_blocking=self._pinned)
         self._keep_facts(part, batch)
+        self.landed_rows += batch.rows
+        return first
 
     def land_figures(self, packed: Tensor) -> None:
         """Begin to copy the audit's figures of a batch."""
         target = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=self._pinned)
         target.copy_(packed, non_blocking=self._pinned)
         self._figures.append(target)
+
+    def landing(self, done: torch.cuda.Event | None) -> None:
+        """What was begun so far is there when `done` is."""
+        self._done = done
 
     def commit(self) -> Audit:
         """Wait for the last copy, write the shard, and let go of it.
@@ -85,8 +96,8 @@ class ShardWork:
             ShardConflictError, ShapeMismatchError, OSError: nothing of the shard exists then.
         """
         with self._held:
-            if self.landed is not None:
-                self.landed.synchronize()
+            if self._done is not None:
+                self._done.synchronize()
             audit = Audit(self._temperatures)
             for packed in self._figures:
                 audit.absorb(
@@ -124,4 +135,3 @@ class ShardWork:
                 blank = UNLABELLED if name == "labels" else 0
                 self._facts[name] = np.full((len(self.rows), *found.shape[1:]), blank, dtype=found.dtype)
             self._facts[name][part] = found
-

@@ -28,7 +28,7 @@ class Halt:
 
     def __init__(self, parent: Halt | None = None) -> None:
         self._parent = parent
-        self.changed = threading.Condition() if parent is None else parent.changed
+        self.changed: threading.Condition = threading.Condition() if parent is None else parent.changed
         self._stopped = False
         self._error: BaseException | None = None
 

@@ -48,7 +48,7 @@ def _opened(path: Path, keys: dict[str, str]) -> Columns:
         file = h5py.File(path, "r")
     except OSError as error:
         raise JobError(f"{path} cannot be opened as an HDF5 file: {error}") from error
-    return Columns(**{key: SlicedColumn(_dataset(h5py, file, name, path)) for key, name in keys.items()})  # type: ignore[arg-type]
+    return Columns(**{key: SlicedColumn(_dataset(h5py, file, name, path)) for key, name in keys.items()})
 
 
 def _dataset(h5py: Any, file: Any, name: str, path: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def _pictures_in(folder: Path) -> Iterator[str]:
 
 
 def _labels_of_folders(paths: PackedNames, classes: list[str] | None) -> NDArray[np.int64] | None:
-    folders = {paths[position].partition("/")[0] for position in range(len(paths)) if "/" in paths[position]}
+    folders = {path.partition("/")[0] for path in paths if "/" in path}
     if not folders:
         return None
     names = classes if classes is not None else sorted(folders)
@@ -124,7 +124,7 @@ def _labels_of_folders(paths: PackedNames, classes: list[str] | None) -> NDArray
     if unknown:
         raise JobError(f"folder {unknown[0]!r} is none of the `classes`, which are {', '.join(names[:20])}")
     number = {folder: label for label, folder in enumerate(names)}
-    firsts = (paths[position].partition("/") for position in range(len(paths)))
+    firsts = (path.partition("/") for path in paths)
     labels = (number[first] if slash else UNLABELLED for first, slash, _ in firsts)
     return np.fromiter(labels, dtype=np.int64, count=len(paths))
 
@@ -137,8 +137,7 @@ def _labels_of_table(
     classes: list[str] | None,
 ) -> NDArray[np.int64]:
     known: dict[str, int] = {}
-    for position in range(len(paths)):
-        path = paths[position]
+    for position, path in enumerate(paths):
         known[path] = position
         known.setdefault(path.rpartition(".")[0], position)
     labels = np.full(len(paths), UNLABELLED, dtype=np.int64)
@@ -153,7 +152,7 @@ def _labels_of_table(
     return labels
 
 
-def _columns(table: Path, header: list[str] | tuple[str, ...], wanted: tuple[str | None, str | None]) -> list[str]:
+def _columns(table: Path, header: Sequence[str], wanted: tuple[str | None, str | None]) -> list[str]:
     header = list(header)
     found = [name or (header[place] if place < len(header) else "") for place, name in enumerate(wanted)]
     for name in found:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,15 @@ from softlabels.manifest import IdSpec
 
 MOST_CHECKED_IDS = 1 << 24
 """Ids among which repeats are looked for before a job begins, in 128 MiB; of more, when the store is finished."""
+
+
+@runtime_checkable
+class KnowsItsIds(Protocol):
+    """A transfer set that can tell, before any sample is read, how a store is to keep its ids."""
+
+    def id_spec(self) -> IdSpec:
+        """How a store keeps the ids."""
+        ...
 
 
 class PackedNames:
@@ -38,6 +48,9 @@ class PackedNames:
 
     def __getitem__(self, position: int) -> str:
         return self._text[self._ends[position] : self._ends[position + 1]].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[position] for position in range(len(self)))
 
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.str_]:
         """The names at these positions, [B]."""
@@ -134,8 +147,8 @@ def _equal_pair(values: NDArray[np.int64] | NDArray[np.uint64]) -> tuple[int, in
 
 def _first_repeat(names: PackedNames) -> str | None:
     seen: set[str] = set()
-    for position in range(len(names)):
-        if names[position] in seen:
-            return names[position]
-        seen.add(names[position])
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
     return None

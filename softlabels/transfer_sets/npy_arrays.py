@@ -62,7 +62,7 @@ def npy_arrays(
 
 def _opened(paths: dict[str, Path], form: tuple[str, tuple[int, ...]] | None) -> Columns:
     columns = {key: MappedColumn(_mapped(path, form if key == "inputs" else None)) for key, path in paths.items()}
-    return Columns(**columns)  # type: ignore[arg-type]
+    return Columns(**columns)
 
 
 def _mapped(path: Path, form: tuple[str, tuple[int, ...]] | None) -> NDArray[Any]:
@@ -74,9 +74,7 @@ def _mapped(path: Path, form: tuple[str, tuple[int, ...]] | None) -> NDArray[Any
             return np.memmap(path, dtype=dtype, mode="r")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, TypeError, EOFError) as error:
-        raise JobError(
-            f"{path} cannot be mapped as an array ({error}); .npz files hold several, save one each"
-        ) from error
+        raise JobError(f"{path} cannot be mapped as an array of numbers or strings: {error}") from error
     if not isinstance(array, np.ndarray):
         raise JobError(f"{path} holds several arrays, which cannot be mapped: save each as a .npy file")
     if array.ndim == 0:

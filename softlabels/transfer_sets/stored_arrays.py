@@ -66,15 +66,7 @@ class StoredArrays:
         self._one_at_a_time = one_at_a_time
         self._lock = threading.RLock()
         self._opened, self._opened_in = open_columns(), os.getpid()
-        lengths = {
-            key: len(column)
-            for key, column in (
-                ("inputs", self._opened.inputs),
-                ("labels", self._opened.labels),
-                ("ids", self._opened.ids),
-            )
-            if column is not None
-        }
+        lengths = {key: len(column) for key, column in vars(self._opened).items() if column is not None}
         self._count = lengths["inputs"]
         if len(set(lengths.values())) > 1:
             raise ShapeMismatchError(f"the arrays of {name!r} differ in length: {lengths}")

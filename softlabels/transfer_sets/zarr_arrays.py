@@ -70,7 +70,7 @@ def _opened(folder: Path, keys: dict[str, str]) -> Columns:
         group = zarr.open_group(folder, mode="r")
     except (OSError, ValueError, KeyError) as error:
         raise JobError(f"{folder} cannot be opened as a Zarr group: {error}") from error
-    return Columns(**{key: ZarrColumn(_array(zarr, group, array, folder)) for key, array in keys.items()})  # type: ignore[arg-type]
+    return Columns(**{key: ZarrColumn(_array(zarr, group, array, folder)) for key, array in keys.items()})
 
 
 def _array(zarr: Any, group: Any, path: str, folder: Path) -> Any:

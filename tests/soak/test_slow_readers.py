@@ -21,7 +21,7 @@ MOST_GROWTH_MB = 8.0
 """While they read on at their trickle. Where pieces are cut moves what each one costs by some KB from time to time."""
 
 KEPT_MB = 64.0
-"""What the allocator keeps of freed memory, see `softlabels_server.allocator`."""
+"""What the allocator keeps of freed memory, see `softlabels_server.allocator`; more is given back within 20 s."""
 
 MOST_LATENCY_S = 1.0
 """Of anybody's batch meanwhile, all other work of a busy machine included; a few ms as measured."""
@@ -44,15 +44,15 @@ class SlowReaders:
         for number in range(count):
             reader = socket.socket()
             # Before it connects, so that the kernel takes no more than this for the reader.
-            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
             reader.settimeout(60)
             reader.connect((served.host, served.port))
             reader.sendall(head.format(number).encode())
             self._sockets.append(reader)
 
     def read_a_little(self) -> int:
-        """Some KB each; how many bytes came in all."""
-        return sum(len(reader.recv(16 << 10)) for reader in self._sockets)
+        """Some 10 KB each; how many bytes came in all."""
+        return sum(len(reader.recv(64 << 10)) for reader in self._sockets)
 
     def read_to_the_end(self, number: int) -> int:
         """All that still comes to one of them, until the server closes; how many bytes that is."""
@@ -104,6 +104,15 @@ def wait_for_files(served: Any, count: int) -> None:
         time.sleep(0.05)
 
 
+def settled_mb(served: Any, alone_mb: float) -> float:
+    """What the server holds once it has given back what it does not need, or after a minute."""
+    give_up = time.monotonic() + 60
+    while served.anonymous_mb() - alone_mb >= KEPT_MB + MOST_GROWTH_MB and time.monotonic() < give_up:
+        time.sleep(0.5)
+    held_mb: float = served.anonymous_mb()
+    return held_mb
+
+
 @pytest.mark.usefixtures("many_files")
 @pytest.mark.parametrize(
     ("count", "rounds", "pause_s"),
@@ -121,19 +130,21 @@ def test_readers_at_a_trickle(serve: Any, count: int, rounds: int, pause_s: floa
     print(f"alone: {alone_mb:.1f} MB; a batch takes {regular.summary()}")
     regular.latencies_s.clear()
     found: list[float] = []
+    received = 0
     with slow_readers(served, count) as readers:
         for number in range(rounds):
-            received = readers.read_a_little()
-            assert received > 0
+            received += readers.read_a_little()
             regular.ask(20)
             time.sleep(pause_s)
             found.append(served.anonymous_mb())
             if number % 10 == 0 or number == rounds - 1:
-                print(f"{count} readers, round {number}: {found[-1]:.1f} MB; a batch takes {regular.summary()}")
+                each_kb = received / count / 1e3
+                print(f"{count} readers, {each_kb:.0f} KB each: {found[-1]:.1f} MB; a batch takes {regular.summary()}")
     wait_for_files(served, files)
     regular.ask(100)
-    after_mb = served.anonymous_mb()
+    after_mb = settled_mb(served, alone_mb)
     print(f"when they are gone: {after_mb:.1f} MB, {served.open_files()} open files")
+    assert received / count > 10_000 * rounds, "they hardly read at all"
     assert max(found) - alone_mb < count * MOST_MB_A_READER + MOST_GROWTH_MB, found
     assert found[-1] - max(found[: rounds // 2]) < MOST_GROWTH_MB, found
     assert after_mb - alone_mb < KEPT_MB + MOST_GROWTH_MB
@@ -142,20 +153,20 @@ def test_readers_at_a_trickle(serve: Any, count: int, rounds: int, pause_s: floa
 
 @pytest.mark.usefixtures("many_files")
 @pytest.mark.parametrize(
-    ("count", "timeout_s"),
+    ("count", "timeout_s", "herds"),
     [
-        pytest.param(50, 1.0, id="fifty"),
-        pytest.param(1_000, 10.0, id="a-thousand", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param(50, 0.6, 2, id="fifty"),
+        pytest.param(1_000, 10.0, 4, id="a-thousand", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
-def test_readers_who_stop_are_dropped(serve: Any, count: int, timeout_s: float) -> None:
+def test_readers_who_stop_are_dropped(serve: Any, count: int, timeout_s: float, herds: int) -> None:
     """After `stall_timeout_s`: their streams are cut, their sockets closed, and the next herd needs no more memory."""
     served = serve("--stall-timeout", timeout_s)
     regular = Regular(served)
     regular.ask(500)
     alone_mb, files = served.anonymous_mb(), served.open_files()
     peaks: list[float] = []
-    for _ in range(3):
+    for _ in range(herds):
         with slow_readers(served, count) as readers:
             readers.read_a_little()
             time.sleep(timeout_s / 2)
@@ -164,10 +175,10 @@ def test_readers_who_stop_are_dropped(serve: Any, count: int, timeout_s: float) 
             wait_for_files(served, files)
             assert readers.read_to_the_end(0) < STREAM_BYTES / 2
     regular.ask(100)
-    after_mb = served.anonymous_mb()
+    after_mb = settled_mb(served, alone_mb)
     print(f"alone {alone_mb:.1f} MB; with {count} each time {peaks} MB; when all are dropped {after_mb:.1f} MB")
     assert max(peaks) - alone_mb < count * MOST_MB_A_READER + MOST_GROWTH_MB
-    assert peaks[2] - max(peaks[:2]) < MOST_GROWTH_MB + 0.05 * count
+    assert peaks[-1] - max(peaks[:-1]) < MOST_GROWTH_MB + 0.05 * count
     assert after_mb - alone_mb < KEPT_MB + MOST_GROWTH_MB
     assert max(regular.latencies_s) < MOST_LATENCY_S, regular.summary()
 

@@ -1,4 +1,4 @@
-"""Is a kept row the one that was kept, and whose? Checksums that hang on the row's bytes, its key, its field, its store.
+"""Is a kept row the one that was kept, and whose? Checksums over the row's bytes, its key, its field and its store.
 
 Legend: B rows, W little-endian 64-bit words of a row.
 """
@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.ids import IdArray, to_fixed_bytes
+from softlabels.ids import IdArray, to_fixed_bytes, utf8
 from softlabels.manifest import Manifest
 
 Words = NDArray[np.uint64]
@@ -58,7 +58,8 @@ class RowChecks:
         folded_BW ^= words_BW
         sums = np.einsum("bw,w->b", folded_BW, self._factors)
         sums += mixed(keys_B ^ self._seed)
-        return np.maximum(sums, np.uint64(1))
+        checks: Words = np.maximum(sums, np.uint64(1))
+        return checks
 
 
 class RowKeys:
@@ -84,7 +85,9 @@ class RowKeys:
         """The keys of these samples' views, [B] each; None where some cannot be in the store, or no view was named."""
         if (views is None) != (self._layout.kind == "single") or (ids.dtype.kind == "U") != (self._ids.kind == "str"):
             return None
-        if views is not None and (views.shape != ids.shape or bool(((views < 0) | (views >= self._layout.views)).any())):
+        if views is not None and (
+            views.shape != ids.shape or bool(((views < 0) | (views >= self._layout.views)).any())
+        ):
             return None
         if self._ids.dense_start is None:
             return self._hashed(ids, views)
@@ -97,7 +100,7 @@ class RowKeys:
     def _hashed(self, ids: IdArray, views: NDArray[np.int64] | None) -> tuple[Words, Words] | None:
         if ids.dtype.kind == "U":
             width = self._factors[0].size * 8
-            if len(ids) and int(np.char.str_len(np.char.encode(ids, "utf-8")).max()) > self._ids.width_bytes:  # type: ignore[type-var]
+            if utf8(ids).dtype.itemsize > self._ids.width_bytes:
                 return None
             words_BW = to_fixed_bytes(ids, width_bytes=width).view("<u8")
         else:

@@ -1,9 +1,9 @@
 """Which stores' rows are kept on this machine, and who makes room for whom? A folder of tables, one a store's version.
 
-    FOLDER/rows-v1/lock                      held while tables come and go
-    FOLDER/rows-v1/DIGEST/table.json         which store, and how large; its age is when it was last opened
-    FOLDER/rows-v1/DIGEST/in-use             locked, shared, by every process that reads or fills the table
-    FOLDER/rows-v1/DIGEST/{index,rows,ids}   see `softlabels_client.cache.table`
+FOLDER/rows-v1/lock                      held while tables come and go
+FOLDER/rows-v1/DIGEST/table.json         which store, and how large; its age is when it was last opened
+FOLDER/rows-v1/DIGEST/in-use             locked, shared, by every process that reads or fills the table
+FOLDER/rows-v1/DIGEST/{index,rows,ids}   see `softlabels_client.cache.table`
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from softlabels.manifest import Manifest
 from softlabels.sealing import document_of
@@ -140,7 +141,8 @@ class CacheFolder:
         """
         if not self._root.is_dir():
             return [], []
-        removed, stayed = [], []
+        removed: list[KeptStore] = []
+        stayed: list[KeptStore] = []
         with self._locked():
             self._clear_rubbish()
             for kept in self.kept():
@@ -249,7 +251,7 @@ class CacheFolder:
         return False
 
     @staticmethod
-    def _document(folder: Path) -> dict[str, object]:
+    def _document(folder: Path) -> dict[str, Any]:
         try:
             document = json.loads((folder / _TABLE).read_bytes())
         except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -264,7 +266,7 @@ class CacheFolder:
             return -1
 
 
-def _document(manifest: Manifest, digest: str, shape: TableShape) -> dict[str, object]:
+def _document(manifest: Manifest, digest: str, shape: TableShape) -> dict[str, Any]:
     """What `table.json` says; a table that says anything else is not this store's."""
     return {
         "name": manifest.name,

@@ -72,7 +72,7 @@ class MappedFile:
 
     def write(self, offset: int, data: NDArray[np.uint8]) -> None:
         """Write all of it. Raises OSError."""
-        view = memoryview(data).cast("B")
+        view = data.data.cast("B")
         while view:
             count = os.pwrite(self.fd, view, offset)
             view, offset = view[count:], offset + count

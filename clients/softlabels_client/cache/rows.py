@@ -1,10 +1,8 @@
-"""How are rows of a far store read twice and sent once? A row source that keeps on this machine what another one gave."""
+"""How are a far store's rows read twice and sent once? A row source that keeps here what another one gave."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,9 @@ from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
 from softlabels.opening import IDS, RowSource
 from softlabels_client.cache.epochs import kept_epoch
-from softlabels_client.cache.folder import DEFAULT_BYTES, CacheFolder, OpenTable, default_folder
-from softlabels_client.cache.kept import KeptRows
-from softlabels_client.prefetch import Ahead
-
-_LOG = logging.getLogger("softlabels.cache")
-
-AHEAD_BYTES = 32 << 20
-"""Rows of an epoch that are fetched before they are asked for: seconds of a slow link, and little memory."""
-
-AHEAD_BATCHES = 256
+from softlabels_client.cache.folder import DEFAULT_BYTES, CacheFolder, default_folder
+from softlabels_client.cache.kept import LOGGER, KeptRows
+from softlabels_client.prefetch import epoch_ahead
 
 
 class CachedRows:
@@ -41,7 +32,7 @@ class CachedRows:
     Args:
         far: where rows come from at first.
         folder: where they are kept; $SOFTLABELS_CACHE or ~/.cache/softlabels when left out.
-        most_bytes: of the whole folder. What a store does not fit into is filled once and then stays as it is.
+        most_bytes: of the whole folder. A store that is larger fills it once, and what is there then stays.
         read_only: rows that are there are used, and none is added.
     Raises:
         RequestError: a bound below 1.
@@ -56,12 +47,12 @@ class CachedRows:
         read_only: bool = False,
     ) -> None:
         if most_bytes < 1:
-            raise RequestError(f"cache_bytes is {most_bytes}: a cache of nothing keeps nothing; leave the cache out")
+            raise RequestError(f"a cache of {most_bytes} bytes keeps nothing: give it more, or leave the cache out")
         self._far = far
-        self._place = default_folder() if folder is None else Path(folder)
+        self._folder = default_folder() if folder is None else Path(folder)
         self._most_bytes, self._read_only = most_bytes, read_only
-        self._said: set[str] = set()
-        self._reset()
+        self._kept = self._opened()
+        self._closed = False
 
     @property
     def manifest(self) -> Manifest:
@@ -70,12 +61,12 @@ class CachedRows:
 
     @property
     def digest(self) -> str:
-        """The version of the store; rows of no other are served from the cache."""
+        """The version of the store; rows of no other come from the cache."""
         return self._far.digest
 
     @property
     def encoding(self) -> Encoding:
-        """How the rows are decoded; what the encoding learnt is fetched anew each time that a store is opened."""
+        """How the rows are decoded; what the encoding learnt is fetched each time that the store is opened."""
         return self._far.encoding
 
     def fetch(
@@ -86,48 +77,58 @@ class CachedRows:
         views: NDArray[np.int64] | None = None,
         spans: NDArray[np.int64] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """Rows of these ids: from the disk, and what is missing there by one request. As the other source gives them.
+        """Rows of these ids, in the order asked: from the disk, and by one request what is missing there.
 
-        Raises: as the other source does, for what is asked of it.
+        Raises: as the other source does.
         """
-        kept = self._kept()
-        if kept is None or spans is not None:
+        kept = self._shelf()
+        found = None if kept is None or spans is not None else kept.look(ids, fields, views)
+        if kept is None or found is None:
             return self._far.fetch(ids, fields, views=views, spans=spans)
-        found = kept.look(ids, fields, views)
-        if found is None:
-            return self._far.fetch(ids, fields, views=views)
-        kept.fill(found)
+        kept.fill([found])
         return {name: ids if name == IDS else found.arrays[name] for name in fields}
 
     def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Iterator[EpochRows]:
-        """The rows of each step of an epoch; a thread fetches ahead, from the disk or by one stream. As `fetch`."""
-        kept = self._kept()
-        if kept is None:
-            rows = self._far.epoch(plan, fields)
-        else:
-            rows = kept_epoch(kept, self._far, plan, fields)
-        return Ahead(rows, most_items=AHEAD_BATCHES, most_bytes=AHEAD_BYTES, size_of=bytes_of)
+        """The rows of each step of an epoch, fetched ahead by a thread: from the disk, or by one stream.
+
+        Raises, when it is read: as the other source does.
+        """
+        kept = self._shelf()
+        return epoch_ahead(self._far.epoch(plan, fields) if kept is None else kept_epoch(kept, self._far, plan, fields))
 
     def close(self) -> None:
         """Let go of files and connections; a later batch opens them again."""
-        self._reset()
+        self._kept, self._closed = None, True
         self._far.close()
 
-    def _kept(self) -> KeptRows | None:
+    def _shelf(self) -> KeptRows | None:
+        if self._closed:
+            self._kept, self._closed = self._opened(), False
+        return self._kept
+
+    def _opened(self) -> KeptRows | None:
         """What is kept of this store; None where nothing can be."""
-        if self._process != os.getpid() and not self._tried:
-            self._process = os.getpid()
-        if not self._tried:
-            self._tried = True
-            self._open = self._opened()
-        if self._open is None:
+        manifest = self._far.manifest
+        if manifest.layout.kind == "sequences" or not manifest.finished:
             return None
-        return KeptRows(self._open.table, self._far, self._say, read_only=self._read_only or self._gave_up)
+        folder = CacheFolder(self._folder, most_bytes=self._most_bytes, read_only=self._read_only)
+        try:
+            opened = folder.open(manifest, self._far.digest)
+        except OSError as error:
+            LOGGER.warning("the cache in %s cannot be used, all rows come from the server: %s", self._folder, error)
+            return None
+        if opened is None:
+            LOGGER.warning(
+                "the cache in %s holds nothing of %r and %s: all rows come from the server",
+                self._folder,
+                manifest.name,
+                "is read-only" if self._read_only else f"{self._most_bytes} bytes have no room for it",
+            )
+            return None
+        return KeptRows(opened, self._far, read_only=self._read_only)
 
-    def _opened(self) -> OpenTable | None:
-        raise NotImplementedError
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_closed")}
 
-
-def bytes_of(rows: EpochRows) -> int:
-    """What a step's rows take in memory."""
-    return sum(array.nbytes for array in rows.arrays.values())
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _kept=None, _closed=True)

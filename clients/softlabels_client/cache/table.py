@@ -150,7 +150,7 @@ class RowTable:
         Raises:
             OSError: the disk is full, or broken.
         """
-        if self._read_only or not len(keys):
+        if self._read_only or not len(keys) or not arrays:
             return
         _, distinct = np.unique(keys, return_index=True)
         keys, checks = keys[distinct], checks[distinct]
@@ -163,7 +163,8 @@ class RowTable:
             known = (slots >= 0) & (slots < self.shape.slots)
             # An index that leads to somebody else's record was spoilt: it gets another entry, and they keep theirs.
             known[known] = self._rows.keys_at(slots[known]) == keys[known]
-            for row in np.flatnonzero(known).tolist():
+            _, sound, _ = self._rows.read(np.where(known, slots, 0), tuple(arrays), keys, checks)
+            for row in np.flatnonzero(known & ~sound).tolist():
                 self._rows.write_fields(int(slots[row]), block[row], tuple(arrays))
             self._append(keys[~known], block[~known])
 

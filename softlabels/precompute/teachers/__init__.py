@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from softlabels.precompute.teachers.class_lists import align_classes, class_list_of_store
 from softlabels.precompute.teachers.loading import load_teacher
 from softlabels.precompute.teachers.teacher import PADDING, Head, Teacher, frozen, state_sha256, teacher_from_module
 
-__all__ = ["PADDING", "Head", "Teacher", "frozen", "load_teacher", "state_sha256", "teacher_from_module"]
+__all__ = [
+    "PADDING",
+    "Head",
+    "Teacher",
+    "align_classes",
+    "class_list_of_store",
+    "frozen",
+    "load_teacher",
+    "state_sha256",
+    "teacher_from_module",
+]

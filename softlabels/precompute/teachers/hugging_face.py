@@ -200,8 +200,8 @@ def _refuse_untrained(report: Mapping[str, Any], place: str, who: str) -> None:
     if lacking:
         more = f" and {len(lacking) - _MOST_LISTED} more" if len(lacking) > _MOST_LISTED else ""
         raise JobError(
-            f"{who}: {place} lacks weights that its task needs ({', '.join(lacking[:_MOST_LISTED])}{more}), which would "
-            "be drawn at random: fine-tune it first, or name the checkpoint that was"
+            f"{who}: {place} lacks weights that its task needs ({', '.join(lacking[:_MOST_LISTED])}{more}), which "
+            "would be drawn at random: fine-tune it first, or name the checkpoint that was"
         )
 
 

@@ -60,7 +60,11 @@ def _library(name: str, who: str) -> Any:
     library = name.partition(".")[0]
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError, OSError) as error:  # a build for another torch fails while it loads its operators
+    except (
+        ImportError,
+        RuntimeError,
+        OSError,
+    ) as error:  # a build for another torch cannot register its operators
         raise MissingExtraError(
             f"{who} comes from {library}, which cannot be imported here ({error}): pip install {library}, in the build "
             "that fits this torch",

@@ -78,8 +78,7 @@ def _session(path: Path, device: torch.device, who: str) -> Any:
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError(
-            f"{who} is an ONNX graph, and onnxruntime, which runs it, is not installed: pip install "
-            "'softlabels[onnx]'",
+            f"{who} is an ONNX graph, and onnxruntime, which runs it, is not installed: pip install 'softlabels[onnx]'",
             extra="onnx",
         ) from error
     if not path.is_file():

@@ -50,16 +50,19 @@ class PicturePreparation:
         expected = 1 + len(self.layout)
         if pictures.ndim != expected:
             raise ValueError(f"pictures of layout {self.layout!r} have {expected} axes, these {list(pictures.shape)}")
-        x = {"HWC": lambda p: p.permute(0, 3, 1, 2), "CHW": lambda p: p, "HW": lambda p: p.unsqueeze(1)}[self.layout](
-            pictures
-        ).float()
+        if self.layout == "HW":
+            x = pictures.unsqueeze(1).float()
+        else:
+            x = (pictures if self.layout == "CHW" else pictures.permute(0, 3, 1, 2)).float()
         if self.resize is not None:
-            x = self._resized(x, bounded=not pictures.is_floating_point())
+            x = self._resized(x)
+            if not pictures.is_floating_point():  # bicubic curves overshoot; whole numbers had bounds
+                x = x.clamp(torch.iinfo(pictures.dtype).min, torch.iinfo(pictures.dtype).max)
         if self.crop is not None:
             x = _middle(x, _pair(self.crop))
         return (x / self.divide_by - _each(self.mean, x)) / _each(self.std, x)
 
-    def _resized(self, x: Tensor, *, bounded: bool) -> Tensor:
+    def _resized(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         if isinstance(self.resize, int):
             short = min(height, width)
@@ -69,15 +72,13 @@ class PicturePreparation:
         if size == (height, width):
             return x
         smooth = self.interpolation != "nearest"
-        resized = functional.interpolate(
+        return functional.interpolate(
             x,
             size=size,
             mode=self.interpolation,
             align_corners=False if smooth else None,
             antialias=self.antialias and smooth,
         )
-        # Bicubic curves overshoot; whole numbers had bounds that floats do not know.
-        return resized.clamp(x.amin(), x.amax()) if bounded and self.interpolation == "bicubic" else resized
 
 
 def check_preparation(found: PicturePreparation, where: str) -> PicturePreparation:

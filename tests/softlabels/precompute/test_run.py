@@ -121,7 +121,7 @@ class TestTargets:
         """A Python call with modules and data at hand keeps the same targets as the job file does."""
         job = load_job(job_folder / "job.toml")
         precompute(job)
-        from softlabels.precompute.run import load_teachers, load_transfer_set
+        from softlabels.precompute.planning import load_teachers, load_transfer_set
 
         members = load_teachers(job, torch.device("cpu"))
         inline = [
@@ -178,7 +178,7 @@ class TestRefusals:
                 'source = "parts.py:blobs"',
                 'source = "parts.py:blobs"\narguments = {sample = 1}',
                 JobError,
-                "does not take",
+                "did you mean `samples`",
             ),
             ("temperature = 4", "temperature = 0", TemperatureError, "temperature"),
             ("temperature = 4", "temperature = nan", TemperatureError, "temperature"),

@@ -1,0 +1,191 @@
+"""What will a job's store look like? Its transfer set, teachers, rows and encoding, settled before the first shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softlabels.encodings import Encoding
+from softlabels.encodings.requested import parse_encoding
+from softlabels.errors import JobError, TeacherError
+from softlabels.manifest import IdSpec, Manifest, MeanKind, TemperatureSpec, TransferSetSpec
+from softlabels.precompute.answers import ask, averaged, pilot_rows
+from softlabels.precompute.job import Job
+from softlabels.precompute.numerics import computing
+from softlabels.precompute.rows import RowMaker, SingleRows
+from softlabels.precompute.teachers import Teacher, align_classes, class_list_of_store, load_teacher
+from softlabels.precompute.view_rows import ViewRows
+from softlabels.softmath import check_temperature
+from softlabels.store.planning import kept_inputs, plan_store
+from softlabels.transfer import ArrayTransferSet, TransferSet
+from softlabels.transfer_sets import load_transfer_set as load_source
+from softlabels.transfer_sets.names import KnowsItsIds, examine_ids
+from softlabels.views import load_view_transform
+
+PILOT_ROWS = 4096
+"""Rows that an encoding is learnt or chosen from; half of them measure what the other half taught."""
+
+
+def load_transfer_set(job: Job) -> TransferSet:
+    """The transfer set that a job names.
+
+    Raises:
+        JobError: its source is unknown, leads nowhere, or gives something else; and what the source itself raises.
+    """
+    return load_source(job.transfer_set.source, job.transfer_set.arguments, base=job.base)
+
+
+def row_maker(job: Job, data: TransferSet) -> RowMaker:
+    """How the rows of a job's store follow from the samples of its transfer set."""
+    if job.views is None:
+        return SingleRows(data, store=store_name(job))
+    transform = load_view_transform(job.views.transform, arguments=job.views.arguments, base=job.base)
+    return ViewRows(data, job.views, transform, store=store_name(job))
+
+
+def store_name(job: Job) -> str:
+    """What the job's store calls itself."""
+    return job.store.name or job.store_path.name
+
+
+def load_teachers(job: Job, device: torch.device) -> list[Teacher]:
+    """The ensemble that a job names, in its order, each member with the store's order of classes, but not compiled."""
+    loaded = [load_teacher(t, number=n, base=job.base, device=device) for n, t in enumerate(job.teachers)]
+    return computing(align_classes(job, loaded), job.run)
+
+
+def plan_job(
+    job: Job,
+    data: TransferSet,
+    teachers: Sequence[Teacher],
+    device: torch.device,
+    *,
+    encoding: Encoding | None = None,
+    maker: RowMaker | None = None,
+) -> tuple[Manifest, Encoding]:
+    """The plan of a job and the encoding of its rows.
+
+    The teachers are asked about a first few samples, so that their class count is known; and about a pilot of samples
+    from all over the set where the encoding is learnt or chosen from real rows.
+
+    Args:
+        encoding: of an earlier run of this job; made or learnt when None.
+        maker: how rows follow from samples; the job's own when None.
+    Raises:
+        JobError, TeacherError: also when a teacher answers the same batch twice differently.
+    """
+    temperature = check_temperature(job.targets.temperature)
+    if len(data) == 0:
+        raise JobError(f"transfer set {data.name!r} is empty: there is nothing to compute targets for")
+    maker = maker or row_maker(job, data)
+    first = next(maker.samples(np.arange(min(len(data), 16), dtype=np.int64), min(16, job.run.pilot_batch_size)))
+    mean: MeanKind = "none" if len(teachers) == 1 else job.targets.mean
+    answers = ask(teachers, first, maker, device)
+    combined = averaged(answers, teachers, mean, temperature)
+    for teacher, once, again in zip(teachers, answers, ask(teachers, first, maker, device), strict=True):
+        if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
+            raise TeacherError(
+                f"teacher {teacher.spec.name!r} answers the same batch twice differently: something random is still on "
+                "(dropout by hand, sampling, noise), so its targets could never be verified"
+            )
+    classes = combined.logits_BC.shape[1]
+    requested = parse_encoding(job.targets.encoding, classes=classes)
+    keep_members = job.targets.keep == "members"
+    locked = (combined.locked and not keep_members) or requested.locked
+    if keep_members and requested.locked:
+        raise JobError(
+            f"keep = 'members' needs an encoding that re-tempers, which {requested.name!r} does not: a mean of "
+            "truncated rows is no mean of the members"
+        )
+    spec = TemperatureSpec(default=temperature, captured=temperature if locked else 1.0, locked=locked)
+    encoding = encoding or requested.make(
+        classes=classes,
+        pilot_BC=pilot(job, data, maker, teachers, mean, spec, device) if requested.needs_pilot else None,
+        temperatures=(1.0,) if locked else tuple(sorted({1.0, temperature})),
+    )
+    if not encoding.retemperable:  # `auto` may have taken truncated rows, where T = 1 is all that was asked for
+        spec = replace(spec, locked=True)
+    plan = plan_store(
+        name=store_name(job),
+        samples=len(data),
+        ids=id_spec_of(data),
+        encoding=encoding,
+        temperature=spec,
+        mean=mean,
+        teachers=tuple(teacher.spec for teacher in teachers),
+        transfer_set=TransferSetSpec(
+            name=data.name,
+            source=job.transfer_set.source,
+            arguments=dict(job.transfer_set.arguments),
+            labelled=first.labels is not None,
+        ),
+        container=job.store.format,
+        rows_per_shard=job.store.rows_per_shard,
+        rows_per_chunk=job.store.rows_per_chunk,
+        members=len(teachers) if keep_members else None,
+        layout=maker.layout,
+        views=maker.views,
+        table=maker.table,
+        inputs=kept_inputs(first.inputs if first.kept_inputs is None else first.kept_inputs)
+        if job.store.inputs
+        else None,
+    )
+    precision = None if job.run.precision == "float32" else job.run.precision
+    class_list = class_list_of_store(job, teachers, classes=classes)
+    return replace(plan, class_list=class_list, precision=precision), encoding
+
+
+def pilot(
+    job: Job,
+    data: TransferSet,
+    maker: RowMaker,
+    teachers: Sequence[Teacher],
+    mean: MeanKind,
+    spec: TemperatureSpec,
+    device: torch.device,
+    *,
+    rows: int = PILOT_ROWS,
+) -> NDArray[np.float32]:
+    """Rows from all over the transfer set, tempered as they will be captured: what an encoding is learnt from."""
+    rows_a_sample = max(1.0, maker.layout.rows / max(1, maker.layout.samples))
+    positions = np.unique(np.linspace(0, len(data) - 1, max(1, int(rows / rows_a_sample))).astype(np.int64))
+    return pilot_rows(
+        maker.samples(positions, job.run.pilot_batch_size),
+        maker,
+        teachers,
+        mean,
+        temperature=spec.default,
+        captured=spec.captured,
+        most_rows=rows,
+        device=device,
+    )
+
+
+def id_spec_of(data: TransferSet) -> IdSpec:
+    """How a store keeps the ids of this transfer set: dense where they count up by one, else looked up."""
+    if isinstance(data, KnowsItsIds):
+        return data.id_spec()
+    if isinstance(data, ArrayTransferSet):
+        return examine_ids([data.ids], len(data), data.name)
+    ids = data.take(np.zeros(1, dtype=np.int64)).ids
+    return IdSpec(kind="str", width_bytes=255) if ids.dtype.kind == "U" else IdSpec(kind="int")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes an accelerator where there is one.
+
+    Raises:
+        JobError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise JobError(f"device {name!r} cannot be used here: {error}") from error
+    return device

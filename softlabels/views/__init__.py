@@ -1,0 +1,9 @@
+"""How are views of samples made once, and made again exactly? Seeds, transforms, replay."""
+
+from __future__ import annotations
+
+from softlabels.views.replay import ViewReplay
+from softlabels.views.seeds import view_seeds
+from softlabels.views.transforms import SeededTransform, ViewTransform, as_view_transform, load_view_transform
+
+__all__ = ["SeededTransform", "ViewReplay", "ViewTransform", "as_view_transform", "load_view_transform", "view_seeds"]

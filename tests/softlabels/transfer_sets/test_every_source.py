@@ -1,0 +1,115 @@
+"""What every source of samples must do alike: real files, written by the libraries that people write them with."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from softlabels.errors import JobError
+from softlabels.transfer import KnowsItsFiles, TransferSet
+from softlabels.transfer_sets import KINDS, KnowsItsIds, load_transfer_set
+
+
+def loaded(source: Any, **changes: Any) -> TransferSet:
+    """The transfer set of a source, with some arguments changed."""
+    return load_transfer_set(source.kind, {**source.arguments, **changes}, base=source.base)
+
+
+class TestEverySource:
+    def test_it_gives_what_was_kept(self, source: Any) -> None:
+        """Ids, inputs and labels are those that were written; unlabelled samples are among labelled ones."""
+        data = loaded(source)
+        samples = data.take(np.arange(len(data)))
+        assert samples.ids.tolist() == source.ids
+        np.testing.assert_array_equal(samples.inputs, source.inputs)
+        assert samples.inputs.dtype == source.inputs.dtype
+        assert samples.labels is not None
+        assert samples.labels.tolist() == source.labels
+        assert data.name
+
+    def test_any_order_and_repeats(self, source: Any) -> None:
+        """Positions may come in any order, again and again, and a second pass gives the same bytes."""
+        data = loaded(source)
+        for _ in range(2):
+            positions = np.array([13, 0, 7, 7, 2, 13, 8, 1])
+            samples = data.take(positions)
+            assert samples.ids.tolist() == [source.ids[position] for position in positions]
+            np.testing.assert_array_equal(samples.inputs, source.inputs[positions])
+
+    def test_threads_may_share_it(self, source: Any) -> None:
+        """Several threads take at the same time, and each gets its own samples."""
+        data = loaded(source)
+        with ThreadPoolExecutor(4) as pool:
+            batches = [np.array([n % 14, (5 * n) % 14]) for n in range(40)]
+            for positions, samples in zip(batches, pool.map(data.take, batches), strict=True):
+                np.testing.assert_array_equal(samples.inputs, source.inputs[positions])
+
+    def test_it_pickles(self, source: Any) -> None:
+        """A copy in another process gives the same samples; arrays on disk do not travel with it."""
+        if source.kind == "torch":
+            pytest.skip("a torch data set from a file reference pickles where that file is imported")
+        data = loaded(source)
+        again = pickle.loads(pickle.dumps(data))
+        positions = np.array([3, 11])
+        np.testing.assert_array_equal(again.take(positions).inputs, source.inputs[positions])
+        assert len(again) == len(data)
+
+    def test_it_knows_its_ids_beforehand(self, source: Any) -> None:
+        """The plan of a store is made before any sample is read: kind and width of the ids are known."""
+        data = loaded(source)
+        assert isinstance(data, KnowsItsIds)
+        spec = data.id_spec()
+        if isinstance(source.ids[0], str):
+            assert (spec.kind, spec.width_bytes) == ("str", max(len(name.encode()) for name in source.ids))
+        else:
+            assert (spec.kind, spec.dense_start) == ("int", None)
+
+    def test_it_notes_a_change(self, source: Any) -> None:
+        """What a set is made of differs as soon as one of its files is written again."""
+        if source.kind == "torch":
+            pytest.skip("what a torch data set reads is not known; fingerprints tell")
+        data = loaded(source)
+        assert isinstance(data, KnowsItsFiles)
+        before = list(data.identity())
+        assert before == list(loaded(source).identity())  # type: ignore[attr-defined]
+        os.utime(source.path, ns=(0, 0))
+        after = list(data.identity())
+        assert [name for name, _ in before] == [name for name, _ in after]
+        changed = [name for (name, old), (_, new) in zip(before, after, strict=True) if old != new]
+        assert [Path(name).name for name in changed] == [source.path.name]
+
+    def test_an_unknown_argument_is_named(self, source: Any) -> None:
+        """With the nearest that there is."""
+        with pytest.raises(JobError, match="did you mean `name`"):
+            loaded(source, nam="x")
+        with pytest.raises(JobError, match="has no argument `base`"):
+            loaded(source, base="x")
+
+
+class TestKinds:
+    def test_every_kind_is_tested_here(self, make_source: Callable[[str], Any]) -> None:
+        """A new kind comes with its samples in conftest.py."""
+        for kind in KINDS:
+            assert make_source(kind).kind == kind
+
+    def test_every_kind_is_documented(self) -> None:
+        """docs/transfer-sets.md has a heading for each, and names each of its arguments."""
+        import inspect
+
+        from softlabels.references import load_reference
+
+        text = (Path(__file__).resolve().parents[3] / "docs" / "transfer-sets.md").read_text()
+        for kind, reference in KINDS.items():
+            assert f"`{kind}`" in text
+            section = text.split(f"## `{kind}`", 1)[1].split("\n## ", 1)[0]
+            keys = set(inspect.signature(load_reference(reference)).parameters) - {"base", "name"}
+            pictures = {"size", "resize", "mode", "layout", "threads"}
+            missing = {key for key in keys if f"`{key}`" not in section}
+            assert missing - (pictures if kind != "image_folder" and "of pictures" in section else set()) == set()
