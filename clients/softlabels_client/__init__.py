@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from softlabels_client.ordering import EpochDistributedSampler, EpochSampler
     from softlabels_client.streaming import SoftTargetStream, stream_loader
     from softlabels_client.trainer import DistillResult, distill
+    from softlabels_client.view_datasets import ViewDataset
     from softlabels_client.weights import save_student
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "SoftTargetStream",
     "StatefulLoader",
     "StoreAddress",
+    "ViewDataset",
     "collate_batches",
     "count_errors",
     "data_loader",
@@ -51,6 +53,7 @@ _NEEDS_TORCH = {
     "SoftTargetDataset": "datasets",
     "SoftTargetStream": "streaming",
     "StatefulLoader": "loaders",
+    "ViewDataset": "view_datasets",
     "collate_batches": "batches",
     "count_errors": "evaluation",
     "data_loader": "datasets",

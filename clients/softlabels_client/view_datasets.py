@@ -48,7 +48,7 @@ class ViewDataset(SoftTargetDataset):
 
     def __init__(
         self,
-        inputs: TransferSet | MapStyle,
+        inputs: TransferSet | MapStyle | None,
         store: TargetStore,
         *,
         transform: ViewTransform | Any = None,
@@ -57,6 +57,8 @@ class ViewDataset(SoftTargetDataset):
         check: Check = "first",
         base: Path | None = None,
     ) -> None:
+        if inputs is None:
+            raise RequestError(f"{store.manifest.name!r} keeps views of samples, not the samples: pass your inputs")
         super().__init__(inputs, store, ids=ids, temperature=temperature, check=check)
         spec = store.manifest.views
         if store.manifest.layout.kind != "views" or spec is None:

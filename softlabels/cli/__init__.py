@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from softlabels import __version__
 from softlabels.cli import (
+    cache,
     convert,
     convert_weights,
     demo,
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         convert_weights,
         serve,
         distill,
+        cache,
         demo,
     ):
         module.add_parser(commands)

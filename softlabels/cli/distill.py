@@ -145,6 +145,7 @@ def run(options: argparse.Namespace) -> int:
     from softlabels.locations import open_store
     from softlabels_client.datasets import SoftTargetDataset
     from softlabels_client.evaluation import count_errors
+    from softlabels_client.view_datasets import ViewDataset
     from softlabels_client.weights import save_student
 
     with open_store(options.store, token=options.token, timeout_s=options.timeout) as store:
@@ -154,7 +155,8 @@ def run(options: argparse.Namespace) -> int:
         student = _made("--student", options.student, options.student_args)
         if not isinstance(student, torch.nn.Module):
             raise ReferenceLoadError(f"--student {options.student!r} made a {type(student).__name__}, no torch module")
-        dataset = SoftTargetDataset(inputs, store, temperature=options.temperature, check=options.check)
+        kind = ViewDataset if store.manifest.layout.kind == "views" else SoftTargetDataset
+        dataset = kind(inputs, store, temperature=options.temperature, check=options.check)
         name = dataset.samples.name
         print(f"{store!r}\n{len(dataset)} samples of {name!r}, temperature {dataset.temperature:g}", flush=True)
         evaluate = None if test is None else partial(count_errors, samples=test)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 
-from softlabels.manifest import Manifest
+import numpy as np
+
+from softlabels.manifest import ArraySpec, Manifest
+from softlabels.opening import INPUTS
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,6 +50,7 @@ def described(manifest: Manifest, digest: str) -> list[tuple[str, str]]:
         ("mean", manifest.mean),
         *(("teacher", f"{m.name}: {m.model}, weights {(m.weights_sha256 or 'none')[:16]}") for m in manifest.teachers),
         ("transfer set", f"{data.name} from {data.source}, fingerprint {data.fingerprint}"),
+        *(("inputs", f"{kept}, {spec.row_bytes} bytes a sample") for kept, spec in _kept_inputs(manifest)),
         ("shards", f"{shards.count} of {shards.rows_per_shard} rows, chunks of {shards.rows_per_chunk}"),
     ]
     audit = manifest.audit or {}
@@ -57,3 +61,9 @@ def described(manifest: Manifest, digest: str) -> list[tuple[str, str]]:
     if audit:
         lines.append(("top-1", f"{100 * audit['top1_agreement']:.4g}% as the exact targets"))
     return lines
+
+
+def _kept_inputs(manifest: Manifest) -> list[tuple[str, ArraySpec]]:
+    """The type of the samples that a store keeps beside its targets, if it does: "uint8[3, 224, 224]"."""
+    spec = manifest.arrays.get(INPUTS)
+    return [] if spec is None else [(f"{np.dtype(spec.dtype)}{list(spec.row_shape)}", spec)]

@@ -7,6 +7,7 @@ made nothing faster.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -26,8 +27,13 @@ _GAIN = 1.03
 _NEARLY = 0.95
 """Of the best speed found: the smallest size that reaches it is taken, since it holds less memory."""
 
-_LEAST_MEASURED_S = 0.2
-"""A size is run until it has been measured for so long, so that neither clock nor scheduler decides."""
+_MEASURED_S = 0.1
+"""A size is measured for about so long, so that neither clock nor scheduler decides."""
+
+_WARM_S = 2.0
+"""A first pass that took so long is measured well enough: what warming up it did is small beside it."""
+
+_MOST_PASSES = 1000
 
 
 def find_batch_size(device_pass: DevicePass, maker: RowMaker, *, limit_gib: float | None) -> int:
@@ -102,12 +108,11 @@ def _speed(device_pass: DevicePass, batch: RowBatch) -> float:
     if device_pass.lanes.pinned:
         inputs = inputs.pin_memory()
     spent_s = _seconds(device_pass, batch, inputs, passes=1)
-    passes = 1
-    # The first pass warms up; where it took long, there was time enough for that in it.
-    while spent_s < (5 if passes == 1 else 1) * _LEAST_MEASURED_S:
-        passes *= 2
-        spent_s = _seconds(device_pass, batch, inputs, passes=passes)
-    return passes * len(batch.inputs) / spent_s
+    if spent_s > _WARM_S:
+        return len(batch.inputs) / spent_s
+    spent_s = _seconds(device_pass, batch, inputs, passes=2)  # the first one warmed up
+    passes = min(_MOST_PASSES, math.ceil(2 * _MEASURED_S / spent_s))
+    return passes * len(batch.inputs) / _seconds(device_pass, batch, inputs, passes=passes)
 
 
 def _seconds(device_pass: DevicePass, batch: RowBatch, inputs: Tensor, *, passes: int) -> float:

@@ -86,7 +86,7 @@ class DevicePass:
             TeacherError: a teacher fails or answers with another shape.
         """
         uploaded = self.lanes.upload(inputs)
-        with self.lanes.forward():
+        with self.lanes.forward(), torch.inference_mode():
             answers = answers_of(self.teachers, uploaded, batch, self._maker)
         return Started(batch=batch, answers=answers, mark=self.lanes.mark())
 

@@ -93,7 +93,7 @@ def _refuse_other_plan(root: Path, existing: Manifest, plan: Manifest) -> None:
     if existing.digest == plan.digest:
         return
     old, new = existing.to_json(), plan.to_json()
-    differs = sorted(key for key in old if old[key] != new.get(key))
+    differs = sorted(key for key in old | new if old.get(key) != new.get(key))
     raise StoreExistsError(
         f"a store made from another job stands at {root} (they differ in {', '.join(differs)}): choose another path, "
         "or delete it first",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
 from softlabels.references import load_reference
 from softlabels.transfer import MapStyle, SequenceTransferSet
-from softlabels.transfer_sets.files import existing
+from softlabels.transfer_sets.files import existing, identity_of, matching
 from softlabels.transfer_sets.names import examine_ids
 
 _PROBED = 3
@@ -22,7 +22,17 @@ _PROBED = 3
 
 
 class TorchDataset(SequenceTransferSet):
-    """Samples of a map-style torch data set, with what a store wants to know of their ids."""
+    """Samples of a map-style torch data set, with what a store wants to know of their ids.
+
+    Attributes:
+        files: those that the data set reads, as far as its owner named them.
+    """
+
+    files: tuple[Path, ...] = ()
+
+    def identity(self) -> Iterator[tuple[str, str]]:
+        """Size and time of modification of the files."""
+        return identity_of(self.files)
 
     def id_spec(self) -> IdSpec:
         """How a store keeps the ids. Raises BadIdsError: one stands twice."""
@@ -64,6 +74,7 @@ def torch_dataset(
     input_key: int | str | None = None,
     label_key: int | str | None = None,
     ids: str | None = None,
+    files: str | list[str] | None = None,
     name: str | None = None,
     base: Path | None = None,
 ) -> TorchDataset:
@@ -75,6 +86,7 @@ def torch_dataset(
         input_key, label_key: where an item that is a tuple or a mapping has them; when both are left out, an item is an
             input, or a tuple (input, label, …).
         ids: an attribute of the data set with the samples' ids, or a .npy file of them; positions when left out.
+        files: that the data set reads, with `*` and `{0..9}`: noted when the job begins, and compared when it goes on.
         name: of the transfer set; the data set's class when left out.
         base: the folder that relative paths and file references start from.
     Raises:
@@ -84,6 +96,7 @@ def torch_dataset(
     _refuse_iterable(made, dataset)
     items = made if input_key is None and label_key is None else Picked(made, input_key or 0, label_key)
     found = TorchDataset(items, ids=_ids(made, ids, base), name=name or type(made).__name__)
+    found.files = tuple(matching(files or [], base, what="files of the data set"))
     _refuse_restless(found, dataset)
     return found
 

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ DEFAULT_BYTES = 16 << 30
 """What a cache may take unless told otherwise: of 1,000 classes in f16, eight million rows."""
 
 _TABLE, _IN_USE, _LOCK = "table.json", "in-use", "lock"
+_DIGEST = re.compile("[0-9a-f]{64}")
 _GROWN = 1.25
 """A table is made anew when there is room for so many times its rows; below that, what it holds is worth more."""
 
@@ -223,7 +225,7 @@ class CacheFolder:
     def _tables(self) -> list[Path]:
         if not self._root.is_dir():
             return []
-        return [path for path in self._root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        return [path for path in self._root.iterdir() if _DIGEST.fullmatch(path.name)]
 
     def _described(self, folder: Path) -> KeptStore:
         document = self._document(folder)

@@ -149,7 +149,7 @@ def _read_any(path: Path, *, who: str) -> State:
             return _read_parts(path)
         if path.suffix == ".safetensors":
             return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise JobError(f"{who}: {path.name} cannot be read: {error}") from error
     if path.suffix in CHECKPOINT_SUFFIXES:
         return _read_checkpoint(path, who)

@@ -240,7 +240,10 @@ def layer_named(model: nn.Module, name: str, *, who: str) -> nn.Module:
 
 def frozen(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on its device, in eval mode (no dropout, fixed normalisation), without gradients."""
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval()
+    for parameter in model.parameters():  # one by one: scripted modules refuse to be asked as a whole
+        parameter.requires_grad_(False)
+    return model
 
 
 def state_sha256(model: nn.Module) -> str:

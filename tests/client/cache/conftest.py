@@ -108,6 +108,12 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**made, "sequences": write_sequences(root / "sequences")}
 
 
+@pytest.fixture(scope="session")
+def other_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store `dense` with the same samples and other rows."""
+    return write_store(tmp_path_factory.mktemp("later") / "dense", KINDS["dense"][0], seed=99)
+
+
 @dataclass
 class Counted:
     """A row source that notes what it is asked for."""

@@ -93,7 +93,7 @@ def _torch(base: Path) -> Source:
     np.save(base / "labels.npy", np.array(LABELS))
     return Source(
         kind="torch",
-        arguments={"dataset": "parts.py:Pairs", "arguments": {"folder": str(base)}, "ids": "names"},
+        arguments={"dataset": "parts.py:Pairs", "arguments": {"folder": str(base)}, "ids": "names", "files": "*.npy"},
         base=base,
         ids=NAMES,
         inputs=CHW,

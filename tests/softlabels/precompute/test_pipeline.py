@@ -1,0 +1,380 @@
+"""The stages of a run together: the same bytes as one step after the other, and an end in order whatever fails."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from softlabels.audit import Audit
+from softlabels.errors import JobError, ShardClaimedError, SoftLabelsError, TeacherError
+from softlabels.manifest import IdSpec
+from softlabels.precompute import Job, precompute, resume, teacher_from_module
+from softlabels.precompute.answers import ask, audit_temperatures, rows_to_keep
+from softlabels.precompute.device_audit import figures_on_device
+from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable
+from softlabels.precompute.planning import plan_job
+from softlabels.precompute.rows import SingleRows
+from softlabels.progress import QUIET, Progress
+from softlabels.store import LocalRows, StoreWriter
+from softlabels.store.geometry import shard_rows
+from softlabels.transfer import ArrayTransferSet, Samples
+
+CPU = torch.device("cpu")
+SAMPLES, SHARD, FEATURES, CLASSES = 600, 128, 6, 5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Net(nn.Module):
+    """A small network that notes the batches it is given, and can be told what to do at one of them."""
+
+    def __init__(self, seed: int = 0, *, at: int | None = None, do: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(CLASSES, FEATURES, generator=generator))
+        self.batches: list[int] = []
+        self.at, self.do = at, do
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits; what is to be done at batch number `at` is done first."""
+        self.batches.append(len(inputs))
+        if self.do is not None and self.at is not None and len(self.batches) > self.at:
+            self.do()
+        return torch.tanh(inputs) @ self.weight.T
+
+
+class Tight(Net):
+    """A network on a device with room for so many inputs."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits, where the inputs fit."""
+        out = super().forward(inputs)
+        if len(inputs) > self.room:
+            raise torch.OutOfMemoryError(f"{len(inputs)} inputs do not fit")
+        return out
+
+
+def transfer_set(samples: int = SAMPLES) -> ArrayTransferSet:
+    """A labelled one."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(samples, FEATURES)).astype(np.float32)
+    return ArrayTransferSet("blobs", inputs, labels=rng.integers(0, CLASSES, samples))
+
+
+def job(folder: Path, **run: Any) -> Job:
+    """A job of this process's own teachers."""
+    return Job(
+        store=StoreTable(path="store", rows_per_shard=SHARD, rows_per_chunk=64),
+        transfer_set=TransferSetTable(source="here:blobs"),
+        targets=TargetsTable(temperature=4.0, encoding="f16"),
+        teachers=(TeacherTable(model="here:Net"),),
+        run=RunTable(**{"batch_size": 50, **run}),
+        base=folder,
+    )
+
+
+def compute(job: Job, *models: nn.Module, data: Any = None, show: Any = None) -> None:
+    """Run the job with these models."""
+    teachers = [teacher_from_module(model, name=f"t{n}") for n, model in enumerate(models)]
+    shown = {} if show is None else {"show": show}
+    precompute(job, transfer_set=data or transfer_set(), teachers=teachers, **shown)
+
+
+def tree_digest(root: Path) -> dict[str, str]:
+    """SHA-256 of every file of a store that belongs to its version."""
+    files = (p for p in sorted(root.rglob("*")) if p.is_file() and p.parent.name not in ("locks", "staging"))
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.name != "job.json"}
+
+
+def kept_job(job: Job) -> dict[str, Any]:
+    """The job as its store keeps it."""
+    document: dict[str, Any] = json.loads((job.store_path / "job.json").read_text())["body"]
+    return document
+
+
+def free_shards(job: Job) -> list[int]:
+    """The shards that nobody holds."""
+    writer, free = StoreWriter.resume(job.store_path), []
+    for shard in range(writer.plan.shards.count):
+        with contextlib.suppress(ShardClaimedError), writer.claim(shard):
+            free.append(shard)
+    return free
+
+
+class TestTheSameBytes:
+    @pytest.mark.parametrize("encoding", ["f32", "q8", "topk3"])
+    def test_as_one_step_after_the_other(self, tmp_path: Path, encoding: str) -> None:
+        """A store computed without a pipeline, by the same maths in the same batches, is the same, file by file."""
+        ours = job(tmp_path)
+        ours = replace(ours, targets=replace(ours.targets, encoding=encoding))
+        serial = replace(ours, store=replace(ours.store, path="serial", name="store"))
+        models = [Net(0), Net(1)]
+        compute(ours, *models)
+        teachers = [teacher_from_module(model, name=f"t{n}") for n, model in enumerate(models)]
+        maker = SingleRows(transfer_set(), store="store")
+        plan, coder = plan_job(serial, transfer_set(), teachers, CPU, maker=maker)
+        writer = StoreWriter.create(serial.store_path, plan, encoding=coder)
+        for shard in writer.missing_shards():
+            audit, parts = Audit(audit_temperatures(plan)), []
+            batches = list(maker.batches(shard_rows(plan, shard), 50))
+            for batch in batches:
+                exact = rows_to_keep(ask(teachers, batch, maker, CPU), teachers, plan)
+                encoded = coder.encode_torch(exact, keys_B=batch.keys)
+                figures = figures_on_device(
+                    exact,
+                    coder.decode_torch(encoded),
+                    temperatures=audit.temperatures,
+                    captured=plan.temperature.captured,
+                    dropped_mass_B=encoded.get("tail_mass"),
+                )
+                audit.absorb(figures)
+                parts.append({name: tensor.numpy() for name, tensor in encoded.items()})
+            with writer.claim(shard) as claim:
+                claim.commit(
+                    encoded={name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
+                    ids=np.concatenate([batch.ids for batch in batches]),
+                    fingerprints=np.concatenate([b.fingerprints for b in batches if b.fingerprints is not None]),
+                    labels=np.concatenate([batch.labels for batch in batches if batch.labels is not None]),
+                    audit=audit.to_json(),
+                )
+        writer.finish()
+        assert tree_digest(ours.store_path) == tree_digest(serial.store_path)
+
+    def test_batches_begin_with_each_shard(self, tmp_path: Path) -> None:
+        """No batch reaches over a shard's end, so that one shard computed again is computed in the same batches."""
+        net = Net()
+        compute(job(tmp_path), net)
+        assert net.batches[2:] == [50, 50, 28] * 4 + [50, 38]
+
+
+class TestOutOfMemory:
+    def test_the_batch_is_halved_until_it_fits(self, tmp_path: Path) -> None:
+        """Every row is there and right, each shard in batches of one size, and the size is kept with the job."""
+        ours, net, notes = job(tmp_path), Tight(room=20), Notes()
+        compute(ours, net, show=notes.show)
+        compute(small := job(tmp_path / "small", batch_size=12), Net())
+        with contextlib.closing(LocalRows(ours.store_path)) as a, contextlib.closing(LocalRows(small.store_path)) as b:
+            everyone = np.arange(SAMPLES)
+            np.testing.assert_array_equal(a.fetch(everyone)["targets"], b.fetch(everyone)["targets"])
+        assert kept_job(ours)["found"] == {"batch_size": 12}
+        assert net.batches[-5:] == [12, 12, 12, 12, 4]
+        assert "batches of 12" in notes.last
+        assert notes.advanced == SAMPLES
+
+    def test_a_resumed_run_begins_with_the_size_that_fits(self, tmp_path: Path) -> None:
+        """It is not found out anew; a job file that asks for another size gets that one."""
+        ours, net = job(tmp_path), Tight(room=20)
+        with pytest.raises(ZeroDivisionError):
+            compute(ours, net, data=Failing(at=300, error=ZeroDivisionError("worn out")))
+        again, changed = Net(), Net()
+        compute(ours, again)
+        assert max(again.batches[2:]) == 12
+        other = job(tmp_path / "other")
+        with pytest.raises(ZeroDivisionError):
+            compute(other, Tight(room=20), data=Failing(at=300, error=ZeroDivisionError("worn out")))
+        compute(replace(other, run=RunTable(batch_size=30)), changed)
+        assert max(changed.batches[2:]) == 30
+
+    def test_an_input_that_does_not_fit_is_an_error(self, tmp_path: Path) -> None:
+        """With words on what to do, and without an endless loop."""
+        net = Tight(room=16)
+        ours = job(tmp_path)
+        with pytest.raises(TeacherError, match="single input"):
+            compute(ours, net, data=Shrinking(net))
+        assert free_shards(ours) == [0, 1, 2, 3, 4]
+
+
+class Notes:
+    """Progress that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.last, self.advanced = "", 0
+
+    @contextlib.contextmanager
+    def show(self, total: int, description: str, unit: str, *, done: int = 0) -> Iterator[Progress]:
+        """As `track`."""
+        self.advanced = done
+        yield self
+
+    def advance(self, amount: int = 1) -> None:
+        """So many more."""
+        self.advanced += amount
+
+    def note(self, text: str) -> None:
+        """What is shown."""
+        self.last = text
+
+
+class Failing:
+    """A transfer set that breaks off at a sample."""
+
+    name = "blobs"
+
+    def __init__(self, *, at: int, error: BaseException) -> None:
+        self._inner, self._at, self._error = transfer_set(), at, error
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def id_spec(self) -> IdSpec:
+        """Ids count up from 0."""
+        return IdSpec(kind="int", dense_start=0)
+
+    def take(self, positions: NDArray[np.int64]) -> Samples:
+        """The samples, up to one of them."""
+        if int(positions.max()) >= self._at:
+            raise self._error
+        return self._inner.take(positions)
+
+
+class Shrinking(Failing):
+    """A transfer set whose device has no memory left once the first rows were asked about."""
+
+    def __init__(self, net: Tight) -> None:
+        super().__init__(at=SAMPLES, error=AssertionError())
+        self._net = net
+
+    def take(self, positions: NDArray[np.int64]) -> Samples:
+        """The samples; from the second call on there is no room for any."""
+        if self._net.batches:
+            self._net.room = 0
+        return super().take(positions)
+
+
+class TestFaults:
+    def test_a_transfer_set_that_breaks(self, tmp_path: Path) -> None:
+        """Its own error comes out, shards before it are committed, nothing is held, and the job can go on."""
+        ours = job(tmp_path)
+        with pytest.raises(OSError, match="cable"):
+            compute(ours, Net(), data=Failing(at=2 * SHARD + 60, error=OSError("the cable is out")))
+        assert StoreWriter.resume(ours.store_path).missing_shards() == [2, 3, 4]
+        assert free_shards(ours) == [0, 1, 2, 3, 4]
+        compute(ours, Net())
+        compute(undisturbed := job(tmp_path / "undisturbed"), Net())
+        assert tree_digest(ours.store_path) == tree_digest(undisturbed.store_path)
+
+    def test_a_teacher_that_fails_at_a_shards_first_batch(self, tmp_path: Path) -> None:
+        """The shard before it, whose last batch was still on the device, is committed."""
+
+        def fail() -> None:
+            raise ValueError("a screw is loose")
+
+        ours = job(tmp_path)
+        with pytest.raises(TeacherError, match="a screw is loose"):
+            compute(ours, Net(at=2 + 6, do=fail))
+        assert StoreWriter.resume(ours.store_path).missing_shards() == [2, 3, 4]
+        assert free_shards(ours) == [0, 1, 2, 3, 4]
+
+    def test_a_writer_that_fails(self, tmp_path: Path) -> None:
+        """A file that cannot be put in its place stops the other stages too, which may be waiting for the writer."""
+        ours = job(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            compute(ours, Net(at=2 + 2, do=_interrupt))
+        receipt = ours.store_path / "ledger" / "00000001.json"
+        (receipt / "in the way").mkdir(parents=True)
+        with pytest.raises((OSError, SoftLabelsError)):
+            compute(ours, Net())
+        (receipt / "in the way").rmdir()
+        receipt.rmdir()
+        assert free_shards(ours) == [0, 1, 2, 3, 4]
+        compute(ours, Net())
+        assert (ours.store_path / "manifest.json").is_file()
+
+    def test_ctrl_c_in_the_middle(self, tmp_path: Path) -> None:
+        """Committed shards are kept, no shard stays held, no thread stays behind; resumed, the store is the same."""
+        ours, before = job(tmp_path), threading.active_count()
+        with pytest.raises(KeyboardInterrupt):
+            compute(ours, Net(at=2 + 8, do=_interrupt))
+        assert threading.active_count() == before
+        missing = StoreWriter.resume(ours.store_path).missing_shards()
+        assert {3, 4} <= set(missing)
+        assert free_shards(ours) == [0, 1, 2, 3, 4]
+        compute(ours, Net())
+        compute(undisturbed := job(tmp_path / "undisturbed"), Net())
+        assert tree_digest(ours.store_path) == tree_digest(undisturbed.store_path)
+
+    def test_a_shard_that_somebody_else_holds_is_left_to_them(self, tmp_path: Path) -> None:
+        """The rest is computed; the store is theirs to publish."""
+        ours, notes = job(tmp_path), Notes()
+        with pytest.raises(KeyboardInterrupt):
+            compute(ours, Net(at=2, do=_interrupt))
+        with StoreWriter.resume(ours.store_path).claim(1):
+            compute(ours, Net(), show=notes.show)
+        assert StoreWriter.resume(ours.store_path).missing_shards() == [1]
+        assert notes.last == "other processes work on this store too"
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+class TestBatchSize:
+    def test_it_is_found_kept_and_used_again(self, tmp_path: Path) -> None:
+        """The run, and every later one of this store, takes the size that was found on the first."""
+        ours, net = job(tmp_path, batch_size="auto"), Net()
+        with pytest.raises(ZeroDivisionError):
+            compute(ours, net, data=Failing(at=300, error=ZeroDivisionError("worn out")))
+        found = kept_job(ours)["found"]["batch_size"]
+        assert found in {1, 2, 4, 8, 16, 32, 64, 128}
+        again = Net()
+        compute(ours, again)
+        assert max(again.batches[2:]) == found
+        assert kept_job(ours)["run"]["batch_size"] == "auto"
+
+    def test_a_larger_batch_is_taken_where_it_is_faster(self, tmp_path: Path) -> None:
+        """A pass of this network costs the same for one input as for a hundred."""
+        import time
+
+        ours = job(tmp_path, batch_size="auto")
+        compute(ours, Net(at=0, do=lambda: time.sleep(0.01)))
+        assert kept_job(ours)["found"]["batch_size"] >= 64
+
+    def test_what_does_not_fit_is_not_taken(self, tmp_path: Path) -> None:
+        """Trying a size that is too large for the device ends the search, not the run."""
+        ours, net = job(tmp_path, batch_size="auto"), Tight(room=16)
+        compute(ours, net)
+        assert kept_job(ours)["found"]["batch_size"] <= 16
+
+    def test_a_limit_that_nothing_meets(self, tmp_path: Path) -> None:
+        """Said before the run, with the setting's name."""
+        with pytest.raises(JobError, match="memory_limit_gib"):
+            compute(job(tmp_path, batch_size="auto", memory_limit_gib=0.001), Net())
+
+    def test_resume_reads_a_job_with_findings(self, job_folder: Path) -> None:
+        """`softlabels resume` takes what was found from the store's own job file."""
+        from softlabels.precompute import load_job
+
+        text = (job_folder / "job.toml").read_text().replace("batch_size = 100", 'batch_size = "auto"')
+        (job_folder / "job.toml").write_text(text)
+        ours = load_job(job_folder / "job.toml")
+        precompute(ours)
+        assert resume(ours.store_path).finished
+        assert "found" in kept_job(ours)
+
+
+class TestQuietly:
+    def test_nothing_is_missing_nothing_is_done(self, tmp_path: Path) -> None:
+        """A finished store is not computed again, whatever it is asked with."""
+        compute(job(tmp_path), Net())
+        net = Net()
+        compute(job(tmp_path), net, show=lambda *args, **kwargs: contextlib.nullcontext(QUIET))
+        assert len(net.batches) == 2  # the first few rows, twice, for the plan
