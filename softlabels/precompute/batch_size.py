@@ -27,7 +27,7 @@ _GAIN = 1.03
 _NEARLY = 0.95
 """Of the best speed found: the smallest size that reaches it is taken, since it holds less memory."""
 
-_MEASURED_S = 0.1
+_MEASURED_S = 0.05
 """A size is measured for about so long, so that neither clock nor scheduler decides."""
 
 _WARM_S = 2.0

@@ -23,7 +23,16 @@ from typing import Any
 from softlabels.manifest import Manifest
 from softlabels.sealing import document_of
 from softlabels_client.cache.index import read_taken
-from softlabels_client.cache.table import INDEX_FILE, WRITING_FILE, RowTable, TableShape, shape_of, shape_within
+from softlabels_client.cache.table import (
+    IDS_FILE,
+    INDEX_FILE,
+    ROWS_FILE,
+    WRITING_FILE,
+    RowTable,
+    TableShape,
+    shape_of,
+    shape_within,
+)
 
 LAYOUT = "rows-v1"
 """The folder of this layout of files; another layout has another name, and never reads these."""
@@ -236,7 +245,7 @@ class CacheFolder:
             digest=folder.name,
             kept_rows=read_taken(folder / INDEX_FILE),
             rows=int(document.get("rows", 0)),
-            size_bytes=sum(file.st_size for file in files),
+            size_bytes=sum(max(0, self._size(folder / name)) for name in (INDEX_FILE, ROWS_FILE, IDS_FILE)),
             disk_bytes=sum(file.st_blocks * 512 for file in files),
             last_opened_s=table.stat().st_mtime if table.exists() else 0.0,
             in_use=self._in_use(folder),

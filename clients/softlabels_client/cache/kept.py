@@ -150,12 +150,12 @@ class KeptRows:
     def _stop_writing(self, error: OSError) -> None:
         if self._writes:
             self._writes = False
-            LOGGER.warning("no more rows are kept in the cache, training goes on without: %s", error)
+            LOGGER.warning("no more rows are kept in the cache, training goes on without: %s", str(error))
 
     def _stop_reading(self, error: OSError) -> None:
         if self._reads:
             self._reads = self._writes = False
-            LOGGER.warning("the cache cannot be read any more, all rows come from the server: %s", error)
+            LOGGER.warning("the cache cannot be read any more, all rows come from the server: %s", str(error))
 
 
 def missing_share(founds: Iterable[Found]) -> float:

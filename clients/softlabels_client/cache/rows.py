@@ -115,14 +115,16 @@ class CachedRows:
         try:
             opened = folder.open(manifest, self._far.digest)
         except OSError as error:
-            LOGGER.warning("the cache in %s cannot be used, all rows come from the server: %s", self._folder, error)
+            LOGGER.warning(
+                "the cache in %s cannot be used, all rows come from the server: %s", self._folder, str(error)
+            )
             return None
         if opened is None:
             LOGGER.warning(
                 "the cache in %s holds nothing of %r and %s: all rows come from the server",
                 self._folder,
                 manifest.name,
-                "is read-only" if self._read_only else f"{self._most_bytes} bytes have no room for it",
+                "is read-only" if self._read_only else f"has no room for it within {self._most_bytes} bytes",
             )
             return None
         return KeptRows(opened, self._far, read_only=self._read_only)

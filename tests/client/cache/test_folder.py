@@ -1,4 +1,4 @@
-"""A cache's folder stays within its bound: old versions go first, those in use stay, and `softlabels cache` shows it."""
+"""A cache's folder stays within its bound: old versions go first, those in use stay; `softlabels cache` shows it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class TestBound:
         for _ in range(2):
             refuse_difference(setting.cached.batch([5, 6]), setting.near.batch([5, 6]))
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
-        assert "have no room" in caplog.text
+        assert "no room for it" in caplog.text
         assert names(setting.folder) == set()
 
     def test_what_is_in_stays(self, stores: dict[str, Path], make_setting: Any) -> None:
@@ -88,7 +88,7 @@ class TestBound:
 class TestVersions:
     def test_the_longest_unused_makes_room(self, stores: dict[str, Path], tmp_path: Path) -> None:
         """Whole versions go, never a part of one."""
-        bound = sum(table_bytes(stores[kind]) for kind in ("dense", "strings", "integers")) - 1 + 600
+        bound = sum(table_bytes(stores[kind]) for kind in ("dense", "strings", "integers")) - 1
         for kind in ("dense", "strings"):
             filled(stores[kind], tmp_path, most_bytes=bound).close()
         age(tmp_path, "dense", 10)
@@ -98,7 +98,7 @@ class TestVersions:
 
     def test_one_in_use_stays(self, stores: dict[str, Path], tmp_path: Path, refuse_difference: Same) -> None:
         """The newcomer takes what is left, and passes the rest through; it grows when there is room."""
-        bound = table_bytes(stores["dense"]) + 5_000
+        bound = table_bytes(stores["dense"]) + 10_000
         with filled(stores["dense"], tmp_path, most_bytes=bound):
             late = filled(stores["strings"], tmp_path, most_bytes=bound)
             assert names(tmp_path) == {"dense", "strings"}
@@ -113,7 +113,7 @@ class TestVersions:
         """A table that is too large by now goes; one that fits stays."""
         filled(stores["dense"], tmp_path).close()
         filled(stores["dense"], tmp_path, most_bytes=5_000).close()
-        assert CacheFolder(tmp_path).kept()[0].size_bytes <= 5_000 + 1_000
+        assert CacheFolder(tmp_path).kept()[0].size_bytes <= 5_000
         before = CacheFolder(tmp_path).kept()[0].kept_rows
         TargetStore(CachedRows(LocalRows(stores["dense"]), folder=tmp_path, most_bytes=5_100), where="x").close()
         assert CacheFolder(tmp_path).kept()[0].kept_rows == before
@@ -193,4 +193,4 @@ class TestPlanning:
         shape = shape_within(many, 16 << 30)
         assert shape is not None
         assert 16 << 30 >= shape.size_bytes > (16 << 30) - 1000
-        assert shape_within(many, 9 << 30) is None
+        assert shape_within(many, 8 << 30) is None

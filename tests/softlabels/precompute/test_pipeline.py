@@ -41,36 +41,25 @@ def _one_thread() -> None:
 
 
 class Net(nn.Module):
-    """A small network that notes the batches it is given, and can be told what to do at one of them."""
+    """A small network that notes the batches it is given, can be told what to do at one, and has so much room."""
 
-    def __init__(self, seed: int = 0, *, at: int | None = None, do: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, seed: int = 0, *, at: int | None = None, do: Callable[[], None] | None = None, room: int = 1 << 30
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(torch.randn(CLASSES, FEATURES, generator=generator))
         self.batches: list[int] = []
-        self.at, self.do = at, do
+        self.at, self.do, self.room = at, do, room
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits; what is to be done at batch number `at` is done first."""
         self.batches.append(len(inputs))
         if self.do is not None and self.at is not None and len(self.batches) > self.at:
             self.do()
-        return torch.tanh(inputs) @ self.weight.T
-
-
-class Tight(Net):
-    """A network on a device with room for so many inputs."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits, where the inputs fit."""
-        out = super().forward(inputs)
         if len(inputs) > self.room:
             raise torch.OutOfMemoryError(f"{len(inputs)} inputs do not fit")
-        return out
+        return torch.tanh(inputs) @ self.weight.T
 
 
 def transfer_set(samples: int = SAMPLES) -> ArrayTransferSet:
@@ -169,12 +158,12 @@ class TestTheSameBytes:
 class TestOutOfMemory:
     def test_the_batch_is_halved_until_it_fits(self, tmp_path: Path) -> None:
         """Every row is there and right, each shard in batches of one size, and the size is kept with the job."""
-        ours, net, notes = job(tmp_path), Tight(room=20), Notes()
+        ours, net, notes = job(tmp_path), Net(room=20), Notes()
         compute(ours, net, show=notes.show)
         compute(small := job(tmp_path / "small", batch_size=12), Net())
         with contextlib.closing(LocalRows(ours.store_path)) as a, contextlib.closing(LocalRows(small.store_path)) as b:
             everyone = np.arange(SAMPLES)
-            np.testing.assert_array_equal(a.fetch(everyone)["targets"], b.fetch(everyone)["targets"])
+            np.testing.assert_array_equal(*(rows.fetch(everyone, ("targets",))["targets"] for rows in (a, b)))
         assert kept_job(ours)["found"] == {"batch_size": 12}
         assert net.batches[-5:] == [12, 12, 12, 12, 4]
         assert "batches of 12" in notes.last
@@ -182,7 +171,7 @@ class TestOutOfMemory:
 
     def test_a_resumed_run_begins_with_the_size_that_fits(self, tmp_path: Path) -> None:
         """It is not found out anew; a job file that asks for another size gets that one."""
-        ours, net = job(tmp_path), Tight(room=20)
+        ours, net = job(tmp_path), Net(room=20)
         with pytest.raises(ZeroDivisionError):
             compute(ours, net, data=Failing(at=300, error=ZeroDivisionError("worn out")))
         again, changed = Net(), Net()
@@ -190,13 +179,13 @@ class TestOutOfMemory:
         assert max(again.batches[2:]) == 12
         other = job(tmp_path / "other")
         with pytest.raises(ZeroDivisionError):
-            compute(other, Tight(room=20), data=Failing(at=300, error=ZeroDivisionError("worn out")))
+            compute(other, Net(room=20), data=Failing(at=300, error=ZeroDivisionError("worn out")))
         compute(replace(other, run=RunTable(batch_size=30)), changed)
         assert max(changed.batches[2:]) == 30
 
     def test_an_input_that_does_not_fit_is_an_error(self, tmp_path: Path) -> None:
         """With words on what to do, and without an endless loop."""
-        net = Tight(room=16)
+        net = Net(room=16)
         ours = job(tmp_path)
         with pytest.raises(TeacherError, match="single input"):
             compute(ours, net, data=Shrinking(net))
@@ -249,7 +238,7 @@ class Failing:
 class Shrinking(Failing):
     """A transfer set whose device has no memory left once the first rows were asked about."""
 
-    def __init__(self, net: Tight) -> None:
+    def __init__(self, net: Net) -> None:
         super().__init__(at=SAMPLES, error=AssertionError())
         self._net = net
 
@@ -350,7 +339,7 @@ class TestBatchSize:
 
     def test_what_does_not_fit_is_not_taken(self, tmp_path: Path) -> None:
         """Trying a size that is too large for the device ends the search, not the run."""
-        ours, net = job(tmp_path, batch_size="auto"), Tight(room=16)
+        ours, net = job(tmp_path, batch_size="auto"), Net(room=16)
         compute(ours, net)
         assert kept_job(ours)["found"]["batch_size"] <= 16
 
