@@ -55,8 +55,12 @@ def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     try:
         yield started
     finally:
-        started.kill()
-        started.wait()
+        started.terminate()
+        try:
+            started.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            started.wait()
 
 
 def first_line(started: subprocess.Popen[str]) -> str:

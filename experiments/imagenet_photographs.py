@@ -39,7 +39,7 @@ from softlabels_client.datasets import SoftTargetDataset
 from softlabels_client.settings import DistillSettings
 from softlabels_client.trainer import distill
 
-TEMPERATURE = 2.0
+TEMPERATURE = 1.0
 LEAST_COSINE = 0.9999
 """What a target kept as float16 must have with that of the live teachers."""
 
@@ -191,7 +191,9 @@ def train_student(address: str, data: Photographs, epochs: int) -> dict[str, Any
     torch.manual_seed(0)
     with softlabels.open(address) as store:
         store.require(classes=1000)
-        settings = DistillSettings(epochs=epochs, batch_size=50, learning_rate=0.02, hard_weight=0.1, seed=0)
+        settings = DistillSettings(
+            epochs=epochs, batch_size=50, optimizer="adamw", learning_rate=3e-3, hard_weight=0.1, seed=0
+        )
         result = distill(Student(), SoftTargetDataset(data, store), settings)
     if not result.divergences[-1] < result.divergences[0]:
         raise SystemExit(f"the student learns nothing: KL {result.divergences}")
@@ -233,7 +235,7 @@ def main() -> None:
         figures[mean] = run_mean(folder, mean, data, logits_MBC)
         print(f"{mean}: {json.dumps(figures[mean], indent=2)}")
     with served(folder / "stores") as address:
-        figures["student"] = train_student(f"{address}/geometric", data, 2 if options.quick else 4)
+        figures["student"] = train_student(f"{address}/geometric", data, 3 if options.quick else 5)
     print(f"student: {json.dumps(figures['student'])}")
     figures["seconds"] = round(time.monotonic() - started_s, 1)
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")

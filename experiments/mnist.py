@@ -22,11 +22,12 @@ from softlabels.data.mnist import Mnist, open_mnist
 from softlabels.demo.nets import student_mlp
 from softlabels.demo.schedules import QUICK, Schedules
 from softlabels.demo.teachers import train_teacher
-from softlabels.demo.training import count_errors, fit_hard, hard_labels, has_bfloat16_products
+from softlabels.demo.training import fit_hard, hard_labels, has_bfloat16_products
 from softlabels.precompute import Job, precompute
 from softlabels.precompute.job import StoreTable, TargetsTable, TeacherTable, TransferSetTable
 from softlabels.progress import duration, track
 from softlabels_client.datasets import SoftTargetDataset
+from softlabels_client.evaluation import count_errors
 from softlabels_client.settings import DistillSettings
 from softlabels_client.trainer import distill
 
@@ -112,8 +113,8 @@ def run_seed(mnist: Mnist, seed: int, schedules: Schedules, folder: Path) -> See
     return SeedResult(
         seed=seed,
         teacher=teacher.errors,
-        alone=count_errors(alone, test.inputs, hard_labels(test)),
-        distilled=count_errors(student, test.inputs, hard_labels(test)),
+        alone=count_errors(alone, test),
+        distilled=count_errors(student, test),
         seconds={part: round(spent, 1) for part, spent in seconds.items()},
     )
 

@@ -13,16 +13,20 @@ from softlabels_client.transport import HttpTransport
 
 if TYPE_CHECKING:
     from softlabels_client.batches import DistillationBatch, collate_batches
+    from softlabels_client.checkpoints import CheckpointFolder
     from softlabels_client.datasets import SoftTargetDataset, data_loader
     from softlabels_client.evaluation import count_errors
     from softlabels_client.loaders import StatefulLoader
     from softlabels_client.ordering import EpochDistributedSampler, EpochSampler
     from softlabels_client.streaming import SoftTargetStream, stream_loader
     from softlabels_client.trainer import DistillResult, distill
+    from softlabels_client.training_log import CsvLog, PairRecord, TensorBoardLog
     from softlabels_client.view_datasets import ViewDataset
     from softlabels_client.weights import save_student
 
 __all__ = [
+    "CheckpointFolder",
+    "CsvLog",
     "DistillResult",
     "DistillSettings",
     "DistillationBatch",
@@ -30,11 +34,13 @@ __all__ = [
     "EpochSampler",
     "HttpRows",
     "HttpTransport",
+    "PairRecord",
     "RetryPolicy",
     "SoftTargetDataset",
     "SoftTargetStream",
     "StatefulLoader",
     "StoreAddress",
+    "TensorBoardLog",
     "ViewDataset",
     "collate_batches",
     "count_errors",
@@ -46,13 +52,17 @@ __all__ = [
 ]
 
 _NEEDS_TORCH = {
+    "CheckpointFolder": "checkpoints",
+    "CsvLog": "training_log",
     "DistillResult": "trainer",
     "DistillationBatch": "batches",
     "EpochDistributedSampler": "ordering",
     "EpochSampler": "ordering",
+    "PairRecord": "training_log",
     "SoftTargetDataset": "datasets",
     "SoftTargetStream": "streaming",
     "StatefulLoader": "loaders",
+    "TensorBoardLog": "training_log",
     "ViewDataset": "view_datasets",
     "collate_batches": "batches",
     "count_errors": "evaluation",

@@ -36,10 +36,10 @@ class Buffers:
         try:
             memory = self._free.pop()
         except IndexError:
-            memory = np.empty(size_bytes, dtype=np.uint8)
+            memory = _allocated(size_bytes)
         # Sizes of a trainer's batches hardly differ; what is too small, or far too large, makes way for what fits.
         if not size_bytes <= len(memory) <= 2 * size_bytes:
-            memory = np.empty(size_bytes, dtype=np.uint8)
+            memory = _allocated(size_bytes)
         lent = memory[:size_bytes].view(_Lent)
         lent.memory, lent.owner = memory, self
         return lent.data
@@ -53,11 +53,20 @@ class Buffers:
         return (type(self), (self._most,))
 
 
-class _Lent(np.ndarray[Any, Any]):
-    """An array that every view of it keeps alive, and that hands its memory back when it goes.
+class _Memory(np.ndarray[Any, Any]):
+    """What is lent. A class of its own, because an array made of a `_Lent` would refer to plain memory below it.
 
-    A class of its own, because NumPy makes views of a plain array refer to whatever lies below that array.
+    NumPy lets a new array refer to the base of what it is a view of, where that base is of the new array's own class;
+    the `_Lent` would then go, and its memory be lent again, while the array still looks at it.
     """
+
+
+def _allocated(size_bytes: int) -> NDArray[np.uint8]:
+    return np.empty(size_bytes, dtype=np.uint8).view(_Memory)
+
+
+class _Lent(np.ndarray[Any, Any]):
+    """An array that every view of it keeps alive, and that hands its memory back when it goes."""
 
     memory: NDArray[np.uint8]
     owner: Buffers | None = None

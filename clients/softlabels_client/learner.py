@@ -5,7 +5,6 @@ Legend: B rows, C classes.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from softlabels.errors import MissingExtraError, RequestError
@@ -18,7 +17,7 @@ except ImportError as error:
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
     ) from error
 
-from softlabels.losses import distillation_loss
+from softlabels.losses import make_loss
 from softlabels_client.batches import DistillationBatch
 from softlabels_client.optimizers import make_optimizer, set_learning_rate
 from softlabels_client.settings import DistillSettings
@@ -34,7 +33,7 @@ class Learner:
         student: moved to the device.
         settings: see there.
     Raises:
-        RequestError: no such device. ReferenceLoadError: an optimiser that cannot be made.
+        RequestError: no such device, loss or option of it. ReferenceLoadError: an optimiser that cannot be made.
     """
 
     def __init__(self, student: nn.Module, settings: DistillSettings) -> None:
@@ -42,7 +41,8 @@ class Learner:
         self.student = student.to(self.device)
         self._mixed = _MIXED.get(settings.precision)
         self._max_norm = settings.max_gradient_norm
-        self._loss = partial(distillation_loss, hard_weight=settings.hard_weight)
+        weights = {} if settings.hard_weight is None else {"hard_weight": settings.hard_weight}
+        self._loss = make_loss(settings.loss, **{**weights, **settings.loss_args})
         self._optimizer = make_optimizer(student, settings)
         self._optimizer.zero_grad()  # gradients that the caller left on the student are none of this training's
         # Scales the loss so that float16's gradients do not vanish, and passes over a step whose gradients overflow.
@@ -62,7 +62,7 @@ class Learner:
         on_device = batch.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self._mixed, enabled=self._mixed is not None):
             logits_BC = self.student(on_device.inputs)
-        loss = self._loss(logits_BC, on_device.targets)
+        loss = self._loss.parts(logits_BC, on_device.targets)
         self._scaler.scale(loss.total * share).backward()  # type: ignore[no-untyped-call]
         return torch.stack((loss.total.detach(), loss.kl))
 

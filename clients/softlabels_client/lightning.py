@@ -31,10 +31,10 @@ class SoftTargetDataModule(LightningDataModule):
 
     Args:
         loader: from `data_loader` or `stream_loader`, without rank and world size.
-        validation: what `val_dataloader` gives.
+        validation: what `val_dataloader` gives: a loader or several, as Lightning takes them.
     """
 
-    def __init__(self, loader: StatefulLoader, *, validation: Iterable[Any] = ()) -> None:
+    def __init__(self, loader: StatefulLoader, *, validation: Any = ()) -> None:
         super().__init__()
         self._loader, self._validation = loader, validation
 
@@ -42,8 +42,8 @@ class SoftTargetDataModule(LightningDataModule):
         """The loader."""
         return self._loader
 
-    def val_dataloader(self) -> Iterable[Any]:
-        """The validation batches; none where none were given."""
+    def val_dataloader(self) -> Any:
+        """What was given for validation; nothing if nothing was."""
         return self._validation
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from softlabels.errors import MissingExtraError
@@ -89,7 +89,7 @@ class StatefulLoader:
         """Batches of a pass, the same on every rank: the one underway, or the next; a resumed one's are all counted."""
         return self._walk.batch_count(self._order.ranks)
 
-    def __iter__(self) -> Iterator[DistillationBatch]:
+    def __iter__(self) -> Generator[DistillationBatch, None, None]:
         # A generator begins with the first batch: frameworks make iterators that they never use.
         walked = self._walk.begin(self._order.ranks)
         self._order.begin_at(walked.place)

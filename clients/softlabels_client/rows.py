@@ -55,7 +55,12 @@ class HttpRows:
         self._address = parse_address(url)
         self._transport = HttpTransport(self._address, token=token, timeout_s=timeout_s, retry=retry)
         self._where = self._address.base_url + self._address.path
-        self._manifest, self._digest = self._describe()
+        try:
+            self._manifest, self._digest = self._describe()
+        except BaseException:
+            # Nobody else can: the caller gets no object, and the error's traceback would hold the connection open.
+            self._transport.close()
+            raise
         self._reader = ReplyReader(self._manifest, self._digest, self._where)
         self._queries: dict[tuple[str, ...], str] = {}
 

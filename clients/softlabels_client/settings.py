@@ -29,7 +29,8 @@ class DistillSettings:
         learning_rate: the peak of the schedule.
         loss: a name that `softlabels.losses.make_loss` knows.
         loss_args: that loss's own options.
-        hard_weight: of the cross-entropy with the labels at T = 1; the soft term, times T², has weight 1.
+        hard_weight: of the cross-entropy with the labels at T = 1; the soft term, times T², has weight 1. None takes
+            the loss's own, 0.5 for "kd".
         optimizer: "sgd" with Nesterov momentum, "adamw", "adam", or a reference `module:name` to what makes one of the
             parameters and `lr`.
         optimizer_args: further keyword arguments of the optimiser.
@@ -62,7 +63,7 @@ class DistillSettings:
     learning_rate: float = 0.1
     loss: str = "kd"
     loss_args: Mapping[str, Any] = field(default_factory=dict)
-    hard_weight: float = 0.5
+    hard_weight: float | None = None
     optimizer: str = "sgd"
     optimizer_args: Mapping[str, Any] = field(default_factory=dict)
     momentum: float = 0.9
@@ -88,10 +89,11 @@ class DistillSettings:
         for name in ("evaluate_every", "patience", "log_every"):
             if getattr(self, name) is not None:
                 _refuse_other_than_whole(name, getattr(self, name), 1)
-        for name in ("learning_rate", "hard_weight", "momentum", "weight_decay", "min_delta", "step_factor"):
+        for name in ("learning_rate", "momentum", "weight_decay", "min_delta", "step_factor"):
             _refuse_negative(name, getattr(self, name))
-        if self.max_gradient_norm is not None:
-            _refuse_negative("max_gradient_norm", self.max_gradient_norm)
+        for name in ("hard_weight", "max_gradient_norm"):
+            if getattr(self, name) is not None:
+                _refuse_negative(name, getattr(self, name))
         if self.max_gradient_norm == 0:
             raise RequestError("max_gradient_norm is 0: the student would stay as it is; leave it out for no bound")
         if self.learning_rate == 0:

@@ -5,6 +5,7 @@ Legend: B rows, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +27,8 @@ except ImportError as error:
 from softlabels.progress import QUIET, Progress
 from softlabels_client.batches import DistillationBatch
 from softlabels_client.checkpoints import CheckpointFolder
-from softlabels_client.datasets import SoftTargetDataset
+from softlabels_client.datasets import SoftTargetDataset, data_loader
 from softlabels_client.draws import draw_states, seeded, set_draw_states
-from softlabels_client.feeding import Feed
 from softlabels_client.learner import Learner
 from softlabels_client.optimizers import rate_factor
 from softlabels_client.settings import DistillSettings
@@ -134,7 +134,15 @@ class _Training:
     ) -> None:
         self._learner, self._dataset, self._settings = learner, dataset, settings
         self._evaluate, self._progress, self._checkpoints, self._logbook = evaluate, progress, checkpoints, logbook
-        self._feed = Feed(dataset, settings)
+        self._loader = data_loader(
+            dataset,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            workers=settings.workers,
+            rank=0,
+            world_size=1,
+            ahead=True,
+        )
         self._rows_a_step = settings.batch_size * settings.accumulate
         self._steps_an_epoch = -(-len(dataset) // self._rows_a_step)
         self._state = TrainingState.beginning(learner.device)
@@ -149,6 +157,7 @@ class _Training:
         self._learner.load(kept)
         set_draw_states(kept["draws"], self._learner.device)
         self._state = TrainingState.from_tree(kept["state"], self._learner.device)
+        self._loader.load_state_dict(kept["place"])
         self._resumed_at = self._state.step
 
     def learn(self) -> None:
@@ -156,7 +165,8 @@ class _Training:
         with self._logbook.opened(self._state.step):
             while not self._over:
                 self._learner.student.train()
-                with self._feed.epoch(self._state.epoch, self._state.cursor) as batches:
+                self._loader.set_epoch(self._state.epoch)
+                with contextlib.closing(iter(self._loader)) as batches:
                     self._learn_from(batches)
 
     def result(self) -> DistillResult:
@@ -267,6 +277,7 @@ class _Training:
                 **self._learner.tree(),
                 "training": self._identity,
                 "state": {**self._state.tree(), "seconds": self._seconds},
+                "place": self._loader.state_dict(),
                 "draws": draw_states(self._learner.device),
                 "written_by": {"softlabels": softlabels.__version__, "torch": torch.__version__},
             },

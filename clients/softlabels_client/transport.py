@@ -143,7 +143,12 @@ class HttpTransport:
                 failure = refusal(reply.status, reply.headers, reply.body, where=where)
                 mends, asked_s = reply.status in RETRIED_STATUSES, retry_after_s(reply.headers)
             failures += 1
-            self._pause_or_give_up(failure, failures, request.deadline, mends=mends, asked_s=asked_s)
+            try:
+                self._pause_or_give_up(failure, failures, request.deadline, mends=mends, asked_s=asked_s)
+            finally:
+                # A raised error names the frames that it came through; named by them in turn, it would hold the
+                # connections open until the next collection of cycles.
+                del failure
 
     def open(self, path: str) -> OpenReply:
         """Ask for a long answer, which is read as it comes; not sent again when it breaks.
@@ -176,7 +181,10 @@ class HttpTransport:
         """Wait before a stream is asked for again; raise what it failed with where that would change nothing."""
         mends = isinstance(error, TruncatedError | WireError | ServerUnreachableError)
         if not mends or failures >= self._retry.attempts:
-            raise error
+            try:
+                raise error
+            finally:
+                del error
         time.sleep(self._retry.pause_s(failures))
 
     def _opened(self, connection: http.client.HTTPConnection, request: _Request) -> OpenReply:
@@ -234,7 +242,10 @@ class HttpTransport:
         most = self._retry.attempts if self._has_answered else self._retry.attempts_at_first
         pause_s = self._retry.pause_s(failures, asked_s=asked_s)
         if not mends or failures >= most or not deadline.allows(pause_s):
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure
         time.sleep(pause_s)
 
     def _exchange(self, request: _Request) -> Reply:

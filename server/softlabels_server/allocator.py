@@ -53,6 +53,7 @@ class Hoard:
         self._describe = getattr(library, "mallinfo2", None)  # glibc 2.33
         self._trim = getattr(library, "malloc_trim", None)
         self._was_large = False
+        self._stuck_bytes = 0
         if self._describe is not None:
             self._describe.restype = _Mallinfo
             self._describe.argtypes = ()
@@ -65,11 +66,18 @@ class Hoard:
         if self._describe is None or self._trim is None:
             return False
         found = self._describe()
-        # Pages that went back already count as free too, so that what is resident has to be looked at.
-        idle_bytes = _resident_bytes() - found.uordblks - found.hblkhd
-        is_large = min(found.fordblks, idle_bytes) > KEPT_BYTES
+        # Pages that went back already count as free too, so that what is resident has to be looked at. Holes smaller
+        # than a page never go back; without what stayed the last time, every other look would trim in vain.
+        used_bytes = found.uordblks + found.hblkhd
+        idle_bytes = max(0, _resident_bytes() - used_bytes)
+        self._stuck_bytes = min(self._stuck_bytes, idle_bytes)
+        is_large = min(found.fordblks, idle_bytes - self._stuck_bytes) > KEPT_BYTES
         give_back, self._was_large = is_large and self._was_large, is_large
-        return give_back and bool(self._trim(ctypes.c_size_t(0)))
+        if not give_back:
+            return False
+        self._trim(ctypes.c_size_t(0))
+        self._stuck_bytes = max(0, _resident_bytes() - used_bytes)
+        return True
 
 
 def _resident_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,8 +13,8 @@ MOST_LOOP_BYTES = 1 << 20
 """A reply of this size takes about 0.2 ms to gather from memory; a larger one would keep other clients waiting."""
 
 SLOW_S = 0.01
-"""A gather in the loop that took longer waited for something: a disk, or checksums of chunks first touched. A busy
-machine alone takes the processor away for about half of this."""
+"""A gather in the loop that took longer waited for a disk, or worked out checksums of chunks first touched; or others
+had the processor meanwhile, which no thread would change."""
 
 REST_S = 1.0
 """How long gathers of a store stay out of the loop after a slow one: a slow store stalls it once a second at most."""
@@ -21,15 +22,33 @@ REST_S = 1.0
 T = TypeVar("T")
 
 
+def read_count() -> int:
+    """Pages and blocks that this process has read from disks so far; where nobody counts, more each time."""
+    if sys.platform == "win32":
+        return time.monotonic_ns()
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_majflt + usage.ru_inblock
+
+
 class Pace:
     """How fast rows of one store come, as far as seen. A store just opened counts as slow: its chunks are unverified.
 
     Args:
         clock: monotonic seconds.
+        worked_s: seconds that this thread has had the processor.
+        disk_reads: a number that rises when this process reads from a disk.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        worked_s: Callable[[], float] = time.thread_time,
+        disk_reads: Callable[[], int] = read_count,
+    ) -> None:
+        self._clock, self._worked_s, self._disk_reads = clock, worked_s, disk_reads
+        self._reads_seen = disk_reads()
         self._threads_until = clock() + REST_S
 
     async def run(self, gather: Callable[[], T], *, reply_bytes: int) -> T:
@@ -52,10 +71,16 @@ class Pace:
 
     def run_here(self, gather: Callable[[], T]) -> T:
         """What `gather` returns, run in the event loop; how long it took decides where the next ones run."""
-        began = self._clock()
+        began, worked_before_s = self._clock(), self._worked_s()
         try:
             return gather()
         finally:
             ended = self._clock()
-            if ended - began > SLOW_S:
+            if ended - began > SLOW_S and self._has_itself_to_blame(worked_before_s):
                 self._threads_until = ended + REST_S
+
+    def _has_itself_to_blame(self, worked_before_s: float) -> bool:
+        """Whether a slow gather worked for long or waited for a disk, rather than for the processor."""
+        # Reads of other threads since the last slow gather count too: one look now is cheaper than one a gather.
+        before, self._reads_seen = self._reads_seen, self._disk_reads()
+        return self._reads_seen > before or self._worked_s() - worked_before_s > SLOW_S

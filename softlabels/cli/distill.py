@@ -81,9 +81,9 @@ def _add_how_to_train(parser: argparse.ArgumentParser) -> None:
     add("--epochs", metavar="N", type=int, default=20, help="passes over the inputs (%(default)s)")
     add("--batch-size", metavar="N", type=int, default=128, help="samples a forward pass and a request (%(default)s)")
     add("--accumulate", metavar="N", type=int, default=1, help="batches a step of the optimiser (%(default)s)")
-    add("--loss", metavar="NAME", default="kd", help="of the soft targets: kd, dkd, dist, … (%(default)s)")
+    add("--loss", metavar="NAME", default="kd", help="kd, dkd or dist (%(default)s)")
     add("--loss-args", metavar="JSON", default="{}", help="that loss's own options, a JSON object")
-    add("--hard-weight", metavar="W", type=float, default=0.5, help="of the labels; T² × soft has 1 (%(default)s)")
+    add("--hard-weight", metavar="W", type=float, help="of the labels; T² × soft has 1 (0.5 for kd, 1 for others)")
     add("--temperature", metavar="T", type=float, help="of the soft targets (the store's own when left out)")
     add("--precision", default="float32", choices=PRECISIONS, help="of the forward pass (%(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="of first weights, order and dropout (%(default)s)")
@@ -233,6 +233,10 @@ def _settings(options: argparse.Namespace) -> DistillSettings:
 
 
 def _transfer_set(option: str, reference: str, arguments: str) -> TransferSet:
+    from softlabels.transfer_sets import KINDS, load_transfer_set
+
+    if reference in KINDS:
+        return load_transfer_set(reference, _json_object(f"{option}-args", arguments), base=Path.cwd())
     made = _made(option, reference, arguments)
     if not (hasattr(made, "take") and hasattr(made, "name") and hasattr(made, "__len__")):
         raise ReferenceLoadError(

@@ -50,6 +50,7 @@ def lines(found: Forecast, *, price: float | None) -> list[str]:
         + ("" if price is None else f", {found.hours * price:,.2f} at {price:g} an hour"),
         f"the job's own encoding, {found.encoding[0]}: {found.encoding[1]:,} bytes a row, "
         f"{size(found.store_bytes(found.encoding[1]))} in all",
+        *_inputs_line(found),
         "",
         f"{'encoding':<34}{'bytes a row':>12}{'store':>10}"
         + "".join(f"{f'KL, T = {t:g}':>14}" for t in found.temperatures)
@@ -63,6 +64,13 @@ def lines(found: Forecast, *, price: float | None) -> list[str]:
             f"{100 * tried.top1_agreement:>8.1f}%"
         )
     return head + rows
+
+
+def _inputs_line(found: Forecast) -> list[str]:
+    """What the samples themselves take, where the store keeps them; every store's size below has it in."""
+    if not found.input_bytes:
+        return []
+    return [f"inputs: {found.input_bytes:,} bytes a sample, {size(found.samples * found.input_bytes)} in all"]
 
 
 def size(size_bytes: float) -> str:

@@ -21,10 +21,11 @@ from softlabels.demo.report import DemoReport
 from softlabels.demo.schedules import DEMO, SMALL, Schedules
 from softlabels.demo.service import run_command, served
 from softlabels.demo.teachers import TrainedTeacher, train_teacher
-from softlabels.demo.training import count_errors, fit_hard, hard_labels, has_bfloat16_products
+from softlabels.demo.training import fit_hard, hard_labels, has_bfloat16_products
 from softlabels.errors import DataUnavailableError
 from softlabels.progress import track
 from softlabels.transfer import ArrayTransferSet
+from softlabels_client.evaluation import count_errors
 
 HIGH_TEMPERATURE = 20.0
 """What the paper distils MNIST at (section 3)."""
@@ -158,7 +159,7 @@ def _train_alone(data: DemoData) -> int:
             seed=0,
             progress=progress,
         )
-    return count_errors(student, data.test.inputs, hard_labels(data.test))
+    return count_errors(student, data.test)
 
 
 def _distil(data: DemoData, url: str, folder: Path) -> int:
@@ -177,7 +178,7 @@ def _distil(data: DemoData, url: str, folder: Path) -> int:
     )  # fmt: skip
     student = student_mlp(in_features=in_features)
     student.load_state_dict(load_file(out))
-    return count_errors(student, data.test.inputs, hard_labels(data.test))
+    return count_errors(student, data.test)
 
 
 def _report(

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from softlabels.demo.nets import Mlp, teacher_mlp
-from softlabels.demo.training import Jitter, count_errors, fit_hard, hard_labels
+from softlabels.demo.training import Jitter, fit_hard, hard_labels
 from softlabels.progress import QUIET, Progress
 from softlabels.transfer import ArrayTransferSet
+from softlabels_client.evaluation import count_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def train_teacher(
     model.eval()
     seconds = time.perf_counter() - started_s
     save_weights(model, weights)
-    errors = count_errors(model, test.inputs, hard_labels(test))
+    errors = count_errors(model, test)
     return TrainedTeacher(model=model, errors=errors, weights=weights, seconds=seconds)
 
 

@@ -6,7 +6,6 @@ Legend: B rows, C classes, H and W an image's height and width.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 from softlabels.errors import JobError
 from softlabels.progress import QUIET, Progress
 from softlabels.transfer import UNLABELLED, ArrayTransferSet
+from softlabels_client.schedules import one_cycle
 
 MOMENTUM = 0.9
-WARM_UP_SHARE = 0.2
-"""Share of all steps in which the rate rises to its peak."""
 
 
 class Augment(Protocol):
@@ -74,7 +72,8 @@ def fit_hard(
                 if augment is not None:
                     batch = augment(batch, generator)
                 done_share = (epoch * steps_an_epoch + step) / (epochs * steps_an_epoch)
-                set_learning_rate(optimizer, learning_rate * one_cycle(done_share))
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * one_cycle(done_share)
                 with fast_arithmetic():
                     logits_BC = model(batch)
                 loss = nn.functional.cross_entropy(logits_BC.float(), labels_N[chosen])
@@ -101,20 +100,6 @@ def hard_labels(transfer_set: ArrayTransferSet) -> NDArray[np.int64]:
             "without soft targets needs one for each, so leave those samples out"
         )
     return labels
-
-
-def one_cycle(done_share: float) -> float:
-    """The factor on the peak learning rate after `done_share` of all steps: a linear rise, then a cosine fall to 0."""
-    if done_share < WARM_UP_SHARE:
-        return done_share / WARM_UP_SHARE
-    fallen = (done_share - WARM_UP_SHARE) / (1.0 - WARM_UP_SHARE)
-    return 0.5 * (1.0 + math.cos(math.pi * fallen))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Make the next step use `learning_rate` for all parameters."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
 
 
 class Jitter:
@@ -144,20 +129,6 @@ def constrain_incoming_weights(model: nn.Module, max_norm: float) -> None:
         if isinstance(module, nn.Linear):
             norms = module.weight.norm(dim=1, keepdim=True)
             module.weight.mul_((max_norm / norms.clamp_min(1e-12)).clamp_max(1.0))
-
-
-@torch.no_grad()
-def count_errors(model: nn.Module, inputs: NDArray[Any], labels: NDArray[np.int64], *, batch_size: int = 2_000) -> int:
-    """How many rows the model's most probable class gets wrong, in eval mode; its mode is given back afterwards."""
-    was_training = model.training
-    model.eval()
-    wrong = 0
-    for start in range(0, len(inputs), batch_size):
-        rows = slice(start, start + batch_size)
-        guesses = model(torch.as_tensor(np.array(inputs[rows]))).argmax(dim=1).numpy()
-        wrong += int((guesses != labels[rows]).sum())
-    model.train(was_training)
-    return wrong
 
 
 def fast_arithmetic() -> contextlib.AbstractContextManager[Any]:

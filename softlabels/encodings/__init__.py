@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from softlabels.encodings.basis import Basis
 from softlabels.encodings.dense import BF16, F16, F32
 from softlabels.encodings.draws import draw_keys
+from softlabels.encodings.hidden import HEAD_TYPES, Hidden, hidden_encoding
 from softlabels.encodings.protocol import TARGETS, Encoding, Field, row_bytes
 from softlabels.encodings.quantised import Quantised
 from softlabels.encodings.sampled import Sampled
@@ -29,22 +30,25 @@ __all__ = [
     "Basis",
     "Encoding",
     "Field",
+    "Hidden",
     "Quantised",
     "Sampled",
     "TopK",
     "draw_keys",
+    "hidden_encoding",
     "make_encoding",
     "row_bytes",
 ]
 
 _QUANTISED = {f"q{bits}": bits for bits in range(8, 1, -1)}
 
-ENCODING_NAMES: tuple[str, ...] = ("f32", "f16", "bf16", *_QUANTISED, "topk", "sampled", "basis")
+ENCODING_NAMES: tuple[str, ...] = ("f32", "f16", "bf16", *_QUANTISED, "topk", "sampled", "basis", "hidden")
 """Every encoding that a manifest may name."""
 
 DEFAULT_HEAD = 16
 """Classes that quantised rows keep exactly unless told otherwise; of few classes, an eighth."""
 
+_OTHERS: Mapping[str, Any] = {"topk": TopK, "sampled": Sampled, "basis": Basis, "hidden": Hidden}
 _DENSE: Mapping[str, type[F32] | type[F16] | type[BF16]] = {"f32": F32, "f16": F16, "bf16": BF16}
 
 
@@ -61,7 +65,7 @@ def make_encoding(
         name: one of `ENCODING_NAMES`.
         classes: at least 2 (1 for dense rows and topk).
         params: as `Encoding.params` gave them; what may be left out: `head` of q8 … q2, `tail` of topk.
-        constants: as `Encoding.constants` gave them; `basis` alone has some.
+        constants: as `Encoding.constants` gave them; `basis` and `hidden` alone have some.
     Raises:
         UnknownEncodingError: no encoding has that name, or it does not take these parameters or constants.
     """
@@ -71,8 +75,8 @@ def make_encoding(
     elif name in _QUANTISED:
         kind = Quantised
         given = {"head": max(1, min(DEFAULT_HEAD, classes // 8)), **given}
-    elif name in ("topk", "sampled", "basis"):
-        kind = {"topk": TopK, "sampled": Sampled, "basis": Basis}[name]
+    elif name in _OTHERS:
+        kind = _OTHERS[name]
     else:
         near = get_close_matches(name, ENCODING_NAMES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -83,26 +87,44 @@ def make_encoding(
     return encoding
 
 
-_CONSTANTS = {"basis": ("basis_RC", "<i2"), "mean": ("mean_C", "<i4"), "widths": ("widths_R", "u1")}
+_CONSTANTS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "basis": {"basis": ("basis_RC", ("<i2",)), "mean": ("mean_C", ("<i4",)), "widths": ("widths_R", ("|u1",))},
+    "hidden": {"head": ("head_CD", HEAD_TYPES), "bias": ("bias_C", ("<f4",))},
+}
+"""Arrays that belong to a store's encoding: the parameter that each is, and the types that it may have."""
+
+_MAY_LACK = frozenset({"bias"})
+_SOURCE = {
+    "basis": "; learn them from a pilot of real rows (learn_basis)",
+    "hidden": "; take them from the teacher's last layer (hidden_encoding)",
+}
 
 
 def _arrays(name: str, constants: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
-    expected = set(_CONSTANTS) if name == "basis" else set()
+    expected = _CONSTANTS.get(name, {})
     given = {} if constants is None else constants
-    if set(given) != expected:
+    if not set(expected) - _MAY_LACK <= set(given) <= set(expected):
         raise UnknownEncodingError(
             f"encoding {name!r} goes with the arrays {sorted(expected)}, learnt for one store, and got {sorted(given)}"
-            + ("; learn them from a pilot of real rows (learn_basis)" if name == "basis" else "")
+            + _SOURCE.get(name, "")
         )
-    for array, (_, dtype) in _CONSTANTS.items():
-        if array in given and given[array].dtype != np.dtype(dtype):
-            raise UnknownEncodingError(f"array {array!r} of a basis is {dtype}, not {given[array].dtype}")
-    return {_CONSTANTS[array][0]: np.asarray(values) for array, values in given.items()}
+    for array, values in given.items():
+        if values.dtype.str not in expected[array][1]:
+            raise UnknownEncodingError(
+                f"array {array!r} of encoding {name!r} is {' or '.join(expected[array][1])}, not {values.dtype.str}"
+            )
+    return {expected[array][0]: np.asarray(values) for array, values in given.items()}
+
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **{"tail": (str,), "kept_as": (str,)},
+    **dict.fromkeys(("depth", "scale", "softcap"), (float, int)),
+}
 
 
 def _check_params(name: str, kind: Any, given: Mapping[str, Any]) -> None:
     """Names and types, before a constructor sees them: they may come from a manifest that nobody vouches for."""
-    arrays = {field for field, _ in _CONSTANTS.values()}
+    arrays = {field for field, _ in _CONSTANTS.get(name, {}).values()}
     fields = {p.name: p for p in signature(kind).parameters.values() if p.name not in arrays | {"classes", "bits"}}
     unknown = [key for key in given if key not in fields]
     if unknown:
@@ -114,7 +136,7 @@ def _check_params(name: str, kind: Any, given: Mapping[str, Any]) -> None:
     if missing:
         raise UnknownEncodingError(f"encoding {name!r} needs {', '.join(missing)}")
     for key, value in given.items():
-        wanted: tuple[type, ...] = {"tail": (str,), "depth": (float, int)}.get(key, (int,))
+        wanted: tuple[type, ...] = _TYPES.get(key, (int,))
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise UnknownEncodingError(
                 f"parameter {key!r} of encoding {name!r} is {value!r}: give {wanted[0].__name__}"

@@ -35,8 +35,9 @@ class Encoding(Protocol):
     """How one distribution over `classes` classes becomes bytes.
 
     Rows are logits up to a row constant, shifted so that a row's largest is 0; decoding gives such rows back. Rows have
-    a fixed size, so that a row has an address. Decoding the same bytes gives the same bits in NumPy and torch; encoding
-    the same rows gives the same bytes, but for values that stand on a rounding edge.
+    a fixed size, so that a row has an address. Decoding the same bytes gives the same bits in NumPy and torch (but for
+    `hidden`, a matrix product of floats); encoding the same rows gives the same bytes, but for values that stand on a
+    rounding edge.
     """
 
     @property
@@ -73,12 +74,13 @@ class Encoding(Protocol):
         ...
 
     def encode(
-        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
+        self, logits_BC: NDArray[np.floating[Any]], /, *, keys_B: NDArray[np.uint64] | None = None
     ) -> dict[str, NDArray[Any]]:
         """Encode rows.
 
         Args:
-            logits_BC: [rows, classes], natural-log units, finite, each row's largest 0.
+            logits_BC: [rows, classes], natural-log units, finite, each row's largest 0; for `hidden`, hidden states
+                [rows, width].
             keys_B: [rows] the rows' keys for random numbers, see `softlabels.encodings.draws.draw_keys`. Needed by
                 encodings that draw (`sampled`), ignored by the rest.
         Returns:
@@ -92,7 +94,7 @@ class Encoding(Protocol):
         """Decode rows: logits_BC float32, up to a row constant; -inf where an encoding says that p is 0."""
         ...
 
-    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
+    def encode_torch(self, logits_BC: Tensor, /, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
         """`encode` on the tensor's own device, to the same bytes; `keys_B` stay on the host."""
         ...
 

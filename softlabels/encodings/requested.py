@@ -6,6 +6,7 @@ encoding = {name = "q", bits = 6, head = 32}         quantised, bits and head ap
 encoding = {name = "topk", k = 50, tail = "ghost"}
 encoding = {name = "sampled", row_bytes = 256}       or head and draws
 encoding = {name = "basis", row_bytes = 290}         learnt from a pilot of real rows
+encoding = "hidden"                                  the teacher's last hidden states, f16; or kept_as = "q8", "bf16", …
 encoding = {name = "auto", kl = 1e-4}                the cheapest that meets the budget on a pilot of real rows
 """
 
@@ -52,6 +53,11 @@ class RequestedEncoding:
         """Whether its rows exist at the temperature they are captured at only: what is cut off or drawn at one T."""
         return self.name in ("topk", "sampled")
 
+    @property
+    def of_hidden_states(self) -> bool:
+        """Whether rows are hidden states, so that it is made from a teacher's head, see `hidden_encoding`."""
+        return self.name == "hidden"
+
     def make(
         self,
         *,
@@ -69,6 +75,8 @@ class RequestedEncoding:
             UnknownEncodingError: parameters that do not go with the class count.
             EncodingError: a pilot is needed and there is none, or nothing meets the budget on it.
         """
+        if self.of_hidden_states:
+            raise EncodingError("hidden states need the head of the teacher that they are of: see `hidden_encoding`")
         if self.needs_pilot and pilot_BC is None:
             raise EncodingError(f"encoding {self.name!r} is made from a pilot of real rows: run one first", rows=[])
         params = dict(self.params)
@@ -104,7 +112,11 @@ def parse_encoding(given: object, *, classes: int | None = None) -> RequestedEnc
         UnknownEncodingError: names the unknown name or key and the nearest known one.
     """
     requested = _read(given)
-    if requested.name in _PILOT_KEYS and not ({"head", "draws"} & set(requested.params)):
+    if requested.of_hidden_states:  # names and values, checked with the smallest head
+        make_encoding(
+            "hidden", classes=1, params=requested.params, constants={"head": np.zeros((1, 1), dtype=np.float32)}
+        )
+    elif requested.name in _PILOT_KEYS and not ({"head", "draws"} & set(requested.params)):
         _check_pilot_keys(requested)
     else:
         # Made for some class count, to check names and types.

@@ -19,22 +19,26 @@ Fact = tuple[str, str]
 """The name of a file, and what would change if its contents did."""
 
 
+def note_files(store: Path, data: TransferSet) -> None:
+    """Note, beside the plan of a job that begins, what its transfer set is made of; a note that is there stays."""
+    note = Path(store) / NOTE
+    if isinstance(data, KnowsItsFiles) and not note.exists():
+        write_atomically(note, [_packed(map(_escaped, data.identity()))])
+
+
 def refuse_changed(store: Path, data: TransferSet) -> None:
-    """Note what a transfer set is made of when a job begins; later let only the same one pass.
+    """Let a transfer set pass that is still what it was when the job began.
 
     Args:
-        store: the store's folder.
+        store: the store's folder; without a note in it there is nothing to compare.
         data: one that does not say what it is made of passes always: fingerprints are all that tells it from another.
     Raises:
         TransferSetChangedError: files came, went, or changed size or time; the first one is named.
     """
-    if not isinstance(data, KnowsItsFiles):
-        return
     note = Path(store) / NOTE
-    now = map(_escaped, data.identity())
-    if not note.is_file():
-        write_atomically(note, [_packed(now)])
+    if not isinstance(data, KnowsItsFiles) or not note.is_file():
         return
+    now = map(_escaped, data.identity())
     with gzip.open(note, "rt", encoding="ascii", newline="\n") as file:
         before = map(_fact, file)
         for old, new in zip_longest(before, now):

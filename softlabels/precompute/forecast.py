@@ -34,6 +34,7 @@ class Forecast:
         temperatures: at which errors were measured.
         options: every encoding that was tried, smallest first.
         encoding: what the job itself asks for, and its bytes a row.
+        input_bytes: of a sample that is kept beside its targets; 0 where none is.
     """
 
     samples: int
@@ -44,6 +45,7 @@ class Forecast:
     temperatures: tuple[float, ...]
     options: Sequence[Tried]
     encoding: tuple[str, int]
+    input_bytes: int = 0
 
     @property
     def hours(self) -> float:
@@ -52,7 +54,7 @@ class Forecast:
 
     def store_bytes(self, row_bytes: int) -> int:
         """Size of the store with targets of this many bytes a row."""
-        return self.samples * (row_bytes * self.members + FACT_BYTES)
+        return self.samples * (row_bytes * self.members + FACT_BYTES + self.input_bytes)
 
 
 def forecast(job: Job, *, samples: int | None = None) -> Forecast:
@@ -89,4 +91,5 @@ def forecast(job: Job, *, samples: int | None = None) -> Forecast:
             replace(tried, kl={t * spec.captured: kl for t, kl in tried.kl.items()}) for tried in choice.table
         ),
         encoding=(encoding.name, sum(field.row_bytes for field in encoding.fields.values())),
+        input_bytes=plan.arrays["inputs"].row_bytes if "inputs" in plan.arrays else 0,
     )

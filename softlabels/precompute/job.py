@@ -72,6 +72,21 @@ class ViewsTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SequencesTable:
+    """Samples of many positions, with a row of targets each; leave the table out for one row a sample.
+
+    Attributes:
+        positions_per_pass: what a forward pass takes at most, padding included, beside [run]'s `batch_size`; a longer
+            sequence goes alone.
+        labels: `own` keeps those of the transfer set, one a position; `next` takes each position's next token;
+            `none` keeps none.
+    """
+
+    positions_per_pass: int = 2048
+    labels: Literal["own", "next", "none"] = "own"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetsTable:
     """What is kept of the teachers' outputs.
 
@@ -128,6 +143,8 @@ class RunTable:
         batch_size: inputs a forward pass; `auto` finds one, see `memory_limit_gib`.
         memory_limit_gib: what a run may take of the device's memory (of main memory, on the CPU) when it looks for its
             batch size; most of what is free when left out.
+        loaders: threads that take samples from the transfer set, which must bear that; one is enough where taking a
+            batch is faster than computing it.
         device: `auto` takes an accelerator where there is one.
         precision: what the teachers compute in, by autocast; other than `float32` it changes the targets, so the
             manifest names it.
@@ -138,6 +155,7 @@ class RunTable:
 
     batch_size: int | str = 512
     memory_limit_gib: float | None = None
+    loaders: int = 1
     device: str = "auto"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
@@ -164,6 +182,7 @@ class Job:
     teachers: tuple[TeacherTable, ...]
     run: RunTable = field(default_factory=RunTable)
     views: ViewsTable | None = None
+    sequences: SequencesTable | None = None
     base: Path = field(default_factory=Path.cwd)
 
     @property
@@ -194,7 +213,7 @@ def load_job(path: Path) -> Job:
 
 def job_from_json(document: Mapping[str, Any], *, base: Path, what: str = "the job") -> Job:
     """Make a job of nested tables, as TOML and JSON give them. Raises JobError as `load_job` does."""
-    known = {"store", "transfer_set", "targets", "teachers", "run", "views"}
+    known = {"store", "transfer_set", "targets", "teachers", "run", "views", "sequences"}
     _refuse_unknown(document, known, f"{what}, top level")
     teachers = document.get("teachers")
     if not isinstance(teachers, list | tuple) or not teachers:
@@ -206,6 +225,7 @@ def job_from_json(document: Mapping[str, Any], *, base: Path, what: str = "the j
         teachers=tuple(filled(TeacherTable, t, f"{what}, teacher {i}") for i, t in enumerate(teachers)),
         run=_table(RunTable, document, "run", what) if "run" in document else RunTable(),
         views=None if document.get("views") is None else _table(ViewsTable, document, "views", what),
+        sequences=None if document.get("sequences") is None else _table(SequencesTable, document, "sequences", what),
         base=base,
     )
     check_source(job.transfer_set.source)
@@ -215,9 +235,12 @@ def job_from_json(document: Mapping[str, Any], *, base: Path, what: str = "the j
         ("store.rows_per_shard", job.store.rows_per_shard),
         ("store.rows_per_chunk", job.store.rows_per_chunk),
         ("views.count", None if job.views is None else job.views.count),
+        ("sequences.positions_per_pass", None if job.sequences is None else job.sequences.positions_per_pass),
     ):
         if value is not None and value < 1:
             raise JobError(f"{what}: {label} is {value}, it must be at least 1")
+    if job.views is not None and job.sequences is not None:
+        raise JobError(f"{what} has [views] and [sequences]: a sample has rows for its views or its positions, not both")
     return job
 
 
@@ -225,6 +248,8 @@ def _check_run(run: RunTable, what: str) -> None:
     size, limit = run.batch_size, run.memory_limit_gib
     if size != AUTO and (isinstance(size, str) or size < 1):
         raise JobError(f"{what}: run.batch_size is {size!r}, it must be at least 1, or {AUTO!r}")
+    if run.loaders < 1:
+        raise JobError(f"{what}: run.loaders is {run.loaders}, it must be at least 1")
     if limit is not None and not 0 < limit < math.inf:
         raise JobError(f"{what}: run.memory_limit_gib is {limit}, it must be above 0")
 

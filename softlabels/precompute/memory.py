@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import resource
 from pathlib import Path
 
 import torch
@@ -32,7 +31,8 @@ class MemoryMeter:
         """The most that was taken so far, weights included."""
         if self._cuda:
             return torch.cuda.max_memory_allocated(self._device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not `ru_maxrss`: a process that was started by a large one begins with that one's.
+        return _kilobytes("/proc/self/status", "VmHWM") * 1024
 
     def free_bytes(self) -> int:
         """What may be taken in all: what is taken already, and most of what is free."""
@@ -40,9 +40,7 @@ class MemoryMeter:
             release_cached()
             free, _ = torch.cuda.mem_get_info(self._device)
             return torch.cuda.memory_allocated(self._device) + int(_DEVICE_SHARE * free)
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
-        assert found is not None, "Linux says MemAvailable since 3.14"
-        return self.peak_bytes() + int(_MAIN_SHARE * 1024 * int(found.group(1)))
+        return self.peak_bytes() + int(_MAIN_SHARE * 1024 * _kilobytes("/proc/meminfo", "MemAvailable"))
 
 
 def release_cached() -> None:
@@ -61,3 +59,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def _kilobytes(path: str, name: str) -> int:
+    """A figure that Linux gives in kB; see proc(5)."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path(path).read_text(encoding="ascii"))
+    assert found is not None, f"{path} says nothing of {name}"
+    return int(found.group(1))

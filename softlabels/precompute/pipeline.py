@@ -12,30 +12,21 @@ stage stops them all; shards that are committed stay, the claims of all others a
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from torch import Tensor
-
 from softlabels.audit import Audit
-from softlabels.errors import ShardClaimedError, TeacherError
-from softlabels.precompute.answers import audit_temperatures, host_tensor
+from softlabels.errors import TeacherError
 from softlabels.precompute.device_pass import DevicePass, Started
+from softlabels.precompute.loading import Claims, Loading
 from softlabels.precompute.memory import is_out_of_memory, release_cached
-from softlabels.precompute.rows import RowBatch, RowMaker
+from softlabels.precompute.rows import RowMaker
 from softlabels.precompute.shards import ShardWork
 from softlabels.precompute.stages import Channel, Halt, HaltedError, Slots, Stage
 from softlabels.progress import Progress
 from softlabels.store.writer import StoreWriter
 
 _CLAIMED = 3
-_LOADED_BATCHES = 2
-"""Batches that wait for the device: one more than it takes at a time, so that one slow batch does not starve it."""
-
-_PATIENCE_S = 10.0
-"""How long a run that stops waits for a transfer set that is in the middle of something."""
 
 Committed = Callable[[ShardWork, Audit], None]
 """Told, in the writer's thread, of every shard as soon as it exists."""
@@ -51,6 +42,7 @@ def compute_shards(
     shards: Sequence[int],
     *,
     batch_size: int,
+    loaders: int,
     progress: Progress,
     committed: Committed | None,
     halved: Halved,
@@ -63,29 +55,35 @@ def compute_shards(
     Args:
         writer: of the store; maker: of its rows; device_pass: of its plan.
         batch_size: inputs of a forward pass.
+        loaders: threads that make batches.
         progress: rows as they are computed.
         committed: told of every shard that this run wrote, if anybody is.
         halved: told of a batch size that had to be halved.
     Raises:
         SoftLabelsError, OSError: of whichever stage failed first. TeacherError: not even one input fits.
     """
-    left, halt = list(shards), Halt()
+    left, halt, lanes = list(shards), Halt(), device_pass.lanes
+    claims = Claims(writer, lanes, Slots(_CLAIMED, halt), progress)
     try:
-        with _Writing(halt, committed) as writing:
+        with _Writing(claims, halt, committed) as writing:
             while True:
-                with _Loading(writer, maker, device_pass, left, batch_size, writing, halt, progress) as loading:
-                    fits = _all_fit(loading, device_pass, writing, progress)
+                loading = Loading(left, claims, maker, batch_size=batch_size, loaders=loaders, lanes=lanes, halt=halt)
+                try:
+                    with loading:
+                        fits = _all_fit(loading, device_pass, writing, progress)
+                finally:
+                    claims.let_go_unless(writing.computed)
                 if fits:
                     break
                 batch_size = _halve(batch_size, progress)
                 halved(batch_size)
-                left = [shard for shard in left if shard not in writing.handed_over]
+                left = [shard for shard in left if shard not in writing.computed]
     except HaltedError:
         halt.raise_error()  # another stage's error is what stopped this one
         raise
 
 
-def _all_fit(loading: _Loading, device_pass: DevicePass, writing: _Writing, progress: Progress) -> bool:
+def _all_fit(loading: Loading, device_pass: DevicePass, writing: _Writing, progress: Progress) -> bool:
     """Compute all batches that come; False where the device's memory does not do for one."""
     try:
         _compute_all(loading, device_pass, writing, progress)
@@ -97,7 +95,7 @@ def _all_fit(loading: _Loading, device_pass: DevicePass, writing: _Writing, prog
     return False  # outside of `except`: the error holds on to the very tensors that are too many
 
 
-def _compute_all(loading: _Loading, device_pass: DevicePass, writing: _Writing, progress: Progress) -> None:
+def _compute_all(loading: Loading, device_pass: DevicePass, writing: _Writing, progress: Progress) -> None:
     before: tuple[ShardWork, Started] | None = None
 
     def finish() -> None:
@@ -131,24 +129,17 @@ def _halve(batch_size: int, progress: Progress) -> int:
     return batch_size // 2
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Loaded:
-    """A batch on the host, and the shard that it belongs to."""
-
-    work: ShardWork
-    batch: RowBatch
-    inputs: Tensor
-
-
 class _Writing:
-    """The writer's stage; left without an error, it waits until everything is committed."""
+    """The writer's stage; left without an error, it waits until everything is committed.
 
-    def __init__(self, halt: Halt, committed: Committed | None) -> None:
-        self._halt, self._committed = halt, committed
+    Attributes:
+        computed: numbers of the shards that were given to it.
+    """
+
+    def __init__(self, claims: Claims, halt: Halt, committed: Committed | None) -> None:
+        self._claims, self._halt, self._committed = claims, halt, committed
         self._shards: Channel[ShardWork] = Channel(_CLAIMED, halt)
-        self._given: list[ShardWork] = []
-        self.slots = Slots(_CLAIMED, halt)
-        self.handed_over: set[int] = set()
+        self.computed: set[int] = set()
 
     def __enter__(self) -> _Writing:
         self._stage = Stage("writer", self._write, self._halt)
@@ -162,119 +153,19 @@ class _Writing:
         else:
             self._halt.stop()
         self._stage.join()
-        for work in self._given:
-            work.release()
+        self._claims.let_go_unless(set())
         if error is None:
             self._halt.raise_error()
 
     def hand_over(self, work: ShardWork) -> None:
         """Give a computed shard to the writer."""
-        self._given.append(work)
-        self.handed_over.add(work.shard)
+        self.computed.add(work.shard)
         self._shards.put(work)
 
     def _write(self) -> None:
         while (work := self._shards.get()) is not None:
             audit = work.commit()
-            self._given.remove(work)
-            self.slots.give_back()
+            self._claims.let_go(work)
             if self._committed is not None:
                 self._committed(work, audit)
-
-
-class _Loading:
-    """The loader's stage: gives batches in the order of shards; left, it lets go of shards that are not computed."""
-
-    def __init__(
-        self,
-        writer: StoreWriter,
-        maker: RowMaker,
-        device_pass: DevicePass,
-        shards: Sequence[int],
-        batch_size: int,
-        writing: _Writing,
-        halt: Halt,
-        progress: Progress,
-    ) -> None:
-        self._writer, self._maker, self._shards, self._batch_size = writer, maker, shards, batch_size
-        self._lanes, self._temperatures = device_pass.lanes, audit_temperatures(device_pass.plan)
-        self._writing, self._progress = writing, progress
-        self._halt = Halt(halt)
-        self._batches: Channel[_Loaded] = Channel(_LOADED_BATCHES, self._halt)
-        self._claimed: list[ShardWork] = []
-        self._error: Exception | None = None
-
-    def __enter__(self) -> _Loading:
-        self._stage = Stage("loader", self._load, self._halt)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._halt.stop()
-        self._stage.join(_PATIENCE_S)
-        for work in self._claimed.copy():
-            if work.shard not in self._writing.handed_over:
-                self._progress.advance(-work.landed_rows)
-                self._let_go(work)
-
-    def __iter__(self) -> Iterator[_Loaded]:
-        """The batches, until there are no more or loading one failed."""
-        while True:
-            began_s = time.perf_counter()
-            loaded = self._batches.get()
-            self._lanes.starved(time.perf_counter() - began_s)
-            if loaded is None:
-                return
-            yield loaded
-
-    def raise_error(self) -> None:
-        """Raise what went wrong after the last batch, if anything did."""
-        if self._error is not None:
-            raise self._error
-
-    def _load(self) -> None:
-        try:
-            for shard in self._shards:
-                self._writing.slots.take(self._halt)
-                work = self._claim(shard)
-                if work is not None:
-                    self._load_shard(work)
-        except HaltedError:
-            return
-        except Exception as error:  # noqa: BLE001  # raised again by `raise_error`, after the batches before it
-            self._error = error
-        self._batches.close()
-
-    def _claim(self, shard: int) -> ShardWork | None:
-        """Hold a shard; None where another process writes it, or has written it since we looked."""
-        try:
-            work = ShardWork(
-                self._writer.claim(shard),
-                self._writer.plan,
-                temperatures=self._temperatures,
-                pinned=self._lanes.pinned,
-            )
-        except ShardClaimedError:
-            self._progress.note("other processes work on this store too")
-            self._writing.slots.give_back()
-            return None
-        self._claimed.append(work)
-        if self._writer.receipt(shard) is None:
-            return work
-        self._progress.advance(len(work.rows))
-        self._let_go(work)
-        return None
-
-    def _let_go(self, work: ShardWork) -> None:
-        self._claimed.remove(work)
-        work.release()
-        self._writing.slots.give_back()
-
-    def _load_shard(self, work: ShardWork) -> None:
-        rows = 0
-        for batch in self._maker.batches(work.rows, self._batch_size):
-            inputs = host_tensor(batch.inputs)
-            if self._lanes.pinned:
-                inputs = inputs.pin_memory()
-            self._batches.put(_Loaded(work=work, batch=batch, inputs=inputs))
-            rows += batch.rows
-        assert rows == len(work.rows), f"{rows} rows were made for the {len(work.rows)} of shard {work.shard}"
+            del work  # its arrays are not needed while the next shard is waited for

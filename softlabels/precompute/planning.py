@@ -17,6 +17,7 @@ from softlabels.precompute.answers import ask, averaged, pilot_rows
 from softlabels.precompute.job import Job
 from softlabels.precompute.numerics import computing
 from softlabels.precompute.rows import RowMaker, SingleRows
+from softlabels.precompute.sequence_rows import SequenceRows
 from softlabels.precompute.teachers import Teacher, align_classes, class_list_of_store, load_teacher
 from softlabels.precompute.view_rows import ViewRows
 from softlabels.softmath import check_temperature
@@ -30,6 +31,10 @@ PILOT_ROWS = 4096
 """Rows that an encoding is learnt or chosen from; half of them measure what the other half taught."""
 
 
+_FIRST = 8
+"""Samples that every teacher is asked about twice before a job begins: enough to see shapes, classes and dropout."""
+
+
 def load_transfer_set(job: Job) -> TransferSet:
     """The transfer set that a job names.
 
@@ -41,6 +46,8 @@ def load_transfer_set(job: Job) -> TransferSet:
 
 def row_maker(job: Job, data: TransferSet) -> RowMaker:
     """How the rows of a job's store follow from the samples of its transfer set."""
+    if job.sequences is not None:
+        return SequenceRows(data, job.sequences, store=store_name(job))
     if job.views is None:
         return SingleRows(data, store=store_name(job))
     transform = load_view_transform(job.views.transform, arguments=job.views.arguments, base=job.base)
@@ -82,7 +89,9 @@ def plan_job(
     if len(data) == 0:
         raise JobError(f"transfer set {data.name!r} is empty: there is nothing to compute targets for")
     maker = maker or row_maker(job, data)
-    first = next(maker.samples(np.arange(min(len(data), 16), dtype=np.int64), min(16, job.run.pilot_batch_size)))
+    first = next(
+        maker.samples(np.arange(min(len(data), _FIRST), dtype=np.int64), min(_FIRST, job.run.pilot_batch_size))
+    )
     mean: MeanKind = "none" if len(teachers) == 1 else job.targets.mean
     answers = ask(teachers, first, maker, device)
     combined = averaged(answers, teachers, mean, temperature)
@@ -112,7 +121,7 @@ def plan_job(
     plan = plan_store(
         name=store_name(job),
         samples=len(data),
-        ids=id_spec_of(data),
+        ids=id_spec_of(data) if maker.table is None else examine_ids([maker.table.ids], len(data), data.name),
         encoding=encoding,
         temperature=spec,
         mean=mean,

@@ -12,7 +12,7 @@ from softlabels.encodings import Encoding
 from softlabels.errors import UnknownStoreError
 from softlabels.manifest import Manifest
 from softlabels.precompute.batch_size import find_batch_size
-from softlabels.precompute.changes import refuse_changed
+from softlabels.precompute.changes import note_files, refuse_changed
 from softlabels.precompute.device_pass import DevicePass
 from softlabels.precompute.job import Job, job_from_json
 from softlabels.precompute.lanes import Lanes
@@ -34,7 +34,7 @@ from softlabels.sealing import unseal
 from softlabels.store.beginning import load_plan
 from softlabels.store.constants import load_encoding
 from softlabels.store.geometry import shard_rows
-from softlabels.store.rows import JOB, PLAN
+from softlabels.store.rows import JOB, MANIFEST, PLAN
 from softlabels.store.writer import StoreWriter
 from softlabels.transfer import TransferSet
 
@@ -69,16 +69,23 @@ def precompute(
     """
     device = choose_device(job.run.device)
     data = transfer_set if transfer_set is not None else load_transfer_set(job)
+    kept = _KeptJob(job)
+    if kept.goes_on_with_its_data():
+        refuse_changed(job.store_path, data)
     members = load_teachers(job, device) if teachers is None else computing(teachers, job.run)
-    maker, kept = row_maker(job, data), _KeptJob(job)
+    maker = row_maker(job, data)
     plan, encoding = plan_job(job, data, members, device, encoding=kept.encoding(), maker=maker)
     writer = StoreWriter.create(job.store_path, plan, table=maker.table, encoding=encoding)
-    refuse_changed(job.store_path, data)
+    note_files(job.store_path, data)
     kept.write(writer)
     if writer.missing_shards():
         plain_pass = DevicePass(plan, maker, members, encoding=encoding, lanes=Lanes(device))
         _compute(job, writer, maker, plain_pass, kept, show=show, metrics=metrics)
-    return writer.finish() if not writer.missing_shards() else plan
+    if writer.missing_shards():
+        return plan
+    if not writer.finished:
+        refuse_changed(job.store_path, data)
+    return writer.finish()
 
 
 def resume(where: Path, *, show: ShowProgress = track, metrics: Path | None = None) -> Manifest:
@@ -131,6 +138,7 @@ def _compute(
             plain_pass.by(compiled(plain_pass.teachers, job.run)),
             missing,
             batch_size=kept.batch_size,
+            loaders=job.run.loaders,
             progress=progress,
             committed=None if told is None else told.committed,
             halved=keep_batch_size,
@@ -154,6 +162,11 @@ class _KeptJob:
         if self._before.get("run", {}).get("batch_size") == asked:
             # The same batches as before: kernels round differently for another size.
             self.batch_size = self._before.get(FOUND, {}).get("batch_size", self.batch_size)
+
+    def goes_on_with_its_data(self) -> bool:
+        """Whether the job was begun before, with this transfer set, and is not finished: then that may not change."""
+        same = self._before.get("transfer_set") == self._job.to_json()["transfer_set"]
+        return same and not (self._job.store_path / MANIFEST).exists()
 
     def encoding(self) -> Encoding | None:
         """The encoding of the store that this very job began, so that a resumed run learns nothing anew; else None."""

@@ -103,6 +103,13 @@ class Slots:
             halt.wait_for(lambda: self._free > 0)
             self._free -= 1
 
+    def take_now(self) -> bool:
+        """Take one if one is free."""
+        with self._halt.changed:
+            taken = self._free > 0
+            self._free -= taken
+            return taken
+
     def give_back(self) -> None:
         """Let another one have it."""
         with self._halt.changed:

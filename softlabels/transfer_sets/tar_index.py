@@ -15,6 +15,9 @@ from softlabels.transfer_sets.names import PackedNames
 ABSENT = -1
 """Where the label of a sample lies that has none."""
 
+_BLOCK_BYTES = 512
+"""What headers and contents of a tar are multiples of (POSIX.1-1988, ustar)."""
+
 
 class TarIndex:
     """Where each sample's input and label lie in the tars: five numbers and a key a sample.
@@ -86,8 +89,23 @@ def _members(path: Path) -> Iterator[tuple[str, str, int, int]]:
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"it ends within {member.name!r}")
                 yield folder + slash + stem, extension.lower(), member.offset_data, member.size
+            _refuse_other_end(path, tar.offset)
     except tarfile.TarError as error:
         raise JobError(
             f"{path} cannot be read as an uncompressed tar ({error}): samples of it are read in any order, so unpack a "
             "compressed one first, and fetch a damaged one again"
         ) from error
+
+
+def _refuse_other_end(path: Path, offset: int) -> None:
+    """Let a tar pass whose headers end with zeros and nothing behind them.
+
+    The standard library takes a header that is damaged or cut for the end; the samples behind it would be lost silently.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
+            raise tarfile.ReadError(f"there is neither a header nor the end at byte {offset}")
+        while more := file.read(1 << 16):
+            if any(more):
+                raise tarfile.ReadError("something follows its end: tars that were joined must stay files of their own")

@@ -44,7 +44,7 @@ def zarr_arrays(
     """Samples in arrays of a Zarr group, format 2 or 3.
 
     Args:
-        path: the group's folder, or its .zip file.
+        path: the group's folder.
         inputs: the array with the inputs, [N, ...], by its path in the group: "train/images".
         labels: the array with whole numbers [N], -1 for none; unlabelled when left out.
         ids: the array with integers or strings [N]; positions when left out.

@@ -25,7 +25,7 @@ from softlabels_client.huggingface import BATCH, DistillationTrainer, logits_in
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-class Interrupted(Exception):
+class CrashError(Exception):
     """Stands for a crash."""
 
 
@@ -38,7 +38,7 @@ class Recording(DistillationTrainer):
         self.seen = getattr(self, "seen", [])
         self.batches = getattr(self, "batches", 0)
         if self.batches == self.crash_at:
-            raise Interrupted
+            raise CrashError
         self.batches += 1
         batch = inputs[BATCH]
         rows = batch.targets.logits_BC.numpy()
@@ -102,8 +102,16 @@ def trainer_of(store: Any, inputs: Any, folder: Path, *, crash_at: int | None = 
     return trainer
 
 
-@pytest.mark.parametrize("changes", [{}, {"dataloader_num_workers": 2}, {"gradient_accumulation_steps": 2}], ids=str)
-@pytest.mark.parametrize("crash_at", [7, 18, 24])
+WORKERS, ACCUMULATE = {"dataloader_num_workers": 2}, {"gradient_accumulation_steps": 2}
+QUICK: list[Any] = [({}, 7), (ACCUMULATE, 18)]
+MORE: list[Any] = [(changes, at) for changes in ({}, WORKERS, ACCUMULATE) for at in (7, 18, 24)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "crash_at"),
+    [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE if each not in QUICK)],
+    ids=str,
+)
 def test_a_resumed_training_goes_on_to_the_row(
     store: Any, tiny_inputs: Any, tmp_path: Path, changes: dict[str, Any], crash_at: int
 ) -> None:
@@ -117,7 +125,7 @@ def test_a_resumed_training_goes_on_to_the_row(
     assert whole.seen[:200] != whole.seen[200:]
 
     crashing = trainer_of(store, tiny_inputs, tmp_path / "cut", crash_at=crash_at, **changes)
-    with pytest.raises(Interrupted):
+    with pytest.raises(CrashError):
         crashing.train()
     resumed = trainer_of(store, tiny_inputs, tmp_path / "cut", **changes)
     resumed.train(resume_from_checkpoint=True)

@@ -219,7 +219,7 @@ class TestResuming:
             ({"learning_rate": 0.06}, "learning_rate is 0.05 there and 0.06 here"),
             ({"seed": 1}, "seed is 0 there and 1 here"),
             ({"epochs": 4, "batch_size": 16}, "epochs is 3 there and 4 here; batch_size"),
-            ({"loss_args": {"x": 1}}, "loss_args"),
+            ({"loss_args": {"soft_weight": 0.5}}, "loss_args"),
         ],
         ids=str,
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from softlabels.audit import Audit
-from softlabels.encodings import draw_keys, make_encoding
+from softlabels.encodings import draw_keys, hidden_encoding, make_encoding
 from softlabels.encodings.learning import learn_basis
 from softlabels.manifest import Container, IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
@@ -128,6 +128,8 @@ def make_store(tmp_path: Path) -> MakeStore:
         logits -= logits.max(axis=1, keepdims=True)
         if encoding == "basis":
             codec: Any = learn_basis(logits, row_bytes=14, heads=(2,), residuals=(0, 4))
+        elif encoding == "hidden":  # with a head of ones and zeros, hidden states are logits
+            codec = hidden_encoding(np.eye(CLASSES, dtype=np.float32), np.zeros(CLASSES, dtype=np.float32), kept_as="q8")
         else:
             codec = make_encoding(encoding, classes=CLASSES, params=ENCODING_PARAMS.get(encoding))
         found, spec = sample_ids(ids)

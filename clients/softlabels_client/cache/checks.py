@@ -16,6 +16,9 @@ from softlabels.manifest import Manifest
 Words = NDArray[np.uint64]
 
 _FOLD = np.uint64(32)
+_AT_ONCE = 8192
+"""Words: 64 KiB, which the allocator also keeps for the next time."""
+
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 """2⁶⁴ divided by the golden ratio: the stride of the SplitMix64 generator (Steele, Lea, Flood 2014)."""
 
@@ -53,11 +56,16 @@ class RowChecks:
 
     def of(self, words_BW: Words, keys_B: Words) -> Words:
         """The checksums of these rows, [B], never 0: that is what a row has that was not kept."""
-        # Folded, because the highest bit of a word times any odd number is the same: two of them would cancel out.
-        folded_BW = words_BW >> _FOLD
-        folded_BW ^= words_BW
-        sums = np.einsum("bw,w->b", folded_BW, self._factors)
-        sums += mixed(keys_B ^ self._seed)
+        sums = mixed(keys_B ^ self._seed)
+        # A few rows at a time: what was just folded is still in the processor's cache when it is summed.
+        at_once = max(1, _AT_ONCE // len(self._factors))
+        folded = np.empty((min(at_once, len(sums)), len(self._factors)), dtype=np.uint64)
+        for begin in range(0, len(sums), at_once):
+            part_BW = words_BW[begin : begin + at_once]
+            # Folded, because the highest bit of a word times any odd number is the same: two would cancel out.
+            folded_BW = np.right_shift(part_BW, _FOLD, out=folded[: len(part_BW)])
+            folded_BW ^= part_BW
+            sums[begin : begin + at_once] += np.einsum("bw,w->b", folded_BW, self._factors)
         checks: Words = np.maximum(sums, np.uint64(1))
         return checks
 

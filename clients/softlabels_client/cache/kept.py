@@ -123,8 +123,12 @@ class KeptRows:
         if keyed is None or not self._writes:
             return
         keys, checks = keyed
-        missing = np.ones(len(keys), dtype=np.bool_) if found is None else ~found.here
-        self._keep(keys[missing], checks[missing], {n: a[missing] for n, a in rows.arrays.items() if n != IDS})
+        arrays = {name: array for name, array in rows.arrays.items() if name != IDS}
+        if found is not None and found.here.any():
+            missing = ~found.here
+            keys, checks = keys[missing], checks[missing]
+            arrays = {name: array[missing] for name, array in arrays.items()}
+        self._keep(keys, checks, arrays)
         try:
             self._table.keep_ids(step.positions, rows.ids)
         except OSError as error:

@@ -153,20 +153,22 @@ class RowTable:
         if self._read_only or not len(keys) or not arrays:
             return
         _, distinct = np.unique(keys, return_index=True)
-        keys, checks = keys[distinct], checks[distinct]
+        if len(distinct) < len(keys):
+            keys, checks = keys[distinct], checks[distinct]
+            arrays = {name: array[distinct] for name, array in arrays.items()}
         if self.taken_slots == self.shape.slots and not (self._index.find(keys) >= 0).any():
             return
-        block = self._rows.pack(keys, checks, {name: arrays[name][distinct] for name in arrays})
+        block = self._rows.pack(keys, checks, arrays)
         with self._turn():
             self._refuse_cut_files()
             slots = self._index.find(keys)
             known = (slots >= 0) & (slots < self.shape.slots)
             # An index that leads to somebody else's record was spoilt: it gets another entry, and they keep theirs.
             known[known] = self._rows.keys_at(slots[known]) == keys[known]
-            _, sound, _ = self._rows.read(np.where(known, slots, 0), tuple(arrays), keys, checks)
-            for row in np.flatnonzero(known & ~sound).tolist():
-                self._rows.write_fields(int(slots[row]), block[row], tuple(arrays))
-            self._append(keys[~known], block[~known])
+            if known.any():
+                self._put_right(slots[known], keys[known], checks[known], block[known], tuple(arrays))
+                keys, block = keys[~known], block[~known]
+            self._append(keys, block)
 
     def keep_ids(self, positions: NDArray[np.int64], ids: IdArray) -> None:
         """Keep the ids of the samples at these positions, where they do not count up. Raises OSError."""
@@ -197,19 +199,28 @@ class RowTable:
         """How many rows are kept, or were once."""
         return min(taken_slots(self._index), self.shape.slots)
 
+    def _put_right(
+        self, slots: NDArray[np.int64], keys: Words, checks: Words, block: NDArray[np.uint8], names: tuple[str, ...]
+    ) -> None:
+        """Write these fields of records that are there already, where they are not as they should be."""
+        _, sound, _ = self._rows.read(slots, names, keys, checks)
+        for row in np.flatnonzero(~sound).tolist():
+            self._rows.write_fields(int(slots[row]), block[row], names)
+
     def _append(self, keys: Words, block: NDArray[np.uint8]) -> None:
         taken = self.taken_slots
         keys, block = keys[: self.shape.slots - taken], block[: self.shape.slots - taken]
         places = self._index.places(keys)
         room = places >= 0
-        count = int(room.sum())
-        if not count:
+        if not room.all():
+            places, keys, block = places[room], keys[room], block[room]
+        if not len(keys):
             return
-        slots = np.arange(taken, taken + count)
+        slots = np.arange(taken, taken + len(keys))
         # In this order: whoever is killed after any of the three leaves slots unused, and none with two owners.
-        take_slots(self._index, taken + count)
-        self._rows.write(slots, block[room])
-        self._index.put(places[room], keys[room], slots)
+        take_slots(self._index, taken + len(keys))
+        self._rows.write(slots, block)
+        self._index.put(places, keys, slots)
 
     def _refuse_cut_files(self) -> None:
         for file in (self._index.file, self._rows.file, *([self._names.file] if self._names else [])):

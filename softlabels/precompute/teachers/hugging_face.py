@@ -146,7 +146,7 @@ def load_hub_model(name: str, settings: HubSettings, *, base: Path, who: str) ->
         gives=gives,
         last_layer=_last_layer(model, task),
         class_names=None if task == "causal-lm" else _class_names(model.config),
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=None if folder.is_dir() else _commit_of(name, settings),
     )
 
 
@@ -179,6 +179,14 @@ def _cached_first(load: Callable[..., Any], place: str, options: dict[str, Any],
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         where = "offline, so the hub was not asked" if local and not Path(place).is_dir() else "not to be had"
         raise JobError(f"{who}: the model {place} is {where}: {error}") from error
+
+
+def _commit_of(name: str, settings: HubSettings) -> str | None:
+    """The commit that a name on the hub stands for in the cache, where the files have been read from by now."""
+    hub = importlib.import_module("huggingface_hub")
+    file = hub.try_to_load_from_cache(name, settings.gguf_file or "config.json", revision=settings.revision)
+    parts = Path(file).parts if isinstance(file, str) else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
 def _task_of(config: Any, *, gguf: bool, who: str) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def graph_sha256(path: Path) -> str:
 
 def _session(path: Path, device: torch.device, who: str) -> Any:
     try:
-        import onnxruntime
+        onnxruntime = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise MissingExtraError(
             f"{who} is an ONNX graph, and onnxruntime, which runs it, is not installed: pip install 'softlabels[onnx]'",

@@ -39,7 +39,8 @@ def load_torchscript(path: Path, *, who: str) -> nn.Module:
         with warnings.catch_warnings():
             # Deprecated in favour of torch.export, and still what many models are kept as.
             warnings.simplefilter("ignore", DeprecationWarning)
-            model: Any = torch.jit.load(path, map_location="cpu")
+            load: Any = torch.jit.load
+            model = load(path, map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         raise JobError(f"{who}: {path.name} is no TorchScript program: {_first_line(error)}") from error
     model.eval()

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,8 @@ class Teacher:
             TeacherError: no last layer is known, or it is not linear.
         """
         layer = self._head_layer()
-        weight_CD, bias_C = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        weight_CD, bias = layer.weight.detach(), cast("Tensor | None", layer.bias)
+        bias_C = None if bias is None else bias.detach()
         if self.order_C is not None:
             order_C = self.order_C.to(weight_CD.device)
             weight_CD, bias_C = weight_CD[order_C], None if bias_C is None else bias_C[order_C]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from softlabels.data.digits import load_digits
 from softlabels.demo.nets import teacher_mlp
 from softlabels.demo.teachers import TeacherSchedule, TrainedTeacher, train_teacher
-from softlabels.demo.training import count_errors, hard_labels
+from softlabels_client.evaluation import count_errors
 
 pytest.importorskip("sklearn", reason="scikit-learn, which bundles the digits, is not installed")
 torch.set_num_threads(1)
@@ -38,7 +38,7 @@ class TestTrainTeacher:
         model = teacher_mlp(in_features=64)
         model.load_state_dict(load_file(taught.weights))
         test = load_digits(split="test")
-        assert taught.errors == count_errors(model, test.inputs, hard_labels(test))
+        assert taught.errors == count_errors(model, test)
         assert list(taught.weights.parent.iterdir()) == [taught.weights]
 
     def test_the_seed_decides_over_the_weights(self, taught: TrainedTeacher, tmp_path: Path) -> None:

@@ -11,15 +11,14 @@ from softlabels.demo.nets import Mlp, student_mlp, teacher_mlp
 from softlabels.demo.training import (
     Jitter,
     constrain_incoming_weights,
-    count_errors,
     fast_arithmetic,
     fit_hard,
     hard_labels,
     has_bfloat16_products,
-    one_cycle,
 )
 from softlabels.errors import JobError
 from softlabels.transfer import ArrayTransferSet
+from softlabels_client.evaluation import count_errors
 
 torch.set_num_threads(1)
 
@@ -80,7 +79,7 @@ class TestFitHard:
         images, labels = blobs()
         model = student_mlp(in_features=36, hidden=32, classes=3)
         fit_hard(model, images, labels, epochs=10, batch_size=50, learning_rate=0.1, seed=0)
-        assert count_errors(model, images, labels) < 6
+        assert count_errors(model, ArrayTransferSet("blobs", images, labels=labels)) < 6
 
     def test_the_same_seed_gives_the_same_weights(self) -> None:
         """Shuffles, jitter and dropout all hang on it; another seed gives others."""
@@ -128,16 +127,6 @@ class TestFitHard:
         assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
-class TestOneCycle:
-    def test_it_rises_from_zero_to_the_peak_and_falls_to_zero(self) -> None:
-        """The peak after a fifth of the steps."""
-        assert one_cycle(0.0) == 0.0
-        assert one_cycle(0.1) == pytest.approx(0.5)
-        assert one_cycle(0.2) == pytest.approx(1.0)
-        assert one_cycle(0.6) == pytest.approx(0.5)
-        assert one_cycle(1.0) == pytest.approx(0.0)
-
-
 class TestJitter:
     def test_each_image_moves_by_its_own_whole_pixels(self) -> None:
         """A single lit pixel in the middle lands within two pixels, on every one of the 25 places."""
@@ -171,16 +160,6 @@ class TestConstrainIncomingWeights:
         linear.weight.data = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
         constrain_incoming_weights(linear, 1.0)
         torch.testing.assert_close(linear.weight.data, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
-
-
-class TestCountErrors:
-    def test_it_counts_in_eval_mode_and_gives_the_mode_back(self) -> None:
-        """Dropout has no say in the count, whatever the batches."""
-        images, labels = blobs(100)
-        model = net().train()
-        counts = {count_errors(model, images, labels, batch_size=size) for size in (1, 7, 100, 1_000)}
-        assert len(counts) == 1
-        assert model.training
 
 
 class TestHasBfloat16Products:

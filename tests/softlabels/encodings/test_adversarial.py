@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from softlabels.encodings import (
     Basis,
     Encoding,
+    Hidden,
     Quantised,
     Sampled,
     TopK,
     draw_keys,
+    hidden_encoding,
     make_encoding,
     row_bytes,
 )
+from softlabels.encodings.hidden import KEPT_AS
 from softlabels.encodings.learning import build_basis, spectrum_of
 from softlabels.encodings.quantised import FLOOR
 from softlabels.errors import EncodingError
@@ -94,6 +97,8 @@ def encodings(classes: int) -> list[Encoding]:
     found = [make_encoding(name, classes=classes) for name in (PLAIN if classes <= 1_000 else PLAIN_OF_MANY)]
     found += [TopK(classes=classes, k=k, tail=tail) for tail in ("uniform", "ghost", "renormalise")]
     found.append(Sampled(classes=classes, head=min(classes - 1, 5), draws=20))
+    if classes <= 1_000:  # with a head of ones and zeros, hidden states are logits
+        found += [hidden_encoding(np.eye(classes, dtype=np.float32), kept_as=kept_as) for kept_as in KEPT_AS]
     if 10 <= classes <= 1_000:
         found += [learnt(classes, residual_bits) for residual_bits in (0, 4)]
     return found
@@ -192,12 +197,24 @@ def check_bound(
     elif isinstance(encoding, Basis):
         assert np.isfinite(decoded).all()
         assert (decoded.argmax(axis=1) == z.argmax(axis=1)).all() or (decoded.max(axis=1) == 0).all()
+    elif isinstance(encoding, Hidden):
+        check_hidden(encoding, z, decoded)
     else:
         relative = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8}[encoding.name]
         finite = np.isfinite(z)
         error = np.abs(decoded[finite] - z[finite])
         assert (error <= relative * np.abs(z[finite]) + 2.0**-25).all(), encoding.name
         assert (decoded[~finite] == -np.inf).all()
+
+
+def check_hidden(encoding: Hidden, z: NDArray[np.float64], decoded: NDArray[np.float64]) -> None:
+    step = np.abs(z).max(axis=1, keepdims=True) / 127
+    relative = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8": 0.0}[encoding.kept_as]
+    half_steps = step * 0.5001 if encoding.kept_as == "q8" else 0.0
+    # Twice: the row's largest is brought to 0 after decoding.
+    bound = 2 * (relative * np.abs(z) + half_steps) + 2.0**-23 * np.abs(z).max() + 2.0**-25
+    assert (np.abs(decoded - z) <= bound).all(), encoding.kept_as
+    assert (decoded.max(axis=1) == 0).all()
 
 
 def check_quantised(

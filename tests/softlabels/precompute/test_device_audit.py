@@ -8,7 +8,7 @@ import torch
 
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
-from softlabels.precompute.device_audit import figures_on_device
+from softlabels.precompute.device_audit import audited, figures_on_device
 
 TEMPERATURES = (1.0, 4.0, 20.0)
 
@@ -45,3 +45,34 @@ def test_it_agrees_with_numpy(name: str, params: dict[str, object], captured: fl
     assert found["gradient"] == pytest.approx(expected["gradient"], rel=1e-6)
     for temperature, figures in expected["kl_nats"].items():
         assert found["kl_nats"][temperature] == pytest.approx(figures, rel=1e-6, abs=1e-12)
+
+
+class TestHowManyRows:
+    def test_all_rows_up_to_sixteen_thousand_classes(self) -> None:
+        """Where measuring costs nothing beside the teacher, nothing is left out."""
+        assert list(range(100))[audited(37, 100, 16_384)] == list(range(100))
+
+    @pytest.mark.parametrize("batch", [1, 7, 100, 1000])
+    def test_of_longer_rows_some_by_their_number_in_the_store(self, batch: int) -> None:
+        """The same rows however the shard is cut into batches."""
+        found = []
+        for start in range(0, 1000, batch):
+            rows = np.arange(start, min(start + batch, 1000))
+            found += rows[audited(start, len(rows), 128_000)].tolist()
+        assert found == list(range(0, 1000, 15))
+
+    def test_many_entries_are_measured_in_blocks(self) -> None:
+        """More entries than are measured at once give what the reference gives."""
+        torch.set_num_threads(1)
+        exact_BC = np.random.default_rng(0).normal(size=(300, 16_000)).astype(np.float32)
+        exact_BC -= exact_BC.max(axis=1, keepdims=True)
+        kept_BC = exact_BC.astype(np.float16).astype(np.float32)
+        reference, ours = Audit((1.0,)), Audit((1.0,))
+        reference.add(exact_BC, kept_BC, captured=1.0)
+        ours.absorb(
+            figures_on_device(torch.from_numpy(exact_BC), torch.from_numpy(kept_BC), temperatures=(1.0,), captured=1.0)
+        )
+        expected, found = reference.summary(), ours.summary()
+        assert found["rows"] == 300
+        assert found["gradient"] == pytest.approx(expected["gradient"], rel=1e-6)
+        assert found["kl_nats"]["1"] == pytest.approx(expected["kl_nats"]["1"], rel=1e-6)

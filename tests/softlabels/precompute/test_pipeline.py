@@ -155,6 +155,23 @@ class TestTheSameBytes:
         assert net.batches[2:] == [50, 50, 28] * 4 + [50, 38]
 
 
+    def test_whoever_many_load(self, tmp_path: Path) -> None:
+        """Loaders that make several batches at once give them in order; also where more are ahead than shards fit."""
+        ours = replace(job(tmp_path), store=StoreTable(path="store", rows_per_shard=64, rows_per_chunk=64))
+        many = replace(ours, store=replace(ours.store, path="many", name="store"), run=replace(ours.run, loaders=8))
+        compute(ours, Net())
+        compute(many, Net())
+        assert tree_digest(ours.store_path) == tree_digest(many.store_path)
+
+    def test_an_error_of_one_of_many_loaders(self, tmp_path: Path) -> None:
+        """It comes out as it is, after the shards before it."""
+        ours = job(tmp_path, loaders=3)
+        with pytest.raises(OSError, match="cable"):
+            compute(ours, Net(), data=Failing(at=2 * SHARD + 60, error=OSError("the cable is out")))
+        assert StoreWriter.resume(ours.store_path).missing_shards() == [2, 3, 4]
+        assert free_shards(ours) == [0, 1, 2, 3, 4]
+
+
 class TestOutOfMemory:
     def test_the_batch_is_halved_until_it_fits(self, tmp_path: Path) -> None:
         """Every row is there and right, each shard in batches of one size, and the size is kept with the job."""

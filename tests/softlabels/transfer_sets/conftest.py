@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,6 @@ def make_source(tmp_path: Path) -> Callable[[str], Source]:
 
 
 @pytest.fixture(params=tuple(MAKERS))
-def source(request: pytest.FixtureRequest, make_source: Callable[[str], Source]) -> Iterator[Source]:
+def source(request: pytest.FixtureRequest, make_source: Callable[[str], Source]) -> Source:
     """The samples, kept in each of the ways."""
-    yield make_source(request.param)
+    return make_source(request.param)

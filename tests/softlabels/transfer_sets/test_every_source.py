@@ -96,18 +96,3 @@ class TestKinds:
         """A new kind comes with its samples in conftest.py."""
         for kind in KINDS:
             assert make_source(kind).kind == kind
-
-    def test_every_kind_is_documented(self) -> None:
-        """docs/transfer-sets.md has a heading for each, and names each of its arguments."""
-        import inspect
-
-        from softlabels.references import load_reference
-
-        text = (Path(__file__).resolve().parents[3] / "docs" / "transfer-sets.md").read_text()
-        for kind, reference in KINDS.items():
-            assert f"`{kind}`" in text
-            section = text.split(f"## `{kind}`", 1)[1].split("\n## ", 1)[0]
-            keys = set(inspect.signature(load_reference(reference)).parameters) - {"base", "name"}
-            pictures = {"size", "resize", "mode", "layout", "threads"}
-            missing = {key for key in keys if f"`{key}`" not in section}
-            assert missing - (pictures if kind != "image_folder" and "of pictures" in section else set()) == set()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from softlabels.precompute.job import TeacherTable
 from softlabels.precompute.teachers import Teacher, load_teacher
 
-MODULE = '''
+MODULE = """
 import torch
 
 
@@ -42,7 +42,7 @@ class Rebel(Net):
 
 def halved(x):
     return x / 2
-'''
+"""
 
 Load = Callable[..., Teacher]
 

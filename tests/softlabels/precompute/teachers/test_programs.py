@@ -1,4 +1,4 @@
-"""TorchScript and exported programs answer as the model they were made from, unless they were saved in training mode."""
+"""TorchScript and exported programs answer as the model they came from, unless they were saved in training mode."""
 
 from __future__ import annotations
 

@@ -1,0 +1,283 @@
+"""Rows as a teacher's last hidden states, and its last layer once for the whole store. Name `hidden`.
+
+A row is D numbers (the width of the model) instead of C (its vocabulary); it decodes to
+
+    z = (hidden @ head.T + bias) x scale, and softcap x tanh(z / softcap) where the model caps its logits
+
+shifted so that a row's largest is 0. That is what the teacher itself computes, so every class is there, at any T. The
+head is kept without loss: in half precision where all its numbers are such, else in float32.
+
+Row, by `kept_as`: `f32`, `f16` or `bf16` numbers as the dense encodings keep them, or `q8`: int8 codes and a float32
+scale a row, x = code x scale with scale = max |x| / 127. Bounds on a hidden number: f32 none, f16 relative 2⁻¹¹, bf16
+relative 2⁻⁸, q8 half its row's scale; what that does to the targets the audit measures. Refused: NaN, ±inf, beyond
+±65,504 in f16.
+
+Unlike all other encodings, `encode` takes hidden states [rows, D] and not logits, and NumPy and torch decode to the
+same logits only up to the rounding of a float32 matrix product.
+Legend: B rows, C classes, D width of the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.encodings.arrays import NUMPY, Array, Ops, torch_ops
+from softlabels.encodings.dense import BF16, F16, F32
+from softlabels.encodings.protocol import TARGETS, Field
+from softlabels.errors import EncodingError, ShapeMismatchError, UnknownEncodingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KeptAs = Literal["f32", "f16", "bf16", "q8"]
+KEPT_AS: tuple[KeptAs, ...] = get_args(KeptAs)
+
+SCALES = "scales"
+HEAD_TYPES = ("<f4", "<f2", "<u2")
+"""Of the head: float32, float16, or bfloat16 as its 16 bits."""
+
+_DENSE: Mapping[str, type[F32] | type[F16] | type[BF16]] = {"f32": F32, "f16": F16, "bf16": BF16}
+_LARGEST_CODE = 127.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hidden:
+    """Hidden states and the head that makes logits of them.
+
+    Attributes:
+        classes: C.
+        kept_as: how the numbers of a row are kept.
+        scale: what logits are multiplied with after the head.
+        softcap: what they are capped at, smoothly; 0 where they are not.
+        head_CD: float32, float16, or the bits of bfloat16.
+        bias_C: float32; None where the head has none.
+    """
+
+    classes: int
+    kept_as: KeptAs = "f16"
+    scale: float = 1.0
+    softcap: float = 0.0
+    head_CD: NDArray[Any] = field(repr=False)
+    bias_C: NDArray[np.float32] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        wrong = _what_is_wrong(self)
+        if wrong:
+            raise UnknownEncodingError(f"encoding 'hidden' cannot be had so: {wrong}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was derived stays behind: it may live on a device that the other process has not.
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+    @property
+    def name(self) -> str:
+        """The name in manifests."""
+        return "hidden"
+
+    @property
+    def width(self) -> int:
+        """D: how many numbers a hidden state has."""
+        return int(self.head_CD.shape[1])
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """All that is not an array."""
+        return {"kept_as": self.kept_as, "scale": self.scale, "softcap": self.softcap}
+
+    @property
+    def constants(self) -> Mapping[str, NDArray[Any]]:
+        """The last layer: `head`, and `bias` where it has one."""
+        return {"head": self.head_CD} | ({} if self.bias_C is None else {"bias": self.bias_C})
+
+    @property
+    def retemperable(self) -> bool:
+        """To any T: every class is there."""
+        return True
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """One array [rows, D]; and, for q8, the scale of each row."""
+        if self.kept_as != "q8":
+            return self._dense.fields
+        return {
+            TARGETS: Field(dtype=np.dtype("i1"), row_shape=(self.width,)),
+            SCALES: Field(dtype=np.dtype("<f4"), row_shape=(1,)),
+        }
+
+    def encode(
+        self, hidden_BD: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Keep hidden states. Raises EncodingError: NaN, ±inf, or what the type has no number for."""
+        self._refuse_unsound(NUMPY, hidden_BD)
+        if self.kept_as == "q8":
+            return _quantised(NUMPY, np.asarray(hidden_BD))
+        try:
+            return self._dense.encode(hidden_BD)
+        except EncodingError as error:
+            raise _out_of_range(error, self.kept_as) from error
+
+    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """logits_BC, each row's largest 0; leading dimensions are kept."""
+        return self.logits(self.hidden(encoded))
+
+    def hidden(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The hidden states as kept, [B, D] float32: for those who bring a student's own head, or few classes of it."""
+        if self.kept_as != "q8":
+            return self._dense.decode(encoded)
+        return np.asarray(encoded[TARGETS]).astype(np.float32) * np.asarray(encoded[SCALES], dtype=np.float32)
+
+    def logits(self, hidden_BD: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """What the head makes of hidden states, each row's largest 0."""
+        z = np.asarray(hidden_BD, dtype=np.float32) @ self._head_DC
+        if self.bias_C is not None:
+            z += self.bias_C
+        if self.scale != 1:
+            z *= np.float32(self.scale)
+        if self.softcap:
+            z = np.float32(self.softcap) * np.tanh(z / np.float32(self.softcap))
+        if z.size:
+            z -= z.max(axis=-1, keepdims=True)
+        return z
+
+    def encode_torch(self, hidden_BD: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
+        """`encode` on the tensor's own device, to the same bytes."""
+        self._refuse_unsound(torch_ops(), hidden_BD)
+        if self.kept_as == "q8":
+            import torch
+
+            found = _quantised(torch_ops(), hidden_BD.float())
+            return {TARGETS: found[TARGETS].to(torch.int8), SCALES: found[SCALES]}
+        try:
+            return self._dense.encode_torch(hidden_BD)
+        except EncodingError as error:
+            raise _out_of_range(error, self.kept_as) from error
+
+    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        """`decode` on the tensors' own device."""
+        if self.kept_as != "q8":
+            return self.logits_torch(self._dense.decode_torch(encoded))
+        return self.logits_torch(encoded[TARGETS].float() * encoded[SCALES])
+
+    def logits_torch(self, hidden_BD: Tensor) -> Tensor:
+        """`logits` on the tensor's own device."""
+        import torch
+
+        head_CD, bias_C = self._on(hidden_BD.device)
+        # Autocast would round the product to half precision.
+        with torch.autocast(hidden_BD.device.type, enabled=False):
+            z = torch.nn.functional.linear(hidden_BD.float(), head_CD, bias_C)
+        if self.scale != 1:
+            z = z * self.scale
+        if self.softcap:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z - z.amax(dim=-1, keepdim=True) if z.numel() else z
+
+    @cached_property
+    def _dense(self) -> F32 | F16 | BF16:
+        return _DENSE[self.kept_as](classes=self.width)
+
+    @cached_property
+    def _head_DC(self) -> NDArray[np.float32]:
+        return _widened(self.head_CD).T
+
+    @cached_property
+    def _moved(self) -> dict[Any, tuple[Tensor, Tensor | None]]:
+        return {}
+
+    def _on(self, device: Any) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        if device not in self._moved:
+            head_CD = torch.from_numpy(np.array(_widened(self.head_CD)))
+            bias_C = None if self.bias_C is None else torch.from_numpy(np.array(self.bias_C)).to(device)
+            self._moved[device] = head_CD.to(device), bias_C
+        return self._moved[device]
+
+    def _refuse_unsound(self, ops: Ops, hidden_BD: Array) -> None:
+        shape = tuple(hidden_BD.shape)
+        if len(shape) != 2 or shape[1] != self.width:
+            raise ShapeMismatchError(
+                f"this encoding holds hidden states of {self.width} numbers and was given {list(shape)}; give [rows, "
+                f"{self.width}]",
+                shape=list(shape),
+                width=self.width,
+            )
+        rows = ops.rows_where(~ops.isfinite(hidden_BD).all(-1)) if shape[0] else []
+        if rows:
+            raise EncodingError(f"{len(rows)} hidden state(s) hold NaN or Inf; check the teacher", rows=rows)
+
+
+def hidden_encoding(
+    head_CD: NDArray[np.floating[Any]], bias_C: NDArray[np.floating[Any]] | None = None, **params: Any
+) -> Hidden:
+    """The encoding for a head as a teacher has it, which is kept in as few bytes as hold it exactly.
+
+    Args:
+        head_CD, bias_C: float32.
+        params: `kept_as`, `scale`, `softcap`.
+    """
+    return Hidden(
+        classes=len(head_CD),
+        head_CD=_narrowed(np.ascontiguousarray(head_CD, dtype="<f4")),
+        bias_C=None if bias_C is None else np.ascontiguousarray(bias_C, dtype="<f4"),
+        **params,
+    )
+
+
+def _quantised(ops: Ops, hidden_BD: Array) -> dict[str, Array]:
+    x = ops.cast(hidden_BD, "f4")
+    if x.shape[0] == 0:
+        return {TARGETS: x.astype(np.int8) if ops is NUMPY else x, SCALES: x[:, :1]}
+    scale_B1 = ops.max(abs(x)) / _LARGEST_CODE
+    codes = ops.round(x / ops.where(scale_B1 > 0, scale_B1, scale_B1 + 1.0))
+    codes = ops.clip(codes, -_LARGEST_CODE, _LARGEST_CODE)
+    return {TARGETS: codes.astype(np.int8) if ops is NUMPY else codes, SCALES: scale_B1}
+
+
+def _narrowed(head_CD: NDArray[np.float32]) -> NDArray[Any]:
+    """The head in half precision, where not a bit is lost by that."""
+    with np.errstate(over="ignore"):
+        half = head_CD.astype("<f2")
+    if np.array_equal(half.astype("<f4"), head_CD):
+        return half
+    bits = head_CD.view("<u4")
+    return (bits >> np.uint32(16)).astype("<u2") if not (bits & np.uint32(0xFFFF)).any() else head_CD
+
+
+def _widened(head_CD: NDArray[Any]) -> NDArray[np.float32]:
+    if head_CD.dtype == np.uint16:
+        return (head_CD.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.asarray(head_CD, dtype=np.float32)
+
+
+def _out_of_range(error: EncodingError, kept_as: str) -> EncodingError:
+    rows = error.context.get("rows", [])
+    return EncodingError(
+        f"{kept_as} has no number for an entry of {len(rows)} hidden state(s): keep them as 'bf16' or 'f32'", rows=rows
+    )
+
+
+def _what_is_wrong(given: Hidden) -> str:
+    """Why these parameters and constants are none of hidden states; empty where they are."""
+    head_CD, bias_C = given.head_CD, given.bias_C
+    if head_CD.ndim != 2 or len(head_CD) != given.classes or head_CD.shape[1] < 1:
+        return f"a head of {list(head_CD.shape)} for {given.classes} classes"
+    if head_CD.dtype.str not in HEAD_TYPES:
+        return f"a head of type {head_CD.dtype.str}, not one of {', '.join(HEAD_TYPES)}"
+    if not np.isfinite(_widened(head_CD)).all():
+        return "its head holds NaN or Inf"
+    if bias_C is not None and (
+        bias_C.shape != (given.classes,) or bias_C.dtype.str != "<f4" or not np.isfinite(bias_C).all()
+    ):
+        return f"a bias {bias_C.dtype.str}{list(bias_C.shape)}, which has to be one finite float32 a class"
+    if given.kept_as not in KEPT_AS:
+        return f"kept_as = {given.kept_as!r}, not one of {', '.join(KEPT_AS)}"
+    if not 0 < given.scale < float("inf") or not 0 <= given.softcap < float("inf"):
+        return f"a scale of {given.scale} and a softcap of {given.softcap}"
+    return ""

@@ -1,0 +1,221 @@
+"""How do rows follow from samples that have many positions? Every position is a row, in order: offset + position.
+
+Row t of a sample is what the teachers say at position t; a causal language model's is a distribution over token t + 1.
+Ids and fingerprints are kept once a sample, in a table that one pass over the data, without teachers, makes before the
+run. A forward pass takes whole sequences, shorter ones filled up at the end (`softlabels.transfer_sets.ragged`); a
+shard may begin or end inside one, whose rows are then picked out of its answer, so that no row hangs on where shards
+are cut.
+Legend: B sequences, L positions of the longest, R rows of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabels.encodings import draw_keys
+from softlabels.errors import JobError, ShapeMismatchError, TeacherShapeError, TransferSetChangedError
+from softlabels.ids import IdArray
+from softlabels.manifest import Layout, ViewSpec
+from softlabels.precompute.job import SequencesTable
+from softlabels.precompute.rows import RowBatch
+from softlabels.store.sequences import SampleTable
+from softlabels.transfer import FINGERPRINT_BYTES, UNLABELLED, Samples, TransferSet, sample_fingerprints
+from softlabels.transfer_sets import examine_ids
+from softlabels.transfer_sets.ragged import KnowsItsLengths
+
+_READ_AT_ONCE = 64
+"""Sequences that the pass before the run takes at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SequenceBatch(RowBatch):
+    """Whole sequences, and which of their positions are the batch's rows.
+
+    Attributes:
+        picked: [R] sequence x L + position; None where every position of the array is a row, in order.
+    """
+
+    picked: NDArray[np.int64] | None
+
+
+class SequenceRows:
+    """As many rows a sample as it has positions.
+
+    Args:
+        data: the transfer set; one with `lengths` where its samples differ in length.
+        table: as the job says.
+        store: the store's name, which random draws of its rows hang on.
+    Raises:
+        JobError: no sample has a position, or labels that are asked for cannot be had. BadIdsError: an id repeats.
+    """
+
+    views: ViewSpec | None = None
+
+    def __init__(self, data: TransferSet, table: SequencesTable, *, store: str) -> None:
+        self._data, self._settings, self._store = data, table, store
+        self.table: SampleTable | None = sample_table(data)
+        self._lengths, self._fingerprints = self.table.lengths, self.table.fingerprints
+        self._offsets = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
+        self.layout = Layout(kind="sequences", samples=len(data), rows=self.table.rows)
+        if self.layout.rows == 0:
+            raise JobError(f"no sample of {data.name!r} has a position: there is nothing to compute targets for")
+
+    def batches(self, rows: range, batch_size: int) -> Iterator[SequenceBatch]:
+        """The sequences that these rows lie in, cut into batches from the first on."""
+        first = int(np.searchsorted(self._offsets, rows.start, side="right")) - 1
+        last = int(np.searchsorted(self._offsets, rows.stop, side="left"))
+        for group in self._groups(np.arange(first, last, dtype=np.int64), batch_size):
+            yield self._batch(group, rows)
+
+    def samples(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[SequenceBatch]:
+        """Every row of these samples."""
+        for group in self._groups(positions, batch_size):
+            yield self._batch(group, range(self.layout.rows))
+
+    def prepare(self, inputs: Tensor, batch: RowBatch) -> Tensor:
+        """The sequences as they are: padding is for the teacher to know."""
+        return inputs
+
+    def pick(self, answer: Tensor, batch: RowBatch) -> Tensor:
+        """The answers at the positions that are rows. Raises TeacherShapeError: not one answer a position."""
+        if answer.ndim != 3 or tuple(answer.shape[:2]) != batch.inputs.shape[:2]:
+            raise TeacherShapeError(
+                f"a teacher answers {list(answer.shape)} to sequences {list(batch.inputs.shape)}: with [sequences] in "
+                "the job it has to answer [samples, positions, classes], once for every position"
+            )
+        assert isinstance(batch, SequenceBatch)
+        flat_PC = answer.flatten(0, 1)
+        if batch.picked is None:
+            return flat_PC
+        picked = torch.from_numpy(batch.picked)
+        if answer.is_cuda:
+            picked = picked.pin_memory().to(answer.device, non_blocking=True)
+        return flat_PC.index_select(0, picked.to(answer.device))
+
+    def _groups(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:
+        """Samples that share a forward pass: at most `batch_size`, filled up to at most so many positions."""
+        group: list[int] = []
+        longest = 0
+        for position, length in zip(positions.tolist(), self._lengths[positions].tolist(), strict=True):
+            if length == 0:
+                continue
+            wider = max(longest, length)
+            if group and (len(group) == batch_size or (len(group) + 1) * wider > self._settings.positions_per_pass):
+                yield np.array(group, dtype=np.int64)
+                group, wider = [], length
+            group.append(position)
+            longest = wider
+        if group:
+            yield np.array(group, dtype=np.int64)
+
+    def _batch(self, positions: NDArray[np.int64], rows: range) -> SequenceBatch:
+        taken = self._data.take(positions)
+        inputs = np.ascontiguousarray(taken.inputs)
+        lengths = self._lengths[positions]
+        found = _fingerprints(taken, lengths, self._data.name)
+        if (found != self._fingerprints[positions]).any():
+            changed = taken.ids[(found != self._fingerprints[positions]).any(axis=1)].tolist()
+            raise TransferSetChangedError(
+                f"transfer set {self._data.name!r} changed under the job: sample {changed[0]!r} is not what it was when "
+                "the job began. Put the data back as they were and resume, or begin another store"
+            )
+        begin = np.maximum(self._offsets[positions], rows.start) - self._offsets[positions]
+        end = np.minimum(self._offsets[positions + 1], rows.stop) - self._offsets[positions]
+        which = np.repeat(np.arange(len(positions)), end - begin)
+        starts = np.cumsum(end - begin) - (end - begin)
+        within = np.arange(len(which)) - np.repeat(starts, end - begin) + np.repeat(begin, end - begin)
+        ids: IdArray = taken.ids[which]
+        labels = self._labels(taken, lengths)
+        return SequenceBatch(
+            inputs=inputs,
+            ids=ids,
+            keys=draw_keys(self._store, ids, within),
+            labels=None if labels is None else labels[which, within],
+            picked=None if len(which) == inputs.shape[0] * inputs.shape[1] else which * inputs.shape[1] + within,
+        )
+
+    def _labels(self, taken: Samples, lengths: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """[B, L], as the job asks."""
+        if self._settings.labels == "none":
+            return None
+        if self._settings.labels == "own":
+            return None if taken.labels is None else _own_labels(taken, self._data.name)
+        tokens = np.asarray(taken.inputs)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+            raise JobError(
+                f'labels = "next" takes the next token for a label, and the samples of {self._data.name!r} are '
+                f"{tokens.dtype} {list(tokens.shape[1:])}, no sequences of tokens: leave it out of [sequences]"
+            )
+        labels = np.full(tokens.shape, UNLABELLED, dtype=np.int64)
+        labels[:, :-1] = tokens[:, 1:]
+        labels[np.arange(tokens.shape[1]) >= lengths[:, None] - 1] = UNLABELLED
+        return labels
+
+
+def sample_table(data: TransferSet) -> SampleTable:
+    """Ids, lengths and fingerprints of every sample, by one pass over the data.
+
+    Raises:
+        BadIdsError: an id stands twice. ShapeMismatchError: samples shorter than `lengths` says.
+    """
+    ids: list[IdArray] = []
+    lengths = np.empty(len(data), dtype=np.int64)
+    fingerprints = np.empty((len(data), FINGERPRINT_BYTES), dtype=np.uint8)
+    for start in range(0, len(data), _READ_AT_ONCE):
+        positions = np.arange(start, min(start + _READ_AT_ONCE, len(data)), dtype=np.int64)
+        taken = data.take(positions)
+        ids.append(taken.ids)
+        lengths[positions] = _lengths_of(data, taken, positions)
+        fingerprints[positions] = _fingerprints(taken, lengths[positions], data.name)
+    spec = examine_ids(ids, len(data), data.name)
+    return SampleTable(
+        ids=np.concatenate(ids), lengths=lengths, fingerprints=fingerprints, dense=spec.dense_start is not None
+    )
+
+
+def sequence_fingerprints(inputs: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The fingerprint of each sequence without its padding, [B, 16]: of what a store of sequences keeps one a sample.
+
+    Args:
+        inputs: [B, L, ...]; lengths: [B].
+    """
+    pieces = [sample_fingerprints(row[None, :length]) for row, length in zip(inputs, lengths.tolist(), strict=True)]
+    return np.concatenate(pieces) if pieces else np.empty((0, FINGERPRINT_BYTES), dtype=np.uint8)
+
+
+def _lengths_of(data: TransferSet, taken: Samples, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    if taken.inputs.ndim < 2:
+        raise JobError(
+            f"the samples of {data.name!r} are single values of type {taken.inputs.dtype}, no sequences: leave "
+            "[sequences] out of the job"
+        )
+    if not isinstance(data, KnowsItsLengths):
+        return np.full(len(positions), taken.inputs.shape[1], dtype=np.int64)
+    return np.asarray(data.lengths(positions), dtype=np.int64)
+
+
+def _fingerprints(taken: Samples, lengths: NDArray[np.int64], name: str) -> NDArray[np.uint8]:
+    if len(lengths) and (int(lengths.max()) > taken.inputs.shape[1] or int(lengths.min()) < 0):
+        raise ShapeMismatchError(
+            f"transfer set {name!r} names lengths up to {int(lengths.max())} and gives sequences of "
+            f"{taken.inputs.shape[1]} positions: `lengths` and `take` must agree"
+        )
+    return sequence_fingerprints(taken.inputs, lengths)
+
+
+def _own_labels(taken: Samples, name: str) -> NDArray[np.int64]:
+    assert taken.labels is not None
+    labels = np.asarray(taken.labels)
+    if labels.shape != taken.inputs.shape[:2]:
+        raise ShapeMismatchError(
+            f"labels of {name!r} have shape {list(labels.shape)}, its sequences {list(taken.inputs.shape[:2])}: a "
+            'store of sequences keeps a label a position; give these, or set labels = "none" under [sequences]'
+        )
+    return labels.astype(np.int64)
