@@ -1,11 +1,11 @@
-"""What does a student pay for targets from the service, beside arrays of its own and over a slow link? `make bench-student`.
+"""What does a student pay for targets from the service, next to its own arrays, and over a slow link?
 
     python -m benchmarks.bench_student [--rounds N] [--only overhead|slow_link]
 
-Contenders take turns, and every ratio is the median over the rounds of one contender's figure to the other's in the same
-round: ratios of neighbours in time, which hold on a noisy machine. A table on the screen; `benchmarks/out/student.json`
-has a row for each figure. `student.overhead` and `student.cpu_share` are costs, so less is better; of
-`slow_link.bandwidth` more is.
+Also `make bench-student`. Contenders take turns, and every ratio is the median over the rounds of one's figure to the
+other's in the same round: ratios of neighbours in time, which hold on a noisy machine. A table on the screen;
+`benchmarks/out/student.json` has a row for each figure. `student.overhead` and `student.cpu_share` are costs, so less
+is better; of `slow_link.*` more is.
 """
 
 from __future__ import annotations

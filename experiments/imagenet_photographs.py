@@ -43,8 +43,9 @@ TEMPERATURE = 1.0
 LEAST_COSINE = 0.9999
 """What a target kept as float16 must have with that of the live teachers."""
 
-EDGES = {0: (256, 224), 1: (274, 240), 2: (297, 260)}
-"""Of each network: the shorter side after resizing, and the middle square that it sees: seven eighths."""
+EDGES = {0: 224, 1: 240, 2: 260}
+"""Of each network: the side of the square that it was trained on. The photographs are squares already, so nothing is
+cropped: with seven eighths of them, as validation crops uncut photographs, each network is wrong more often."""
 
 JOB = """
 [store]
@@ -70,7 +71,7 @@ name = "EfficientNet-Lite{number}"
 model = "efficientnet_lite_pytorch:EfficientNet.from_name"
 arguments = {{ model_name = "efficientnet-lite{number}" }}
 weights = "{weights}"
-preprocess = {{ layout = "HWC", resize = {resize}, crop = {crop}, interpolation = "bicubic", mean = 127, std = 128 }}
+preprocess = {{ layout = "HWC", resize = {edge}, interpolation = "bicubic", mean = 127, std = 128 }}
 """
 
 
@@ -123,8 +124,8 @@ def photographs(count: int = 1000) -> Photographs:
 def write_job(folder: Path, mean: str, count: int) -> Path:
     """A job file for the ensemble by one mean."""
     text = JOB.format(mean=mean, count=count, temperature=TEMPERATURE)
-    for number, (resize, crop) in EDGES.items():
-        text += TEACHER.format(number=number, weights=_weights_of(number), resize=resize, crop=crop)
+    for number, edge in EDGES.items():
+        text += TEACHER.format(number=number, weights=_weights_of(number), edge=edge)
     path = folder / f"{mean}.toml"
     path.write_text(text, encoding="utf-8")
     return path

@@ -151,14 +151,15 @@ class _KeepsPlace(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         """Refuse to go on with other data, or with a division of it into steps that is not the checkpoint's."""
-        self._sampler, self._accumulate = more["train_dataloader"].batch_sampler, args.gradient_accumulation_steps
+        sampler: EpochSampler = more["train_dataloader"].batch_sampler
+        self._sampler, self._accumulate = sampler, args.gradient_accumulation_steps
         self._steps = state.global_step
         known: Any = state.stateful_callbacks
         kept = known.get(type(self).__name__)
         if not state.global_step or not isinstance(kept, dict):
             return
         before, here = kept["attributes"]["place"], self._place()
-        self._sampler.course.place_in(before)
+        sampler.course.place_in(before)
         if before != here:
             raise ConflictError(
                 f"after {state.global_step} steps the checkpoint had taken {before['cursor']} samples of epoch "

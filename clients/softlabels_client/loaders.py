@@ -16,7 +16,7 @@ except ImportError as error:
 
 from softlabels_client.batches import DistillationBatch
 from softlabels_client.places import Place, Walk
-from softlabels_client.prefetch import one_ahead
+from softlabels_client.prefetch import batches_ahead
 
 
 class Ordered(Protocol):
@@ -54,7 +54,7 @@ class StatefulLoader:
     Args:
         loader: gives batches in the order that `order` decides.
         order: the sampler or the stream that the loader was made with.
-        ahead: a thread fetches the next batch while this one is used; workers do so anyway.
+        ahead: a thread fetches batches while the ones before are used; workers do so anyway.
     """
 
     def __init__(self, loader: DataLoader[Any], order: Ordered, *, ahead: bool = False) -> None:
@@ -96,7 +96,7 @@ class StatefulLoader:
         if isinstance(self.dataset, ShowsEpochs):
             self.dataset.show_epoch(walked.place.epoch)
         fetched = iter(self.loader)
-        for step, batch in enumerate(one_ahead(fetched) if self._ahead else fetched):
+        for step, batch in enumerate(batches_ahead(fetched, size_of=_batch_bytes) if self._ahead else fetched):
             walked.took(step)
             yield batch
 
@@ -115,3 +115,7 @@ class StatefulLoader:
             StoreChangedError, FingerprintMismatchError, ConflictError: it is one in another training.
         """
         self._walk.load_state_dict(state)
+
+
+def _batch_bytes(batch: DistillationBatch) -> int:
+    return batch.inputs.nbytes + batch.targets.logits_BC.nbytes

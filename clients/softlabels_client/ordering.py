@@ -63,7 +63,8 @@ class EpochSampler(Sampler[list[int]]):
         data: str = "",
     ) -> None:
         self.course = Course(digest=digest, samples=samples, seed=seed, shuffle=shuffle, block=block, data=data)
-        self.batch_size, self.remainder = batch_size, remainder
+        self.batch_size = batch_size
+        self.remainder: Remainder = remainder
         self._ranks = given_ranks(rank, world_size)
         self._walk = self.walk()
         self._given: Place | None = None

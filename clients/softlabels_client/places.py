@@ -123,7 +123,8 @@ class Walk:
 
     def __init__(self, course: Course, *, batch_size: int, remainder: Remainder) -> None:
         self.course = course
-        self._batch_size, self._remainder = batch_size, remainder
+        self._batch_size = batch_size
+        self._remainder: Remainder = remainder
         self.place = Place()
         self._next = Place()
         self._underway: Place | None = None

@@ -18,6 +18,9 @@ T = TypeVar("T")
 EPOCH_BATCHES, EPOCH_BYTES = 256, 32 << 20
 """Of an epoch that are fetched before they are asked for: seconds of a slow link, and little memory."""
 
+LOADER_BATCHES, LOADER_BYTES, REFILL_AT = 8, 64 << 20, 2
+"""Of a loader that are fetched before they are asked for; two steps are time enough to fetch some more."""
+
 _END: Final = object()
 
 
@@ -32,6 +35,9 @@ class Ahead(Generic[T]):
         most_items: fetched and not yet asked for, ≥ 1.
         most_bytes: of these together; one is always allowed. None for no such bound.
         size_of: bytes of an item; needed for `most_bytes`.
+        refill_at: once the bounds are reached, fetching rests until no more items than this wait. Several in a row cost
+            much less processor time than one at a time between a training's steps, which find nothing in the caches.
+            None goes on as soon as there is room.
     Raises:
         RequestError: a bound below 1; when used: this was made in another process, before a fork.
     """
@@ -43,10 +49,11 @@ class Ahead(Generic[T]):
         most_items: int = 8,
         most_bytes: int | None = None,
         size_of: Callable[[T], int] | None = None,
+        refill_at: int | None = None,
     ) -> None:
         if most_items < 1 or (most_bytes is not None and most_bytes < 1):
             raise RequestError("a queue of fetched batches holds at least one of them, and a byte")
-        self._queue: _Queue[T] = _Queue(most_items, most_bytes, size_of)
+        self._queue: _Queue[T] = _Queue(most_items, most_bytes, size_of, refill_at)
         self._items: Iterable[T] | None = items
         self._process = 0
         self._finish: Callable[[], object] | None = None
@@ -91,9 +98,9 @@ class Ahead(Generic[T]):
         thread.start()
 
 
-def one_ahead(batches: Iterable[T]) -> Ahead[T]:
-    """The same batches in the same order, each fetched while the one before is used; at most one waits."""
-    return Ahead(batches, most_items=1)
+def batches_ahead(batches: Iterable[T], *, size_of: Callable[[T], int]) -> Ahead[T]:
+    """A training's batches, fetched ahead several in a row: no more than 8, and no more than 64 MiB."""
+    return Ahead(batches, most_items=LOADER_BATCHES, most_bytes=LOADER_BYTES, size_of=size_of, refill_at=REFILL_AT)
 
 
 def epoch_ahead(rows: Iterable[EpochRows], *, batches: int = EPOCH_BATCHES) -> Ahead[EpochRows]:
@@ -108,8 +115,11 @@ def _row_bytes(rows: EpochRows) -> int:
 class _Queue(Generic[T]):
     """What is fetched and not yet asked for, in order, and the error or end that comes after it."""
 
-    def __init__(self, most_items: int, most_bytes: int | None, size_of: Callable[[T], int] | None) -> None:
+    def __init__(
+        self, most_items: int, most_bytes: int | None, size_of: Callable[[T], int] | None, refill_at: int | None
+    ) -> None:
         self._most_items, self._most_bytes, self._size_of = most_items, most_bytes, size_of
+        self._refill_at = most_items - 1 if refill_at is None else min(refill_at, most_items - 1)
         self._items: deque[tuple[T, int]] = deque()
         self._bytes = 0
         self._changed = threading.Condition()
@@ -119,8 +129,9 @@ class _Queue(Generic[T]):
     def wait_for_room(self) -> bool:
         """Wait until another item may be fetched; False once nobody wants one."""
         with self._changed:
-            while not self._stopped and self._is_full():
-                self._changed.wait()
+            if self._is_full():
+                while not self._stopped and not self._has_room():
+                    self._changed.wait()
             return not self._stopped
 
     def add(self, item: T) -> None:
@@ -146,7 +157,8 @@ class _Queue(Generic[T]):
             if self._items:
                 item, size = self._items.popleft()
                 self._bytes -= size
-                self._changed.notify_all()
+                if self._has_room():  # else whoever fetches would wake up for nothing
+                    self._changed.notify_all()
                 return item
             last, self._last = self._last, _END
         if isinstance(last, BaseException):
@@ -161,6 +173,9 @@ class _Queue(Generic[T]):
             self._bytes = 0
             self._last = _END
             self._changed.notify_all()
+
+    def _has_room(self) -> bool:
+        return len(self._items) <= self._refill_at and not self._is_full()
 
     def _is_full(self) -> bool:
         too_many = len(self._items) >= self._most_items

@@ -89,7 +89,8 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         self.course = Course(
             digest=store.digest, samples=samples, seed=seed, shuffle=shuffle, block=block, data=STORE_ORDER
         )
-        self.batch_size, self.remainder, self._view = batch_size, remainder, view
+        self.batch_size, self._view = batch_size, view
+        self.remainder: Remainder = remainder
         self._ranks = given_ranks(rank, world_size)
         self._walk = self.walk()
         self._walk.steps(Place(), self.ranks)  # refuses numbers that cannot be

@@ -184,6 +184,8 @@ class _Pouring:
     def abandon(self) -> None:
         """Close the connection in the middle of the reply, so that the client notices."""
         self._transport.abort()
+        # As uvicorn will hear in a moment; until then it would take this for a fault of the app, and log it.
+        self._cycle.disconnected = True
 
 
 def _size(buffer: bytes | NDArray[Any]) -> int:

@@ -69,7 +69,7 @@ class SoftTargetBatch:
             temperature=targets.temperature,
             captured_temperature=targets.captured_temperature,
             locked=targets.locked,
-            labels_B=None if targets.labels is None else torch.tensor(targets.labels, dtype=torch.int64),
+            labels_B=None if targets.labels is None else torch.from_numpy(_writable(targets.labels.astype(np.int64))),
         )
         return made if device is None else made.to(device, non_blocking=True)
 

@@ -100,9 +100,12 @@ def rows_to_keep(answers: Sequence[Tensor], teachers: Sequence[Teacher], plan: M
     """logits tempered as the plan captures them, each row's largest 0.
 
     Returns:
-        [R, C] of the members' mean; where every member is kept, [R · M, C] with a row's members side by side.
+        [R, C] of the members' mean; where every member is kept, [R · M, C] with a row's members side by side; the one
+        teacher's answers as they are, [R, width], where they are hidden states (`hidden_states.asked`).
     """
     spec = plan.temperature
+    if plan.encoding.name == "hidden":
+        return answers[0]
     if plan.members is not None:
         each = [combine([answer], mean="none", temperature=1.0).logits_BC for answer in answers]
         return torch.stack(each, dim=1).flatten(0, 1)

@@ -8,13 +8,13 @@ place in the shard.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from softlabels.encodings import Encoding
+from softlabels.encodings import Encoding, Hidden
 from softlabels.errors import EncodingError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
@@ -69,7 +69,8 @@ class DevicePass:
     def __init__(
         self, plan: Manifest, maker: RowMaker, teachers: Sequence[Teacher], *, encoding: Encoding, lanes: Lanes
     ) -> None:
-        self.plan, self._maker, self.teachers = plan, maker, teachers
+        self.plan, self._maker = plan, maker
+        self.teachers = [_on_device(teacher, lanes.device) for teacher in teachers]
         self._encoding, self.lanes = encoding, lanes
         self._temperatures = audit_temperatures(plan)
 
@@ -118,10 +119,12 @@ class DevicePass:
 
     def _figures(self, kept_RC: Tensor, encoded: dict[str, Tensor], first_row: int) -> Tensor | None:
         members = self.plan.members or 1
-        chosen = audited(first_row * members, len(kept_RC), kept_RC.shape[1])
+        chosen = audited(first_row * members, len(kept_RC), self.plan.classes)
         exact_AC = kept_RC[chosen]
         if len(exact_AC) == 0:
             return None
+        if isinstance(self._encoding, Hidden):  # what is kept are hidden states; what they stand for are their logits
+            exact_AC = self._encoding.logits_torch(exact_AC)
         measured = encoded if len(exact_AC) == len(kept_RC) else {k: v[chosen].contiguous() for k, v in encoded.items()}
         return pack_figures(
             exact_AC,
@@ -130,6 +133,11 @@ class DevicePass:
             captured=self.plan.temperature.captured,
             dropped_mass_B=measured.get("tail_mass"),
         )
+
+
+def _on_device(teacher: Teacher, device: torch.device) -> Teacher:
+    """The teacher with its order of classes on the device: copied there for every batch, it would stall each."""
+    return teacher if teacher.order_C is None else replace(teacher, order_C=teacher.order_C.to(device))
 
 
 def _blamed(error: EncodingError, ids: IdArray, rows_an_id: int) -> list[int | str]:

@@ -240,7 +240,7 @@ def job_from_json(document: Mapping[str, Any], *, base: Path, what: str = "the j
         if value is not None and value < 1:
             raise JobError(f"{what}: {label} is {value}, it must be at least 1")
     if job.views is not None and job.sequences is not None:
-        raise JobError(f"{what} has [views] and [sequences]: a sample has rows for its views or its positions, not both")
+        raise JobError(f"{what} has [views] and [sequences]: a sample's rows are its views or its positions, not both")
     return job
 
 

@@ -8,6 +8,7 @@ What waits for the device there, waits while it is busy. Elsewhere everything ru
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -24,7 +25,7 @@ class Lanes:
         self._copies = _stream(device) if self._cuda else None
         self._beside = _stream(device) if self._cuda else None
         self._ended: torch.cuda.Event | None = None
-        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._began_s = time.perf_counter()
         self._idle_s = 0.0
 
@@ -55,6 +56,7 @@ class Lanes:
         yield
         if self._ended is not None:
             self._gaps.append((self._ended, started))
+            self._count_gaps()
         self._ended = _point(main, timed=True)
 
     def mark(self) -> torch.cuda.Event | None:
@@ -70,10 +72,10 @@ class Lanes:
             yield
             return
         self._beside.wait_event(mark)
-        with torch.cuda.stream(self._beside):
-            yield
         for tensor in tensors:
             tensor.record_stream(self._beside)
+        with torch.cuda.stream(self._beside):
+            yield
 
     def landed(self) -> torch.cuda.Event | None:
         """A point that the host can wait for: all copies to it that were begun so far are done then."""
@@ -90,11 +92,13 @@ class Lanes:
             self._idle_s += seconds
 
     def idle_share(self) -> float:
-        """Share of the time so far in which no teacher ran; of finished batches alone."""
-        while self._gaps and self._gaps[0][1].query():  # type: ignore[no-untyped-call]
-            ended, started = self._gaps.pop(0)
-            self._idle_s += max(0.0, ended.elapsed_time(started)) / 1e3
+        """Share of the time so far in which no teacher ran, but for the last few batches."""
         return min(1.0, self._idle_s / max(1e-9, time.perf_counter() - self._began_s))
+
+    def _count_gaps(self) -> None:
+        while self._gaps and self._gaps[0][1].query():  # type: ignore[no-untyped-call]
+            ended, started = self._gaps.popleft()
+            self._idle_s += max(0.0, ended.elapsed_time(started)) / 1e3
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

@@ -14,9 +14,10 @@ from softlabels.encodings.requested import parse_encoding
 from softlabels.errors import JobError, TeacherError
 from softlabels.manifest import IdSpec, Manifest, MeanKind, TemperatureSpec, TransferSetSpec
 from softlabels.precompute.answers import ask, averaged, pilot_rows
+from softlabels.precompute.hidden_states import encoding_of_head, refuse_ensembles, states_teacher
 from softlabels.precompute.job import Job
 from softlabels.precompute.numerics import computing
-from softlabels.precompute.rows import RowMaker, SingleRows
+from softlabels.precompute.rows import RowBatch, RowMaker, SingleRows
 from softlabels.precompute.sequence_rows import SequenceRows
 from softlabels.precompute.teachers import Teacher, align_classes, class_list_of_store, load_teacher
 from softlabels.precompute.view_rows import ViewRows
@@ -33,6 +34,9 @@ PILOT_ROWS = 4096
 
 _FIRST = 8
 """Samples that every teacher is asked about twice before a job begins: enough to see shapes, classes and dropout."""
+
+_FIRST_SEQUENCES = 2
+"""Of sequences, whose rows are many."""
 
 
 def load_transfer_set(job: Job) -> TransferSet:
@@ -89,9 +93,7 @@ def plan_job(
     if len(data) == 0:
         raise JobError(f"transfer set {data.name!r} is empty: there is nothing to compute targets for")
     maker = maker or row_maker(job, data)
-    first = next(
-        maker.samples(np.arange(min(len(data), _FIRST), dtype=np.int64), min(_FIRST, job.run.pilot_batch_size))
-    )
+    first = _first_batch(maker, len(data), job.run.pilot_batch_size)
     mean: MeanKind = "none" if len(teachers) == 1 else job.targets.mean
     answers = ask(teachers, first, maker, device)
     combined = averaged(answers, teachers, mean, temperature)
@@ -104,6 +106,11 @@ def plan_job(
     classes = combined.logits_BC.shape[1]
     requested = parse_encoding(job.targets.encoding, classes=classes)
     keep_members = job.targets.keep == "members"
+    if requested.of_hidden_states:
+        refuse_ensembles(teachers, job.targets.keep)
+        (hidden_RD,) = ask([states_teacher(teachers[0])], first, maker, device)
+        made = encoding_of_head(teachers[0], requested.params, logits_RC=answers[0], hidden_RD=hidden_RD)
+        encoding = encoding or made
     locked = (combined.locked and not keep_members) or requested.locked
     if keep_members and requested.locked:
         raise JobError(
@@ -172,6 +179,14 @@ def pilot(
         most_rows=rows,
         device=device,
     )
+
+
+def _first_batch(maker: RowMaker, samples: int, batch_size: int) -> RowBatch:
+    """A few samples that have rows."""
+    if maker.table is None:
+        return next(maker.samples(np.arange(min(samples, _FIRST), dtype=np.int64), min(_FIRST, batch_size)))
+    positions = np.flatnonzero(maker.table.lengths)[:_FIRST_SEQUENCES]
+    return next(maker.samples(positions, min(_FIRST_SEQUENCES, batch_size)))
 
 
 def id_spec_of(data: TransferSet) -> IdSpec:

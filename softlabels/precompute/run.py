@@ -14,6 +14,7 @@ from softlabels.manifest import Manifest
 from softlabels.precompute.batch_size import find_batch_size
 from softlabels.precompute.changes import note_files, refuse_changed
 from softlabels.precompute.device_pass import DevicePass
+from softlabels.precompute.hidden_states import asked
 from softlabels.precompute.job import Job, job_from_json
 from softlabels.precompute.lanes import Lanes
 from softlabels.precompute.metrics import Metrics
@@ -79,7 +80,7 @@ def precompute(
     note_files(job.store_path, data)
     kept.write(writer)
     if writer.missing_shards():
-        plain_pass = DevicePass(plan, maker, members, encoding=encoding, lanes=Lanes(device))
+        plain_pass = DevicePass(plan, maker, asked(members, encoding), encoding=encoding, lanes=Lanes(device))
         _compute(job, writer, maker, plain_pass, kept, show=show, metrics=metrics)
     if writer.missing_shards():
         return plan

@@ -123,8 +123,8 @@ class SequenceRows:
         if (found != self._fingerprints[positions]).any():
             changed = taken.ids[(found != self._fingerprints[positions]).any(axis=1)].tolist()
             raise TransferSetChangedError(
-                f"transfer set {self._data.name!r} changed under the job: sample {changed[0]!r} is not what it was when "
-                "the job began. Put the data back as they were and resume, or begin another store"
+                f"transfer set {self._data.name!r} changed under the job: sample {changed[0]!r} is not what it was "
+                "when the job began. Put the data back as they were and resume, or begin another store"
             )
         begin = np.maximum(self._offsets[positions], rows.start) - self._offsets[positions]
         end = np.minimum(self._offsets[positions + 1], rows.stop) - self._offsets[positions]

@@ -130,12 +130,12 @@ class StoreWriter:
         with self._ledger.alone():
             if self.finished:
                 return load_manifest(self.root)
-            receipts = self._receipts()
+            self._refuse_missing(self.missing_shards())
             self._refuse_lost_tables()
             # A receipt whose commit failed at the very last step may be there and not be durable yet.
             sync_folder(self.root / LEDGER)
             fingerprint, audit, ledger = FingerprintSum(), Audit(), hashlib.sha256()
-            for receipt in receipts:
+            for receipt in self._receipts():
                 fingerprint.merge(FingerprintSum.from_hexdigest(receipt.fingerprint))
                 audit.merge(Audit.from_json(receipt.audit))
                 ledger.update(bytes.fromhex(receipt.sha256))
@@ -182,16 +182,22 @@ class StoreWriter:
         self._ledger.write(receipt)
         return receipt
 
-    def _receipts(self) -> list[Receipt]:
-        receipts = [self._ledger.read(shard) for shard in range(self.plan.shards.count)]
-        missing = [shard for shard, receipt in enumerate(receipts) if receipt is None]
+    def _receipts(self) -> Iterator[Receipt]:
+        """The receipts of all shards, one at a time: a large store has more of them than memory is for."""
+        for shard in range(self.plan.shards.count):
+            receipt = self._ledger.read(shard)
+            if receipt is None:  # gone since they were counted
+                self._refuse_missing([shard])
+            else:
+                yield receipt
+
+    def _refuse_missing(self, missing: list[int]) -> None:
         if missing:
             raise TruncatedError(
                 f"{len(missing)} of {self.plan.shards.count} shards of {self.root} are not committed (the first is "
                 f"shard {missing[0]}): run `softlabels resume`",
                 shards=missing[:100],
             )
-        return [receipt for receipt in receipts if receipt is not None]
 
     def _purge(self) -> None:
         """Remove what writers left behind that died; a file of a living writer is held by its claim."""

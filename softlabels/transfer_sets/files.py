@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -84,25 +86,19 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def _unbraced(pattern: str) -> list[str]:
-    """A pattern without braces for each that one with braces stands for."""
-    found = [pattern]
-    while any(_BRACES.search(text) for text in found):
-        found = [made for text in found for made in _first_unbraced(text)]
-        if len(found) > MOST_FILES_OF_A_PATTERN:
-            raise JobError(f"{pattern!r} stands for more than {MOST_FILES_OF_A_PATTERN:,} files")
-    return found
+    """A pattern without braces for each that one with braces stands for: the last brace counts fastest."""
+    parts = _BRACES.split(pattern)  # plain text and what stands in braces, by turns
+    choices = [[part] if number % 2 == 0 else _choices(part, pattern) for number, part in enumerate(parts)]
+    if math.prod(map(len, choices)) > MOST_FILES_OF_A_PATTERN:
+        raise JobError(f"{pattern!r} stands for more than {MOST_FILES_OF_A_PATTERN:,} files")
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
-def _first_unbraced(text: str) -> list[str]:
-    brace = _BRACES.search(text)
-    if brace is None:
-        return [text]
-    span = _RANGE.fullmatch(brace[1])
+def _choices(text: str, pattern: str) -> list[str]:
+    span = _RANGE.fullmatch(text)
     if span is None:
-        choices = brace[1].split(",")
-    else:
-        first, last = int(span[1]), int(span[2])
-        if last - first >= MOST_FILES_OF_A_PATTERN:
-            raise JobError(f"{text!r} stands for more than {MOST_FILES_OF_A_PATTERN:,} files")
-        choices = [f"{number:0{len(span[1])}d}" for number in range(first, last + 1)]
-    return [text[: brace.start()] + choice + text[brace.end() :] for choice in choices]
+        return text.split(",")
+    first, last = int(span[1]), int(span[2])
+    if last - first >= MOST_FILES_OF_A_PATTERN:
+        raise JobError(f"{pattern!r} stands for more than {MOST_FILES_OF_A_PATTERN:,} files")
+    return [f"{number:0{len(span[1])}d}" for number in range(first, last + 1)]

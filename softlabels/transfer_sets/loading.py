@@ -22,6 +22,7 @@ KINDS: Mapping[str, str] = {
     "zarr": "softlabels.transfer_sets.zarr_arrays:zarr_arrays",
     "hdf5": "softlabels.transfer_sets.hdf5_arrays:hdf5_arrays",
     "npy": "softlabels.transfer_sets.npy_arrays:npy_arrays",
+    "text": "softlabels.transfer_sets.texts:text",
 }
 """What a job file may call a source, and what makes it; all else is a reference with a colon."""
 

@@ -100,7 +100,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, int, int]]:
 def _refuse_other_end(path: Path, offset: int) -> None:
     """Let a tar pass whose headers end with zeros and nothing behind them.
 
-    The standard library takes a header that is damaged or cut for the end; the samples behind it would be lost silently.
+    The standard library takes a header that is damaged or cut for the end: samples behind it would be lost silently.
     """
     with path.open("rb") as file:
         file.seek(offset)

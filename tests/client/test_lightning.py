@@ -66,9 +66,9 @@ def loader_of(kind: str, store: Any, inputs: Any, **changes: Any) -> StatefulLoa
     return data_loader(SoftTargetDataset(inputs, store), workers=int(workers), **known)
 
 
-def trainer_in(folder: Path, epochs: int, **more: Any) -> Trainer:
-    """A quiet trainer that keeps a checkpoint every five steps."""
-    keep = ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+def trainer_in(folder: Path, epochs: int, every: int = 5, **more: Any) -> Trainer:
+    """A quiet trainer that keeps a checkpoint every so many steps."""
+    keep = ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1, filename="{step}")
     return Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -87,23 +87,26 @@ def newest(folder: Path) -> tuple[int, Path]:
     return max((int(path.stem.partition("=")[2]), path) for path in folder.glob("step=*.ckpt"))
 
 
-# An epoch has 13 steps and a checkpoint comes every 5: cut in mid-epoch, in the second, between two, and after step 65,
-# which ends one.
-QUICK = [("map 2", 7), ("stream 0", 18), ("map 0", 66)]
-MORE = [(kind, at) for kind in ("map 0", "map 2", "stream 0", "stream 2") for at in (7, 14, 18, 66)]
+# An epoch has 13 steps: cut in mid-epoch, in the second, between two, and at once after an epoch's last step was kept.
+QUICK = [("map 2", 7, 5), ("stream 0", 14, 13)]
+MORE = [
+    (kind, *each)
+    for kind in ("map 0", "map 2", "stream 0", "stream 2")
+    for each in ((7, 5), (14, 5), (18, 5), (14, 13), (66, 5))
+]
 
 
 @pytest.mark.parametrize(
-    ("kind", "crash_at"),
+    ("kind", "crash_at", "every"),
     [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE if each not in QUICK)],
 )
 def test_a_resumed_training_goes_on_to_the_row(
-    store: Any, tiny_inputs: Any, tmp_path: Path, kind: str, crash_at: int
+    store: Any, tiny_inputs: Any, tmp_path: Path, kind: str, crash_at: int, every: int
 ) -> None:
     """What was seen up to the checkpoint and what comes after it is what an uninterrupted training sees."""
     epochs = 2 if crash_at < 26 else 6
     whole = Recording()
-    trainer_in(tmp_path / "whole", epochs).fit(
+    trainer_in(tmp_path / "whole", epochs, every).fit(
         whole, datamodule=SoftTargetDataModule(loader_of(kind, store, tiny_inputs))
     )
     assert len(whole.seen) == epochs * 200
@@ -112,13 +115,13 @@ def test_a_resumed_training_goes_on_to_the_row(
 
     crashing = Recording(crash_at=crash_at)
     with pytest.raises(CrashError):
-        trainer_in(tmp_path / "cut", epochs).fit(
+        trainer_in(tmp_path / "cut", epochs, every).fit(
             crashing, datamodule=SoftTargetDataModule(loader_of(kind, store, tiny_inputs))
         )
     steps, checkpoint = newest(tmp_path / "cut")
     taken = 200 * (steps // 13) + 16 * (steps % 13)
     resumed = Recording()
-    trainer_in(tmp_path / "rest", epochs).fit(
+    trainer_in(tmp_path / "rest", epochs, every).fit(
         resumed,
         datamodule=SoftTargetDataModule(loader_of(kind, store, tiny_inputs)),
         ckpt_path=checkpoint,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from softlabels.errors import RequestError
-from softlabels_client.prefetch import Ahead
+from softlabels_client.prefetch import Ahead, batches_ahead
 
 
 def fetchers() -> list[threading.Thread]:
@@ -159,3 +159,43 @@ def _refuses(ahead: Ahead[int]) -> None:
 
 def _reads(ahead: Ahead[int]) -> None:
     assert list(ahead) == list(range(10))
+
+
+class TestRefilling:
+    def test_fetching_rests_until_few_wait(self) -> None:
+        """Five in a row, then none until one is left, then five again; in order, to the end."""
+        fetched: list[int] = []
+
+        def items() -> Iterator[int]:
+            for number in range(12):
+                fetched.append(number)
+                yield number
+
+        with Ahead(items(), most_items=5, refill_at=1) as ahead:
+            taken = [next(ahead)]
+            for expected in (6, 6, 6):
+                wait_until(lambda: len(fetched) >= 5)
+                time.sleep(0.02)
+                assert len(fetched) <= expected
+                taken.append(next(ahead))
+            taken.extend(ahead)
+        assert taken == fetched == list(range(12))
+
+    def test_a_training_holds_no_more_than_its_bounds(self) -> None:
+        """Eight batches, or 64 MiB, and one that is being fetched."""
+        fetched: list[int] = []
+
+        def items() -> Iterator[int]:
+            for number in range(40):
+                fetched.append(number)
+                yield number
+
+        with batches_ahead(items(), size_of=lambda item: 1) as ahead:
+            next(ahead)
+            time.sleep(0.05)
+            assert len(fetched) <= 10
+        fetched.clear()
+        with batches_ahead(items(), size_of=lambda item: 40 << 20) as ahead:
+            next(ahead)
+            time.sleep(0.05)
+            assert len(fetched) <= 4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load
 
 import softlabels
 from softlabels.audit import Audit
@@ -28,14 +31,13 @@ LABELS = np.random.default_rng(3).integers(-1, CLASSES, SAMPLES)
 NAMES = np.array([f"p/{number:03d}.png" for number in np.random.default_rng(4).permutation(SAMPLES)])
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store `alone` that keeps small pictures under names that must be looked up."""
+def write(folder: Path, inputs: np.ndarray) -> Path:
+    """A finished store that keeps these inputs under names that must be looked up."""
     encoding = make_encoding("f16", classes=CLASSES)
     logits_BC = np.random.default_rng(5).normal(size=(SAMPLES, CLASSES)).astype(np.float32)
     logits_BC -= logits_BC.max(axis=1, keepdims=True)
     plan = plan_store(
-        name="alone",
+        name=folder.name,
         samples=SAMPLES,
         ids=IdSpec(kind="str", width_bytes=16),
         encoding=encoding,
@@ -45,9 +47,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         transfer_set=TransferSetSpec(name="pictures", source="x:y", arguments={}, labelled=True),
         rows_per_shard=32,
         rows_per_chunk=8,
-        inputs=kept_inputs(PIXELS),
+        inputs=kept_inputs(inputs),
     )
-    folder = tmp_path_factory.mktemp("stores") / "alone"
     writer = StoreWriter.create(folder, plan)
     for shard in writer.missing_shards():
         with writer.claim(shard) as claim:
@@ -55,13 +56,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             claim.commit(
                 ids=NAMES[rows],
                 encoded=encoding.encode(logits_BC[rows]),
-                fingerprints=sample_fingerprints(PIXELS[rows]),
+                fingerprints=sample_fingerprints(inputs[rows]),
                 labels=LABELS[rows],
-                inputs=PIXELS[rows],
+                inputs=inputs[rows],
                 audit=Audit().to_json(),
             )
     writer.finish()
     return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store `alone` that keeps small pictures."""
+    return write(tmp_path_factory.mktemp("stores") / "alone", PIXELS)
 
 
 @pytest.fixture(params=["near", "far"])
@@ -123,6 +130,40 @@ class TestStoreInputs:
         """For loaders whose workers are spawned."""
         again = pickle.loads(pickle.dumps(SoftTargetDataset(None, store)))
         np.testing.assert_array_equal(again.__getitems__([11]).inputs.numpy(), PIXELS[[11]])
+
+
+class TestOverHttp:
+    def test_inputs_are_a_field_like_the_others(self, root: Path, serve: Any) -> None:
+        """Asked for by name they come in their own type and shape; left out they do not; a reply's bound counts them."""
+        address = serve(root.parent, "--port", "0")
+
+        def ask(**document: Any) -> dict[str, Any]:
+            body = json.dumps({"ids": NAMES[[8, 2]].tolist(), **document}).encode()
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{address}/v1/stores/alone/batch", body, headers)
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return dict(load(reply.read()))
+
+        np.testing.assert_array_equal(ask(fields=["inputs", "labels"])["inputs"], PIXELS[[8, 2]])
+        assert set(ask()) == {"targets", "labels", "ids", "checksum"}
+        described = json.loads(urllib.request.urlopen(f"{address}/v1/stores/alone", timeout=30).read())
+        assert described["manifest"]["arrays"]["inputs"] == {"dtype": "|u1", "row_shape": [3, 4]}
+
+    def test_numbers_of_every_width_travel(self, tmp_path: Path, serve: Any) -> None:
+        """Floats and whole numbers of one to eight bytes, scalars and many axes."""
+        kinds = [np.dtype(kind) for kind in ("<f2", "<f8", "<i8", "<u4", "|i1")]
+        shapes: list[tuple[int, ...]] = [(), (2,), (1, 2, 3, 1), (5, 1), (3, 3)]
+        kept = {}
+        for number, (kind, shape) in enumerate(zip(kinds, shapes, strict=True)):
+            kept[f"s{number}"] = np.random.default_rng(number).integers(0, 100, (SAMPLES, *shape)).astype(kind)
+            write(tmp_path / f"s{number}", kept[f"s{number}"])
+        address = serve(tmp_path)
+        for name, inputs in kept.items():
+            with softlabels.open(f"{address}/{name}") as store:
+                found = store.batch(NAMES[[60, 1]], inputs=True).inputs
+                assert found is not None
+                assert (found.dtype, found.tolist()) == (inputs.dtype, inputs[[60, 1]].tolist())
+                assert SoftTargetDataset(None, store, check="always").__getitems__([60, 1]).ids.tolist()
 
 
 class TestRefusals:

@@ -19,7 +19,6 @@ from softlabels.errors import FingerprintMismatchError, RequestError, ShapeMisma
 from softlabels.losses import distillation_loss
 from softlabels.transfer import ArrayTransferSet
 from softlabels_client import DistillSettings, SoftTargetDataset, count_errors, distill, save_student
-from softlabels_client.prefetch import one_ahead
 from softlabels_client.schedules import one_cycle
 
 SETTINGS = DistillSettings(epochs=3, batch_size=32, learning_rate=0.05, device="cpu")
@@ -315,37 +314,3 @@ class TestSaveStudent:
         """The operating system's error, with the path."""
         with pytest.raises(Exception, match="missing"):
             save_student(student(), tmp_path / "missing" / "student.safetensors")
-
-
-class TestOneAhead:
-    def test_the_same_batches_in_the_same_order(self) -> None:
-        """Also none at all."""
-        assert list(one_ahead(range(10))) == list(range(10))
-        assert list(one_ahead([])) == []
-
-    def test_at_most_one_batch_waits(self) -> None:
-        """Memory is bounded however slow the student is."""
-        fetched = []
-
-        def fetching() -> Iterator[int]:
-            for number in range(10):
-                fetched.append(number)
-                yield number
-
-        batches = one_ahead(fetching())
-        assert next(batches) == 0
-        assert next(batches) == 1
-        batches.close()  # type: ignore[attr-defined]
-        assert fetched in ([0, 1], [0, 1, 2])
-
-    def test_an_error_comes_where_its_batch_would_have(self) -> None:
-        """After the batches before it."""
-
-        def failing() -> Iterator[int]:
-            yield 1
-            raise LookupError("no more")
-
-        batches = one_ahead(failing())
-        assert next(batches) == 1
-        with pytest.raises(LookupError, match="no more"):
-            next(batches)

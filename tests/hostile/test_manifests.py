@@ -23,6 +23,8 @@ from softlabels.sealing import seal, unseal
 Path_ = tuple[str | int, ...]
 HUGE = 1 << 62
 
+TEACHER = {"name": "a", "model": "m:f", "arguments": {}, "weight": 1.0}
+
 LIES: dict[str, tuple[Path_, Any]] = {
     "a name that climbs": (("name",), "../../etc"),
     "a name with a slash": (("name",), "a/b"),
@@ -90,6 +92,12 @@ LIES: dict[str, tuple[Path_, Any]] = {
     "a table with more in it": (("shards", "more"), 1),
     "teachers that are a table": (("teachers",), {}),
     "a teacher that is a number": (("teachers",), [5]),
+    "a teacher that weighs nothing": (("teachers",), [{**TEACHER, "weight": 0}]),
+    "a teacher whose weights are a number": (("teachers",), [{**TEACHER, "weights": 5}]),
+    "a teacher's libraries in words": (("teachers",), [{**TEACHER, "libraries": "torch"}]),
+    "a class list that is a number": (("class_list",), 5),
+    "a class list without a digest": (("class_list",), {"names": ["a", "b", "c", "d"]}),
+    "a class list of other names": (("class_list",), {"sha256": "0" * 64, "names": ["a", "b", "c", "d"]}),
     "views that are a number": (("views",), 5),
     "an old format": (("format",), "npz"),
     "a version in words": (("format_version",), "1"),

@@ -14,11 +14,19 @@ import pytest
 
 import softlabels
 
-MOST_MB_A_READER = 0.75
-"""A piece of 64 KiB that waits for it, the gather's own arrays, a task, a connection: 0.3 MB as measured."""
+MOST_MB_A_READER = 0.5
+"""A piece of 64 KiB and its copy, what gathers the next, a task, a connection: 0.25 MB in use, 0.33 with holes between,
+as measured."""
+
+MOST_MB_A_FAST_READER = 6.0
+"""Pieces of 1 MiB: one at the socket, its copy, one made ahead, and what gathers them."""
 
 MOST_GROWTH_MB = 8.0
-"""While they read on at their trickle. Where pieces are cut moves what each one costs by some KB from time to time."""
+"""What a server's memory moves by from run to run."""
+
+MOST_GROWTH = 0.15
+"""Of what readers cost, from the first third of the time to the rest, while they read on: holes come and go between
+what is in use, and are given back when they are many."""
 
 KEPT_MB = 64.0
 """What the allocator keeps of freed memory, see `softlabels_server.allocator`; of more most is given back in 20 s."""
@@ -26,8 +34,9 @@ KEPT_MB = 64.0
 MOST_STUCK = 0.35
 """Of what the readers cost: holes between what is in use that are smaller than a page cannot be given back."""
 
-MOST_LATENCY_S = 1.0
-"""Of anybody's batch meanwhile, all other work of a busy machine included; a few ms as measured."""
+MOST_LATENCY_S = 0.5
+"""Of anybody's batch meanwhile, 99 of 100: a few ms as measured on a quiet machine. The longest is printed, not judged,
+for it is the machine's: another program may have both cores."""
 
 STREAM_BYTES = 20_000 * 1_000 * 2
 """The rows of a whole epoch of the store `large`."""
@@ -56,6 +65,13 @@ class SlowReaders:
     def read_a_little(self) -> int:
         """Some 10 KB each; how many bytes came in all."""
         return sum(len(reader.recv(64 << 10)) for reader in self._sockets)
+
+    def read_at_least(self, size_bytes: int) -> None:
+        """So many bytes each, one reader after the other."""
+        for reader in self._sockets:
+            left = size_bytes
+            while left > 0:
+                left -= len(reader.recv(1 << 20))
 
     def read_to_the_end(self, number: int) -> int:
         """All that still comes to one of them, until the server closes; how many bytes that is."""
@@ -121,7 +137,7 @@ def settled_mb(served: Any, most_mb: float) -> float:
     ("count", "rounds", "pause_s"),
     [
         pytest.param(100, 8, 0.1, id="a-hundred"),
-        pytest.param(1_000, 90, 2.0, id="a-thousand", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+        pytest.param(1_000, 120, 1.5, id="a-thousand", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
 def test_readers_at_a_trickle(serve: Any, count: int, rounds: int, pause_s: float) -> None:
@@ -150,17 +166,18 @@ def test_readers_at_a_trickle(serve: Any, count: int, rounds: int, pause_s: floa
     print(f"when they are gone: {after_mb:.1f} MB, {served.open_files()} open files")
     assert received / count > 10_000 * rounds, "they hardly read at all"
     assert max(found) - alone_mb < count * MOST_MB_A_READER + MOST_GROWTH_MB, found
-    assert found[-1] - max(found[: 2 * rounds // 3]) < MOST_GROWTH_MB, found
+    first_third_mb = max(found[: rounds // 3]) - alone_mb
+    assert max(found) - alone_mb < first_third_mb * (1 + MOST_GROWTH) + MOST_GROWTH_MB, found
     assert after_mb <= most_mb
-    assert max(regular.latencies_s) < MOST_LATENCY_S, regular.summary()
+    assert np.percentile(regular.latencies_s, 99) < MOST_LATENCY_S, regular.summary()
 
 
 @pytest.mark.usefixtures("many_files")
 @pytest.mark.parametrize(
     ("count", "timeout_s", "herds"),
     [
-        pytest.param(50, 0.6, 2, id="fifty"),
-        pytest.param(1_000, 10.0, 4, id="a-thousand", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param(50, 0.8, 2, id="fifty"),
+        pytest.param(1_000, 30.0, 3, id="a-thousand", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
 def test_readers_who_stop_are_dropped(serve: Any, count: int, timeout_s: float, herds: int) -> None:
@@ -173,8 +190,8 @@ def test_readers_who_stop_are_dropped(serve: Any, count: int, timeout_s: float, 
     for _ in range(herds):
         with slow_readers(served, count) as readers:
             readers.read_a_little()
-            time.sleep(timeout_s / 2)
             assert served.open_files() > files + count / 2, "they were dropped before their time"
+            time.sleep(timeout_s / 4)
             peaks.append(served.anonymous_mb())
             wait_for_files(served, files)
             assert readers.read_to_the_end(0) < STREAM_BYTES / 2
@@ -186,7 +203,21 @@ def test_readers_who_stop_are_dropped(serve: Any, count: int, timeout_s: float, 
     assert max(peaks) - alone_mb < count * MOST_MB_A_READER + MOST_GROWTH_MB
     assert peaks[-1] - max(peaks[:-1]) < MOST_GROWTH_MB + 0.05 * count
     assert after_mb <= most_mb
-    assert max(regular.latencies_s) < MOST_LATENCY_S, regular.summary()
+    assert np.percentile(regular.latencies_s, 99) < MOST_LATENCY_S, regular.summary()
+    assert "ERROR" not in served.log.read_text(), "dropping a reader was the plan"
+
+
+def test_readers_who_were_fast_and_stop(serve: Any) -> None:
+    """Whoever has shown that it reads is gathered ahead for, in large pieces: it costs those when it stops, no more."""
+    served = serve()
+    Regular(served).ask(500)
+    alone_mb = served.anonymous_mb()
+    with slow_readers(served, 10) as readers:
+        readers.read_at_least(12 << 20)
+        time.sleep(0.5)
+        each_mb = (served.anonymous_mb() - alone_mb) / 10
+    print(f"{each_mb:.1f} MB each")
+    assert each_mb < MOST_MB_A_FAST_READER
 
 
 def test_a_reader_who_comes_back_goes_on(serve: Any) -> None:

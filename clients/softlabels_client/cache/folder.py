@@ -91,6 +91,10 @@ class _Held:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o600)
         fcntl.flock(self._fd, kind)
 
+    def release(self) -> None:
+        """Let go for all: a child forked meanwhile by another thread would go on holding what is only closed."""
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
     def __del__(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -212,7 +216,7 @@ class CacheFolder:
                 held = _Held(folder / _IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            del held
+            held.release()
         # Renamed first: a process that is killed in the middle leaves rubbish, and no half table.
         gone = self._root / f".gone-{digest}-{os.getpid()}-{time.monotonic_ns()}"
         folder.rename(gone)
@@ -229,7 +233,7 @@ class CacheFolder:
         try:
             yield
         finally:
-            del held
+            held.release()
 
     def _tables(self) -> list[Path]:
         if not self._root.is_dir():
@@ -254,7 +258,7 @@ class CacheFolder:
     @staticmethod
     def _in_use(folder: Path) -> bool:
         try:
-            _Held(folder / _IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _Held(folder / _IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB).release()
         except BlockingIOError:
             return True
         except FileNotFoundError:

@@ -234,4 +234,6 @@ class RowTable:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
+            # Closing is not enough: a child that another thread forked meanwhile has this file open too.
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from softlabels.precompute.teachers.class_lists import align_classes, class_list_of_store
 from softlabels.precompute.teachers.loading import load_teacher
-from softlabels.precompute.teachers.teacher import PADDING, Head, Teacher, frozen, state_sha256, teacher_from_module
+from softlabels.precompute.teachers.teacher import Head, Teacher, frozen, state_sha256, teacher_from_module
 
 __all__ = [
-    "PADDING",
     "Head",
     "Teacher",
     "align_classes",

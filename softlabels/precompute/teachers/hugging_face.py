@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.errors import JobError, MissingExtraError
-from softlabels.precompute.teachers.teacher import PADDING, Gives
+from softlabels.precompute.teachers.teacher import Gives
+from softlabels.transfer_sets.ragged import PADDING
 
 Task = Literal["image-classification", "sequence-classification", "causal-lm"]
 

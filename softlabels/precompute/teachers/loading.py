@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ def load_teacher(table: TeacherTable, *, number: int, base: Path, device: torch.
         kind=kind,
         revision=loaded.revision,
         class_list_sha256=None if names is None else describe_classes(names).sha256,
-        libraries={name: metadata.version(name) for name in loaded.libraries} or None,
+        libraries={name: _version(name) for name in loaded.libraries} or None,
         **facts,
     )
     return Teacher(
@@ -209,6 +210,13 @@ KINDS: Mapping[str, Callable[[Order], Loaded]] = {
     "torchvision": _from_torchvision,
 }
 """What `model` may begin with, before a colon; anything else is a Python reference."""
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:  # installed under another name, as onnxruntime-gpu is
+        return str(getattr(importlib.import_module(library), "__version__", "unknown"))
 
 
 def _settings(cls: type[Any], order: Order) -> Any:

@@ -62,6 +62,20 @@ class TestFlippedBits:
             flip_bits(setting.file(name), rng, bits)
             refuse_wrong_rows(setting, refuse_difference)
 
+    @pytest.mark.parametrize(("kind", "name"), PLACES)
+    def test_nothing_but_noise(
+        self, kind: str, name: str, stores: dict[str, Path], make_setting: Any, refuse_difference: Same
+    ) -> None:
+        """A whole file of random bytes, or of one byte."""
+        setting = make_setting(stores[kind])
+        refuse_wrong_rows(setting, refuse_difference)
+        for seed in range(3):
+            size = setting.file(name).stat().st_size
+            noise = np.random.default_rng(seed).bytes(size) if seed else b"\xff" * size
+            with setting.file(name).open("r+b") as file:
+                file.write(noise)
+            refuse_wrong_rows(setting, refuse_difference)
+
     def test_one_is_said_once_and_put_right(
         self, stores: dict[str, Path], make_setting: Any, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,20 @@ def fill_from_another_process(root: Path, folder: Path, begin: int) -> None:
         store.batch(ids[first : first + 10])
 
 
+UNFINISHED = """
+import sys
+from pathlib import Path
+from softlabels.opening import TargetStore
+from softlabels.store import LocalRows
+from softlabels_client.cache import CachedRows
+
+store = TargetStore(CachedRows(LocalRows(Path(sys.argv[1])), folder=sys.argv[2]), where="unfinished")
+store.batch(store.ids()[:40])
+epoch = store.epoch(seed=0, epoch=0, batch_size=4)
+print(sum(len(next(epoch)) for _ in range(10)))
+"""
+
+
 class TestSharing:
     @pytest.mark.parametrize("kind", ["dense", "strings"])
     @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -221,6 +238,48 @@ class TestSharing:
         assert child.exitcode == 0
         refuse_difference(setting.cached.batch([5, 6, 7, 8]), setting.near.batch([5, 6, 7, 8]))
         assert setting.far.fetched == [2]
+
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_a_child_forked_while_a_thread_writes_holds_nothing_up(
+        self, stores: dict[str, Path], make_setting: Any, refuse_difference: Same
+    ) -> None:
+        """It has copies of whatever was open and locked at that moment, and the parent goes on all the same."""
+        setting = make_setting(stores["dense"])
+        ids = setting.near.ids()
+        done = threading.Event()
+
+        def write() -> None:
+            while not done.is_set():
+                for first in range(0, 120, 4):
+                    setting.cached.batch(ids[first : first + 4])
+                setting.cached.close()
+                CacheFolder(setting.folder).clear()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        children = [multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)) for _ in range(30)]
+        try:
+            for child in children:
+                child.start()
+            done.set()
+            writer.join(20)
+            assert not writer.is_alive(), "a lock is held by a child that knows nothing of it"
+            refuse_difference(setting.cached.batch(ids), setting.near.batch(ids))
+        finally:
+            for child in children:
+                child.kill()
+                child.join()
+
+    def test_a_process_that_ends_in_the_middle_of_an_epoch(self, stores: dict[str, Path], tmp_path: Path) -> None:
+        """Ends at once and without complaint, its thread too."""
+        done = subprocess.run(
+            [sys.executable, "-c", UNFINISHED, str(stores["strings"]), str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "40\n", "")
 
     def test_it_pickles(self, served_store: str, tmp_path: Path) -> None:
         """As data sets do on their way to a worker; the server is not asked again."""

@@ -11,8 +11,15 @@ import torch
 
 import softlabels
 from softlabels.encodings import draw_keys
-from softlabels.errors import BadIdsError, JobError, ShapeMismatchError, TeacherShapeError, TransferSetChangedError
-from softlabels.losses import DistillationLoss, SoftTargetBatch
+from softlabels.errors import (
+    BadIdsError,
+    JobError,
+    ShapeMismatchError,
+    TeacherError,
+    TeacherShapeError,
+    TransferSetChangedError,
+)
+from softlabels.losses import SoftTargetBatch, distillation_loss
 from softlabels.precompute import Teacher, precompute, teacher_from_module
 from softlabels.precompute.job import Job, SequencesTable, job_from_json
 from softlabels.precompute.sequence_rows import SequenceRows, sequence_fingerprints
@@ -76,6 +83,8 @@ def job(base: Path, encoding: Any = "f32", *, name: str = "store", **tables: Any
 
 def live(token_ids: np.ndarray) -> np.ndarray:
     """What the model says of one sequence alone, each row's largest 0."""
+    if len(token_ids) == 0:
+        return np.empty((0, VOCABULARY), np.float32)
     logits = teacher().logits(torch.from_numpy(token_ids[None]))[0].numpy()
     return np.asarray(logits - logits.max(axis=1, keepdims=True))
 
@@ -90,7 +99,7 @@ class TestPrecompute:
             batch = store.batch([f"text-{number}"], fingerprints=True)
             assert batch.row_offsets is not None
             assert batch.row_offsets.tolist() == [0, len(token_ids)]
-            np.testing.assert_allclose(batch.logits(), live(token_ids) if len(token_ids) else [], atol=1e-5)
+            np.testing.assert_allclose(batch.logits(), live(token_ids), atol=1e-5)
             expected = sequence_fingerprints(token_ids[None], np.array([len(token_ids)]))
             np.testing.assert_array_equal(batch.fingerprints, expected)
         assert verify(tmp_path / "store").sound
@@ -118,9 +127,8 @@ class TestPrecompute:
         again = job(tmp_path, name="again")
         precompute(again, transfer_set=texts(), teachers=[teacher()])
         (tmp_path / "again" / "manifest.json").unlink()
-        (tmp_path / "again" / "ledger" / "00000001.json").unlink(missing_ok=True)
-        for receipt in list((tmp_path / "again" / "ledger").glob("*1.json")):
-            receipt.unlink()
+        (receipt,) = (tmp_path / "again" / "ledger").rglob("*1.json")
+        receipt.unlink()
         finished = precompute(again, transfer_set=texts(), teachers=[teacher()])
         assert finished.transfer_set.fingerprint == whole.transfer_set.fingerprint
         ids = [f"text-{n}" for n in range(len(LENGTHS))]
@@ -161,7 +169,7 @@ class TestEncodings:
         batch = softlabels.open(tmp_path / "store").batch(["text-3", "text-0"], spans=[(4, 20), (0, 2)])
         targets = SoftTargetBatch.from_soft_targets(batch)
         student = torch.zeros(len(targets.logits_BC), VOCABULARY, requires_grad=True)
-        DistillationLoss(hard_weight=0.1)(student, targets).total.backward()
+        distillation_loss(student, targets, hard_weight=0.1).total.backward()
         assert student.grad is not None
         assert len(student.grad) == 18
         assert student.grad.isfinite().all()
@@ -179,6 +187,71 @@ class TestEncodings:
         constant = store.batch(["text-5"]).p()
         assert len(np.unique(constant.argmax(axis=1))) > 1
         np.testing.assert_allclose(constant.sum(axis=1), 1, atol=1e-5)
+
+
+class TestHiddenStates:
+    @pytest.mark.parametrize("kept_as", ["f32", "f16", "bf16", "q8"])
+    def test_they_stand_for_the_live_logits_at_any_temperature(self, tmp_path: Path, kept_as: str) -> None:
+        """Eight numbers a row in place of three hundred; the audit's reference are the live logits."""
+        encoding = {"name": "hidden", "kept_as": kept_as}
+        manifest = precompute(job(tmp_path, encoding), transfer_set=texts(), teachers=[teacher()])
+        assert manifest.arrays["targets"].row_shape == (FEATURES,)
+        assert manifest.audit is not None
+        assert manifest.audit["rows"] == sum(LENGTHS)
+        assert manifest.audit["kl_nats"]["1"]["max"] < {"f32": 1e-9, "f16": 1e-4}.get(kept_as, 0.01)
+        assert verify(tmp_path / "store").sound
+        store = softlabels.open(tmp_path / "store")
+        for temperature in (0.5, 1.0, 4.0):
+            expected = torch.from_numpy(live(sequences()[3])).div(temperature).softmax(dim=-1).numpy()
+            found = store.batch(["text-3"], temperature=temperature).p()
+            np.testing.assert_allclose(found, expected, atol={"f32": 1e-6, "f16": 1e-3}.get(kept_as, 0.03))
+
+    def test_a_store_without_sequences(self, tmp_path: Path) -> None:
+        """A classifier of samples keeps hidden states as well; the head's bias is kept."""
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 50))
+        data = ArrayTransferSet("a", np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32))
+        made = teacher_from_module(model, name="net", head="2")
+        document = {"name": "hidden", "kept_as": "f32"}
+        manifest = precompute(job(tmp_path, document, sequences=None), transfer_set=data, teachers=[made])
+        assert manifest.encoding.constants == ("bias", "head")
+        batch = softlabels.open(tmp_path / "store").batch(np.arange(40))
+        expected = model(torch.from_numpy(data.inputs)).softmax(dim=-1).detach().numpy()
+        np.testing.assert_allclose(batch.p(), expected, atol=1e-6)
+
+    def test_the_teachers_head_is_not_run(self, tmp_path: Path) -> None:
+        """Beyond the few rows that the plan is made from: that is what makes such a capture cheap."""
+        made = teacher()
+        asked_rows: list[int] = []
+        made.model.head.register_forward_hook(lambda module, given, out: asked_rows.append(len(out)))
+        precompute(job(tmp_path, "hidden"), transfer_set=texts(), teachers=[made])
+        assert sum(asked_rows) <= 4
+
+    def test_what_comes_after_the_head_must_be_said(self, tmp_path: Path) -> None:
+        """A model that caps its logits is refused, unless the job names the cap."""
+
+        class Capped(TinyLanguageModel):
+            def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+                return 2 * torch.tanh(super().forward(tokens_BL) / 2)
+
+        made = teacher_from_module(Capped(), name="capped", gives="positions", head="head")
+        with pytest.raises(TeacherError, match="softcap"):
+            precompute(job(tmp_path, "hidden"), transfer_set=texts(), teachers=[made])
+        capped = {"name": "hidden", "softcap": 2.0, "kept_as": "f32"}
+        manifest = precompute(job(tmp_path, capped), transfer_set=texts(), teachers=[made])
+        assert manifest.audit is not None
+        assert manifest.audit["kl_nats"]["1"]["max"] < 1e-9
+
+    def test_several_teachers_are_refused(self, tmp_path: Path) -> None:
+        """Their hidden states have no mean."""
+        with pytest.raises(JobError, match="have no mean"):
+            precompute(job(tmp_path, "hidden"), transfer_set=texts(), teachers=[teacher(), teacher()])
+
+    def test_a_teacher_without_a_known_head_is_refused(self, tmp_path: Path) -> None:
+        """And told how to name it."""
+        made = teacher_from_module(TinyLanguageModel(), name="tiny", gives="positions")
+        with pytest.raises(TeacherError, match="`head`"):
+            precompute(job(tmp_path, "hidden"), transfer_set=texts(), teachers=[made])
 
 
 class TestRefusals:

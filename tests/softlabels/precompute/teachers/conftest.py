@@ -29,11 +29,6 @@ class Net(torch.nn.Module):
         return self.fc(self.drop(self.norm(self.features(x))))
 
 
-class Capped(Net):
-    def forward(self, x):
-        return 3 * torch.tanh(super().forward(x))
-
-
 class Rebel(Net):
     def forward(self, x):
         self.drop.train()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from softlabels.errors import JobError, TeacherError
-from softlabels.precompute.teachers import PADDING
+from softlabels.transfer_sets.ragged import PADDING
 
 pytest.importorskip("transformers", reason="its models are the teachers here")
 
@@ -98,21 +98,17 @@ class TestSequenceClassification:
         assert answers.shape == (2, 4)
         torch.testing.assert_close(answers[1], model(input_ids=torch.tensor([[3, 8]])).logits[0])
         torch.testing.assert_close(answers[0], model(input_ids=tokens[:1]).logits[0])
-        assert teacher.padding(tokens) is None
 
 
 class TestLanguageModels:
     def test_one_row_a_position(self, load, language: LlamaForCausalLM) -> None:
-        """Logits are [B, L, C]; padding is told apart, and changes nothing before it."""
+        """Logits are [B, L, C]; padding changes nothing before it."""
         teacher = load("transformers:llama")
         tokens = torch.tensor([[2, 5, 7, 9], [3, 8, PADDING, PADDING]])
         answers = teacher.logits(tokens)
         assert teacher.gives == "positions"
         assert answers.shape == (2, 4, 40)
         torch.testing.assert_close(answers[1, :2], language(input_ids=torch.tensor([[3, 8]])).logits[0])
-        padding = teacher.padding(tokens)
-        assert padding is not None
-        assert padding.tolist() == [[False] * 4, [False, False, True, True]]
 
     def test_hidden_states_and_the_head_give_the_logits(self, load, language: LlamaForCausalLM) -> None:
         """logits = hidden @ weight.T, with the tied embeddings as the weight."""
@@ -121,7 +117,6 @@ class TestLanguageModels:
         assert hidden.shape == (1, 4, 16)
         torch.testing.assert_close(head.logits(hidden), teacher.logits(tokens))
         assert torch.equal(head.weight_CD, language.get_input_embeddings().weight)
-        teacher.check_head(tokens)
 
     def test_padding_before_tokens(self, load, language: LlamaForCausalLM) -> None:
         """It would shift positions, so it is refused; so are inputs that are no tokens."""
@@ -196,7 +191,7 @@ except JobError as error:
         tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 49_152, (2, 16)))
         assert teacher.logits(tokens).shape == (2, 16, 49_152)
         assert teacher.gives == "positions"
-        teacher.check_head(tokens)
+        torch.testing.assert_close(teacher.head().logits(teacher.hidden(tokens)), teacher.logits(tokens))
         assert teacher.head().weight_CD.shape == (49_152, 576)
         assert set(teacher.spec.libraries or {}) == {"transformers", "gguf"}
         assert teacher.spec.weights == SMOLLM

@@ -1,0 +1,55 @@
+"""docs/teachers.md is true: its tables are jobs, and it names every kind, key and setting that there is."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from softlabels.precompute.job import TeacherTable, filled, job_from_json
+from softlabels.precompute.teachers.hugging_face import HubSettings
+from softlabels.precompute.teachers.loading import KINDS, OnnxSettings
+from softlabels.precompute.teachers.pictures import PicturePreparation, check_preparation
+
+PAGE = (Path(__file__).resolve().parents[4] / "docs" / "teachers.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+def teachers() -> list[TeacherTable]:
+    """Every teacher of the page, read as a job file is."""
+    found: list[TeacherTable] = []
+    for block in BLOCKS:
+        document: dict[str, Any] = tomllib.loads(block)
+        job = job_from_json(
+            {
+                "store": {"path": "store"},
+                "transfer_set": {"source": "nets.py:data"},
+                "targets": {"temperature": 1},
+                **document,
+            },
+            base=Path(),
+        )
+        found += job.teachers
+    return found
+
+
+def test_every_table_is_one_that_a_job_may_hold() -> None:
+    """Also its preprocess table and the arguments of its kind."""
+    for table in teachers():
+        if isinstance(table.preprocess, dict):
+            check_preparation(filled(PicturePreparation, table.preprocess, "the page"), "the page")
+        for kind, settings in (("transformers", HubSettings), ("onnx", OnnxSettings)):
+            if table.model.startswith(f"{kind}:"):
+                filled(settings, table.arguments, "the page")
+
+
+def test_nothing_is_left_out() -> None:
+    """Every kind, every key of a teacher, every step and every argument stands on the page."""
+    shown = {table.model.partition(":")[0] for table in teachers()}
+    assert set(KINDS) <= shown
+    words = [
+        entry.name for cls in (TeacherTable, HubSettings, OnnxSettings, PicturePreparation) for entry in fields(cls)
+    ]
+    assert [word for word in words if not re.search(rf"\b{word}\b", PAGE)] == []
