@@ -32,7 +32,7 @@ import softlabels
 from softlabels.demo.service import served
 from softlabels.precompute import Job, Teacher, load_job, precompute
 from softlabels.precompute.planning import load_teachers
-from softlabels.progress import duration
+from softlabels.progress import Progress, duration, track
 from softlabels.softmath import mean_arithmetic, mean_geometric, soften
 from softlabels.transfer import Samples
 from softlabels_client.datasets import SoftTargetDataset
@@ -40,6 +40,7 @@ from softlabels_client.settings import DistillSettings
 from softlabels_client.trainer import distill
 
 TEMPERATURE = 1.0
+BATCH_SIZE = 25
 LEAST_COSINE = 0.9999
 """What a target kept as float16 must have with that of the live teachers."""
 
@@ -62,7 +63,7 @@ mean = "{mean}"
 encoding = "f16"
 
 [run]
-batch_size = 25
+batch_size = {batch_size}
 """
 
 TEACHER = """
@@ -123,7 +124,7 @@ def photographs(count: int = 1000) -> Photographs:
 
 def write_job(folder: Path, mean: str, count: int) -> Path:
     """A job file for the ensemble by one mean."""
-    text = JOB.format(mean=mean, count=count, temperature=TEMPERATURE)
+    text = JOB.format(mean=mean, count=count, temperature=TEMPERATURE, batch_size=BATCH_SIZE)
     for number, edge in EDGES.items():
         text += TEACHER.format(number=number, weights=_weights_of(number), edge=edge)
     path = folder / f"{mean}.toml"
@@ -131,12 +132,13 @@ def write_job(folder: Path, mean: str, count: int) -> Path:
     return path
 
 
-def live_logits(teachers: list[Teacher], data: Photographs, batch_size: int) -> NDArray[np.float32]:
+def live_logits(teachers: list[Teacher], data: Photographs, progress: Progress) -> NDArray[np.float32]:
     """What each teacher says of every photograph, [teachers, photographs, classes]."""
     pieces = []
-    for start in range(0, len(data), batch_size):
-        inputs = torch.from_numpy(data.take(np.arange(start, min(start + batch_size, len(data)))).inputs)
+    for start in range(0, len(data), BATCH_SIZE):
+        inputs = torch.from_numpy(data.take(np.arange(start, min(start + BATCH_SIZE, len(data)))).inputs)
         pieces.append(torch.stack([teacher.logits(inputs) for teacher in teachers]))
+        progress.advance(len(inputs))
     return torch.cat(pieces, dim=1).numpy()
 
 
@@ -218,13 +220,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the first 100 photographs only")
     parser.add_argument("--out", type=Path, default=Path("runs/imagenet_photographs"), help="(%(default)s)")
+    parser.add_argument("--count", type=int, default=1000, help="how many photographs (%(default)s)")
     options = parser.parse_args()
     started_s = time.monotonic()
-    data = photographs(100 if options.quick else 1000)
+    data = photographs(100 if options.quick else options.count)
     folder = options.out / f"{len(data)}"
     folder.mkdir(parents=True, exist_ok=True)
     teachers = load_teachers(load_job(write_job(folder, "geometric", len(data))), torch.device("cpu"))
-    logits_MBC = live_logits(teachers, data, 25)
+    with track(len(data), "ask the teachers", "photographs") as progress:
+        logits_MBC = live_logits(teachers, data, progress)
     top1 = (logits_MBC.argmax(axis=2) == data.labels).mean(axis=1)
     figures: dict[str, Any] = {
         "photographs": len(data),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ def open_store(
     *,
     token: str | None = None,
     timeout_s: float = 30.0,
-    cache: bool | str | Path = False,
+    cache: bool | str | Path | None = None,
     cache_bytes: int | None = None,
     cache_read_only: bool = False,
 ) -> TargetStore:
@@ -33,22 +34,24 @@ def open_store(
         UnknownStoreError: nothing there; MissingExtraError: a local store, and `softlabels[store]` is not installed;
         RequestError, FormatVersionError, ManifestError, ServerUnreachableError.
     """
-    if cache is False and (cache_bytes is not None or cache_read_only):
+    wanted = cache is not None and cache is not False
+    if not wanted and (cache_bytes is not None or cache_read_only):
         raise RequestError("cache_bytes and cache_read_only are of a cache, and none was asked for: pass cache=True")
     text = str(where)
     # By name, not by import statement: the floor must not depend on the rooms above it.
     if text.startswith(("http://", "https://")):
         far = importlib.import_module("softlabels_client.rows").HttpRows(text, token=token, timeout_s=timeout_s)
-        if cache is False:
-            return TargetStore(far, where=text)
-        return TargetStore(_cached(far, cache, cache_bytes, read_only=cache_read_only), where=text)
+        rows = _cached(far, cache, cache_bytes, read_only=cache_read_only) if wanted else far
+        return TargetStore(rows, where=text)
     if "://" in text:
         raise UnknownStoreError(f"{text!r}: this softlabels opens folders and http(s) addresses")
     store = importlib.import_module("softlabels.store")
     return TargetStore(store.LocalRows(Path(text)), where=text)
 
 
-def _cached(far: RowSource, cache: bool | str | Path, most_bytes: int | None, *, read_only: bool) -> RowSource:
+def _cached(far: RowSource, cache: bool | str | Path | None, most_bytes: int | None, *, read_only: bool) -> RowSource:
+    if os.name != "posix":
+        raise RequestError("a cache needs the file locks of a POSIX system: leave `cache` out here")
     bound: dict[str, Any] = {} if most_bytes is None else {"most_bytes": most_bytes}
     kept = importlib.import_module("softlabels_client.cache")
     rows: RowSource = kept.CachedRows(far, folder=None if cache is True else cache, read_only=read_only, **bound)

@@ -74,6 +74,16 @@ def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
     add(
         "--timeout", metavar="SECONDS", type=float, default=30.0, help="for one request, retries included (%(default)s)"
     )
+    add(
+        "--cache",
+        metavar="DIR",
+        type=Path,
+        nargs="?",
+        const=True,
+        default=False,
+        help="keep what the server sends on this machine, so that every row is sent once: there, or without DIR in "
+        "$SOFTLABELS_CACHE or ~/.cache/softlabels",
+    )
 
 
 def _add_how_to_train(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
     from softlabels_client.view_datasets import ViewDataset
     from softlabels_client.weights import save_student
 
-    with open_store(options.store, token=options.token, timeout_s=options.timeout) as store:
+    with open_store(options.store, token=options.token, timeout_s=options.timeout, cache=options.cache) as store:
         inputs = _transfer_set("--inputs", options.inputs, options.inputs_args) if options.inputs else None
         test = _transfer_set("--test", options.test, options.test_args) if options.test else None
         torch.manual_seed(settings.seed)

@@ -49,6 +49,7 @@ def described(manifest: Manifest, digest: str) -> list[tuple[str, str]]:
         ("temperature", locked),
         ("mean", manifest.mean),
         *(("teacher", f"{m.name}: {m.model}, weights {(m.weights_sha256 or 'none')[:16]}") for m in manifest.teachers),
+        *([("precision", manifest.precision)] if manifest.precision else []),
         ("transfer set", f"{data.name} from {data.source}, fingerprint {data.fingerprint}"),
         *(("inputs", f"{kept}, {spec.row_bytes} bytes a sample") for kept, spec in _kept_inputs(manifest)),
         ("shards", f"{shards.count} of {shards.rows_per_shard} rows, chunks of {shards.rows_per_chunk}"),

@@ -10,6 +10,7 @@ from softlabels.progress import duration
 
 if TYPE_CHECKING:
     from softlabels.precompute.forecast import Forecast
+    from softlabels.precompute.measuring import Option
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -27,6 +28,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--samples", type=int, metavar="N", help="reckon for this many samples, where the set at hand is only a part"
     )
     parser.add_argument(
+        "--rows", type=int, metavar="N", help="the same in rows: frames, tokens or views, where samples have many"
+    )
+    parser.add_argument(
         "--price", type=float, metavar="P", help="what an hour of this machine costs, in any currency: adds the cost"
     )
     parser.set_defaults(run=run)
@@ -37,37 +41,51 @@ def run(options: argparse.Namespace) -> int:
     from softlabels.precompute import load_job
     from softlabels.precompute.forecast import forecast
 
-    print("\n".join(lines(forecast(load_job(options.job), samples=options.samples), price=options.price)))
+    found = forecast(load_job(options.job), samples=options.samples, rows=options.rows)
+    print("\n".join(lines(found, price=options.price)))
     return 0
 
 
 def lines(found: Forecast, *, price: float | None) -> list[str]:
     """The forecast for people."""
     kept = f" × {found.members} members" if found.members > 1 else ""
+    counted = f" ({found.rows:,} rows)" if found.rows != found.samples else ""
+    name, own = found.own
+    priced = "" if price is None else f"{'cost':>12}"
     head = [
-        f"{found.samples:,} samples × {found.classes:,} classes{kept}; a pilot of {found.pilot_rows:,} rows",
-        f"teachers: {found.samples_per_s:,.0f} samples/s here, {_span(found.hours)} for all of them"
-        + ("" if price is None else f", {found.hours * price:,.2f} at {price:g} an hour"),
-        f"the job's own encoding, {found.encoding[0]}: {found.encoding[1]:,} bytes a row, "
-        f"{size(found.store_bytes(found.encoding[1]))} in all",
+        f"{found.samples:,} samples{counted} × {found.classes:,} classes{kept}; a pilot of {found.pilot_rows:,} rows",
+        f"teachers: {found.rows_per_s:,.0f} rows/s here, {_span(found.teacher_hours)} for all of them"
+        + ("" if price is None else f", {found.teacher_hours * price:,.2f} at {price:g} an hour"),
+        f"the job's own encoding, {name}: {own.row_bytes:,} bytes a row, {size(found.store_bytes(own))} in all, "
+        f"{_span(found.hours(own))}" + ("" if price is None else f", {found.hours(own) * price:,.2f}"),
         *_inputs_line(found),
         "",
         f"{'encoding':<34}{'bytes a row':>12}{'store':>10}"
         + "".join(f"{f'KL, T = {t:g}':>14}" for t in found.temperatures)
-        + f"{'top-1':>9}",
+        + f"{'top-1':>9}{'rms error':>11}{'time':>14}{priced}",
     ]
-    rows = []
-    for tried in found.options:
-        kl = "".join(f"{tried.kl[t]['mean']:>14.2g}" if t in tried.kl else f"{'∞':>14}" for t in found.temperatures)
-        rows.append(
-            f"{tried.label:<34}{tried.row_bytes:>12,}{size(found.store_bytes(tried.row_bytes)):>10}{kl}"
-            f"{100 * tried.top1_agreement:>8.1f}%"
-        )
-    return head + rows
+    return head + [_line(found, option, price) for option in found.options]
+
+
+def _line(found: Forecast, option: Option, price: float | None) -> str:
+    cost = "" if price is None else f"{found.hours(option) * price:>12,.2f}"
+    kl = "".join(f"{_nats(option, temperature):>14}" for temperature in found.temperatures)
+    return (
+        f"{option.label:<34}{option.row_bytes:>12,}{size(found.store_bytes(option)):>10}{kl}"
+        f"{100 * option.top1_agreement:>8.1f}%{option.rms_error:>11.1e}{_span(found.hours(option)):>14}{cost}"
+    )
+
+
+def _nats(option: Option, temperature: float) -> str:
+    """Mean KL; a dash at a temperature that the encoding cannot be had at."""
+    if temperature not in option.kl:
+        return "–"
+    mean = option.kl[temperature]["mean"]
+    return "∞" if mean == float("inf") else f"{mean:.2g}"
 
 
 def _inputs_line(found: Forecast) -> list[str]:
-    """What the samples themselves take, where the store keeps them; every store's size below has it in."""
+    """What the samples themselves take, where the store keeps them; every store's size has it in."""
     if not found.input_bytes:
         return []
     return [f"inputs: {found.input_bytes:,} bytes a sample, {size(found.samples * found.input_bytes)} in all"]

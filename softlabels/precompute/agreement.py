@@ -17,6 +17,7 @@ from torch import Tensor
 
 from softlabels.encodings import Hidden
 from softlabels.errors import JobError
+from softlabels.manifest import Layout
 from softlabels.precompute.answers import ask, rows_to_keep
 from softlabels.precompute.hidden_states import asked
 from softlabels.precompute.job import Job
@@ -90,8 +91,8 @@ def check_agreement(
     maker = row_maker(replace(job, store=replace(job.store, name=manifest.name)), data)
     if (maker.layout.kind, maker.layout.views) != (manifest.layout.kind, manifest.layout.views):
         raise JobError(
-            f"the job makes {_described(maker.layout)}, {manifest.name!r} keeps {_described(manifest.layout)}: verify a "
-            "store with the job that it was made by"
+            f"the job makes {_described(maker.layout)}, {manifest.name!r} keeps {_described(manifest.layout)}: verify "
+            "a store with the job that it was made by"
         )
     members = load_teachers(job, device) if teachers is None else list(teachers)
     if len(members) != len(manifest.teachers):
@@ -99,9 +100,9 @@ def check_agreement(
     positions = _drawn(maker, min(manifest.samples, len(data)), samples, seed)
     check = _Check(rows, maker, members, device)
     with show(len(positions), "ask the teachers again", "samples") as progress:
-        for batch, chosen in check.batches(positions, job.run.pilot_batch_size):
-            report.faults += check.faults(batch, chosen)
-            progress.advance(len(np.unique(chosen)))
+        for batch, place in check.batches(positions, job.run.pilot_batch_size):
+            report.faults += check.faults(batch, place)
+            progress.advance(int((place.within_R == 0).sum()))
     return Agreement(
         samples=len(positions),
         rows=len(check.cosines),
@@ -110,71 +111,137 @@ def check_agreement(
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Place:
+    """Where the rows of a batch stand.
+
+    Attributes:
+        position_R: of the sample; within_R: which of its rows, a view or a position.
+        number_R: in the store.
+    """
+
+    position_R: NDArray[np.int64]
+    within_R: NDArray[np.int64]
+    number_R: NDArray[np.int64]
+
+
 class _Check:
     """Compares batches of fresh rows with kept ones; `cosines` collects what was found."""
 
-    def __init__(
-        self, rows: LocalRows, maker: RowMaker, teachers: Sequence[Teacher], device: torch.device
-    ) -> None:
+    def __init__(self, rows: LocalRows, maker: RowMaker, teachers: Sequence[Teacher], device: torch.device) -> None:
         self._rows, self._maker, self._device = rows, maker, device
-        self._live, self._asked = teachers, asked(teachers, rows.encoding)
-        self._views = rows.manifest.layout.views
+        self._live, self._asked = list(teachers), asked(teachers, rows.encoding)
         self.cosines: list[float] = []
 
-    def batches(
-        self, positions: NDArray[np.int64], batch_size: int
-    ) -> Iterator[tuple[RowBatch, NDArray[np.int64]]]:
-        """Batches of all rows of these samples, and the sample's position of each row."""
-        lengths = self._maker.table.lengths[positions] if self._maker.table is not None else self._views
-        owners = np.repeat(positions, lengths)
+    def batches(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[tuple[RowBatch, _Place]]:
+        """Batches of all rows of these samples, and where they stand."""
+        table, views = self._maker.table, self._maker.layout.views
+        lengths = np.full(len(positions), views) if table is None else table.lengths[positions]
+        first = positions * views if table is None else (np.cumsum(table.lengths) - table.lengths)[positions]
+        position_R = np.repeat(positions, lengths)
+        within_R = np.arange(len(position_R)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        number_R = np.repeat(first, lengths) + within_R
         done = 0
         for batch in self._maker.samples(positions, batch_size):
-            yield batch, owners[done : done + batch.rows]
+            part = slice(done, done + batch.rows)
+            yield (
+                batch,
+                _Place(position_R=position_R[part], within_R=within_R[part], number_R=number_R[part]),
+            )
             done += batch.rows
 
-    def faults(self, batch: RowBatch, positions_R: NDArray[np.int64]) -> list[Fault]:
+    def faults(self, batch: RowBatch, place: _Place) -> list[Fault]:
         """What differs in a batch, with the rows' numbers in the store."""
-        numbers_R, kept = self._kept(batch, positions_R)
-        found = [
-            _fault(int(row), "its input is not the one that the teachers saw")
-            for row in numbers_R[self._other_inputs(batch, positions_R, kept)]
-        ]
+        kept, other_R = self._kept(batch, place)
+        found = [_fault(int(row), "its input is not the one that the teachers saw") for row in place.number_R[other_R]]
         answers = ask(self._asked, batch, self._maker, self._device)
         fresh = rows_to_keep(answers, self._asked, self._rows.manifest)
-        members = self._rows.manifest.members or 1
-        step = max(1, _BLOCK_ENTRIES // (self._rows.manifest.classes * members))
-        cosines = [self._cosines(kept, fresh, batch, slice(at, at + step)) for at in range(0, batch.rows, step)]
-        cosine_R = np.concatenate(cosines)
+        cosine_R = np.concatenate([self._cosines(kept, fresh, batch, part) for part in self._parts(batch)])
         if isinstance(self._rows.encoding, Hidden):
-            cosine_R = np.minimum(cosine_R, self._head_cosines(answers[0], batch, step))
+            cosine_R = np.minimum(cosine_R, self._head_cosines(self._rows.encoding, fresh, batch))
         self.cosines += cosine_R.tolist()
         found += [
-            _fault(int(row), f"the teachers say something else by now (cosine {cosine:.6f})")
-            for row, cosine in zip(numbers_R, cosine_R.tolist(), strict=True)
+            _fault(row, f"the teachers say something else by now (cosine {cosine:.6f})")
+            for row, cosine in zip(place.number_R.tolist(), cosine_R.tolist(), strict=True)
             if not cosine >= LEAST_COSINE
         ]
         return found
 
-    def _kept(
-        self, batch: RowBatch, positions_R: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
-        """The rows' numbers in the store, and what is kept in them."""
-        fields = (*self._rows.encoding.fields, "fingerprints")
-        if self._maker.table is not None:  # whole sequences, side by side
-            first = np.flatnonzero(np.diff(positions_R, prepend=-1))
-            kept = self._rows.fetch(batch.ids[first], fields)
-            offsets = np.concatenate([[0], np.cumsum(self._maker.table.lengths)])
-            within = np.arange(batch.rows) - np.repeat(first, np.diff(np.append(first, batch.rows)))
-            return offsets[positions_R] + within, kept
-        if self._rows.manifest.layout.kind == "single":
-            return positions_R, self._rows.fetch(batch.ids, fields)
-        begins = np.searchsorted(positions_R, positions_R)
-        views_R = np.arange(batch.rows) - begins
-        # A batch may begin inside a sample: its first rows are that one's last views.
-        views_R[begins == 0] += self._skipped(batch, positions_R)
-        return positions_R * self._views + views_R, self._rows.fetch(batch.ids, fields, views=views_R)
+    def _kept(self, batch: RowBatch, place: _Place) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
+        """What is kept in these rows, and which of them were made of another input."""
+        fields, kind = (*self._rows.encoding.fields, "fingerprints"), self._maker.layout.kind
+        if self._maker.table is None:
+            views = {"views": place.within_R} if kind == "views" else {}
+            kept = self._rows.fetch(batch.ids, fields, **views)
+            assert batch.fingerprints is not None  # rows of such layouts have their own
+            return kept, (batch.fingerprints != kept["fingerprints"]).any(axis=1)
+        # Sequences come whole, a fingerprint each, their rows joined.
+        first = np.flatnonzero(np.diff(place.position_R, prepend=-1))
+        kept = self._rows.fetch(batch.ids[first], fields)
+        now = self._maker.table.fingerprints[place.position_R[first]]
+        other = (now != kept["fingerprints"]).any(axis=1)
+        if len(kept[fields[0]]) != batch.rows:
+            raise JobError(
+                f"samples of {self._rows.manifest.name!r} have other lengths than the transfer set's: the store was "
+                "made for other data",
+                ids=batch.ids[first][:5].tolist(),
+            )
+        return kept, np.repeat(other, np.diff(np.append(first, batch.rows)))
 
-    def _skipped(self, batch: RowBatch, positions_R: NDArray[np.int64]) -> int:
-        return self._carried
+    def _cosines(
+        self, kept: dict[str, NDArray[Any]], fresh: Tensor, batch: RowBatch, part: slice
+    ) -> NDArray[np.float64]:
+        """Of kept and fresh targets of each row; the fresh ones go through the same encoding, with its error."""
+        encoding, members = self._rows.encoding, self._rows.manifest.members
+        several = members or 1
+        keys = batch.keys[part] if members is None else None
+        again = encoding.decode_torch(encoding.encode_torch(_rows_of(fresh, part, several), keys_B=keys))
+        axes = 1 if members is None else 2
+        flat = {name: kept[name][part].reshape(-1, *kept[name].shape[axes:]) for name in encoding.fields}
+        before = torch.from_numpy(encoding.decode(flat)).to(again.device)
+        return _cosine(before, again).reshape(-1, several).amin(dim=1).cpu().numpy()
 
-    _carried = 0
+    def _head_cosines(self, encoding: Hidden, hidden_RD: Tensor, batch: RowBatch) -> NDArray[np.float64]:
+        """Of what the store's head and what the teacher itself makes of the same hidden states."""
+        (answer,) = ask(self._live, batch, self._maker, self._device)
+        head, half = self._live[0].head(), answer.dtype != torch.float32
+        pieces = []
+        for part in self._parts(batch):
+            # In half precision a teacher rounds its logits; what its head stands for is told by the head itself.
+            live = head.logits(hidden_RD[part].to(head.weight_CD.dtype)).float() if half else answer[part]
+            plain = replace(encoding, scale=1.0, softcap=0.0) if half else encoding
+            pieces.append(_cosine(plain.logits_torch(hidden_RD[part]), live))
+        return torch.cat(pieces).cpu().numpy()
+
+    def _parts(self, batch: RowBatch) -> list[slice]:
+        step = max(1, _BLOCK_ENTRIES // (self._rows.manifest.classes * (self._rows.manifest.members or 1)))
+        return [slice(start, min(start + step, batch.rows)) for start in range(0, batch.rows, step)]
+
+
+def _drawn(maker: RowMaker, samples: int, wanted: int | None, seed: int) -> NDArray[np.int64]:
+    """Positions of the samples to ask about, ascending; of sequences only those that have rows."""
+    positions = np.arange(samples) if maker.table is None else np.flatnonzero(maker.table.lengths[:samples])
+    a_sample = max(1, maker.layout.rows // max(1, maker.layout.samples))
+    count = max(_FEWEST_SAMPLES, SAMPLED_ROWS // a_sample) if wanted is None else wanted
+    found = np.random.default_rng(seed).choice(positions, min(count, len(positions)), replace=False)
+    return np.sort(found).astype(np.int64)
+
+
+def _rows_of(fresh: Tensor, part: slice, several: int) -> Tensor:
+    """The part's rows, where each has `several` members side by side."""
+    return fresh[part.start * several : part.stop * several]
+
+
+def _cosine(logits_RC: Tensor, other_RC: Tensor) -> Tensor:
+    """Between the distributions of each row."""
+    p_RC, q_RC = (rows.double().softmax(dim=-1) for rows in (logits_RC, other_RC))
+    return torch.nn.functional.cosine_similarity(p_RC, q_RC, dim=-1)
+
+
+def _described(layout: Layout) -> str:
+    what = {"single": "one row a sample", "views": f"{layout.views} views a sample", "sequences": "sequences"}
+    return what[layout.kind]
+
+
+def _fault(row: int, message: str) -> Fault:
+    return Fault(kind="contents", message=message, rows=(row, row))

@@ -1,25 +1,25 @@
-"""What will a job cost? Bytes, hours and the error of every encoding, measured on a pilot of real rows."""
+"""What will a job cost? Bytes, hours and the error of every encoding, measured on a pilot of real rows.
+
+Hours are what loading, teachers, mean, encoding and audit took on the pilot, a row, one after the other, times the rows:
+where a device encodes beside its next forward pass, a run takes less.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from softlabels.encodings.auto import Tried, choose_encoding
-from softlabels.manifest import MeanKind, TemperatureSpec
+from softlabels.manifest import ROW_FACTS, Manifest
 from softlabels.precompute.job import Job
+from softlabels.precompute.measuring import Measuring, Option
 from softlabels.precompute.planning import choose_device, load_teachers, load_transfer_set, pilot, plan_job, row_maker
-from softlabels.softmath import check_temperature
+from softlabels.transfer import FINGERPRINT_BYTES
 
 MOST_PILOT_ENTRIES = 1 << 24
 """Rows × classes of the pilot: encoding it every way takes a minute or so."""
 
 MOST_PILOT_ROWS = 2048
-FACT_BYTES = 28
-"""Kept beside a row's targets: id, label and fingerprint."""
+_OFFSET_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,69 +27,84 @@ class Forecast:
     """What a job will cost.
 
     Attributes:
-        samples, classes: of the whole job.
-        members: rows kept a sample, where every teacher's own is kept; else 1.
+        samples, rows, classes: of the whole job.
+        members: rows kept a row, where every teacher's own is kept; else 1.
         pilot_rows: rows that were measured.
-        samples_per_s: through all teachers on this machine.
+        rows_per_s: through loading, all teachers and their mean, on this machine.
         temperatures: at which errors were measured.
         options: every encoding that was tried, smallest first.
-        encoding: what the job itself asks for, and its bytes a row.
+        own: the name of what the job itself asks for, and what it costs.
+        fact_bytes: kept a row beside its targets. sample_bytes: kept a sample in files of their own.
         input_bytes: of a sample that is kept beside its targets; 0 where none is.
     """
 
     samples: int
+    rows: int
     classes: int
     members: int
     pilot_rows: int
-    samples_per_s: float
+    rows_per_s: float
     temperatures: tuple[float, ...]
-    options: Sequence[Tried]
-    encoding: tuple[str, int]
+    options: Sequence[Option]
+    own: tuple[str, Option]
+    fact_bytes: int
+    sample_bytes: int
     input_bytes: int = 0
 
     @property
-    def hours(self) -> float:
-        """How long the teachers take on this machine."""
-        return self.samples / self.samples_per_s / 3600
+    def teacher_hours(self) -> float:
+        """How long loading and teachers take on this machine."""
+        return self.rows / self.rows_per_s / 3600
 
-    def store_bytes(self, row_bytes: int) -> int:
-        """Size of the store with targets of this many bytes a row."""
-        return self.samples * (row_bytes * self.members + FACT_BYTES + self.input_bytes)
+    def hours(self, option: Option) -> float:
+        """How long the whole job takes on this machine."""
+        return self.rows * option.row_s / 3600
+
+    def store_bytes(self, option: Option) -> int:
+        """Size of the store."""
+        each = option.row_bytes * self.members + self.fact_bytes
+        return self.rows * each + self.samples * self.sample_bytes + option.constant_bytes
 
 
-def forecast(job: Job, *, samples: int | None = None) -> Forecast:
+def forecast(job: Job, *, samples: int | None = None, rows: int | None = None) -> Forecast:
     """Run a pilot and reckon the whole job from it.
 
     Args:
         job: what is to be run; its store is neither read nor made.
-        samples: of the whole job, where the transfer set at hand is only a part of it.
+        samples, rows: of the whole job, where the transfer set at hand is only a part of it; one of them at most.
     Raises:
         JobError, TeacherError: as `precompute` would.
     """
     device = choose_device(job.run.device)
     data, teachers = load_transfer_set(job), load_teachers(job, device)
-    temperature = check_temperature(job.targets.temperature)
-    plain, _ = plan_job(replace(job, targets=replace(job.targets, encoding="f32")), data, teachers, device)
-    spec: TemperatureSpec = plain.temperature
-    mean: MeanKind = plain.mean
-    wanted = max(64, min(MOST_PILOT_ROWS, MOST_PILOT_ENTRIES // plain.classes, len(data)))
-    started_s = time.perf_counter()
-    pilot_BC = pilot(job, data, row_maker(job, data), teachers, mean, spec, device, rows=wanted)
-    samples_per_s = len(pilot_BC) / (time.perf_counter() - started_s)
-    temperatures = (temperature,) if spec.locked else tuple(sorted({1.0, temperature}))
-    relative = tuple(t / spec.captured for t in temperatures)
-    choice = choose_encoding(pilot_BC, budget_kl=np.inf, temperatures=relative, locked=spec.locked)
-    plan, encoding = plan_job(job, data, teachers, device)
+    maker = row_maker(job, data)
+    own_plan, own = plan_job(job, data, teachers, device, maker=maker)
+    plain = replace(job, targets=replace(job.targets, encoding="f32"))
+    plan, _ = plan_job(plain, data, teachers, device, maker=maker)
+    measuring = Measuring(job, plan, maker, teachers, device)
+    wanted = max(64, min(MOST_PILOT_ROWS, MOST_PILOT_ENTRIES // plan.classes, maker.layout.rows))
+    rows_RC = pilot(plain, data, maker, teachers, plan.mean, plan.temperature, device, rows=wanted)
+    rows_a_sample = maker.layout.rows / maker.layout.samples
+    if rows is not None:
+        samples = max(1, round(rows / rows_a_sample))
+    whole = maker.layout.samples if samples is None else samples
     return Forecast(
-        samples=len(data) if samples is None else samples,
+        samples=whole,
+        rows=round(whole * rows_a_sample) if rows is None else rows,
         classes=plan.classes,
-        members=plan.members or 1,
-        pilot_rows=len(pilot_BC),
-        samples_per_s=samples_per_s,
-        temperatures=temperatures,
-        options=tuple(
-            replace(tried, kl={t * spec.captured: kl for t, kl in tried.kl.items()}) for tried in choice.table
-        ),
-        encoding=(encoding.name, sum(field.row_bytes for field in encoding.fields.values())),
-        input_bytes=plan.arrays["inputs"].row_bytes if "inputs" in plan.arrays else 0,
+        members=own_plan.members or 1,
+        pilot_rows=len(rows_RC),
+        rows_per_s=1 / measuring.teachers_s,
+        temperatures=measuring.temperatures,
+        options=tuple(sorted(measuring.options(rows_RC), key=lambda option: (option.row_bytes, option.rms_error))),
+        own=(own.name, measuring.option(own, rows_RC)),
+        fact_bytes=sum(spec.row_bytes for name, spec in own_plan.arrays.items() if name in ROW_FACTS),
+        sample_bytes=_sample_bytes(own_plan),
+        input_bytes=own_plan.arrays["inputs"].row_bytes if "inputs" in own_plan.arrays else 0,
     )
+
+
+def _sample_bytes(plan: Manifest) -> int:
+    """Kept once a sample: the id index where ids do not count up, and what sequences keep in place of a row's facts."""
+    ids = 0 if plan.ids.dense_start is not None else _OFFSET_BYTES + (plan.ids.width_bytes or _OFFSET_BYTES)
+    return ids + (_OFFSET_BYTES + FINGERPRINT_BYTES if plan.layout.kind == "sequences" else 0)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabels.audit import Audit
+from softlabels.errors import ShapeMismatchError
 from softlabels.manifest import Manifest
 from softlabels.precompute.device_audit import unpack_figures
 from softlabels.precompute.rows import RowBatch
@@ -130,8 +131,19 @@ class ShardWork:
             found: NDArray[Any] | None = getattr(batch, name)
             if found is None or (name == "kept_inputs" and "inputs" not in self._plan.arrays):
                 continue
+            if name == "kept_inputs":
+                self._refuse_other_inputs(found, batch)
             if name not in self._facts:
                 # Rows of batches without labels, among others that have some, are unlabelled.
                 blank = UNLABELLED if name == "labels" else 0
                 self._facts[name] = np.full((len(self.rows), *found.shape[1:]), blank, dtype=found.dtype)
             self._facts[name][part] = found
+
+    def _refuse_other_inputs(self, found: NDArray[Any], batch: RowBatch) -> None:
+        """Inputs of another type than the plan's would be cast in silence, and no longer fit their fingerprints."""
+        spec = self._plan.arrays["inputs"]
+        if (found.dtype.str, found.shape[1:]) != (spec.dtype, spec.row_shape):
+            raise ShapeMismatchError(
+                f"the samples from {batch.ids.tolist()[0]!r} on are {found.dtype}{list(found.shape[1:])}, the first "
+                f"ones were {np.dtype(spec.dtype)}{list(spec.row_shape)}: a store keeps inputs of one type and shape"
+            )

@@ -104,6 +104,15 @@ class TestDistillCommand:
             (["--temperature", "nan"], "bad-temperature", "nan"),
             (["--epochs", "0"], "bad-request", "epochs"),
             (["--learning-rate", "-1"], "bad-request", "learning_rate"),
+            (["--loss", "kdd"], "bad-request", "did you mean 'kd'"),
+            (["--loss-args", '{"gamma": 1}'], "bad-request", "no option 'gamma'"),
+            (["--optimizer", "adagrad"], "bad-request", "'adamw'"),
+            (["--optimizer", "nets.py:nothing"], "bad-reference", "nothing"),
+            (["--schedule", "step"], "bad-request", "step_epochs"),
+            (["--patience", "3"], "bad-request", "--test"),
+            (["--resume"], "bad-request", "--checkpoint"),
+            (["--log", "nowhere/log.csv"], "bad-request", "nowhere"),
+            (["--checkpoint", "nowhere/c"], "bad-request", "nowhere"),
             (["--device", "toaster"], "bad-request", "toaster"),
             (["--out", "nowhere/s.safetensors"], "bad-request", "folder"),
         ],
@@ -119,6 +128,42 @@ class TestDistillCommand:
         assert words in said
         assert "Traceback" not in said
         assert not (nets / "s.safetensors").exists()
+
+    def test_a_training_is_taken_up_again(
+        self, tiny_store: Path, nets: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The same command: from the last checkpoint, whose log and record are whole; another one is refused."""
+        keeping = ["--checkpoint", "c", "--checkpoint-every", "1", "--log", "log.csv", "--record", "pairs.csv"]
+        assert main(arguments(tiny_store, *keeping)) == 0
+        first = load_file(nets / "s.safetensors")["0.weight"]
+        (nets / "c" / "step-000000000004.safetensors").unlink()
+        assert main(arguments(tiny_store, *keeping)) == 1
+        assert "[conflict]" in capsys.readouterr().err
+        assert main(arguments(tiny_store, *keeping, "--resume")) == 0
+        said = capsys.readouterr()
+        assert "resumed at step 3 of 4" in said.out
+        assert torch.equal(load_file(nets / "s.safetensors")["0.weight"], first)
+        assert len((nets / "pairs.csv").read_text().splitlines()) == 1 + 2 * 200
+        assert [line.partition(",")[0] for line in (nets / "log.csv").read_text().splitlines()] == ["step", "2", "4"]
+        assert main(arguments(tiny_store, *keeping, "--resume", "--learning-rate", "0.2")) == 1
+        said = capsys.readouterr()
+        assert "[checkpoint-mismatch]" in said.err
+        assert "learning_rate is 0.1 there and 0.2 here" in said.err
+
+    def test_every_choice_reaches_the_training(
+        self, tiny_store: Path, nets: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Loss, optimiser, schedule, precision, accumulation, early end, TensorBoard."""
+        chosen = ["--loss", "dist", "--loss-args", '{"beta": 1.5}', "--optimizer", "torch.optim:NAdam"]
+        chosen += ["--optimizer-args", '{"betas": [0.8, 0.9]}', "--schedule", "step", "--step-epochs", "1,3"]
+        chosen += ["--step-factor", "0.5", "--warm-up", "0.1", "--precision", "float16", "--accumulate", "2"]
+        chosen += ["--test", "nets.py:test_set", "--patience", "2", "--min-delta", "1", "--evaluate-every", "1"]
+        chosen += ["--tensorboard", "board", "--log-every", "1", "--epochs", "9", "--learning-rate", "0.001"]
+        assert main(arguments(tiny_store, *chosen)) == 0
+        said = capsys.readouterr().out
+        assert "ended at step 3: the errors had ceased to fall" in said
+        assert "errors on the 5 samples of 'held out'" in said
+        assert list((nets / "board").iterdir())
 
     @pytest.mark.parametrize(
         ("where", "code"), [("no-such-store", "unknown-store"), ("http://127.0.0.1:1/tiny", "unreachable")]

@@ -264,6 +264,18 @@ class TestLoaderState:
         with pytest.raises(FingerprintMismatchError, match="another order"):
             other.load_state_dict(state)
 
+    def test_another_version_of_the_store_is_refused(
+        self, dataset: Any, tiny_inputs: ArrayTransferSet, tmp_path: Path, make_store: Any
+    ) -> None:
+        """Precomputed again with another teacher, under the same name, for the same inputs."""
+        state = data_loader(dataset, batch_size=50).state_dict()
+        logits_BC = np.random.default_rng(3).normal(size=(200, 10)).astype(np.float32)
+        with softlabels.open(make_store(tmp_path / "tiny", tiny_inputs, logits_BC)) as changed:
+            other = data_loader(SoftTargetDataset(tiny_inputs, changed), batch_size=50)
+            with pytest.raises(StoreChangedError, match=changed.digest) as caught:
+                other.load_state_dict(state)
+        assert caught.value.context == {"kept": dataset.store.digest, "yours": changed.digest}
+
     def test_ranks_left_without_a_sample_get_an_empty_batch(self, dataset: Any) -> None:
         """So that all have as many: two samples for three ranks."""
         state = sampler(200).state_dict() | {"cursor": 198}

@@ -134,7 +134,7 @@ class TestStoreInputs:
 
 class TestOverHttp:
     def test_inputs_are_a_field_like_the_others(self, root: Path, serve: Any) -> None:
-        """Asked for by name they come in their own type and shape; left out they do not; a reply's bound counts them."""
+        """Asked for by name they come in their own type and shape; left out they do not."""
         address = serve(root.parent, "--port", "0")
 
         def ask(**document: Any) -> dict[str, Any]:

@@ -94,7 +94,11 @@ class TestBatches:
         if remainder != "drop":
             assert set(seen) == own_pairs(far, tiny_inputs)
 
-    @pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "spawn"), (4, "forkserver"), (4, "fork")], ids=str)
+    @pytest.mark.parametrize(
+        ("workers", "method"),
+        [(0, None), (1, "spawn"), (4, "fork"), pytest.param(4, "forkserver", marks=pytest.mark.slow)],
+        ids=str,
+    )
     def test_epochs_follow_each_other(self, store: Any, tiny_inputs: Any, workers: int, method: Any) -> None:
         """Near and far and however workers start: workers that live on learn of the new epoch."""
         loader = stream_loader(stream_of(store, tiny_inputs), workers=workers, start_method=method)

@@ -47,7 +47,7 @@ def test_every_block_runs(workplace: tuple[Path, str]) -> None:
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         ran += 1
-    assert ran == 7
+    assert ran == PAGE.read_text(encoding="utf-8").count("<!-- run -->")
     assert load_file(folder / "student.safetensors")["layers.1.weight"].shape == (32, 192)
     assert load_file(folder / "small.safetensors")["layers.1.weight"].shape == (16, 192)
 

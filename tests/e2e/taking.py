@@ -1,4 +1,4 @@
-"""A trainer that learns nothing and notes everything: which target came with which sample, and how far the epoch is.
+"""A trainer that learns little and notes everything: which target came with which sample, and how far the epoch is.
 
 A batch's pairs are on the disk (fsync) before the place after it is; what a killed trainer noted behind the last place
 kept was not taken. Runs as a process of its own, one a rank: under `torchrun`, or forked from a server that has
@@ -21,8 +21,17 @@ import torch
 from torch import distributed
 
 import softlabels
+from softlabels.losses import DistillationLoss
 from softlabels.transfer import ArrayTransferSet
-from softlabels_client import SoftTargetDataset, SoftTargetStream, StatefulLoader, data_loader, stream_loader
+from softlabels_client import (
+    DistillationBatch,
+    SoftTargetDataset,
+    SoftTargetStream,
+    StatefulLoader,
+    data_loader,
+    stream_loader,
+)
+from softlabels_client.steps import step_loss
 
 PLACE = "place.json"
 
@@ -52,8 +61,13 @@ def take(
     method: str | None = None,
     epochs: int = 1,
     pause_s: float = 0.0,
+    learn: bool = False,
 ) -> None:
-    """Go on from the place kept in the folder to the end of the last epoch, noting every pair."""
+    """Go on from the place kept in the folder to the end of the last epoch, noting every pair.
+
+    With `learn` a student on all ranks learns from every batch, and its weights are noted at the end.
+    """
+    step = Learner() if learn else None
     loader = loader_of(url, kind=kind, batch_size=batch_size, workers=workers, method=method)
     place = Path(folder) / PLACE
     if place.exists():
@@ -75,7 +89,31 @@ def take(
                     keep(place, state)
                 if world > 1:
                     distributed.barrier()
+                if step is not None:
+                    step.learn(batch)
                 time.sleep(pause_s)
+    if step is not None:
+        (Path(folder) / f"weights-{rank}.json").write_text(step.weights())
+
+
+class Learner:
+    """A student that ranks train together."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.student = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 10))
+        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.01)
+
+    def learn(self, batch: DistillationBatch) -> None:
+        """One step, in which every rank waits for the others."""
+        loss = step_loss(self.student, batch, DistillationLoss())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def weights(self) -> str:
+        """As JSON."""
+        return json.dumps([parameter.tolist() for parameter in self.student.parameters()])
 
 
 def keep(place: Path, state: dict[str, Any]) -> None:

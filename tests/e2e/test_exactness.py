@@ -73,11 +73,11 @@ def assert_exact(folder: Path, own_pairs: dict[int, str], epochs: int) -> None:
         assert dict(pairs) == own_pairs
 
 
-def torchrun(ranks: int, url: str, folder: Path, tasks: dict[str, dict[str, Any]]) -> None:
-    """Run the tasks under torchrun, with gloo."""
+def torchrun(ranks: int, script: str, *arguments: str | Path) -> None:
+    """Run a script of this folder under torchrun, with gloo."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*command, f"--nproc-per-node={ranks}", HERE / "taking.py", url, folder, json.dumps(tasks)],
+        [*command, f"--nproc-per-node={ranks}", HERE / script, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
@@ -104,7 +104,7 @@ class TestRanks:
             }
             for kind, (workers, method) in itertools.product(("map", "stream"), ALL_WORKERS)
         }
-        torchrun(ranks, served_store, tmp_path, tasks)
+        torchrun(ranks, "taking.py", served_store, tmp_path, json.dumps(tasks))
         for name in tasks:
             assert_exact(tmp_path / name, own_pairs, 2)
 
@@ -115,6 +115,8 @@ class TestRanks:
         tasks = {
             "stream": {"kind": "stream", "run": 1, "batch_size": 10, "epochs": 1},
             "map": {"kind": "map", "workers": 1, "method": "fork", "epochs": 2},
+            # 66 steps, and two samples for three ranks: one of them learns from none, and the others wait for it.
+            "learn": {"kind": "map", "batch_size": 1, "learn": True},
         }
         folder = tmp_path / "stream"
         folder.mkdir()
@@ -126,9 +128,26 @@ class TestRanks:
         state = loader.state_dict()
         taking.keep(folder / taking.PLACE, state)
         (folder / "pairs-000-0.log").write_text(f"[0, 0]\n{json.dumps([0, state['cursor'], pairs])}\n")
-        torchrun(3, served_store, tmp_path, tasks)
+        torchrun(3, "taking.py", served_store, tmp_path, json.dumps(tasks))
         assert_exact(folder, own_pairs, 1)
         assert_exact(tmp_path / "map", own_pairs, 2)
+        assert_exact(tmp_path / "learn", own_pairs, 1)
+        assert len({path.read_text() for path in (tmp_path / "learn").glob("weights-*.json")}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("framework", "needs"),
+    [("lightning", "lightning"), ("accelerate", "accelerate"), ("huggingface", "transformers")],
+)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_frameworks_share_an_epoch_once(
+    served_store: str, own_pairs: dict[int, str], tmp_path: Path, framework: str, needs: str, ranks: int
+) -> None:
+    """On several ranks none of them shares out once more what the loader has shared out already."""
+    pytest.importorskip(needs, reason=f"{needs} is not installed: `pip install softlabels[{needs}]`")
+    torchrun(ranks, "framework_ranks.py", served_store, tmp_path, framework)
+    assert_exact(tmp_path, own_pairs, 2)
 
 
 class Killed:

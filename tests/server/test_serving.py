@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -139,6 +140,21 @@ class TestStart:
                 headers={"Content-Type": "application/octet-stream"},
             )
         assert (reply.status, reply.json()["code"]) == (413, "batch-too-large")
+
+    @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="limits are read from /proc")
+    def test_as_many_connections_as_the_system_allows(self, start: Start, stores: Any) -> None:
+        """A shell's soft limit of 1,024 files would be 500 streams."""
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, before[1]), before[1]))
+        try:
+            process = start(stores.root, "--port", 0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        process.address()
+        limits = Path(f"/proc/{process.popen.pid}/limits").read_text(encoding="ascii")
+        found = re.search(r"Max open files +(\S+) +(\S+)", limits)
+        assert found is not None
+        assert found.group(1) == found.group(2)
 
     def test_ipv6(self, start: Start, stores: Any) -> None:
         """The address is bracketed."""

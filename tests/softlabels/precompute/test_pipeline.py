@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +22,13 @@ from torch import Tensor, nn
 from softlabels.audit import Audit
 from softlabels.errors import JobError, ShardClaimedError, SoftLabelsError, TeacherError
 from softlabels.manifest import IdSpec
-from softlabels.precompute import Job, precompute, resume, teacher_from_module
+from softlabels.precompute import Job, load_job, precompute, resume, teacher_from_module
 from softlabels.precompute.answers import ask, audit_temperatures, rows_to_keep
 from softlabels.precompute.device_audit import figures_on_device
 from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable
 from softlabels.precompute.planning import plan_job
 from softlabels.precompute.rows import SingleRows
+from softlabels.precompute.shards import ShardWork
 from softlabels.progress import QUIET, Progress
 from softlabels.store import LocalRows, StoreWriter
 from softlabels.store.geometry import shard_rows
@@ -153,7 +156,6 @@ class TestTheSameBytes:
         net = Net()
         compute(job(tmp_path), net)
         assert net.batches[2:] == [50, 50, 28] * 4 + [50, 38]
-
 
     def test_whoever_many_load(self, tmp_path: Path) -> None:
         """Loaders that make several batches at once give them in order; also where more are ahead than shards fit."""
@@ -348,8 +350,6 @@ class TestBatchSize:
 
     def test_a_larger_batch_is_taken_where_it_is_faster(self, tmp_path: Path) -> None:
         """A pass of this network costs the same for one input as for a hundred."""
-        import time
-
         ours = job(tmp_path, batch_size="auto")
         compute(ours, Net(at=0, do=lambda: time.sleep(0.01)))
         assert kept_job(ours)["found"]["batch_size"] >= 64
@@ -367,14 +367,27 @@ class TestBatchSize:
 
     def test_resume_reads_a_job_with_findings(self, job_folder: Path) -> None:
         """`softlabels resume` takes what was found from the store's own job file."""
-        from softlabels.precompute import load_job
-
         text = (job_folder / "job.toml").read_text().replace("batch_size = 100", 'batch_size = "auto"')
         (job_folder / "job.toml").write_text(text)
         ours = load_job(job_folder / "job.toml")
         precompute(ours)
         assert resume(ours.store_path).finished
         assert "found" in kept_job(ours)
+
+
+class TestMemory:
+    def test_shards_that_are_written_are_let_go(self, tmp_path: Path) -> None:
+        """However many shards there are, no more than three are held, claims and arrays included."""
+        most = 0
+
+        def count() -> None:
+            nonlocal most
+            most = max(most, sum(type(found) is ShardWork for found in gc.get_objects()))
+
+        ours = replace(job(tmp_path), store=StoreTable(path="store", rows_per_shard=16, rows_per_chunk=16))
+        compute(ours, Net(at=0, do=count))
+        assert StoreWriter.resume(ours.store_path).plan.shards.count == 38
+        assert 1 <= most <= 4  # the writer may just be about to drop one
 
 
 class TestQuietly:

@@ -217,6 +217,32 @@ def _npy(base: Path) -> Source:
     )
 
 
+def _text(base: Path) -> Source:
+    """Words of a tiny vocabulary: a number a word, sequences of four."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "ant", "bee", "cat"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (base / "words").mkdir()
+    made.save(str(base / "words" / "tokenizer.json"))
+    config = '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "unk_token": "<unk>"}'
+    (base / "words" / "tokenizer_config.json").write_text(config)
+    (base / "a.txt").write_text("ant bee\ncat ant bee dog\n")
+    return Source(
+        kind="text",
+        arguments={"files": "a.txt", "tokenizer": "words", "length": 4},
+        base=base,
+        ids=["a.txt:0", "a.txt:4"],
+        inputs=np.array([[2, 3, 4, 2], [3, 0, -1, -1]], dtype=np.int32),
+        labels=None,
+        path=base / "a.txt",
+    )
+
+
+SEQUENCE_MAKERS: dict[str, Callable[[Path], Source]] = {"text": _text}
+"""Whose samples have many positions, and are not all alike."""
+
 MAKERS: dict[str, Callable[[Path], Source]] = {
     "image_folder": _image_folder,
     "torch": _torch,
@@ -236,7 +262,7 @@ def make_source(tmp_path: Path) -> Callable[[str], Source]:
     def make(kind: str) -> Source:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the libraries that write
-            return MAKERS[kind](tmp_path)
+            return (MAKERS | SEQUENCE_MAKERS)[kind](tmp_path)
 
     return make
 

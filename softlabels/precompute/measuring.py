@@ -1,0 +1,242 @@
+"""How much time and error is there in an encoding, on a few real rows? What `softlabels plan` reckons with.
+
+Legend: R rows of the pilot, C classes, D width of hidden states.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softlabels.audit import Audit
+from softlabels.encodings import Encoding, Hidden, TopK, draw_keys, row_bytes
+from softlabels.encodings.auto import choose_encoding
+from softlabels.encodings.sampled import sampled_within
+from softlabels.errors import EncodingError, TeacherError
+from softlabels.manifest import Manifest
+from softlabels.precompute.answers import ask, audit_temperatures, averaged
+from softlabels.precompute.device_audit import audited, pack_figures
+from softlabels.precompute.hidden_states import encoding_of_head, states_teacher
+from softlabels.precompute.job import Job
+from softlabels.precompute.rows import RowMaker
+from softlabels.precompute.teachers import Teacher
+from softlabels.softmath import soften
+
+MANY_CLASSES = 1 << 12
+"""From here on `topk` and `sampled` of a few small sizes are tried: rows of all classes are too large for most."""
+
+_SMALL_SIZES = (64, 128, 256, 512)
+"""Bytes a row at which they are tried."""
+
+_MOST_ENTRIES_OF_ALL_CLASSES = 1 << 22
+"""Rows x classes that are encoded in every way that keeps all classes: there are some thirty of them."""
+
+_TEACHERS_S = 2.0
+"""The teachers are asked for so long, after a first batch that warms up."""
+
+_ENCODING_S = 0.1
+_ENCODED_ROWS = 64
+_AUDITED_ROWS = 256
+"""Rows that the time, and the error, of an encoding are measured on."""
+
+_SHOWN = ("head", "k", "tail", "residual_bits", "draws", "kept_as")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to keep the rows.
+
+    Attributes:
+        label: the encoding and its parameters, short.
+        row_bytes: bytes a row and member. constant_bytes: what is kept once for the store.
+        kl: figures (mean, p99, max; nats) by temperature; none at temperatures that it cannot be had at.
+        top1_agreement: share of rows whose largest class stayed the largest.
+        rms_error: root of the mean squared error of a gradient, at the temperature that is captured.
+        row_s: seconds a row, teachers, mean, encoding and audit one after the other.
+    """
+
+    label: str
+    row_bytes: int
+    constant_bytes: int
+    kl: Mapping[float, Mapping[str, float]]
+    top1_agreement: float
+    rms_error: float
+    row_s: float
+
+
+class Measuring:
+    """Measures what a job's teachers and encodings take and lose.
+
+    Args:
+        job: which is planned.
+        plan: of the same job with rows kept as float32, or what its arithmetic mean is kept as.
+        maker, teachers: of the job. device: that it runs on.
+    Attributes:
+        temperatures: at which errors are measured.
+        teachers_s: seconds a row takes to load, to be answered by all teachers, and to be averaged.
+    """
+
+    def __init__(
+        self, job: Job, plan: Manifest, maker: RowMaker, teachers: Sequence[Teacher], device: torch.device
+    ) -> None:
+        self._job, self._plan, self._maker, self._device = job, plan, maker, device
+        self._teachers, self._members = list(teachers), plan.members or 1
+        self.temperatures = audit_temperatures(plan)
+        self.teachers_s = self._asking_s(self._teachers, averages=True)
+        self._states_s: float | None = None
+
+    def options(self, rows_RC: NDArray[np.float32]) -> Iterator[Option]:
+        """Every way to keep these rows, tempered as the plan captures them."""
+        captured, classes = self._plan.temperature.captured, rows_RC.shape[1]
+        few = rows_RC[: max(16, _MOST_ENTRIES_OF_ALL_CLASSES // classes)] if classes >= MANY_CLASSES else rows_RC
+        relative = tuple(t / captured for t in self.temperatures)
+        choice = choose_encoding(few, budget_kl=np.inf, temperatures=relative, locked=self._plan.temperature.locked)
+        yield from (self.option(tried.encoding, rows_RC) for tried in choice.table)
+        if classes >= MANY_CLASSES:
+            yield from (self.option(encoding, rows_RC) for encoding in self._small(rows_RC))
+        for kept_as in ("f16", "q8"):
+            encoding = self._of_hidden_states(kept_as)
+            if encoding is not None:
+                yield self.option(encoding, rows_RC)
+
+    def option(self, encoding: Encoding, rows_RC: NDArray[np.float32]) -> Option:
+        """What an encoding takes and loses."""
+        spec = self._plan.temperature
+        degree = spec.captured if encoding.retemperable else spec.default
+        temperatures = self.temperatures if encoding.retemperable else (degree,)
+        if isinstance(encoding, Hidden):
+            given, exact_RC = self._hidden_rows(encoding)
+            asking_s = self._asking_states_s()
+        else:
+            given = exact_RC = rows_RC * np.float32(spec.captured / degree)
+            asking_s = self.teachers_s
+        summary = _audited(encoding, given[:_AUDITED_ROWS], exact_RC[:_AUDITED_ROWS], temperatures, degree)
+        encoding_s = self._encoding_s(encoding, given[:_ENCODED_ROWS], temperatures, degree)
+        infinite = {float(t): dict.fromkeys(("mean", "p99", "max"), np.inf) for t in summary["infinite_kl_rows"]}
+        return Option(
+            label=" ".join([encoding.name, *(f"{k}={v}" for k, v in encoding.params.items() if k in _SHOWN)]),
+            row_bytes=row_bytes(encoding),
+            constant_bytes=sum(array.nbytes for array in encoding.constants.values()),
+            kl={float(t): figures for t, figures in summary["kl_nats"].items()} | infinite,
+            top1_agreement=summary["top1_agreement"],
+            rms_error=summary["gradient"]["rms_error"],
+            row_s=asking_s + encoding_s * self._members,
+        )
+
+    def _small(self, rows_RC: NDArray[np.float32]) -> Iterator[Encoding]:
+        """What keeps few of many classes, at the temperature of the job."""
+        spec, classes = self._plan.temperature, rows_RC.shape[1]
+        p_RC = soften(rows_RC[:_AUDITED_ROWS].astype(np.float64) * spec.captured / spec.default, temperature=1.0)
+        for size in _SMALL_SIZES:
+            k = min(classes, (size - 4) // (4 if classes <= 1 << 16 else 6))
+            yield TopK(classes=classes, k=k)
+            yield sampled_within(size, classes=classes, p_BC=p_RC)
+
+    def _of_hidden_states(self, kept_as: str) -> Hidden | None:
+        """Hidden states of the only teacher, where its head is known and makes its logits."""
+        if len(self._teachers) > 1:
+            return None
+        batch = next(self._batches())
+        try:
+            (hidden_RD,) = ask([states_teacher(self._teachers[0])], batch, self._maker, self._device)
+            (logits_RC,) = ask(self._teachers, batch, self._maker, self._device)
+            return encoding_of_head(self._teachers[0], {"kept_as": kept_as}, logits_RC=logits_RC, hidden_RD=hidden_RD)
+        except TeacherError:
+            return None  # no head, or something behind it: then it is no option
+
+    def _hidden_rows(self, encoding: Hidden) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Hidden states of a batch, and the logits that they stand for."""
+        (hidden_RD,) = ask([states_teacher(self._teachers[0])], next(self._batches()), self._maker, self._device)
+        rows = hidden_RD[:_AUDITED_ROWS].cpu().numpy()
+        return rows, encoding.logits(rows)
+
+    def _asking_states_s(self) -> float:
+        if self._states_s is None:
+            self._states_s = self._asking_s([states_teacher(self._teachers[0])], averages=False)
+        return self._states_s
+
+    def _asking_s(self, teachers: Sequence[Teacher], *, averages: bool) -> float:
+        """Seconds a row, of batches as the run has them."""
+        rows, began_s, spent_s = 0, time.perf_counter(), 0.0
+        for number, batch in enumerate(self._batches()):
+            answers = ask(teachers, batch, self._maker, self._device)
+            if averages:
+                averaged(answers, teachers, self._plan.mean, self._plan.temperature.default)
+            _wait(self._device)
+            now_s = time.perf_counter()
+            if number == 0:  # it warms up; it counts where there is no other
+                first_s, first_rows, began_s = now_s - began_s, batch.rows, now_s
+                continue
+            rows, spent_s = rows + batch.rows, now_s - began_s
+            if spent_s > _TEACHERS_S:
+                break
+        return spent_s / rows if rows else first_s / first_rows
+
+    def _encoding_s(
+        self, encoding: Encoding, given: NDArray[np.float32], temperatures: tuple[float, ...], captured: float
+    ) -> float:
+        """Seconds a row of encoding and audit, on the job's device."""
+        rows = torch.from_numpy(np.ascontiguousarray(given)).to(self._device)
+        keys = draw_keys("plan", np.arange(len(given)))
+        chosen = audited(0, len(given), encoding.classes)
+
+        def once() -> None:
+            encoded = encoding.encode_torch(rows, keys_B=keys)
+            exact = rows[chosen] if not isinstance(encoding, Hidden) else encoding.logits_torch(rows[chosen])
+            some = {name: array[chosen].contiguous() for name, array in encoded.items()}
+            pack_figures(exact, encoding.decode_torch(some), temperatures=temperatures, captured=captured).cpu()
+
+        try:
+            return _repeated_s(once) / len(given)
+        except EncodingError:
+            return 0.0  # refused, as its error says
+
+    def _batches(self) -> Iterator[Any]:
+        """Of samples from all over the set."""
+        samples = self._maker.layout.samples
+        table = self._maker.table
+        there = np.arange(samples) if table is None else np.flatnonzero(table.lengths)
+        spread = np.unique(np.linspace(0, len(there) - 1, min(len(there), 1 << 14)).astype(np.int64))
+        return self._maker.samples(there[spread], self._job.run.pilot_batch_size)
+
+
+def _audited(
+    encoding: Encoding,
+    given: NDArray[np.float32],
+    exact_RC: NDArray[np.float32],
+    temperatures: tuple[float, ...],
+    captured: float,
+) -> dict[str, Any]:
+    """The audit's figures of these rows; infinite everywhere where the encoding refuses one of them."""
+    audit = Audit(temperatures)
+    step = max(1, _MOST_ENTRIES_OF_ALL_CLASSES // exact_RC.shape[1])
+    try:
+        for start in range(0, len(given), step):
+            part = slice(start, start + step)
+            encoded = encoding.encode(given[part], keys_B=draw_keys("plan", np.arange(len(given[part])) + start))
+            audit.add(
+                exact_RC[part], encoding.decode(encoded), captured=captured, dropped_mass_B=encoded.get("tail_mass")
+            )
+    except EncodingError:
+        return {**Audit().summary(), "infinite_kl_rows": {f"{t:g}": len(given) for t in temperatures}}
+    return audit.summary()
+
+
+def _repeated_s(work: Callable[[], None]) -> float:
+    work()
+    began_s, times = time.perf_counter(), 0
+    while (spent_s := time.perf_counter() - began_s) < _ENCODING_S:
+        work()
+        times += 1
+    return spent_s / max(1, times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
