@@ -28,11 +28,10 @@ from softlabels.losses import SoftTargetBatch, distillation_loss
 from softlabels.precompute import Job, Teacher, load_job, precompute
 from softlabels.precompute.agreement import check_agreement
 from softlabels.precompute.planning import load_teachers, load_transfer_set
-from softlabels.precompute.sequence_rows import sequence_fingerprints
 from softlabels.progress import duration
 from softlabels.softmath import kl_divergence, log_soften
 from softlabels.store.verify import verify
-from softlabels.transfer import TransferSet
+from softlabels.transfer import TransferSet, sequence_fingerprints
 
 LENGTH = 256
 TEMPERATURES = (1.0, 2.0, 4.0)

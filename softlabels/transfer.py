@@ -188,6 +188,19 @@ def sample_fingerprints(inputs: NDArray[Any]) -> NDArray[np.uint8]:
     return out
 
 
+def sequence_fingerprints(inputs: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """A content fingerprint of each sequence without its padding, as a store of sequences keeps one a sample.
+
+    Args:
+        inputs: [B, L, ...].
+        lengths: [B] how much of each is there.
+    Returns:
+        uint8, shape [B, 16].
+    """
+    pieces = [sample_fingerprints(row[None, :length]) for row, length in zip(inputs, lengths.tolist(), strict=True)]
+    return np.concatenate(pieces) if pieces else np.empty((0, FINGERPRINT_BYTES), dtype=np.uint8)
+
+
 class FingerprintSum:
     """The fingerprint of a set of samples: independent of order, and mergeable over shards.
 

@@ -86,9 +86,10 @@ class DevicePass:
         Raises:
             TeacherError: a teacher fails or answers with another shape.
         """
-        uploaded = self.lanes.upload(inputs)
-        with self.lanes.forward(), torch.inference_mode():
-            answers = answers_of(self.teachers, uploaded, batch, self._maker)
+        with torch.inference_mode():
+            uploaded = self.lanes.upload(inputs)
+            with self.lanes.forward():
+                answers = answers_of(self.teachers, uploaded, batch, self._maker)
         return Started(batch=batch, answers=answers, mark=self.lanes.mark())
 
     def finish(self, started: Started, landing: Landing) -> None:
@@ -98,7 +99,7 @@ class DevicePass:
             NonFiniteLogitsError, TeacherError, EncodingError: with the sample ids that are to blame.
         """
         batch = started.batch
-        with self.lanes.beside(started.mark, started.answers), torch.inference_mode():
+        with torch.inference_mode(), self.lanes.beside(started.mark, started.answers):
             refuse_non_finite(started.answers, self.teachers, batch.ids)
             kept_RC = rows_to_keep(started.answers, self.teachers, self.plan)
             encoded = self._encode(kept_RC, batch)

@@ -1,7 +1,7 @@
 """What will a job cost? Bytes, hours and the error of every encoding, measured on a pilot of real rows.
 
-Hours are what loading, teachers, mean, encoding and audit took on the pilot, a row, one after the other, times the rows:
-where a device encodes beside its next forward pass, a run takes less.
+Hours are what loading, teachers, mean, encoding and audit took on the pilot, a row, one after the other, times the
+rows: where a device encodes beside its next forward pass, a run takes less.
 """
 
 from __future__ import annotations

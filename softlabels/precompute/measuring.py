@@ -40,7 +40,7 @@ _MOST_ENTRIES_OF_ALL_CLASSES = 1 << 22
 _TEACHERS_S = 2.0
 """The teachers are asked for so long, after a first batch that warms up."""
 
-_ENCODING_S = 0.1
+_ENCODING_S = 0.03
 _ENCODED_ROWS = 64
 _AUDITED_ROWS = 256
 """Rows that the time, and the error, of an encoding are measured on."""
@@ -132,7 +132,8 @@ class Measuring:
     def _small(self, rows_RC: NDArray[np.float32]) -> Iterator[Encoding]:
         """What keeps few of many classes, at the temperature of the job."""
         spec, classes = self._plan.temperature, rows_RC.shape[1]
-        p_RC = soften(rows_RC[:_AUDITED_ROWS].astype(np.float64) * spec.captured / spec.default, temperature=1.0)
+        logits_RC = rows_RC[:_AUDITED_ROWS].astype(np.float64)
+        p_RC = soften(logits_RC, temperature=spec.default / spec.captured).astype(np.float64)
         for size in _SMALL_SIZES:
             k = min(classes, (size - 4) // (4 if classes <= 1 << 16 else 6))
             yield TopK(classes=classes, k=k)

@@ -26,7 +26,7 @@ from softlabels.manifest import Layout, ViewSpec
 from softlabels.precompute.job import SequencesTable
 from softlabels.precompute.rows import RowBatch
 from softlabels.store.sequences import SampleTable
-from softlabels.transfer import FINGERPRINT_BYTES, UNLABELLED, Samples, TransferSet, sample_fingerprints
+from softlabels.transfer import FINGERPRINT_BYTES, UNLABELLED, Samples, TransferSet, sequence_fingerprints
 from softlabels.transfer_sets import examine_ids
 from softlabels.transfer_sets.ragged import KnowsItsLengths
 
@@ -175,19 +175,8 @@ def sample_table(data: TransferSet) -> SampleTable:
         lengths[positions] = _lengths_of(data, taken, positions)
         fingerprints[positions] = _fingerprints(taken, lengths[positions], data.name)
     spec = examine_ids(ids, len(data), data.name)
-    return SampleTable(
-        ids=np.concatenate(ids), lengths=lengths, fingerprints=fingerprints, dense=spec.dense_start is not None
-    )
-
-
-def sequence_fingerprints(inputs: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The fingerprint of each sequence without its padding, [B, 16]: of what a store of sequences keeps one a sample.
-
-    Args:
-        inputs: [B, L, ...]; lengths: [B].
-    """
-    pieces = [sample_fingerprints(row[None, :length]) for row, length in zip(inputs, lengths.tolist(), strict=True)]
-    return np.concatenate(pieces) if pieces else np.empty((0, FINGERPRINT_BYTES), dtype=np.uint8)
+    joined: Any = np.concatenate(ids)
+    return SampleTable(ids=joined, lengths=lengths, fingerprints=fingerprints, dense=spec.dense_start is not None)
 
 
 def _lengths_of(data: TransferSet, taken: Samples, positions: NDArray[np.int64]) -> NDArray[np.int64]:

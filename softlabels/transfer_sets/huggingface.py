@@ -155,6 +155,7 @@ def _loaded(
 ) -> Any:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise MissingExtraError(
             "this source needs the datasets library, which is not installed: `pip install softlabels[huggingface]`",
@@ -172,7 +173,7 @@ def _loaded(
         return datasets.load_dataset(where, config, data_files=files, split=split, revision=revision)
     except KeyError as error:
         raise JobError(f"data set {path!r} has no split {error}") from error
-    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, IndexError, DatasetsError) as error:
         raise DataUnavailableError(f"data set {path!r} cannot be loaded: {error}") from error
 
 

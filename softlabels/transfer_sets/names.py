@@ -115,7 +115,7 @@ def _refuse_repeats(pieces: list[IdArray], name: str) -> None:
     if pieces[0].dtype.kind == "U":
         twice = PackedNames(text for piece in pieces for text in piece.tolist()).repeated()
     else:
-        ids: NDArray[np.int64] = np.concatenate(pieces)
+        ids = np.concatenate(pieces).astype(np.int64, copy=False)
         pair = _equal_pair(ids)
         twice = None if pair is None else int(ids[pair[0]])
     if twice is not None:

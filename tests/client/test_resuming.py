@@ -99,6 +99,16 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+def assert_same_state(one: Path, other: Path) -> None:
+    """The newest checkpoints of two folders hold the same: optimiser, scaler, generators, place; all but the time."""
+    kept = [CheckpointFolder(folder, resume=True).newest() for folder in (one, other)]
+    for state in kept:
+        del state["state"]["seconds"]
+    (document, tensors), (expected, expected_tensors) = map(pack, kept)
+    assert document == expected
+    assert all(torch.equal(tensor, expected_tensors[name]) for name, tensor in tensors.items())
+
+
 class BrokenOffError(Exception):
     """The process is gone."""
 
@@ -175,6 +185,7 @@ class TestResuming:
         same = ("losses", "divergences", "errors", "final_errors", "steps", "stopped_early")
         assert {name: getattr(result, name) for name in same} == {name: getattr(expected, name) for name in same}
         assert (tmp_path / "broken.pairs").read_text() == (tmp_path / "straight.pairs").read_text()
+        assert_same_state(tmp_path / "broken", tmp_path / "straight")
         logged = [rows_of(tmp_path / f"{name}.csv") for name in ("straight", "broken")]
         for row in (*logged[0], *logged[1]):
             row.pop("seconds")

@@ -14,6 +14,7 @@ import pytest
 from softlabels.cli import main
 from softlabels.cli.plan import size
 from softlabels.precompute import load_job, precompute
+from softlabels.precompute.forecast import forecast
 from softlabels.store.status import read_status
 
 MODULE = """
@@ -52,6 +53,40 @@ model = "parts.py:teacher"
 batch_size = 100
 """
 
+WORDS = """
+import numpy as np, torch
+from softlabels.transfer_sets.ragged import RaggedTransferSet
+
+def texts():
+    rng = np.random.default_rng(0)
+    return RaggedTransferSet("texts", [rng.integers(0, 5000, n) for n in range(1, 21)], ids=np.arange(20) * 7)
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Embedding(5000, 8), torch.nn.Linear(8, 5000))
+
+def shown(tokens):
+    return tokens.clamp(min=0)
+"""
+
+WORDS_JOB = """
+[store]
+path = "store"
+rows_per_shard = 64
+rows_per_chunk = 32
+[transfer_set]
+source = "words.py:texts"
+[sequences]
+labels = "next"
+[targets]
+temperature = 1
+encoding = {name = "topk", k = 40}
+[[teachers]]
+model = "words.py:model"
+preprocess = "words.py:shown"
+head = "1"
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -82,6 +117,33 @@ class TestPlan:
         text = capsys.readouterr().out
         assert "1,000,000,000 samples" in text
         assert "at 3 an hour" in text
+
+    def test_rows_of_sequences_are_counted(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Positions and not samples, with what sequences keep once a sample; bytes are those of the store."""
+        (folder / "words.py").write_text(WORDS)
+        (folder / "words.toml").write_text(WORDS_JOB)
+        assert main(["plan", str(folder / "words.toml")]) == 0
+        assert "20 samples (210 rows) × 5,000 classes" in capsys.readouterr().out
+        job = load_job(folder / "words.toml")
+        found = forecast(job)
+        precompute(job)
+        files = (file for file in (folder / "store").rglob("*") if file.is_file() and file.parent.name != "ledger")
+        kept = sum(file.stat().st_size for file in files if file.suffix in ("", ".npy"))
+        assert found.store_bytes(found.own[1]) == pytest.approx(kept, rel=0.03)
+
+    def test_what_suits_many_classes_is_tried(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Small rows of `topk` and `sampled`, and hidden states; the rows on paper, their time and its price."""
+        (folder / "words.py").write_text(WORDS)
+        (folder / "words.toml").write_text(WORDS_JOB)
+        assert main(["plan", str(folder / "words.toml"), "--rows", "1000000000", "--price", "2"]) == 0
+        text = capsys.readouterr().out
+        assert "(1,000,000,000 rows)" in text
+        for label, row_bytes in (("topk k=31 ", "128"), ("hidden kept_as=f16", "16"), ("hidden kept_as=q8", "12")):
+            (line,) = (line for line in text.splitlines() if line.startswith(label))
+            assert line[34:46].strip() == row_bytes
+        (sampled,) = (line for line in text.splitlines() if line.startswith("sampled") and line[34:46].strip() == "256")
+        assert "∞" in sampled
+        assert text.count("cost") == 1
 
     def test_sizes_for_people(self) -> None:
         """Three digits and a unit."""

@@ -22,9 +22,9 @@ from softlabels.errors import (
 from softlabels.losses import SoftTargetBatch, distillation_loss
 from softlabels.precompute import Teacher, precompute, teacher_from_module
 from softlabels.precompute.job import Job, SequencesTable, job_from_json
-from softlabels.precompute.sequence_rows import SequenceRows, sequence_fingerprints
+from softlabels.precompute.sequence_rows import SequenceRows
 from softlabels.store.verify import verify
-from softlabels.transfer import ArrayTransferSet, Samples
+from softlabels.transfer import ArrayTransferSet, Samples, sequence_fingerprints
 from softlabels.transfer_sets.ragged import PADDING, RaggedTransferSet, padded
 
 VOCABULARY, FEATURES = 300, 8
@@ -288,18 +288,18 @@ class TestRefusals:
             precompute(job(tmp_path), transfer_set=texts(seed=1), teachers=[teacher()])
 
     @pytest.mark.parametrize(
-        ("data", "tables", "message"),
+        ("data", "message"),
         [
-            (ArrayTransferSet("flat", np.zeros(4)), {}, "no sequences"),
-            (ArrayTransferSet("x", np.zeros((4, 3, 2), np.float32)), {}, "next token"),
-            (RaggedTransferSet("none", [np.zeros(0, np.int64)]), {}, "has a position"),
+            (ArrayTransferSet("flat", np.zeros(4)), "no sequences"),
+            (ArrayTransferSet("x", np.zeros((4, 3, 2), np.float32)), "next token"),
+            (RaggedTransferSet("none", [np.zeros(0, np.int64)]), "has a position"),
         ],
     )
-    def test_data_that_are_no_sequences(self, tmp_path: Path, data: Any, tables: Any, message: str) -> None:
+    def test_data_that_are_no_sequences(self, tmp_path: Path, data: Any, message: str) -> None:
         """Single values, frames asked for next tokens, nothing at all: each is named before any teacher runs."""
         with pytest.raises(JobError, match=message):
-            rows = SequenceRows(data, SequencesTable(labels="next"), store="s")
-            next(rows.batches(range(1), 1))
+            precompute(job(tmp_path), transfer_set=data, teachers=[teacher()])
+        assert not (tmp_path / "store").exists()
 
     def test_labels_a_sample_are_no_labels_a_position(self) -> None:
         """[B] labels are refused, not spread."""

