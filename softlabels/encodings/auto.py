@@ -35,6 +35,7 @@ class Tried:
         row_bytes: bytes a row.
         kl: figures (mean, p99, max; nats) by temperature.
         top1_agreement: share of rows whose largest class stayed the largest.
+        rms_error: root of the mean squared error of a gradient, see `softlabels.audit`.
         decode_rows_per_s: on this machine, NumPy.
         fits: whether it meets the budget.
         refused: why the encoding would not take these rows; empty where it did.
@@ -44,6 +45,7 @@ class Tried:
     row_bytes: int
     kl: Mapping[float, Mapping[str, float]]
     top1_agreement: float
+    rms_error: float
     decode_rows_per_s: float
     fits: bool
     refused: str = ""
@@ -153,6 +155,7 @@ def _try(
         row_bytes=row_bytes(encoding),
         kl=kl,
         top1_agreement=summary["top1_agreement"],
+        rms_error=summary["gradient"]["rms_error"],
         decode_rows_per_s=len(held) / max(seconds, 1e-9),
         fits=len(kl) == len(temperatures) and all(figures[statistic] <= budget_kl for figures in kl.values()),
         refused=refused,

@@ -36,7 +36,8 @@ def answers_of(teachers: Sequence[Teacher], inputs: Tensor, batch: RowBatch, mak
         if answer.ndim != 2:
             raise TeacherShapeError(
                 f"teacher {teacher.spec.name!r} gives shape {list(answer.shape)}: logits are [rows, classes]; have the "
-                "model return one row of logits for each input"
+                "model return one row of logits for each input, or add a [sequences] table to the job where it answers "
+                "at every position"
             )
         if len(answer) != batch.rows:
             raise TeacherError(

@@ -55,13 +55,13 @@ def refuse_changed(store: Path, data: TransferSet) -> None:
 def _told(old: Fact | None, new: Fact | None, before: Iterator[Fact], now: Iterator[Fact]) -> str:
     """What the first difference is; the iterators hold what comes after it."""
     if old is not None and new is not None and old[0] == new[0]:
-        return f"{old[0]!r} was {old[1]!r} when the job began and is now {new[1]!r}"
+        return f"{_shown(old[0])} was {old[1]!r} when the job began and is now {new[1]!r}"
     if new is not None and new[0] not in {name for name, _ in before}:
-        return f"{new[0]!r} was not there when the job began"
+        return f"{_shown(new[0])} was not there when the job began"
     if old is not None and new is not None and old[0] in {name for name, _ in now}:
-        return f"{new[0]!r} comes where {old[0]!r} came when the job began"
+        return f"{_shown(new[0])} comes where {_shown(old[0])} came when the job began"
     assert old is not None, "one of two that differ is there"
-    return f"{old[0]!r} is gone"
+    return f"{_shown(old[0])} is gone"
 
 
 def _packed(facts: Iterator[Fact]) -> bytes:
@@ -76,6 +76,10 @@ def _escaped(pair: Fact) -> Fact:
     """Names of files may hold anything, tabs, line feeds and what is no UTF-8 among it."""
     name, facts = (text.encode("unicode_escape", "surrogatepass").decode("ascii") for text in pair)
     return name, facts
+
+
+def _shown(name: str) -> str:
+    return repr(name.encode("ascii").decode("unicode_escape"))
 
 
 def _fact(line: str) -> Fact:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from softlabels.audit import Audit
 from softlabels.encodings import Encoding, Hidden, TopK, draw_keys, row_bytes
-from softlabels.encodings.auto import choose_encoding
+from softlabels.encodings.auto import Tried, choose_encoding
 from softlabels.encodings.sampled import sampled_within
 from softlabels.errors import EncodingError, TeacherError
 from softlabels.manifest import Manifest
@@ -37,13 +37,12 @@ _SMALL_SIZES = (64, 128, 256, 512)
 _MOST_ENTRIES_OF_ALL_CLASSES = 1 << 22
 """Rows x classes that are encoded in every way that keeps all classes: there are some thirty of them."""
 
-_TEACHERS_S = 2.0
+_TEACHERS_S = 1.0
 """The teachers are asked for so long, after a first batch that warms up."""
 
 _ENCODING_S = 0.03
 _ENCODED_ROWS = 64
-_AUDITED_ROWS = 256
-"""Rows that the time, and the error, of an encoding are measured on."""
+"""Rows that the time of an encoding is measured on, and the error of those that `choose_encoding` does not try."""
 
 _SHOWN = ("head", "k", "tail", "residual_bits", "draws", "kept_as")
 
@@ -97,13 +96,27 @@ class Measuring:
         few = rows_RC[: max(16, _MOST_ENTRIES_OF_ALL_CLASSES // classes)] if classes >= MANY_CLASSES else rows_RC
         relative = tuple(t / captured for t in self.temperatures)
         choice = choose_encoding(few, budget_kl=np.inf, temperatures=relative, locked=self._plan.temperature.locked)
-        yield from (self.option(tried.encoding, rows_RC) for tried in choice.table)
+        yield from (self._tried(tried, rows_RC) for tried in choice.table)
         if classes >= MANY_CLASSES:
             yield from (self.option(encoding, rows_RC) for encoding in self._small(rows_RC))
         for kept_as in ("f16", "q8"):
             encoding = self._of_hidden_states(kept_as)
             if encoding is not None:
                 yield self.option(encoding, rows_RC)
+
+    def _tried(self, tried: Tried, rows_RC: NDArray[np.float32]) -> Option:
+        """What has its errors already, with its time."""
+        captured = self._plan.temperature.captured
+        encoding_s = self._encoding_s(tried.encoding, rows_RC[:_ENCODED_ROWS], self.temperatures, captured)
+        return Option(
+            label=_label(tried.encoding),
+            row_bytes=tried.row_bytes,
+            constant_bytes=_constant_bytes(tried.encoding),
+            kl={t * captured: figures for t, figures in tried.kl.items()},
+            top1_agreement=tried.top1_agreement,
+            rms_error=tried.rms_error,
+            row_s=self.teachers_s + encoding_s * self._members,
+        )
 
     def option(self, encoding: Encoding, rows_RC: NDArray[np.float32]) -> Option:
         """What an encoding takes and loses."""
@@ -116,13 +129,13 @@ class Measuring:
         else:
             given = exact_RC = rows_RC * np.float32(spec.captured / degree)
             asking_s = self.teachers_s
-        summary = _audited(encoding, given[:_AUDITED_ROWS], exact_RC[:_AUDITED_ROWS], temperatures, degree)
+        summary = _audited(encoding, given[:_ENCODED_ROWS], exact_RC[:_ENCODED_ROWS], temperatures, degree)
         encoding_s = self._encoding_s(encoding, given[:_ENCODED_ROWS], temperatures, degree)
         infinite = {float(t): dict.fromkeys(("mean", "p99", "max"), np.inf) for t in summary["infinite_kl_rows"]}
         return Option(
-            label=" ".join([encoding.name, *(f"{k}={v}" for k, v in encoding.params.items() if k in _SHOWN)]),
+            label=_label(encoding),
             row_bytes=row_bytes(encoding),
-            constant_bytes=sum(array.nbytes for array in encoding.constants.values()),
+            constant_bytes=_constant_bytes(encoding),
             kl={float(t): figures for t, figures in summary["kl_nats"].items()} | infinite,
             top1_agreement=summary["top1_agreement"],
             rms_error=summary["gradient"]["rms_error"],
@@ -132,7 +145,7 @@ class Measuring:
     def _small(self, rows_RC: NDArray[np.float32]) -> Iterator[Encoding]:
         """What keeps few of many classes, at the temperature of the job."""
         spec, classes = self._plan.temperature, rows_RC.shape[1]
-        logits_RC = rows_RC[:_AUDITED_ROWS].astype(np.float64)
+        logits_RC = rows_RC[:_ENCODED_ROWS].astype(np.float64)
         p_RC = soften(logits_RC, temperature=spec.default / spec.captured).astype(np.float64)
         for size in _SMALL_SIZES:
             k = min(classes, (size - 4) // (4 if classes <= 1 << 16 else 6))
@@ -154,7 +167,7 @@ class Measuring:
     def _hidden_rows(self, encoding: Hidden) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Hidden states of a batch, and the logits that they stand for."""
         (hidden_RD,) = ask([states_teacher(self._teachers[0])], next(self._batches()), self._maker, self._device)
-        rows = hidden_RD[:_AUDITED_ROWS].cpu().numpy()
+        rows = hidden_RD[:_ENCODED_ROWS].cpu().numpy()
         return rows, encoding.logits(rows)
 
     def _asking_states_s(self) -> float:
@@ -205,6 +218,15 @@ class Measuring:
         there = np.arange(samples) if table is None else np.flatnonzero(table.lengths)
         spread = np.unique(np.linspace(0, len(there) - 1, min(len(there), 1 << 14)).astype(np.int64))
         return self._maker.samples(there[spread], self._job.run.pilot_batch_size)
+
+
+def _label(encoding: Encoding) -> str:
+    """Name and parameters, short."""
+    return " ".join([encoding.name, *(f"{key}={value}" for key, value in encoding.params.items() if key in _SHOWN)])
+
+
+def _constant_bytes(encoding: Encoding) -> int:
+    return sum(array.nbytes for array in encoding.constants.values())
 
 
 def _audited(

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings import Encoding
+from softlabels.encodings import Encoding, Hidden
 from softlabels.errors import ManifestError, UnknownIdError
 from softlabels.ids import IdArray, from_fixed_bytes
 from softlabels.manifest import Manifest
@@ -228,6 +228,12 @@ def _senseless_logits(
     encoded = {name: arrays[name] for name in encoding.fields}
     if members is not None:
         encoded = {name: array.reshape(-1, *array.shape[2:]) for name, array in encoded.items()}
+    if isinstance(encoding, Hidden):
+        # The head is verified and finite; every class of every row would take a teacher's time to make.
+        bad = ~np.isfinite(encoding.hidden(encoded)).all(axis=1)
+        if bad.any():
+            yield next(iter(encoding.fields)), bad, "NaN or Inf"
+        return
     logits_RC = encoding.decode(encoded)
     largest_R = logits_RC.max(axis=1)
     no_logits_R = np.isnan(logits_RC).any(axis=1) | ~np.isfinite(largest_R)

@@ -137,6 +137,7 @@ def test_a_resumed_training_goes_on_to_the_row(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_between_epochs(store: Any, tiny_inputs: Any, tmp_path: Path) -> None:
     """The next epoch is the next one, not the first again."""
     whole = trainer_of(store, tiny_inputs, tmp_path / "whole", save_steps=13)

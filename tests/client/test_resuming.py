@@ -25,8 +25,10 @@ from softlabels.errors import (
     ReferenceLoadError,
     RequestError,
 )
+from softlabels.precompute import load_job, precompute
+from softlabels.references import load_reference
 from softlabels.transfer import ArrayTransferSet
-from softlabels_client import DistillSettings, SoftTargetDataset, distill, save_student
+from softlabels_client import DistillSettings, SoftTargetDataset, ViewDataset, distill, save_student
 from softlabels_client.checkpoints import CheckpointFolder, read_checkpoint
 from softlabels_client.tensor_trees import pack, unpack
 from softlabels_client.trainer import DistillResult
@@ -280,6 +282,62 @@ class TestResuming:
             ):
                 with pytest.raises(CheckpointMismatchError, match=words):
                     distill(student(), other, SETTINGS, checkpoints=CheckpointFolder(tmp_path / "c", resume=True))
+
+
+PARTS = """
+import numpy as np
+import torch
+from softlabels.transfer import ArrayTransferSet
+
+def pictures():
+    return ArrayTransferSet("pictures", np.random.default_rng(0).integers(0, 256, (50, 6, 6), dtype=np.uint8))
+
+def crop():
+    def one(sample, generator):
+        top, left = torch.randint(0, 3, (2,), generator=generator).tolist()
+        return sample[top : top + 4, left : left + 4].float() / 255
+    return one
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4))
+"""
+
+JOB = """
+[store]
+path = "store"
+[transfer_set]
+source = "parts.py:pictures"
+[targets]
+temperature = 2
+[views]
+count = 3
+transform = "parts.py:crop"
+[[teachers]]
+model = "parts.py:net"
+"""
+
+
+class TestViews:
+    def test_a_training_on_views_goes_on_with_the_same_view(self, tmp_path: Path) -> None:
+        """Each epoch shows another view; broken off in the second, it goes on with the second's."""
+        (tmp_path / "parts.py").write_text(PARTS)
+        (tmp_path / "job.toml").write_text(JOB)
+        precompute(load_job(tmp_path / "job.toml"))
+        inputs = load_reference("parts.py:pictures", base=tmp_path)()
+        settings = dataclasses.replace(SETTINGS, batch_size=10)
+
+        def run(fuse: float, folder: CheckpointFolder | None) -> Tensor:
+            model = student(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 4)))  # type: ignore[arg-type]
+            with softlabels.open(tmp_path / "store") as store:
+                views = ViewDataset(inputs, store, base=tmp_path, check="always")
+                distill(model, views, settings, progress=Fuse(fuse), checkpoints=folder)
+            return weights(model)
+
+        expected = run(float("inf"), None)
+        with pytest.raises(BrokenOffError):
+            run(75, CheckpointFolder(tmp_path / "c", every=1))
+        assert torch.equal(run(float("inf"), CheckpointFolder(tmp_path / "c", resume=True)), expected)
 
 
 class TestCheckpointFolder:

@@ -22,7 +22,7 @@ from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import LocalRows, StoreWriter, plan_store
 from softlabels.store.planning import kept_inputs
 from softlabels.transfer import ArrayTransferSet, sample_fingerprints
-from softlabels_client import SoftTargetDataset, data_loader
+from softlabels_client import SoftTargetDataset, SoftTargetStream, data_loader, stream_loader
 from softlabels_client.inputs import StoreInputs
 
 SAMPLES, CLASSES = 90, 5
@@ -107,6 +107,20 @@ class TestStoreInputs:
             assert torch.equal(ours.inputs, theirs.inputs)
             seen += ours.ids.tolist()
         assert sorted(seen) == sorted(NAMES.tolist())
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_stream_brings_them_along(self, store: softlabels.TargetStore, workers: int) -> None:
+        """Inputs, targets and labels of every sample once, each checked by its fingerprint, under names as ids."""
+        stream = SoftTargetStream(store, batch_size=16, seed=3, check="always")
+        seen: list[Any] = []
+        for batch in stream_loader(stream, workers=workers, start_method="fork" if workers else None):
+            where = [NAMES.tolist().index(name) for name in batch.ids]
+            np.testing.assert_array_equal(batch.inputs.numpy(), PIXELS[where])
+            assert batch.targets.labels_B is not None
+            assert batch.targets.labels_B.tolist() == LABELS[where].tolist()
+            np.testing.assert_array_equal(batch.targets.logits_BC.numpy(), store.batch(batch.ids).logits())
+            seen += where
+        assert sorted(seen) == list(range(SAMPLES))
 
     def test_some_samples_of_it(self, store: softlabels.TargetStore) -> None:
         """`ids` choose and order them; one that the store lacks is an error when it is taken."""

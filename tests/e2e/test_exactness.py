@@ -237,13 +237,16 @@ def test_killed_at_random_moments(
         # More epochs than any run can take: only a kill ends it, some steps after its first.
         ranks = runs.start(run, epochs=10_000, pause_s=0.01)
         steps = runs.draw.randrange(8)
-        give_up, moved = time.monotonic() + 120, 0
-        while moved <= steps and time.monotonic() < give_up and all(process.is_alive() for process in ranks):
-            moved, before = moved + (runs.place() != before), runs.place()
-            time.sleep(0.002)
-        assert all(process.is_alive() for process in ranks), [process.exitcode for process in ranks]
-        time.sleep(runs.draw.uniform(0, 0.05))
-        kills[runs.kill(ranks)] += 1
+        try:
+            give_up, moved = time.monotonic() + 120, 0
+            while moved <= steps and time.monotonic() < give_up and all(process.is_alive() for process in ranks):
+                moved, before = moved + (runs.place() != before), runs.place()
+                time.sleep(0.002)
+            assert all(process.is_alive() for process in ranks), [process.exitcode for process in ranks]
+            time.sleep(runs.draw.uniform(0, 0.05))
+            kills[runs.kill(ranks)] += 1
+        finally:
+            runs.end(ranks)
     epochs = runs.place()[0] + 1
     last = runs.start(KILLS, epochs=epochs, pause_s=0.0)
     for process in last:

@@ -17,6 +17,8 @@ from softlabels.encodings.requested import parse_encoding
 from softlabels.errors import EncodingError, ManifestError, ShapeMismatchError, UnknownEncodingError
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
+from softlabels.store.faults import Report
+from softlabels.store.verify import verify
 from softlabels.transfer import sample_fingerprints
 
 CLASSES, WIDTH, ROWS = 2_000, 48, 30
@@ -175,25 +177,7 @@ class TestStore:
     def test_the_head_is_bound_by_its_digest(self, tmp_path: Path) -> None:
         """It is a file beside the rows; one changed byte of it and nothing is decoded."""
         encoding = hidden_encoding(head("f16"), kept_as="q8")
-        plan = plan_store(
-            name="h",
-            samples=ROWS,
-            ids=IdSpec(kind="int", dense_start=0),
-            encoding=encoding,
-            temperature=TemperatureSpec(default=2.0, captured=1.0, locked=False),
-            mean="none",
-            teachers=(),
-            transfer_set=TransferSetSpec(name="x", source="x:y", arguments={}),
-        )
-        writer = StoreWriter.create(tmp_path, plan, encoding=encoding)
-        with writer.claim(0) as claim:
-            claim.commit(
-                encoded=encoding.encode(states()),
-                ids=np.arange(ROWS),
-                fingerprints=sample_fingerprints(states()),
-                audit=Audit((1.0,)).to_json(),
-            )
-        writer.finish()
+        assert write_states(tmp_path, encoding, encoding.encode(states())).sound
         batch = softlabels.open(tmp_path).batch([4, 2])
         np.testing.assert_allclose(batch.logits(), exact(states(), head("f16"))[[4, 2]], atol=0.6)
         np.testing.assert_allclose(batch.p(4.0).sum(axis=1), 1, atol=1e-5)
@@ -203,3 +187,37 @@ class TestStore:
         path.write_bytes(raw)
         with pytest.raises(ManifestError, match="not what was written"):
             softlabels.open(tmp_path)
+
+    def test_a_hidden_state_that_is_not_finite_is_found(self, tmp_path: Path) -> None:
+        """`verify` looks at the numbers that are kept; it need not make logits of them."""
+        encoding = hidden_encoding(head("f16"))
+        assert write_states(tmp_path / "good", encoding, {"targets": states().astype("<f2")}).sound
+        broken = states().astype("<f2")
+        broken[5, 1] = np.nan
+        report = write_states(tmp_path / "bad", encoding, {"targets": broken})
+        assert "NaN or Inf" in str(report.faults[0])
+        assert report.faults[0].rows == (5, 5)
+
+
+def write_states(root: Path, encoding: Hidden, encoded: dict[str, np.ndarray]) -> Report:
+    """A store of these rows as they are, verified."""
+    plan = plan_store(
+        name="h",
+        samples=ROWS,
+        ids=IdSpec(kind="int", dense_start=0),
+        encoding=encoding,
+        temperature=TemperatureSpec(default=2.0, captured=1.0, locked=False),
+        mean="none",
+        teachers=(),
+        transfer_set=TransferSetSpec(name="x", source="x:y", arguments={}),
+    )
+    writer = StoreWriter.create(root, plan, encoding=encoding)
+    with writer.claim(0) as claim:
+        claim.commit(
+            encoded=encoded,
+            ids=np.arange(ROWS),
+            fingerprints=sample_fingerprints(states()),
+            audit=Audit((1.0,)).to_json(),
+        )
+    writer.finish()
+    return verify(root)

@@ -113,6 +113,10 @@ class TestResume:
                 lambda folder: (folder / "pictures/z.png").write_bytes((folder / "pictures/left/01.png").read_bytes()),
                 r"'z\.png' was not there",
             ),
+            (
+                lambda folder: (folder / "pictures/left/03.png").rename(folder / "pictures/left/03\tgröße.png"),
+                r"'left/03\\tgröße\.png' was not there",
+            ),
         ],
     )
     def test_the_first_file_that_differs_is_named(

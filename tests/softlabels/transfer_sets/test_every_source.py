@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softlabels.errors import JobError
-from softlabels.transfer import KnowsItsFiles, TransferSet
+import softlabels
+from softlabels import softmath
+from softlabels.errors import JobError, MissingExtraError
+from softlabels.precompute import precompute
+from softlabels.precompute.job import job_from_json
+from softlabels.store.verify import verify
+from softlabels.transfer import KnowsItsFiles, TransferSet, transfer_set_fingerprint
 from softlabels.transfer_sets import KINDS, KnowsItsIds, load_transfer_set
 
 
@@ -96,3 +102,59 @@ class TestKinds:
         """A new kind comes with its samples in conftest.py."""
         for kind in KINDS:
             assert make_source(kind).kind == kind
+
+
+TEACHER = """
+import torch
+
+
+class Mean(torch.nn.Module):
+    def forward(self, pictures):
+        return pictures.float().flatten(1)[:, :4]
+"""
+
+
+class TestInAJob:
+    def test_a_store_is_made_of_it_inputs_and_all(self, source: Any) -> None:
+        """Ids, labels and inputs come back by id from the store that a job makes of the source, and it verifies."""
+        (source.base / "teacher.py").write_text(TEACHER)
+        document = {
+            "store": {"path": "store", "inputs": True, "rows_per_shard": 8, "rows_per_chunk": 4},
+            "transfer_set": {"source": source.kind, "arguments": source.arguments},
+            "targets": {"temperature": 1.0, "encoding": "f32"},
+            "teachers": [{"model": "teacher.py:Mean"}],
+            "run": {"batch_size": 5, "device": "cpu"},
+        }
+        manifest = precompute(job_from_json(document, base=source.base))
+        assert manifest.transfer_set.fingerprint == transfer_set_fingerprint(loaded(source))
+        with softlabels.open(source.base / "store") as store:
+            batch = store.batch(source.ids[::-1], inputs=True)
+            np.testing.assert_array_equal(batch.inputs, source.inputs[::-1])
+            assert batch.labels is not None
+            assert batch.labels.tolist() == source.labels[::-1]
+            logits_BC = source.inputs.reshape(14, -1)[:, :4].astype(np.float32)
+            np.testing.assert_allclose(batch.p(), softmath.soften(logits_BC[::-1], temperature=1.0), atol=1e-5)
+        assert verify(source.base / "store").sound
+
+
+class TestMissingLibraries:
+    @pytest.mark.parametrize(
+        ("kind", "library", "extra"),
+        [
+            ("image_folder", "PIL", "images"),
+            ("webdataset", "PIL", "images"),
+            ("huggingface", "datasets", "huggingface"),
+            ("parquet", "pyarrow", "parquet"),
+            ("zarr", "zarr", "store"),
+            ("hdf5", "h5py", "store"),
+        ],
+    )
+    def test_the_extra_is_named(
+        self, make_source: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, kind: str, library: str, extra: str
+    ) -> None:
+        """Where a library is not installed, the message is the command that installs it."""
+        source = make_source(kind)
+        monkeypatch.setitem(sys.modules, library, None)
+        monkeypatch.setitem(sys.modules, f"{library}.parquet", None)
+        with pytest.raises(MissingExtraError, match=rf"pip install softlabels\[{extra}\]"):
+            loaded(source)

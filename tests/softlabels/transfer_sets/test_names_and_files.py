@@ -160,7 +160,13 @@ class TestLoading:
 
     @pytest.mark.parametrize(
         ("source", "words"),
-        [("imagefolder", "did you mean `image_folder`"), ("h5", "`hdf5`"), ("lmdb", "known are"), ("zar", "`zarr`"), ("", "known are")],
+        [
+            ("imagefolder", "did you mean `image_folder`"),
+            ("h5", "`hdf5`"),
+            ("lmdb", "known are"),
+            ("zar", "`zarr`"),
+            ("", "known are"),
+        ],
     )
     def test_a_kind_that_is_unknown(self, source: str, words: str) -> None:
         """With the nearest one, and all."""

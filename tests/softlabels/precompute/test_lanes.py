@@ -1,0 +1,79 @@
+"""Lanes of a device: on a CPU they do nothing; on CUDA what comes out is what one stream gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from softlabels.precompute import Job, precompute, teacher_from_module
+from softlabels.precompute.answers import ask
+from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable
+from softlabels.precompute.lanes import Lanes
+from softlabels.precompute.rows import SingleRows
+from softlabels.store import LocalRows
+from softlabels.transfer import ArrayTransferSet
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+
+
+class TestOnTheCpu:
+    def test_everything_runs_in_order(self) -> None:
+        """No copy, no marks, nothing to wait for."""
+        lanes, inputs = Lanes(torch.device("cpu")), torch.ones(3)
+        assert lanes.upload(inputs) is inputs
+        with lanes.forward(), lanes.beside(lanes.mark(), [inputs]):
+            assert lanes.mark() is None
+        assert lanes.landed() is None
+        assert not lanes.pinned
+        lanes.synchronize()
+
+    def test_time_without_a_batch_is_idle(self) -> None:
+        """As a share of all time, never more than all of it."""
+        lanes = Lanes(torch.device("cpu"))
+        assert lanes.idle_share() == 0.0
+        lanes.starved(3600.0)
+        assert lanes.idle_share() == 1.0
+
+
+class Deep(nn.Module):
+    """Long enough on a device that the next batch is there before it is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.Tanh()) for _ in range(16)))
+        self.head = nn.Linear(512, 1000)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [B, 1000]."""
+        return self.head(self.layers(inputs))
+
+
+@needs_cuda
+class TestOnCuda:
+    @pytest.mark.parametrize("batch_size", [96, "auto"])
+    def test_rows_are_those_of_one_stream(self, tmp_path: Path, batch_size: int | str) -> None:
+        """Copies, forward passes and encodings that run beside each other take nothing from each other's memory."""
+        inputs = np.random.default_rng(0).normal(size=(5_000, 512)).astype(np.float32)
+        data, teacher = ArrayTransferSet("rows", inputs), teacher_from_module(Deep(), name="deep", device="cuda")
+        job = Job(
+            store=StoreTable(path="store", rows_per_shard=1024, rows_per_chunk=64),
+            transfer_set=TransferSetTable(source="here:rows"),
+            targets=TargetsTable(temperature=4.0, encoding="f32"),
+            teachers=(TeacherTable(model="here:Deep"),),
+            run=RunTable(batch_size=batch_size, device="cuda", loaders=2),
+            base=tmp_path,
+        )
+        metrics = tmp_path / "metrics.jsonl"
+        precompute(job, transfer_set=data, teachers=[teacher], metrics=metrics)
+        maker = SingleRows(data, store="store")
+        rows = LocalRows(job.store_path)
+        for batch in maker.samples(np.arange(5_000), 500):
+            (exact,) = ask([teacher], batch, maker, torch.device("cuda"))
+            expected = (exact - exact.amax(dim=1, keepdim=True)).cpu().numpy()
+            np.testing.assert_allclose(rows.fetch(batch.ids, ("targets",))["targets"], expected, atol=1e-4)
+        assert len(metrics.read_text().splitlines()) == 5
