@@ -30,7 +30,7 @@ from softlabels.store import StoreWriter, plan_store
 from softlabels.transfer import ArrayTransferSet, Samples, sample_fingerprints
 from softlabels_client import DistillationBatch, DistillSettings, SoftTargetDataset, distill
 
-SAMPLES, CLASSES, TEMPERATURE = 25_600, 10, 4.0
+SAMPLES, CLASSES, TEMPERATURE = 12_800, 10, 4.0
 LEAST_STEP_S = 0.005
 """A student's step that the comparison is meant for takes this long, or longer."""
 

@@ -51,8 +51,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-PROBLEM_TYPE_PREFIX = "urn:softlabels:error:"
-
 
 class SoftLabelsError(Exception):
     """Anything this product raises on purpose.
@@ -76,7 +74,7 @@ class SoftLabelsError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions cross process borders (DataLoader workers); keyword context would be lost by the default.
-        return (_rebuild, (type(self), self.message, self.context))
+        return (rebuilt, (type(self), self.message, self.context))
 
 
 class RequestError(SoftLabelsError, ValueError):
@@ -194,6 +192,7 @@ class ViewReplayError(ConflictError):
     """A view cannot be made again as the teacher saw it: another transform, other libraries, or other parameters."""
 
     code = "view-replay"
+    title = "The view cannot be made again as the teacher saw it"
 
 
 class StoreChangedError(ConflictError):
@@ -382,37 +381,8 @@ def every_class(root: type[SoftLabelsError] = SoftLabelsError) -> list[type[Soft
     return found
 
 
-def to_problem(error: SoftLabelsError) -> dict[str, Any]:
-    """An error as RFC 9457 problem details, ready for JSON."""
-    return {
-        "type": PROBLEM_TYPE_PREFIX + error.code,
-        "title": error.title,
-        "status": error.status,
-        "detail": error.message,
-        "code": error.code,
-        "context": error.context,
-    }
-
-
-def from_problem(problem: Mapping[str, Any]) -> SoftLabelsError:
-    """The error that a server's problem details stand for; an unknown code becomes its nearest parent by status."""
-    message = str(problem.get("detail") or problem.get("title") or "the server gave no reason")
-    context = problem.get("context")
-    facts = {str(k): v for k, v in context.items()} if isinstance(context, Mapping) else {}
-    by_code = {cls.code: cls for cls in every_class()}
-    known = by_code.get(str(problem.get("code")))
-    if known is not None:
-        return _rebuild(known, message, facts)
-    status = problem.get("status")
-    fallback: type[SoftLabelsError] = {404: NotFoundError, 409: ConflictError}.get(
-        status if isinstance(status, int) else 0, SoftLabelsError
-    )
-    if fallback is SoftLabelsError and isinstance(status, int) and 400 <= status < 500:
-        fallback = RequestError
-    return _rebuild(fallback, message, facts)
-
-
-def _rebuild(cls: type[SoftLabelsError], message: str, context: dict[str, Any]) -> SoftLabelsError:
+def rebuilt(cls: type[SoftLabelsError], message: str, context: Mapping[str, Any]) -> SoftLabelsError:
+    """An error of this class as it was in another process."""
     error = cls(message)
     error.context = dict(context)
     return error

@@ -14,8 +14,8 @@ from softlabels.errors import (
     SoftLabelsError,
     TruncatedError,
     UnauthorizedError,
-    from_problem,
 )
+from softlabels.problems import from_problem
 
 PROBLEM_TYPE = "application/problem+json"
 """RFC 9457."""

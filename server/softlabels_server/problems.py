@@ -17,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from softlabels.errors import NotFoundError, RequestError, SoftLabelsError, to_problem
+from softlabels.errors import NotFoundError, RequestError, SoftLabelsError
+from softlabels.problems import to_problem
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -34,8 +34,12 @@ MANY_CLASSES = 1 << 12
 _SMALL_SIZES = (64, 128, 256, 512)
 """Bytes a row at which they are tried."""
 
-_MOST_ENTRIES_OF_ALL_CLASSES = 1 << 22
-"""Rows x classes that are encoded in every way that keeps all classes: there are some thirty of them."""
+_FEW_ROWS = 48
+"""Rows that are then encoded in the thirty or so ways that keep all classes: too few to learn a basis from, which at so
+many classes would take minutes."""
+
+_BLOCK_ENTRIES = 1 << 22
+"""Rows x classes that are audited at once."""
 
 _TEACHERS_S = 1.0
 """The teachers are asked for so long, after a first batch that warms up."""
@@ -93,7 +97,7 @@ class Measuring:
     def options(self, rows_RC: NDArray[np.float32]) -> Iterator[Option]:
         """Every way to keep these rows, tempered as the plan captures them."""
         captured, classes = self._plan.temperature.captured, rows_RC.shape[1]
-        few = rows_RC[: max(16, _MOST_ENTRIES_OF_ALL_CLASSES // classes)] if classes >= MANY_CLASSES else rows_RC
+        few = rows_RC[:_FEW_ROWS] if classes >= MANY_CLASSES else rows_RC
         relative = tuple(t / captured for t in self.temperatures)
         choice = choose_encoding(few, budget_kl=np.inf, temperatures=relative, locked=self._plan.temperature.locked)
         yield from (self._tried(tried, rows_RC) for tried in choice.table)
@@ -238,7 +242,7 @@ def _audited(
 ) -> dict[str, Any]:
     """The audit's figures of these rows; infinite everywhere where the encoding refuses one of them."""
     audit = Audit(temperatures)
-    step = max(1, _MOST_ENTRIES_OF_ALL_CLASSES // exact_RC.shape[1])
+    step = max(1, _BLOCK_ENTRIES // exact_RC.shape[1])
     try:
         for start in range(0, len(given), step):
             part = slice(start, start + step)

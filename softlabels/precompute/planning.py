@@ -168,7 +168,8 @@ def pilot(
 ) -> NDArray[np.float32]:
     """Rows from all over the transfer set, tempered as they will be captured: what an encoding is learnt from."""
     rows_a_sample = max(1.0, maker.layout.rows / max(1, maker.layout.samples))
-    positions = np.unique(np.linspace(0, len(data) - 1, max(1, int(rows / rows_a_sample))).astype(np.int64))
+    there = np.arange(len(data)) if maker.table is None else np.flatnonzero(maker.table.lengths)
+    positions = there[np.unique(np.linspace(0, len(there) - 1, max(1, int(rows / rows_a_sample))).astype(np.int64))]
     return pilot_rows(
         maker.samples(positions, job.run.pilot_batch_size),
         maker,

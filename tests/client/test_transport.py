@@ -23,8 +23,8 @@ from softlabels.errors import (
     TruncatedError,
     UnauthorizedError,
     WireError,
-    to_problem,
 )
+from softlabels.problems import to_problem
 from softlabels_client import HttpTransport, RetryPolicy, parse_address
 
 BODY = bytes(range(256)) * 40

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from softlabels.errors import StoreChangedError, every_class, from_problem
+from softlabels.errors import StoreChangedError, every_class
+from softlabels.problems import from_problem
 from softlabels_server.problems import reply_to
 
 

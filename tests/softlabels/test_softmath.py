@@ -22,8 +22,8 @@ from softlabels.errors import (
     RequestError,
     ShapeMismatchError,
     TemperatureError,
-    to_problem,
 )
+from softlabels.problems import to_problem
 
 Array = NDArray[np.float64]
 
