@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +163,21 @@ def check(folder: Path, name: str, paper: Paper, *, share: float) -> dict[str, A
         for file in job.store_path.rglob("*")
         if file.is_file() and file.suffix in ("", ".npy") and file.parent.name not in _BESIDE
     )
-    planned_bytes, planned_h = found.store_bytes(found.own[1]), found.hours(found.own[1])
-    factor = paper.rows / manifest.rows
+    own = found.own[1]
+    small = replace(
+        found, samples=manifest.layout.samples, rows=manifest.rows
+    )  # the same plan, for the rows of the run
     return {
         "rows_on_paper": paper.rows,
+        "bytes_on_paper": found.store_bytes(own),
+        "hours_on_paper": found.hours(own),
         "rows_run": manifest.rows,
-        "planned_bytes": planned_bytes,
-        "run_bytes_extrapolated": size_bytes * factor,
-        "bytes_ratio": planned_bytes / (size_bytes * factor),
-        "planned_hours": planned_h,
-        "run_hours_extrapolated": spent_s * factor / 3600,
-        "hours_ratio": planned_h / (spent_s * factor / 3600),
-        "run_seconds": spent_s,
+        "bytes_planned": small.store_bytes(own),
+        "bytes_run": size_bytes,
+        "bytes_ratio": small.store_bytes(own) / size_bytes,
+        "seconds_planned": 3600 * small.hours(own),
+        "seconds_run": spent_s,
+        "seconds_ratio": 3600 * small.hours(own) / spent_s,
     }
 
 
@@ -190,9 +193,10 @@ def main() -> None:
     for name, paper in PAPERS.items():
         figures[name] = one = check(options.out, name, paper, share=0.1 if options.quick else 1.0)
         print(
-            f"{name}: planned {size(one['planned_bytes'])} and {one['planned_hours']:,.0f} h; the run of "
-            f"{one['rows_run']:,} rows, extrapolated: {size(one['run_bytes_extrapolated'])} and "
-            f"{one['run_hours_extrapolated']:,.0f} h; ratios {one['bytes_ratio']:.3f}, {one['hours_ratio']:.2f}",
+            f"{name}: {size(one['bytes_on_paper'])} and {one['hours_on_paper']:,.0f} h on paper; of "
+            f"{one['rows_run']:,} rows {size(one['bytes_planned'])} and {one['seconds_planned']:,.1f} s planned, "
+            f"{size(one['bytes_run'])} and {one['seconds_run']:,.1f} s run: ratios {one['bytes_ratio']:.3f} and "
+            f"{one['seconds_ratio']:.2f}",
             flush=True,
         )
     (options.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")

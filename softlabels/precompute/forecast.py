@@ -13,6 +13,7 @@ from softlabels.manifest import ROW_FACTS, Manifest
 from softlabels.precompute.job import Job
 from softlabels.precompute.measuring import Measuring, Option
 from softlabels.precompute.planning import choose_device, load_teachers, load_transfer_set, pilot, plan_job, row_maker
+from softlabels.store.geometry import choose_rows_per_chunk
 from softlabels.transfer import FINGERPRINT_BYTES
 
 MOST_PILOT_ENTRIES = 1 << 24
@@ -36,6 +37,7 @@ class Forecast:
         own: the name of what the job itself asks for, and what it costs.
         fact_bytes: kept a row beside its targets. sample_bytes: kept a sample in files of their own.
         input_bytes: of a sample that is kept beside its targets; 0 where none is.
+        rows_per_chunk: as the job says; None where that follows from the rows' size.
     """
 
     samples: int
@@ -50,6 +52,7 @@ class Forecast:
     fact_bytes: int
     sample_bytes: int
     input_bytes: int = 0
+    rows_per_chunk: int | None = None
 
     @property
     def teacher_hours(self) -> float:
@@ -61,9 +64,11 @@ class Forecast:
         return self.rows * option.row_s / 3600
 
     def store_bytes(self, option: Option) -> int:
-        """Size of the store."""
-        each = option.row_bytes * self.members + self.fact_bytes
-        return self.rows * each + self.samples * self.sample_bytes + option.constant_bytes
+        """Size of the store; its last chunk is as long as the others."""
+        row_bytes = option.row_bytes * self.members
+        a_chunk = self.rows_per_chunk or choose_rows_per_chunk(row_bytes)
+        rows = -(-self.rows // a_chunk) * a_chunk
+        return rows * (row_bytes + self.fact_bytes) + self.samples * self.sample_bytes + option.constant_bytes
 
 
 def forecast(job: Job, *, samples: int | None = None, rows: int | None = None) -> Forecast:
@@ -101,6 +106,7 @@ def forecast(job: Job, *, samples: int | None = None, rows: int | None = None) -
         fact_bytes=sum(spec.row_bytes for name, spec in own_plan.arrays.items() if name in ROW_FACTS),
         sample_bytes=_sample_bytes(own_plan),
         input_bytes=own_plan.arrays["inputs"].row_bytes if "inputs" in own_plan.arrays else 0,
+        rows_per_chunk=job.store.rows_per_chunk,
     )
 
 

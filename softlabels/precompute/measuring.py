@@ -135,7 +135,8 @@ class Measuring:
             asking_s = self.teachers_s
         summary = _audited(encoding, given[:_ENCODED_ROWS], exact_RC[:_ENCODED_ROWS], temperatures, degree)
         encoding_s = self._encoding_s(encoding, given[:_ENCODED_ROWS], temperatures, degree)
-        infinite = {float(t): dict.fromkeys(("mean", "p99", "max"), np.inf) for t in summary["infinite_kl_rows"]}
+        without_bound: dict[str, float] = dict.fromkeys(("mean", "p99", "max"), np.inf)
+        infinite = {float(t): without_bound for t in summary["infinite_kl_rows"]}
         return Option(
             label=_label(encoding),
             row_bytes=row_bytes(encoding),
@@ -181,7 +182,7 @@ class Measuring:
 
     def _asking_s(self, teachers: Sequence[Teacher], *, averages: bool) -> float:
         """Seconds a row, of batches as the run has them."""
-        rows, began_s, spent_s = 0, time.perf_counter(), 0.0
+        rows, began_s, spent_s, first = 0, time.perf_counter(), 0.0, 0.0
         for number, batch in enumerate(self._batches()):
             answers = ask(teachers, batch, self._maker, self._device)
             if averages:
@@ -189,12 +190,12 @@ class Measuring:
             _wait(self._device)
             now_s = time.perf_counter()
             if number == 0:  # it warms up; it counts where there is no other
-                first_s, first_rows, began_s = now_s - began_s, batch.rows, now_s
+                first, began_s = (now_s - began_s) / batch.rows, now_s
                 continue
             rows, spent_s = rows + batch.rows, now_s - began_s
             if spent_s > _TEACHERS_S:
                 break
-        return spent_s / rows if rows else first_s / first_rows
+        return spent_s / rows if rows else first
 
     def _encoding_s(
         self, encoding: Encoding, given: NDArray[np.float32], temperatures: tuple[float, ...], captured: float

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
 from softlabels.encodings.requested import parse_encoding
-from softlabels.errors import JobError, TeacherError
+from softlabels.errors import JobError
 from softlabels.manifest import IdSpec, Manifest, MeanKind, TemperatureSpec, TransferSetSpec
 from softlabels.precompute.answers import ask, averaged, pilot_rows
 from softlabels.precompute.hidden_states import encoding_of_head, refuse_ensembles, states_teacher
@@ -19,6 +19,7 @@ from softlabels.precompute.job import Job
 from softlabels.precompute.numerics import computing
 from softlabels.precompute.rows import RowBatch, RowMaker, SingleRows
 from softlabels.precompute.sequence_rows import SequenceRows
+from softlabels.precompute.steadiness import steady_answers
 from softlabels.precompute.teachers import Teacher, align_classes, class_list_of_store, load_teacher
 from softlabels.precompute.view_rows import ViewRows
 from softlabels.softmath import check_temperature
@@ -87,7 +88,7 @@ def plan_job(
         encoding: of an earlier run of this job; made or learnt when None.
         maker: how rows follow from samples; the job's own when None.
     Raises:
-        JobError, TeacherError: also when a teacher answers the same batch twice differently.
+        JobError, TeacherError: also where a teacher's answers are not to be relied on, see `steadiness`.
     """
     temperature = check_temperature(job.targets.temperature)
     if len(data) == 0:
@@ -95,14 +96,8 @@ def plan_job(
     maker = maker or row_maker(job, data)
     first = _first_batch(maker, len(data), job.run.pilot_batch_size)
     mean: MeanKind = "none" if len(teachers) == 1 else job.targets.mean
-    answers = ask(teachers, first, maker, device)
+    answers = steady_answers(teachers, first, maker, device)
     combined = averaged(answers, teachers, mean, temperature)
-    for teacher, once, again in zip(teachers, answers, ask(teachers, first, maker, device), strict=True):
-        if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
-            raise TeacherError(
-                f"teacher {teacher.spec.name!r} answers the same batch twice differently: something random is still on "
-                "(dropout by hand, sampling, noise), so its targets could never be verified"
-            )
     classes = combined.logits_BC.shape[1]
     requested = parse_encoding(job.targets.encoding, classes=classes)
     keep_members = job.targets.keep == "members"
