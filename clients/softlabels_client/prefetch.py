@@ -18,8 +18,9 @@ T = TypeVar("T")
 EPOCH_BATCHES, EPOCH_BYTES = 256, 32 << 20
 """Of an epoch that are fetched before they are asked for: seconds of a slow link, and little memory."""
 
-LOADER_BATCHES, LOADER_BYTES, REFILL_AT = 8, 64 << 20, 2
-"""Of a loader that are fetched before they are asked for; two steps are time enough to fetch some more."""
+LOADER_BATCHES, LOADER_BYTES, REFILL_AT = 16, 64 << 20, 4
+"""Of a loader that are fetched before they are asked for. Of a student with steps of 6 ms, fetching took 7% of its
+processor time one batch at a time, 4.6% eight (refilled at two) and 4.0% sixteen, on a busy machine."""
 
 _END: Final = object()
 
@@ -99,7 +100,7 @@ class Ahead(Generic[T]):
 
 
 def batches_ahead(batches: Iterable[T], *, size_of: Callable[[T], int]) -> Ahead[T]:
-    """A training's batches, fetched ahead several in a row: no more than 8, and no more than 64 MiB."""
+    """A training's batches, fetched ahead several in a row: no more than 16, and no more than 64 MiB."""
     return Ahead(batches, most_items=LOADER_BATCHES, most_bytes=LOADER_BYTES, size_of=size_of, refill_at=REFILL_AT)
 
 

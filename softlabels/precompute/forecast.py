@@ -102,7 +102,7 @@ def forecast(job: Job, *, samples: int | None = None, rows: int | None = None) -
         rows_per_s=1 / measuring.teachers_s,
         temperatures=measuring.temperatures,
         options=tuple(sorted(measuring.options(rows_RC), key=lambda option: (option.row_bytes, option.rms_error))),
-        own=(own.name, measuring.option(own, rows_RC)),
+        own=(own.name, measuring.option(own, rows_RC, as_in_a_run=True)),
         fact_bytes=sum(spec.row_bytes for name, spec in own_plan.arrays.items() if name in ROW_FACTS),
         sample_bytes=_sample_bytes(own_plan),
         input_bytes=own_plan.arrays["inputs"].row_bytes if "inputs" in own_plan.arrays else 0,

@@ -102,7 +102,8 @@ class Measuring:
         choice = choose_encoding(few, budget_kl=np.inf, temperatures=relative, locked=self._plan.temperature.locked)
         yield from (self._tried(tried, rows_RC) for tried in choice.table)
         if classes >= MANY_CLASSES:
-            yield from (self.option(encoding, rows_RC) for encoding in self._small(rows_RC))
+            known = {_label(tried.encoding) for tried in choice.table}
+            yield from (self.option(each, rows_RC) for each in self._small(rows_RC) if _label(each) not in known)
         for kept_as in ("f16", "q8"):
             encoding = self._of_hidden_states(kept_as)
             if encoding is not None:
@@ -122,8 +123,11 @@ class Measuring:
             row_s=self.teachers_s + encoding_s * self._members,
         )
 
-    def option(self, encoding: Encoding, rows_RC: NDArray[np.float32]) -> Option:
-        """What an encoding takes and loses."""
+    def option(self, encoding: Encoding, rows_RC: NDArray[np.float32], *, as_in_a_run: bool = False) -> Option:
+        """What an encoding takes and loses; `as_in_a_run` times it on as many rows as a forward pass gives.
+
+        Large arrays take longer a row than small ones, which stay in a processor's caches.
+        """
         spec = self._plan.temperature
         degree = spec.captured if encoding.retemperable else spec.default
         temperatures = self.temperatures if encoding.retemperable else (degree,)
@@ -134,7 +138,8 @@ class Measuring:
             given = exact_RC = rows_RC * np.float32(spec.captured / degree)
             asking_s = self.teachers_s
         summary = _audited(encoding, given[:_ENCODED_ROWS], exact_RC[:_ENCODED_ROWS], temperatures, degree)
-        encoding_s = self._encoding_s(encoding, given[:_ENCODED_ROWS], temperatures, degree)
+        timed = given[: self._rows_of_a_pass(encoding.classes) if as_in_a_run else _ENCODED_ROWS]
+        encoding_s = self._encoding_s(encoding, timed, temperatures, degree)
         without_bound: dict[str, float] = dict.fromkeys(("mean", "p99", "max"), np.inf)
         infinite = {float(t): without_bound for t in summary["infinite_kl_rows"]}
         return Option(
@@ -146,6 +151,11 @@ class Measuring:
             rms_error=summary["gradient"]["rms_error"],
             row_s=asking_s + encoding_s * self._members,
         )
+
+    def _rows_of_a_pass(self, classes: int) -> int:
+        sequences = self._job.sequences
+        rows = self._job.run.pilot_batch_size if sequences is None else sequences.positions_per_pass
+        return max(_ENCODED_ROWS, min(rows, 2 * _BLOCK_ENTRIES // classes))
 
     def _small(self, rows_RC: NDArray[np.float32]) -> Iterator[Encoding]:
         """What keeps few of many classes, at the temperature of the job."""
@@ -172,7 +182,7 @@ class Measuring:
     def _hidden_rows(self, encoding: Hidden) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Hidden states of a batch, and the logits that they stand for."""
         (hidden_RD,) = ask([states_teacher(self._teachers[0])], next(self._batches()), self._maker, self._device)
-        rows = hidden_RD[:_ENCODED_ROWS].cpu().numpy()
+        rows = hidden_RD[: self._rows_of_a_pass(encoding.classes)].cpu().numpy()
         return rows, encoding.logits(rows)
 
     def _asking_states_s(self) -> float:

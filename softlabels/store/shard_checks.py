@@ -230,9 +230,9 @@ def _senseless_logits(
         encoded = {name: array.reshape(-1, *array.shape[2:]) for name, array in encoded.items()}
     if isinstance(encoding, Hidden):
         # The head is verified and finite; every class of every row would take a teacher's time to make.
-        bad = ~np.isfinite(encoding.hidden(encoded)).all(axis=1)
-        if bad.any():
-            yield next(iter(encoding.fields)), bad, "NaN or Inf"
+        no_numbers_R: NDArray[np.bool_] = np.asarray(~np.isfinite(encoding.hidden(encoded)).all(axis=1))
+        if no_numbers_R.any():
+            yield next(iter(encoding.fields)), no_numbers_R, "NaN or Inf"
         return
     logits_RC = encoding.decode(encoded)
     largest_R = logits_RC.max(axis=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import softlabels
@@ -24,6 +24,7 @@ def store(tiny_store: Path) -> Any:
         yield opened
 
 
+@settings(max_examples=40)
 @given(
     workers=st.integers(1, 5),
     world=st.integers(1, 4),

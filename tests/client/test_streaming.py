@@ -96,7 +96,12 @@ class TestBatches:
 
     @pytest.mark.parametrize(
         ("workers", "method"),
-        [(0, None), (1, "spawn"), (4, "fork"), pytest.param(4, "forkserver", marks=pytest.mark.slow)],
+        [
+            (0, None),
+            (4, "fork"),
+            pytest.param(1, "spawn", marks=pytest.mark.slow),
+            pytest.param(4, "forkserver", marks=pytest.mark.slow),
+        ],
         ids=str,
     )
     def test_epochs_follow_each_other(self, store: Any, tiny_inputs: Any, workers: int, method: Any) -> None:
@@ -162,10 +167,10 @@ def far_order(store: softlabels.TargetStore, epoch: int) -> list[int]:
 
 class TestChecks:
     def test_shuffled_inputs_are_found_out(self, far: Any, tiny_inputs: ArrayTransferSet) -> None:
-        """By their fingerprints, in a worker, as what they are."""
+        """By their fingerprints, as what they are."""
         shuffled = ArrayTransferSet("shuffled", tiny_inputs.inputs[::-1])
         with pytest.raises(FingerprintMismatchError, match="not those that the targets"):
-            list(stream_loader(stream_of(far, shuffled), workers=1, start_method="fork"))
+            list(stream_loader(stream_of(far, shuffled)))
 
     def test_samples_that_the_inputs_lack_are_named(self, far: Any, tiny_inputs: ArrayTransferSet) -> None:
         """A stream goes through the whole store."""
