@@ -129,7 +129,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         if encoding == "basis":
             codec: Any = learn_basis(logits, row_bytes=14, heads=(2,), residuals=(0, 4))
         elif encoding == "hidden":  # with a head of ones and zeros, hidden states are logits
-            codec = hidden_encoding(np.eye(CLASSES, dtype=np.float32), np.zeros(CLASSES, dtype=np.float32), kept_as="q8")
+            codec = hidden_encoding(np.eye(CLASSES, dtype="f4"), np.zeros(CLASSES, dtype="f4"), kept_as="q8")
         else:
             codec = make_encoding(encoding, classes=CLASSES, params=ENCODING_PARAMS.get(encoding))
         found, spec = sample_ids(ids)

@@ -94,7 +94,7 @@ class TestMakeEncoding:
         more = {"topk": {"k": 2}, "sampled": {"head": 1, "draws": 2}}
         for name in ENCODING_NAMES:
             if name in ("basis", "hidden"):
-                with pytest.raises(UnknownEncodingError, match="needs|goes with the arrays"):
+                with pytest.raises(UnknownEncodingError, match=r"needs|goes with the arrays"):
                     make_encoding(name, classes=10)
                 continue
             encoding = make_encoding(name, classes=10, params=more.get(name))
