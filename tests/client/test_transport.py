@@ -353,7 +353,14 @@ class TestSharing:
         """After Ctrl-C half an answer is still on its way there."""
         peer.acts = [peer.stall, _echo]
         link = transport(peer, quick)
-        interrupt = threading.Timer(0.2, os.kill, (os.getpid(), 2))
+
+        def interrupt_once_asked() -> None:
+            while not peer.asked:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            os.kill(os.getpid(), 2)
+
+        interrupt = threading.Thread(target=interrupt_once_asked)
         interrupt.start()
         with pytest.raises(KeyboardInterrupt):
             link.request("POST", "/x", body=b"a", max_bytes=MOST)

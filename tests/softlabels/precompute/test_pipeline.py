@@ -43,6 +43,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+ASKED = 3
+"""Forward passes before the first shard: a few samples twice and one of them alone, for the plan."""
+
+
 class Net(nn.Module):
     """A small network that notes the batches it is given, can be told what to do at one, and has so much room."""
 
@@ -155,7 +159,7 @@ class TestTheSameBytes:
         """No batch reaches over a shard's end, so that one shard computed again is computed in the same batches."""
         net = Net()
         compute(job(tmp_path), net)
-        assert net.batches[2:] == [50, 50, 28] * 4 + [50, 38]
+        assert net.batches[ASKED:] == [50, 50, 28] * 4 + [50, 38]
 
     def test_whoever_many_load(self, tmp_path: Path) -> None:
         """Loaders that make several batches at once give them in order; also where more are ahead than shards fit."""
@@ -195,12 +199,12 @@ class TestOutOfMemory:
             compute(ours, net, data=Failing(at=300, error=ZeroDivisionError("worn out")))
         again, changed = Net(), Net()
         compute(ours, again)
-        assert max(again.batches[2:]) == 12
+        assert max(again.batches[ASKED:]) == 12
         other = job(tmp_path / "other")
         with pytest.raises(ZeroDivisionError):
             compute(other, Net(room=20), data=Failing(at=300, error=ZeroDivisionError("worn out")))
         compute(replace(other, run=RunTable(batch_size=30)), changed)
-        assert max(changed.batches[2:]) == 30
+        assert max(changed.batches[ASKED:]) == 30
 
     def test_an_input_that_does_not_fit_is_an_error(self, tmp_path: Path) -> None:
         """With words on what to do, and without an endless loop."""
@@ -288,7 +292,7 @@ class TestFaults:
 
         ours = job(tmp_path)
         with pytest.raises(TeacherError, match="a screw is loose"):
-            compute(ours, Net(at=2 + 6, do=fail))
+            compute(ours, Net(at=ASKED + 6, do=fail))
         assert StoreWriter.resume(ours.store_path).missing_shards() == [2, 3, 4]
         assert free_shards(ours) == [0, 1, 2, 3, 4]
 
@@ -296,7 +300,7 @@ class TestFaults:
         """A file that cannot be put in its place stops the other stages too, which may be waiting for the writer."""
         ours = job(tmp_path)
         with pytest.raises(KeyboardInterrupt):
-            compute(ours, Net(at=2 + 2, do=_interrupt))
+            compute(ours, Net(at=ASKED + 2, do=_interrupt))
         receipt = ours.store_path / "ledger" / "00000001.json"
         (receipt / "in the way").mkdir(parents=True)
         with pytest.raises((OSError, SoftLabelsError)):
@@ -311,7 +315,7 @@ class TestFaults:
         """Committed shards are kept, no shard stays held, no thread stays behind; resumed, the store is the same."""
         ours, before = job(tmp_path), threading.active_count()
         with pytest.raises(KeyboardInterrupt):
-            compute(ours, Net(at=2 + 8, do=_interrupt))
+            compute(ours, Net(at=ASKED + 8, do=_interrupt))
         assert threading.active_count() == before
         missing = StoreWriter.resume(ours.store_path).missing_shards()
         assert {3, 4} <= set(missing)
@@ -324,7 +328,7 @@ class TestFaults:
         """The rest is computed; the store is theirs to publish."""
         ours, notes = job(tmp_path), Notes()
         with pytest.raises(KeyboardInterrupt):
-            compute(ours, Net(at=2, do=_interrupt))
+            compute(ours, Net(at=ASKED, do=_interrupt))
         with StoreWriter.resume(ours.store_path).claim(1):
             compute(ours, Net(), show=notes.show)
         assert StoreWriter.resume(ours.store_path).missing_shards() == [1]
@@ -345,7 +349,7 @@ class TestBatchSize:
         assert found in {1, 2, 4, 8, 16, 32, 64, 128}
         again = Net()
         compute(ours, again)
-        assert max(again.batches[2:]) == found
+        assert max(again.batches[ASKED:]) == found
         assert kept_job(ours)["run"]["batch_size"] == "auto"
 
     def test_a_larger_batch_is_taken_where_it_is_faster(self, tmp_path: Path) -> None:
@@ -396,4 +400,4 @@ class TestQuietly:
         compute(job(tmp_path), Net())
         net = Net()
         compute(job(tmp_path), net, show=lambda *args, **kwargs: contextlib.nullcontext(QUIET))
-        assert len(net.batches) == 2  # the first few rows, twice, for the plan
+        assert len(net.batches) == ASKED
