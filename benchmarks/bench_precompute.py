@@ -6,7 +6,7 @@ the published manifest, asking the teachers about a first few rows included; for
 of the same inputs, taken from memory. On a machine with a CUDA device the same runs there, in bf16, with heads of
 1,000, 14,000 and 128,000 classes, and the device's idle share is told.
 
-    python -m benchmarks.bench_precompute [forward] [ensemble] [memory] [cuda]     # some of it alone
+    python -m benchmarks.bench_precompute [forward] [ensemble] [views] [memory] [cuda]     # some of it alone
     python -m benchmarks.bench_precompute quick …                                  # fewer pictures, one round
 
 `pipeline.forward` and `ensemble.members` are ratios of wall time. On a machine that does other work too they say
@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch import nn
 
 from benchmarks.precompute_models import Pictures, Residual
 from softlabels.precompute import Job, precompute, teacher_from_module
-from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable
+from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable, ViewsTable
 from softlabels.store.files import make_folder
 
 OUT = Path(__file__).parent / "out"
@@ -76,7 +76,14 @@ def job(folder: Path, *, encoding: str = "f16", **run: Any) -> Job:
     )
 
 
-def whole(models: list[nn.Module], pictures: Pictures, *, metrics: Path | None = None, **run: Any) -> Work:
+def whole(
+    models: list[nn.Module],
+    pictures: Pictures,
+    *,
+    metrics: Path | None = None,
+    views: ViewsTable | None = None,
+    **run: Any,
+) -> Work:
     """A precompute of all pictures with these models, from the job to the manifest."""
 
     def measured() -> Spent:
@@ -86,7 +93,8 @@ def whole(models: list[nn.Module], pictures: Pictures, *, metrics: Path | None =
         teachers = [teacher_from_module(model, name=f"t{n}", device=device) for n, model in enumerate(models)]
         spent: list[Spent] = []
         with timed(spent):
-            precompute(job(folder, **run), transfer_set=pictures, teachers=teachers, metrics=metrics)
+            told = replace(job(folder, **run), views=views)
+            precompute(told, transfer_set=pictures, teachers=teachers, metrics=metrics)
         shutil.rmtree(folder.parent)
         return spent[0]
 
@@ -169,6 +177,19 @@ def bench_ensemble(quick: bool) -> list[dict[str, Any]]:
     return lines("ensemble.members", times["together"], times["each"], against=against)
 
 
+def bench_views(quick: bool) -> list[dict[str, Any]]:
+    """Eight random crops of each picture, beside eight times as many pictures of the crops' size."""
+    model, count, size = Residual(18, 1_000), 32 if quick else 64, 32
+    crops = ViewsTable(count=8, transform="benchmarks.precompute_models:random_crop", arguments={"size": 128})
+    contenders = {
+        "views": whole([model], Pictures(count, 144), views=crops, batch_size=size, device="cpu"),
+        "passes": whole([model], Pictures(8 * count, 128), batch_size=size, device="cpu"),
+    }
+    times = interleaved(contenders, rounds=3 if quick else 5)
+    against = f"a precompute of {8 * count} pictures of the crops' size: ResNet-18, CPU"
+    return lines("views.passes", times["views"], times["passes"], against=against)
+
+
 def bench_memory(quick: bool) -> list[dict[str, Any]]:
     """Peak memory of 10⁷ rows beside that of 10⁴, each in a process of its own."""
     peaks = {}
@@ -222,7 +243,13 @@ def bench_cuda(quick: bool) -> list[dict[str, Any]]:
     return found
 
 
-PARTS = {"forward": bench_forward, "ensemble": bench_ensemble, "memory": bench_memory, "cuda": bench_cuda}
+PARTS = {
+    "forward": bench_forward,
+    "ensemble": bench_ensemble,
+    "views": bench_views,
+    "memory": bench_memory,
+    "cuda": bench_cuda,
+}
 
 
 def main(chosen: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -120,3 +122,13 @@ class Numbers:
         ids: IdArray = positions
         inputs = np.sin(positions[:, None] * (1.0 + np.arange(self._features))).astype(np.float32)
         return Samples(ids=ids, inputs=inputs, labels=None)
+
+
+def random_crop(size: int) -> Callable[..., Tensor]:
+    """A view transform: a square of a picture of bytes, anywhere in it."""
+
+    def crop(picture: Tensor, generator: torch.Generator) -> Tensor:
+        top, left = torch.randint(0, picture.shape[1] - size + 1, (2,), generator=generator).tolist()
+        return picture[:, top : top + size, left : left + size]
+
+    return crop

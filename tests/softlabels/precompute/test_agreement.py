@@ -1,4 +1,4 @@
-"""`verify --against-teacher`: the teachers of the job agree with the store, whatever its layout; others, or other data, do not."""
+"""`verify --against-teacher`: the job's teachers agree with the store, whatever its layout; others, or data, do not."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(8, 200)
 
     def forward(self, tokens):
-        return self.head(4 * self.embed(tokens.clamp(min=0)).cumsum(dim=1) / (1 + torch.arange(tokens.shape[1])[:, None]))
+        counts = 1 + torch.arange(tokens.shape[1])[:, None]
+        return self.head(4 * self.embed(tokens.clamp(min=0)).cumsum(dim=1) / counts)
 
 """
 
