@@ -53,7 +53,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
     Raises:
         TemperatureError, TemperatureLockedError: targets of this temperature cannot be had.
         UnknownFieldError: the store keeps no fingerprints to check by, or no inputs where none were given.
-        RequestError: an unknown `check`, or ids missing.
+        RequestError: an unknown `check`, ids missing, or a store of sequences.
 
     Labels are the inputs' own where they have any, else the store's.
     """
@@ -73,6 +73,11 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
         wanted = spec.default if temperature is None else check_temperature(temperature)
         if store.manifest.members is None:  # where members are kept, every temperature can still be had
             refuse_if_locked(wanted, captured=spec.captured, locked=spec.locked)
+        if store.manifest.layout.kind == "sequences":
+            raise RequestError(
+                f"{store.manifest.name!r} keeps sequences, a row a position: fetch ranges of them by "
+                "`store.batch(ids, spans=…)`, as clients/examples/tokens.py does"
+            )
         if check != "never" and FINGERPRINTS not in store.manifest.arrays:
             raise UnknownFieldError(
                 f"{store.manifest.name!r} keeps no fingerprints, so nobody can tell whether an input is the one that "

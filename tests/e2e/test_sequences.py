@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import softlabels
+from softlabels.errors import RequestError
 from softlabels.losses import SoftTargetBatch, distillation_loss
 from softlabels.precompute import precompute, teacher_from_module
 from softlabels.precompute.job import job_from_json
 from softlabels.transfer import sequence_fingerprints
 from softlabels.transfer_sets.ragged import RaggedTransferSet
+from softlabels_client import SoftTargetDataset
 from softlabels_server import Settings, StoreFolder, create_app
 from softlabels_server.running import listen, make_server, url_of
 
@@ -116,3 +118,9 @@ class TestServed:
                 expected = live.div(temperature).softmax(dim=-1).numpy()
                 found = store.batch(["b"], temperature=temperature).p()
                 np.testing.assert_allclose(found, expected, rtol=0.02, atol=1e-6)
+
+    def test_a_data_set_of_samples_refuses_sequences(self, folder: Path) -> None:
+        """A row a sample is what it pairs; the message says how ranges are fetched."""
+        tokens = np.zeros((3, 31), dtype=np.int32)
+        with softlabels.open(folder / "topk") as store, pytest.raises(RequestError, match="spans="):
+            SoftTargetDataset(tokens, store, ids=["a", "b", "c"])
