@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Two cores shared with servers and training: a slow example says nothing about the code, so no deadline.
 hypothesis.settings.register_profile("softlabels", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("softlabels")
+
+# A shell that runs the suite in the background has it ignore Ctrl-C, and every process that it starts, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SAMPLES, CLASSES = 200, 10
 SERVER_START_S = 60.0

@@ -14,6 +14,9 @@ import pytest
 
 import softlabels
 
+THREADS_MB = 24.0
+"""What the pool's forty threads hold of their own, however few readers there are: an arena of the allocator each."""
+
 MOST_MB_A_READER = 0.5
 """A piece of 64 KiB and its copy, what gathers the next, a task, a connection: 0.25 MB in use, 0.33 with holes between,
 as measured."""
@@ -200,7 +203,7 @@ def test_readers_who_stop_are_dropped(serve: Any, count: int, timeout_s: float, 
     after_mb = settled_mb(served, most_mb)
     shown = ", ".join(f"{peak:.0f}" for peak in peaks)
     print(f"alone {alone_mb:.0f} MB; with {count} each time {shown} MB; when all are dropped {after_mb:.0f} MB")
-    assert max(peaks) - alone_mb < count * MOST_MB_A_READER + MOST_GROWTH_MB
+    assert max(peaks) - alone_mb < count * MOST_MB_A_READER + THREADS_MB
     assert peaks[-1] - max(peaks[:-1]) < MOST_GROWTH_MB + 0.05 * count
     assert after_mb <= most_mb
     assert np.percentile(regular.latencies_s, 99) < MOST_LATENCY_S, regular.summary()

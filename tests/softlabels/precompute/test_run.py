@@ -242,7 +242,7 @@ class TestInterruption:
 
     def test_ctrl_c_says_how_to_go_on(self, job_folder: Path, edited: Edited) -> None:
         """Exit code 130, one line with the command, and that command finishes the store."""
-        job = edited('source = "parts.py:blobs"', 'source = "parts.py:SlowBlobs"\narguments = {delay_s = 1.0}')
+        job = edited('source = "parts.py:blobs"', 'source = "parts.py:SlowBlobs"\narguments = {delay_s = 0.5}')
         command = [sys.executable, "-m", "softlabels", "precompute", str(job_folder / "edited.toml")]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         deadline_s = time.monotonic() + 60
