@@ -124,8 +124,10 @@ class EpochStream:
                 left = count - begin
                 parts = max(1, round(left * self._row_bytes(name) / piece_bytes()))
                 at_once = -(-left // (8 * parts)) * 8
-                found = self._arrays(step.positions[begin : begin + at_once], (name,))[name]
-                total += wire.word_sum(found)
+                positions = step.positions[begin : begin + at_once]
+                found = self._arrays(positions, (name,))[name]
+                kept = None if name == IDS else self.store.rows.word_sum_at(positions, name, view=self._view)
+                total += wire.word_sum(found) if kept is None else kept
                 size += found.nbytes
                 begin += at_once
                 pending.append(found)
@@ -133,12 +135,15 @@ class EpochStream:
         yield [*pending, np.array([total % (1 << 64)], dtype="<u8")]
 
     def _arrays(self, positions: NDArray[np.int64], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        view = self.plan.view_of(self.store.manifest)
-        found = self.store.rows.at_positions(positions, names, view=view)
+        found = self.store.rows.at_positions(positions, names, view=self._view)
         if IDS in found and self.store.manifest.ids.kind == "str":
             ids: Any = found[IDS]
             found[IDS] = to_fixed_bytes(ids, width_bytes=self.store.manifest.ids.width_bytes)
         return found
+
+    @cached_property
+    def _view(self) -> int | None:
+        return self.plan.view_of(self.store.manifest)
 
     def _header(self, step: StepBatch, rows: Mapping[str, int]) -> bytes:
         """The header of a frame; frames of one size differ in their place alone, so one is made for each size."""

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope, Send
 
-from softlabels_server.ahead import MadeAhead
 from softlabels_server.forms import as_buffer
 
 EXTENSION = "softlabels.pour"
@@ -75,8 +74,7 @@ class PouringOutlet:
         if not await pourer.emptied():
             return False
         descriptor = pourer.own_descriptor()
-        ahead = MadeAhead(pieces, lambda: appetite.is_proven)
-        pump = Pump(descriptor, ahead, appetite, pourer.is_gone)
+        pump = Pump(descriptor, pieces, appetite, pourer.is_gone)
         try:
             while (left := await run_in_threadpool(pump.run)) is not None:
                 pourer.account(pump.take_count())
@@ -91,7 +89,6 @@ class PouringOutlet:
         except TimeoutError:
             return False  # a reader that stopped; whoever it is can go on at its cursor
         finally:
-            ahead.close()
             os.close(descriptor)
 
     def abandon(self) -> None:
@@ -106,14 +103,9 @@ class Appetite:
         self._taken = 0
 
     @property
-    def is_proven(self) -> bool:
-        """Whether the reader is one that reads: worth large pieces, and gathering ahead for."""
-        return self._taken >= PROOF_BYTES
-
-    @property
     def piece_bytes(self) -> int:
         """How large the next piece should be."""
-        return LARGE_BYTES if self.is_proven else SMALL_BYTES
+        return LARGE_BYTES if self._taken >= PROOF_BYTES else SMALL_BYTES
 
     def took(self, size_bytes: int) -> None:
         """The reader took so much."""

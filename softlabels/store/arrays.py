@@ -51,6 +51,11 @@ class StoreArrays:
         assert found is not None, "every chunk was admitted just now"
         return found
 
+    def word_sum(self, field: str, rows_B: NDArray[np.int64]) -> int | None:
+        """The sum of the 64-bit words of rows that were gathered, modulo 2⁶⁴; None where it has to be added up."""
+        array = self._mapped.get(field)
+        return None if array is None else array.word_sum(rows_B)
+
     def run(self, field: str, chunk: int) -> NDArray[Any]:
         """The rows of one chunk, counted through the whole store; raises as `gather` does.
 

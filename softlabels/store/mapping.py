@@ -27,6 +27,9 @@ ALIGNMENT_BYTES = 2 << 20
 """Where the kernel keeps a file in huge pages, it maps them as such if file and addresses are aligned alike: a random
 row then misses one entry of the processor's address cache and not four."""
 
+SUMMED_ROW_BYTES, MOST_SUMMED_ROWS = 256, 1 << 25
+"""Rows of this size and more, and no more of them than this, have their sums kept: 8 bytes each, 256 MiB at most."""
+
 _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
 _MAP_FIXED = 0x10
@@ -143,6 +146,9 @@ class MappedArray:
                 f"{shards} shards of {shard_bytes} bytes in {self._chunks_per_shard} chunks each are more than this "
                 f"process may address ({error}): see `ulimit -v`, or give shards larger chunks"
             ) from error
+        summed = self._row_bytes % 8 == 0 and self._row_bytes >= SUMMED_ROW_BYTES
+        rows = shards * rows_per_shard
+        self._sums = np.zeros(rows, dtype=np.uint64) if summed and rows <= MOST_SUMMED_ROWS else None
         self._items = _items(self._space, self._row_bytes)
         self._parts: dict[int, Part] = {}
 
@@ -166,7 +172,13 @@ class MappedArray:
         shard, local = divmod(chunk, self._chunks_per_shard)
         # Less the bytes of all rows before the chunk, so that an address is `base[chunk] + row * row_bytes`.
         before = chunk * self._rows_per_chunk * self._row_bytes
-        self._base[chunk] = int(self._begin[shard]) + local * self._stride - before
+        base = int(self._begin[shard]) + local * self._stride - before
+        if self._sums is not None:
+            # Of the bytes that were just found to be what was written: what is sent later must still add up to them.
+            words = self._chunk_rows(base, chunk).reshape(self._rows_per_chunk, -1).view("<u8")
+            first = chunk * self._rows_per_chunk
+            self._sums[first : first + self._rows_per_chunk] = words.sum(axis=1, dtype=np.uint64)
+        self._base[chunk] = base
 
     def unadmitted(self, rows_B: NDArray[np.int64]) -> list[int]:
         """The chunks that these rows lie in and that were not admitted yet, in order, each once."""
@@ -197,8 +209,18 @@ class MappedArray:
         base = int(self._base[chunk])
         if not base:
             return None
-        shape = (self._rows_per_chunk, *self.row_shape)
+        return self._chunk_rows(base, chunk)
+
+    def word_sum(self, rows_B: NDArray[np.int64]) -> int | None:
+        """The sum of these rows' 64-bit words as they were when their chunks were admitted; None where none is kept.
+
+        To be asked for rows that were gathered.
+        """
+        return None if self._sums is None else int(self._sums.take(rows_B).sum(dtype=np.uint64))
+
+    def _chunk_rows(self, base: int, chunk: int) -> NDArray[Any]:
         begin = base + chunk * self._rows_per_chunk * self._row_bytes
+        shape = (self._rows_per_chunk, *self.row_shape)
         return np.ndarray(shape, dtype=self.dtype, buffer=self._space.buffer, offset=begin)
 
 

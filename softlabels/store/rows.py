@@ -173,6 +173,19 @@ class LocalRows:
             found[IDS] = self._index.ids_at(positions_B)
         return found
 
+    def word_sum_at(self, positions_B: NDArray[np.int64], field: str, *, view: int | None = None) -> int | None:
+        """The sum of the 64-bit words of rows that `at_positions` gave, modulo 2⁶⁴, without reading them again.
+
+        As they were when they were verified, so that bytes which change later no longer add up to it.
+
+        Returns:
+            None where no sums are kept: of short rows, rows of no whole words, compressed stores and sequences.
+        """
+        layout = self._manifest.layout
+        if layout.kind == "sequences":
+            return None
+        return self._arrays.word_sum(field, positions_B if view is None else positions_B * layout.views + view)
+
     def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """The rows of each step of an epoch. Raises, when it is read, as `fetch` does."""
         view = plan.view_of(self._manifest)
