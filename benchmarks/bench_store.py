@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.documents import seal
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, Layout, Manifest, TemperatureSpec, TransferSetSpec
-from softlabels.sealing import seal
 from softlabels.store import LocalRows, StoreWriter, plan_store
 from softlabels.store.files import sync_folder
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from softlabels.documents import canonical_json
 from softlabels.errors import ClassListMismatchError
-from softlabels.sealing import canonical_json
 
 MAX_NAMED_BYTES = 1 << 16
 """Names up to here stand in the manifest, which travels with every opening; of a longer list its digest does."""

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.classes import ClassList, class_list_of
+from softlabels.documents import as_json, canonical_json
 from softlabels.encodings import Encoding, make_encoding
 from softlabels.errors import FormatVersionError, ManifestError
 from softlabels.ids import IdKind
-from softlabels.sealing import canonical_json, document_of
 from softlabels.soundness import MAX_EXTENT, check_manifest, check_teacher
 
 FORMAT = "softlabels-store"
@@ -258,7 +258,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able description that `from_json` reads back."""
-        return {"format": FORMAT, **document_of(self)}
+        return {"format": FORMAT, **as_json(self)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Manifest:

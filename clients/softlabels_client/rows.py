@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels import wire
+from softlabels.documents import MAX_DOCUMENT_BYTES
 from softlabels.encodings import Encoding
 from softlabels.epochs import EpochPlan, EpochRows
 from softlabels.errors import ManifestError, RequestError, WireError
 from softlabels.ids import IdArray, kind_of
 from softlabels.manifest import Manifest, check_encoding
 from softlabels.opening import IDS, ROW_OFFSETS
-from softlabels.sealing import MAX_MANIFEST_BYTES
 from softlabels_client.address import parse_address
 from softlabels_client.replies import ReplyReader
 from softlabels_client.retrying import RetryPolicy
@@ -159,7 +159,7 @@ class HttpRows:
 
     def _describe(self) -> tuple[Manifest, str]:
         reply = self._transport.request(
-            "GET", self._address.path, headers={"Accept": JSON}, max_bytes=MAX_MANIFEST_BYTES + _SLACK_BYTES
+            "GET", self._address.path, headers={"Accept": JSON}, max_bytes=MAX_DOCUMENT_BYTES + _SLACK_BYTES
         )
         try:
             document = json.loads(bytes(reply.body))

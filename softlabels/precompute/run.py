@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from softlabels.documents import open_sealed
 from softlabels.encodings import Encoding
 from softlabels.errors import UnknownStoreError
 from softlabels.manifest import Manifest
@@ -31,7 +32,6 @@ from softlabels.precompute.planning import (
 from softlabels.precompute.rows import RowMaker
 from softlabels.precompute.teachers import Teacher
 from softlabels.progress import Progress, track
-from softlabels.sealing import unseal
 from softlabels.store.beginning import load_plan
 from softlabels.store.constants import load_encoding
 from softlabels.store.geometry import shard_rows
@@ -98,7 +98,7 @@ def resume(where: Path, *, show: ShowProgress = track, metrics: Path | None = No
     path = Path(where) / JOB
     if not path.is_file():
         raise UnknownStoreError(f"nothing to resume at {where}: it has no {JOB}; start with `softlabels precompute`")
-    document = unseal(path.read_bytes(), what=str(path))
+    document = open_sealed(path.read_bytes(), what=str(path))
     document.pop(FOUND, None)
     base = Path(document.pop("base"))
     job = job_from_json(document, base=base, what=str(path))
@@ -157,7 +157,7 @@ class _KeptJob:
         self._job = job
         path = job.store_path / JOB
         begun = path.is_file() and (job.store_path / PLAN).is_file()
-        self._before: dict[str, Any] = unseal(path.read_bytes(), what=str(path)) if begun else {}
+        self._before: dict[str, Any] = open_sealed(path.read_bytes(), what=str(path)) if begun else {}
         asked = job.run.batch_size
         self.batch_size = asked if isinstance(asked, int) else None
         if self._before.get("run", {}).get("batch_size") == asked:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed, seal
 from softlabels.errors import ManifestError, StoreExistsError
 from softlabels.manifest import Manifest
-from softlabels.sealing import MAX_MANIFEST_BYTES, seal, unseal
 from softlabels.store.confined import read_confined
 from softlabels.store.files import TEMPORARY, make_folder, sha256_of, write_atomically
 from softlabels.store.ledger import DAMAGED, FOLDER, LOCKS, STAGING, Ledger, Receipt
@@ -46,7 +46,7 @@ def load_plan(root: Path) -> Manifest:
     """
     path = root / PLAN
     try:
-        return Manifest.from_json(unseal(read_confined(root, PLAN, most_bytes=MAX_MANIFEST_BYTES), what=str(path)))
+        return Manifest.from_json(open_sealed(read_confined(root, PLAN, most_bytes=MAX_DOCUMENT_BYTES), what=str(path)))
     except FileNotFoundError as error:
         raise ManifestError(f"{path} is gone: without it nothing can be added to the store") from error
 
@@ -77,8 +77,8 @@ def _refuse_unless_begun_from(root: Path, plan: Manifest) -> None:
     own = 0
     for path in sorted((root / FOLDER).glob("*.json")):
         try:
-            raw = read_confined(root, f"{FOLDER}/{path.name}", most_bytes=MAX_MANIFEST_BYTES)
-            found = Receipt.from_json(unseal(raw, what=str(path)))
+            raw = read_confined(root, f"{FOLDER}/{path.name}", most_bytes=MAX_DOCUMENT_BYTES)
+            found = Receipt.from_json(open_sealed(raw, what=str(path)))
         except ManifestError:
             continue  # damaged: for `repair` to drop, once there is a plan again
         if found.plan_sha256 != plan.digest:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
 from softlabels.errors import ManifestError, UnknownStoreError
 from softlabels.manifest import Manifest
-from softlabels.sealing import MAX_MANIFEST_BYTES, unseal
 from softlabels.store.confined import read_confined
 from softlabels.store.container import container_of
 from softlabels.store.faults import Fault
@@ -80,7 +80,7 @@ def plan_of(manifest: Manifest) -> Manifest | None:
 def read_job(root: Path, faults: list[Fault]) -> None:
     """Add what is wrong with the job beside a plan; that there is none is no fault."""
     try:
-        unseal(read_confined(root, JOB, most_bytes=MAX_MANIFEST_BYTES), what=JOB)
+        open_sealed(read_confined(root, JOB, most_bytes=MAX_DOCUMENT_BYTES), what=JOB)
     except FileNotFoundError:
         return
     except (ManifestError, OSError) as error:
@@ -89,7 +89,7 @@ def read_job(root: Path, faults: list[Fault]) -> None:
 
 def _read(root: Path, name: str, faults: list[Fault]) -> Manifest | None:
     try:
-        return Manifest.from_json(unseal(read_confined(root, name, most_bytes=MAX_MANIFEST_BYTES), what=name))
+        return Manifest.from_json(open_sealed(read_confined(root, name, most_bytes=MAX_DOCUMENT_BYTES), what=name))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ManifestError, OSError) as error:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softlabels.documents import MAX_DOCUMENT_BYTES, as_json, canonical_json, open_sealed, seal
 from softlabels.errors import ManifestError, ShardClaimedError, TruncatedError
-from softlabels.sealing import MAX_MANIFEST_BYTES, canonical_json, document_of, seal, unseal
 from softlabels.soundness import check_path, check_whole
 from softlabels.store.confined import read_confined
 from softlabels.store.files import TEMPORARY, make_folder, write_atomically
@@ -68,7 +68,7 @@ class Receipt:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able description that `from_json` reads back."""
-        document: dict[str, Any] = document_of(self)
+        document: dict[str, Any] = as_json(self)
         return document
 
     @property
@@ -121,10 +121,10 @@ class Ledger:
         """
         path = self.path(shard)
         try:
-            raw = read_confined(self._root, f"{FOLDER}/{path.name}", most_bytes=MAX_MANIFEST_BYTES)
+            raw = read_confined(self._root, f"{FOLDER}/{path.name}", most_bytes=MAX_DOCUMENT_BYTES)
         except FileNotFoundError:
             return None
-        receipt = Receipt.from_json(unseal(raw, what=f"receipt {path}"))
+        receipt = Receipt.from_json(open_sealed(raw, what=f"receipt {path}"))
         if receipt.shard != shard or receipt.plan_sha256 != self._plan_sha256:
             raise ManifestError(f"receipt {path} belongs to another shard or another store: do not mix stores' files")
         return receipt

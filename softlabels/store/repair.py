@@ -8,9 +8,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from softlabels.documents import seal
 from softlabels.errors import DamageError, ShardClaimedError
 from softlabels.manifest import Manifest
-from softlabels.sealing import seal
 from softlabels.store.container import container_of
 from softlabels.store.documents import Documents, read_documents
 from softlabels.store.faults import Fault, Report, ShowProgress, silent

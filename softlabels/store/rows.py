@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
 from softlabels.encodings import Encoding
 from softlabels.epochs import EpochPlan, EpochRows
 from softlabels.errors import (
@@ -21,7 +22,6 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray, from_fixed_bytes
 from softlabels.manifest import Manifest
-from softlabels.sealing import MAX_MANIFEST_BYTES, unseal
 from softlabels.store.arrays import StoreArrays
 from softlabels.store.confined import read_confined
 from softlabels.store.constants import load_encoding
@@ -242,10 +242,10 @@ def load_manifest(root: Path) -> Manifest:
     """
     for name in (MANIFEST, PLAN):
         try:
-            raw = read_confined(root, name, most_bytes=MAX_MANIFEST_BYTES)
+            raw = read_confined(root, name, most_bytes=MAX_DOCUMENT_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        return Manifest.from_json(unseal(raw, what=str(root / name)))
+        return Manifest.from_json(open_sealed(raw, what=str(root / name)))
     raise UnknownStoreError(f"there is no store at {root}: it has neither {MANIFEST} nor {PLAN}", where=str(root))
 
 

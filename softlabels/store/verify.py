@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from softlabels.audit import Audit
+from softlabels.documents import canonical_json
 from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError
 from softlabels.manifest import Manifest
-from softlabels.sealing import canonical_json
 from softlabels.store.confined import open_confined
 from softlabels.store.constants import load_encoding
 from softlabels.store.container import container_of

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.audit import Audit
+from softlabels.documents import seal
 from softlabels.encodings import Encoding
 from softlabels.errors import (
     ManifestError,
@@ -22,7 +23,6 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray, to_fixed_bytes
 from softlabels.manifest import Manifest
-from softlabels.sealing import seal
 from softlabels.store.beginning import begin_store, has_file, load_plan
 from softlabels.store.constants import constant_files
 from softlabels.store.container import ShardFile, container_of

@@ -13,6 +13,7 @@ import pytest
 
 import softlabels
 from softlabels.audit import Audit
+from softlabels.documents import open_sealed, seal
 from softlabels.encodings import make_encoding
 from softlabels.errors import (
     ChecksumError,
@@ -23,7 +24,6 @@ from softlabels.errors import (
     UnknownStoreError,
 )
 from softlabels.manifest import IdSpec, Layout, TemperatureSpec, TransferSetSpec, ViewSpec
-from softlabels.sealing import seal, unseal
 from softlabels.store import LocalRows, SampleTable, StoreWriter, plan_store
 from softlabels.store.convert import convert_store
 from softlabels.transfer import sample_fingerprints
@@ -136,7 +136,7 @@ class TestRefused:
     def test_a_receipt_of_other_samples(self, made: Any, kind: Any, tmp_path: Path) -> None:
         """Sound chunks whose samples are not those that the receipt names are refused."""
         path = made.root / "ledger" / "00000001.json"
-        receipt = unseal(path.read_bytes(), what="receipt")
+        receipt = open_sealed(path.read_bytes(), what="receipt")
         path.write_bytes(seal({**receipt, "fingerprint": "0" * 32 + "-64"}))
         with pytest.raises(ManifestError, match="other samples"):
             convert_store(made.root, tmp_path / "there", container=OTHER[kind.container])

@@ -13,9 +13,9 @@ import pytest
 
 import softlabels
 from softlabels.cli import main
+from softlabels.documents import open_sealed, seal
 from softlabels.errors import ChecksumError, JobError, ManifestError, ShapeMismatchError, UnknownFieldError
 from softlabels.manifest import ArraySpec, IdSpec, Layout, Manifest, TemperatureSpec, TransferSetSpec
-from softlabels.sealing import seal, unseal
 from softlabels.store import LocalRows, StoreWriter, plan_store
 from softlabels.store.convert import convert_store
 from softlabels.store.merge import merge
@@ -227,7 +227,7 @@ class TestPlanning:
     def test_a_manifest_that_says_otherwise_is_not_believed(self, kept: Any) -> None:
         """Inputs in a layout of views are no manifest of ours."""
         path = kept.root / "plan.json"
-        body = unseal(path.read_bytes(), what="plan")
+        body = open_sealed(path.read_bytes(), what="plan")
         body["layout"] = {"kind": "views", "samples": 100, "rows": 200, "views": 2}
         path.write_bytes(seal(json.loads(json.dumps(body))))
         shutil.rmtree(kept.root / "ledger")

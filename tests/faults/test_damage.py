@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from softlabels.documents import canonical_json
 from softlabels.errors import SoftLabelsError
-from softlabels.sealing import canonical_json
 from softlabels.store.ledger import Ledger
 from softlabels.store.repair import repair
 from softlabels.store.rows import LocalRows, load_manifest, plan_digest

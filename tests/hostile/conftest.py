@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from softlabels.audit import Audit
+from softlabels.documents import open_sealed, seal
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
-from softlabels.sealing import seal, unseal
 from softlabels.store import StoreWriter, plan_store
 from softlabels.transfer import sample_fingerprints
 
@@ -77,7 +77,7 @@ def rewrite() -> Callable[[Path, Change], None]:
     """Changes a sealed document and seals it again: whoever makes a store can do that."""
 
     def rewrite(path: Path, change: Change) -> None:
-        body = unseal(path.read_bytes(), what=str(path))
+        body = open_sealed(path.read_bytes(), what=str(path))
         change(body)
         path.write_bytes(seal(body))
 

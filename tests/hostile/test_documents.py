@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import softlabels
+from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed, seal
 from softlabels.errors import ManifestError
-from softlabels.sealing import MAX_MANIFEST_BYTES, seal, unseal
 
 
 def sealed(text: str) -> bytes:
@@ -44,7 +44,7 @@ class TestUnseal:
     def test_a_bomb(self, raw: bytes, little_memory: Any) -> None:
         """Each is a plain error, in little memory."""
         with little_memory(), pytest.raises(ManifestError):
-            unseal(raw, what="it")
+            open_sealed(raw, what="it")
 
     def test_a_digest_that_lies(self) -> None:
         """A changed value, a changed digest, a digest of another type and further keys are all refused."""
@@ -57,18 +57,18 @@ class TestUnseal:
             {"body": document["body"]},
         ):
             with pytest.raises(ManifestError):
-                unseal(json.dumps(lie).encode(), what="it")
+                open_sealed(json.dumps(lie).encode(), what="it")
 
     def test_a_key_twice_under_a_true_digest(self) -> None:
         """A reader that takes the first value would see another document than one that takes the last."""
         raw = seal({"rows": 5}).replace(b'"rows": 5', b'"rows": 6, "rows": 5')
         with pytest.raises(ManifestError, match="stands twice"):
-            unseal(raw, what="it")
+            open_sealed(raw, what="it")
 
     def test_what_was_sealed_is_read(self) -> None:
         """Ordinary documents pass."""
         body = {"name": "a", "nested": [{"x": 1.5}, None, True], "text": "ü"}
-        assert unseal(seal(body), what="it") == body
+        assert open_sealed(seal(body), what="it") == body
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json", "ledger/00000000.json"])
@@ -86,7 +86,7 @@ class TestFile:
         with little_memory(), pytest.raises(ManifestError, match="bytes, more than"):
             self.open(store, name)
         with (store / name).open("r+b") as file:
-            file.truncate(MAX_MANIFEST_BYTES)
+            file.truncate(MAX_DOCUMENT_BYTES)
         with little_memory(200), pytest.raises(ManifestError):
             self.open(store, name)
 

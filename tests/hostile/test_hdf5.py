@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import softlabels
+from softlabels.documents import open_sealed
 from softlabels.errors import ManifestError, SoftLabelsError, TruncatedError
-from softlabels.sealing import unseal
 from softlabels.store.convert import convert_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ class TestCraftedShards:
     def test_chunks_that_overlap(self, hdf5: Path, rewrite: Any) -> None:
         """A receipt that lays one array over another is refused, however each fits by itself."""
         path = hdf5 / "ledger" / "00000000.json"
-        parts = unseal(path.read_bytes(), what="receipt")["parts"]
+        parts = open_sealed(path.read_bytes(), what="receipt")["parts"]
         ids = parts["ids"]
         for offset in (ids["offset"], ids["offset"] + ids["stride"] * 3 + 1, ids["offset"] - 1):
             rewrite(path, lambda receipt: receipt["parts"]["labels"].update(offset=offset))  # noqa: B023

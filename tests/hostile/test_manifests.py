@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import softlabels
+from softlabels.documents import open_sealed, seal
 from softlabels.encodings import ENCODING_NAMES
 from softlabels.errors import FormatVersionError, ManifestError, SoftLabelsError, UnknownEncodingError
 from softlabels.manifest import Manifest
-from softlabels.sealing import seal, unseal
 
 Path_ = tuple[str | int, ...]
 HUGE = 1 << 62
@@ -108,7 +108,7 @@ LIES: dict[str, tuple[Path_, Any]] = {
 
 def body_of(root: Path) -> dict[str, Any]:
     """The manifest's body."""
-    return unseal((root / "manifest.json").read_bytes(), what="manifest")
+    return open_sealed((root / "manifest.json").read_bytes(), what="manifest")
 
 
 def put(body: dict[str, Any], path: Path_, value: Any) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class TestAnything:
         original = store.with_name("original.json")
         if not original.exists():
             original.write_bytes((store / "manifest.json").read_bytes())
-        body = unseal(original.read_bytes(), what="manifest")
+        body = open_sealed(original.read_bytes(), what="manifest")
         path = data.draw(st.sampled_from(sorted(leaves(body), key=str)))
         anything = st.recursive(
             st.none()

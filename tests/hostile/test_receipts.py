@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import softlabels
+from softlabels.documents import open_sealed, seal
 from softlabels.errors import ManifestError, SoftLabelsError, TruncatedError
-from softlabels.sealing import seal, unseal
 
 HUGE = 1 << 62
 Lie = Callable[[dict[str, Any], dict[str, Any]], None]
@@ -124,7 +124,7 @@ class TestLies:
             part["path"] = path
 
         outside = store.parent / "outside"
-        part = unseal(receipt_path(store).read_bytes(), what="receipt")["parts"]["targets"]
+        part = open_sealed(receipt_path(store).read_bytes(), what="receipt")["parts"]["targets"]
         outside.write_bytes((store / part["path"]).read_bytes())
         rewrite(receipt_path(store), escape)
         with pytest.raises(ManifestError):
@@ -137,7 +137,7 @@ class TestLies:
         original = store.parent / "original.json"
         if not original.exists():
             original.write_bytes(receipt_path(store).read_bytes())
-        receipt = unseal(original.read_bytes(), what="receipt")
+        receipt = open_sealed(original.read_bytes(), what="receipt")
         changed: Any = copy.deepcopy(receipt)
         place, key = changed, data.draw(st.sampled_from(sorted(receipt)))
         while isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
@@ -157,7 +157,7 @@ class TestLies:
 class TestLinks:
     def test_a_file_that_is_a_link(self, store: Path) -> None:
         """A shard's file that is a link, even to the right bytes, is refused: it could be to anything."""
-        part = unseal(receipt_path(store).read_bytes(), what="receipt")["parts"]["targets"]
+        part = open_sealed(receipt_path(store).read_bytes(), what="receipt")["parts"]["targets"]
         path = store / part["path"]
         path.rename(store.parent / "moved")
         path.symlink_to(store.parent / "moved")
@@ -166,7 +166,7 @@ class TestLinks:
 
     def test_a_folder_that_is_a_link(self, store: Path) -> None:
         """A link higher up leads outside just as well."""
-        part = unseal(receipt_path(store).read_bytes(), what="receipt")["parts"]["targets"]
+        part = open_sealed(receipt_path(store).read_bytes(), what="receipt")["parts"]["targets"]
         folder = store / part["path"].split("/")[0]
         folder.rename(store.parent / "moved")
         folder.symlink_to(store.parent / "moved")
@@ -188,7 +188,7 @@ class TestLinks:
 
     def test_a_file_that_is_a_folder_or_a_pipe(self, store: Path) -> None:
         """Neither is read, and neither holds the reader."""
-        part = unseal(receipt_path(store).read_bytes(), what="receipt")["parts"]["targets"]
+        part = open_sealed(receipt_path(store).read_bytes(), what="receipt")["parts"]["targets"]
         path = store / part["path"]
         path.unlink()
         os.mkfifo(path)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from softlabels import __version__
+from softlabels.documents import seal
 from softlabels.manifest import Manifest
-from softlabels.sealing import seal
 from softlabels.wire import from_bytes
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softlabels.documents import as_json
 from softlabels.manifest import Manifest
-from softlabels.sealing import document_of
 from softlabels_client.cache.index import read_taken
 from softlabels_client.cache.table import (
     IDS_FILE,
@@ -289,5 +289,5 @@ def _document(manifest: Manifest, digest: str, shape: TableShape) -> dict[str, A
         "rows": manifest.rows,
         "slots": shape.slots,
         "files": shape.sizes,
-        "fields": {name: document_of(spec) for name, spec in shape.fields.items()},
+        "fields": {name: as_json(spec) for name, spec in shape.fields.items()},
     }
