@@ -35,9 +35,9 @@ from softlabels.precompute.planning import load_teachers
 from softlabels.progress import Progress, duration, track
 from softlabels.softmath import mean_arithmetic, mean_geometric, soften
 from softlabels.transfer import Samples
-from softlabels_client.datasets import SoftTargetDataset
-from softlabels_client.settings import DistillSettings
-from softlabels_client.trainer import distill
+from softlabels_client.data.dataset import SoftTargetDataset
+from softlabels_client.training.settings import DistillSettings
+from softlabels_client.training.trainer import distill
 
 TEMPERATURE = 1.0
 BATCH_SIZE = 25

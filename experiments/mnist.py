@@ -26,10 +26,10 @@ from softlabels.demo.training import fit_hard, hard_labels, has_bfloat16_product
 from softlabels.precompute import Job, precompute
 from softlabels.precompute.job import StoreTable, TargetsTable, TeacherTable, TransferSetTable
 from softlabels.progress import duration, track
-from softlabels_client.datasets import SoftTargetDataset
-from softlabels_client.evaluation import count_errors
-from softlabels_client.settings import DistillSettings
-from softlabels_client.trainer import distill
+from softlabels_client.data.dataset import SoftTargetDataset
+from softlabels_client.training.evaluation import count_errors
+from softlabels_client.training.settings import DistillSettings
+from softlabels_client.training.trainer import distill
 
 TEMPERATURE = 20.0
 """What the paper distils MNIST at (section 3)."""

@@ -40,7 +40,9 @@ def open_store(
     text = str(where)
     # By name, not by import statement: the floor must not depend on the rooms above it.
     if text.startswith(("http://", "https://")):
-        far = importlib.import_module("softlabels_client.rows").HttpRows(text, token=token, timeout_s=timeout_s)
+        far = importlib.import_module("softlabels_client.http.http_rows").HttpRows(
+            text, token=token, timeout_s=timeout_s
+        )
         rows = _cached(far, cache, cache_bytes, read_only=cache_read_only) if wanted else far
         return TargetStore(rows, where=text)
     if "://" in text:

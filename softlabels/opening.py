@@ -217,7 +217,7 @@ class TargetStore:
         rows = self._rows.epoch(plan, self._fields(labels, fingerprints, view_parameters, inputs))
         if prefetch:
             # By name, not by import statement: the floor must not depend on the rooms above it.
-            rows = importlib.import_module("softlabels_client.prefetch").epoch_ahead(rows, batches=prefetch)
+            rows = importlib.import_module("softlabels_client.data.prefetch").epoch_ahead(rows, batches=prefetch)
         heat = (carried, captured, locked)
         return Epoch(
             rows, lambda step: self._targets(step.ids, step.arrays, members, heat), plan=plan, batch_count=count

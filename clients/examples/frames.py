@@ -24,7 +24,7 @@ from softlabels.errors import FingerprintMismatchError
 from softlabels.losses import SoftTargetBatch, make_loss
 from softlabels.transfer import sample_fingerprints
 from softlabels_client import EpochSampler, save_student
-from softlabels_client.prefetch import Ahead
+from softlabels_client.data.prefetch import Ahead
 
 NEIGHBOURS = 5
 """Frames on either side that the net sees beside the one it names."""

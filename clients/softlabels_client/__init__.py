@@ -5,24 +5,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from softlabels_client.address import StoreAddress, parse_address
-from softlabels_client.retrying import RetryPolicy
-from softlabels_client.rows import HttpRows
-from softlabels_client.settings import DistillSettings
-from softlabels_client.transport import HttpTransport
+from softlabels_client.http.address import StoreAddress, parse_address
+from softlabels_client.http.http_rows import HttpRows
+from softlabels_client.http.retry import RetryPolicy
+from softlabels_client.http.transport import HttpTransport
+from softlabels_client.training.settings import DistillSettings
 
 if TYPE_CHECKING:
-    from softlabels_client.batches import DistillationBatch, collate_batches
-    from softlabels_client.checkpoints import CheckpointFolder
-    from softlabels_client.datasets import SoftTargetDataset, data_loader
-    from softlabels_client.evaluation import count_errors
-    from softlabels_client.loaders import StatefulLoader
-    from softlabels_client.ordering import EpochDistributedSampler, EpochSampler
-    from softlabels_client.streaming import SoftTargetStream, stream_loader
-    from softlabels_client.trainer import DistillResult, distill
-    from softlabels_client.training_log import CsvLog, PairRecord, TensorBoardLog
-    from softlabels_client.view_datasets import ViewDataset
-    from softlabels_client.weights import save_student
+    from softlabels_client.data.dataset import SoftTargetDataset, data_loader
+    from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
+    from softlabels_client.data.loader import StatefulLoader
+    from softlabels_client.data.sampler import EpochDistributedSampler, EpochSampler
+    from softlabels_client.data.stream_dataset import SoftTargetStream, stream_loader
+    from softlabels_client.data.view_dataset import ViewDataset
+    from softlabels_client.training.checkpoints import CheckpointFolder
+    from softlabels_client.training.evaluation import count_errors
+    from softlabels_client.training.trainer import DistillResult, distill
+    from softlabels_client.training.training_log import CsvLog, PairRecord, TensorBoardLog
+    from softlabels_client.training.weights import save_student
 
 __all__ = [
     "CheckpointFolder",
@@ -52,24 +52,24 @@ __all__ = [
 ]
 
 _NEEDS_TORCH = {
-    "CheckpointFolder": "checkpoints",
-    "CsvLog": "training_log",
-    "DistillResult": "trainer",
-    "DistillationBatch": "batches",
-    "EpochDistributedSampler": "ordering",
-    "EpochSampler": "ordering",
-    "PairRecord": "training_log",
-    "SoftTargetDataset": "datasets",
-    "SoftTargetStream": "streaming",
-    "StatefulLoader": "loaders",
-    "TensorBoardLog": "training_log",
-    "ViewDataset": "view_datasets",
-    "collate_batches": "batches",
-    "count_errors": "evaluation",
-    "data_loader": "datasets",
-    "distill": "trainer",
-    "save_student": "weights",
-    "stream_loader": "streaming",
+    "CheckpointFolder": "training.checkpoints",
+    "CsvLog": "training.training_log",
+    "DistillResult": "training.trainer",
+    "DistillationBatch": "data.distillation_batch",
+    "EpochDistributedSampler": "data.sampler",
+    "EpochSampler": "data.sampler",
+    "PairRecord": "training.training_log",
+    "SoftTargetDataset": "data.dataset",
+    "SoftTargetStream": "data.stream_dataset",
+    "StatefulLoader": "data.loader",
+    "TensorBoardLog": "training.training_log",
+    "ViewDataset": "data.view_dataset",
+    "collate_batches": "data.distillation_batch",
+    "count_errors": "training.evaluation",
+    "data_loader": "data.dataset",
+    "distill": "training.trainer",
+    "save_student": "training.weights",
+    "stream_loader": "data.stream_dataset",
 }
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from softlabels.errors import MissingExtraError, ReferenceLoadError, RequestError, SoftLabelsError
 from softlabels.transfer import TransferSet
-from softlabels_client.settings import OPTIMIZERS, PRECISIONS, SCHEDULES, DistillSettings
+from softlabels_client.training.settings import OPTIMIZERS, PRECISIONS, SCHEDULES, DistillSettings
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from softlabels_client.datasets import SoftTargetDataset
-    from softlabels_client.trainer import DistillResult
+    from softlabels_client.data.dataset import SoftTargetDataset
+    from softlabels_client.training.trainer import DistillResult
 
 _DESCRIPTION = """\
 Train a student on the soft targets of a store, near or far, without ever loading a teacher. Inputs are paired with
@@ -153,10 +153,10 @@ def run(options: argparse.Namespace) -> int:
         ) from error
 
     from softlabels.locations import open_store
-    from softlabels_client.datasets import SoftTargetDataset
-    from softlabels_client.evaluation import count_errors
-    from softlabels_client.view_datasets import ViewDataset
-    from softlabels_client.weights import save_student
+    from softlabels_client.data.dataset import SoftTargetDataset
+    from softlabels_client.data.view_dataset import ViewDataset
+    from softlabels_client.training.evaluation import count_errors
+    from softlabels_client.training.weights import save_student
 
     with open_store(options.store, token=options.token, timeout_s=options.timeout, cache=options.cache) as store:
         inputs = _transfer_set("--inputs", options.inputs, options.inputs_args) if options.inputs else None
@@ -196,9 +196,9 @@ def _trained(
     options: argparse.Namespace,
 ) -> DistillResult:
     from softlabels.progress import track
-    from softlabels_client.checkpoints import CheckpointFolder
-    from softlabels_client.trainer import distill
-    from softlabels_client.training_log import CsvLog, PairRecord, TensorBoardLog, TrainingLog
+    from softlabels_client.training.checkpoints import CheckpointFolder
+    from softlabels_client.training.trainer import distill
+    from softlabels_client.training.training_log import CsvLog, PairRecord, TensorBoardLog, TrainingLog
 
     checkpoints = None
     if options.checkpoint is not None:

@@ -25,7 +25,7 @@ from softlabels.demo.training import fit_hard, hard_labels, has_bfloat16_product
 from softlabels.errors import DataUnavailableError
 from softlabels.progress import track
 from softlabels.transfer import ArrayTransferSet
-from softlabels_client.evaluation import count_errors
+from softlabels_client.training.evaluation import count_errors
 
 HIGH_TEMPERATURE = 20.0
 """What the paper distils MNIST at (section 3)."""

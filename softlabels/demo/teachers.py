@@ -15,7 +15,7 @@ from softlabels.demo.nets import Mlp, teacher_mlp
 from softlabels.demo.training import Jitter, fit_hard, hard_labels
 from softlabels.progress import QUIET, Progress
 from softlabels.transfer import ArrayTransferSet
-from softlabels_client.evaluation import count_errors
+from softlabels_client.training.evaluation import count_errors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from softlabels.errors import JobError
 from softlabels.progress import QUIET, Progress
 from softlabels.transfer import UNLABELLED, ArrayTransferSet
-from softlabels_client.schedules import one_cycle
+from softlabels_client.training.schedules import one_cycle
 
 MOMENTUM = 0.9
 

@@ -20,7 +20,7 @@ from softlabels.errors import ConflictError, FingerprintMismatchError, RequestEr
 from softlabels.losses import DistillationLoss
 from softlabels.transfer import ArrayTransferSet
 from softlabels_client import SoftTargetDataset
-from softlabels_client.huggingface import BATCH, DistillationTrainer, logits_in
+from softlabels_client.integrations.huggingface import BATCH, DistillationTrainer, logits_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 

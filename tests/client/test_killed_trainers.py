@@ -22,7 +22,7 @@ from torch import Tensor
 
 import softlabels
 from softlabels.transfer import ArrayTransferSet
-from softlabels_client.training_log import target_digest
+from softlabels_client.training.training_log import target_digest
 
 SAMPLES, EPOCHS = 500, 4
 

@@ -66,11 +66,11 @@ class TestStudentProcess:
         [
             "from softlabels_client import SoftTargetDataset",
             "from softlabels_client import distill",
-            "import softlabels_client.datasets",
-            "import softlabels_client.trainer",
-            "import softlabels_client.batches",
-            "import softlabels_client.evaluation",
-            "import softlabels_client.weights",
+            "import softlabels_client.data.dataset",
+            "import softlabels_client.training.trainer",
+            "import softlabels_client.data.distillation_batch",
+            "import softlabels_client.training.evaluation",
+            "import softlabels_client.training.weights",
         ],
     )
     def test_without_torch_training_names_the_extra(self, code: str) -> None:

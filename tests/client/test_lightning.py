@@ -18,8 +18,8 @@ import softlabels
 from softlabels.errors import ConflictError, ShapeMismatchError, StoreChangedError
 from softlabels.losses import DistillationLoss
 from softlabels_client import SoftTargetDataset, SoftTargetStream, StatefulLoader, data_loader, stream_loader
-from softlabels_client.batches import DistillationBatch
-from softlabels_client.lightning import DistillationModule, SoftTargetDataModule
+from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.integrations.lightning import DistillationModule, SoftTargetDataModule
 
 # Lightning warns of what it deprecates in torch, of few workers and of checkpoints that it overwrites.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -21,7 +21,7 @@ import softlabels
 from softlabels.errors import ConflictError, FingerprintMismatchError, RequestError, StoreChangedError
 from softlabels.transfer import ArrayTransferSet, Samples
 from softlabels_client import SoftTargetDataset, data_loader
-from softlabels_client.ordering import EpochDistributedSampler, EpochSampler, identity_of
+from softlabels_client.data.sampler import EpochDistributedSampler, EpochSampler, identity_of
 
 DIGEST = "a" * 64
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from softlabels.errors import RequestError
-from softlabels_client.prefetch import Ahead, batches_ahead
+from softlabels_client.data.prefetch import Ahead, batches_ahead
 
 
 def fetchers() -> list[threading.Thread]:

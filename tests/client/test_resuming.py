@@ -29,10 +29,10 @@ from softlabels.precompute import load_job, precompute
 from softlabels.references import load_reference
 from softlabels.transfer import ArrayTransferSet
 from softlabels_client import DistillSettings, SoftTargetDataset, ViewDataset, distill, save_student
-from softlabels_client.checkpoints import CheckpointFolder, read_checkpoint
-from softlabels_client.tensor_trees import pack, unpack
-from softlabels_client.trainer import DistillResult
-from softlabels_client.training_log import CsvLog, PairRecord, target_digest
+from softlabels_client.training.checkpoints import CheckpointFolder, read_checkpoint
+from softlabels_client.training.tensor_trees import pack, unpack
+from softlabels_client.training.trainer import DistillResult
+from softlabels_client.training.training_log import CsvLog, PairRecord, target_digest
 
 SETTINGS = DistillSettings(epochs=3, batch_size=32, learning_rate=0.05, device="cpu")
 SAMPLES = 300

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softlabels_client.retrying import Deadline, RetryPolicy, retry_after_s
+from softlabels_client.http.retry import Deadline, RetryPolicy, retry_after_s
 
 
 class TestRetryPolicy:

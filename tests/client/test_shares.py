@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import softlabels
 from softlabels.epochs import Epoch
-from softlabels_client.places import Course, Place, Walk
-from softlabels_client.shares import WorkerShare
+from softlabels_client.data.sampler_state import Course, Place, Walk
+from softlabels_client.data.worker_sharding import WorkerShare
 
 SAMPLES = 200
 

@@ -12,7 +12,7 @@ import torch
 from softlabels.errors import EmptyBatchError
 from softlabels.losses import DistillationLoss, SoftTargetBatch
 from softlabels_client import DistillationBatch
-from softlabels_client.steps import step_loss
+from softlabels_client.training.steps import step_loss
 
 BLOCKED = """
 import importlib, sys
@@ -26,7 +26,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 for name in ("lightning", "huggingface", "accelerate"):
     try:
-        importlib.import_module(f"softlabels_client.{name}")
+        importlib.import_module(f"softlabels_client.integrations.{name}")
     except MissingExtraError as error:
         print(error)
 """

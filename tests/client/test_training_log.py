@@ -10,7 +10,7 @@ import pytest
 
 from softlabels.errors import MissingExtraError
 from softlabels_client import CsvLog, TensorBoardLog
-from softlabels_client.training_log import Figures, SteppedCsv
+from softlabels_client.training.training_log import Figures, SteppedCsv
 
 
 def figures(step: int, errors: float | None = None) -> Figures:

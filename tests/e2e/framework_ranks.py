@@ -14,7 +14,7 @@ from taking import digest_of, loader_of
 from torch import nn
 
 from softlabels_client import DistillationBatch, SoftTargetDataset
-from softlabels_client.steps import step_loss
+from softlabels_client.training.steps import step_loss
 
 EPOCHS, BATCH_SIZE = 2, 16
 
@@ -52,7 +52,7 @@ def by_lightning(url: str, notes: Notes, folder: str) -> None:
     """Lightning's Trainer with its distributed strategy, which replaces samplers where it finds any."""
     from lightning.pytorch import Trainer
 
-    from softlabels_client.lightning import DistillationModule, SoftTargetDataModule
+    from softlabels_client.integrations.lightning import DistillationModule, SoftTargetDataModule
 
     class Noting(DistillationModule):
         def training_step(self, batch: DistillationBatch, batch_idx: int) -> torch.Tensor:
@@ -77,7 +77,7 @@ def by_accelerate(url: str, notes: Notes, folder: str) -> None:
     from accelerate import Accelerator
 
     from softlabels.losses import DistillationLoss
-    from softlabels_client.accelerate import AcceleratedLoader
+    from softlabels_client.integrations.accelerate import AcceleratedLoader
 
     accelerator = Accelerator(cpu=True)
     loader = AcceleratedLoader(loader_of(url, kind="map", batch_size=BATCH_SIZE, workers=0, method=None), accelerator)
@@ -95,7 +95,7 @@ def by_huggingface(url: str, notes: Notes, folder: str) -> None:
     """Hugging Face's Trainer, which has accelerate share out what it is given."""
     from transformers import TrainingArguments
 
-    from softlabels_client.huggingface import BATCH, DistillationTrainer
+    from softlabels_client.integrations.huggingface import BATCH, DistillationTrainer
 
     class Noting(DistillationTrainer):
         def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:

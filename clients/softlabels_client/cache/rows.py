@@ -18,7 +18,7 @@ from softlabels.opening import IDS, RowSource
 from softlabels_client.cache.epochs import kept_epoch
 from softlabels_client.cache.folder import DEFAULT_BYTES, CacheFolder, default_folder
 from softlabels_client.cache.kept import LOGGER, KeptRows
-from softlabels_client.prefetch import epoch_ahead
+from softlabels_client.data.prefetch import epoch_ahead
 
 
 class CachedRows:

@@ -18,7 +18,7 @@ from softlabels.demo.training import (
 )
 from softlabels.errors import JobError
 from softlabels.transfer import ArrayTransferSet
-from softlabels_client.evaluation import count_errors
+from softlabels_client.training.evaluation import count_errors
 
 torch.set_num_threads(1)
 

@@ -20,8 +20,8 @@ from softlabels.softmath import soften
 from softlabels.store import LocalRows
 from softlabels.transfer import ArrayTransferSet
 from softlabels.views import SeededTransform, ViewReplay, as_view_transform, load_view_transform, view_seeds
-from softlabels_client.datasets import data_loader
-from softlabels_client.view_datasets import ViewDataset
+from softlabels_client.data.dataset import data_loader
+from softlabels_client.data.view_dataset import ViewDataset
 
 PARTS = '''
 import numpy as np

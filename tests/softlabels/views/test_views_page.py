@@ -11,7 +11,7 @@ import torch
 import softlabels
 from softlabels.precompute import load_job, precompute
 from softlabels.transfer import ArrayTransferSet
-from softlabels_client.view_datasets import ViewDataset
+from softlabels_client.data.view_dataset import ViewDataset
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "views.md").read_text(encoding="utf-8")
 

@@ -19,11 +19,11 @@ from softlabels.errors import ManifestError, RequestError, WireError
 from softlabels.ids import IdArray, kind_of
 from softlabels.manifest import Manifest, check_encoding
 from softlabels.opening import IDS, ROW_OFFSETS
-from softlabels_client.address import parse_address
-from softlabels_client.replies import ReplyReader
-from softlabels_client.retrying import RetryPolicy
-from softlabels_client.streams import epoch_rows
-from softlabels_client.transport import HttpTransport
+from softlabels_client.http.address import parse_address
+from softlabels_client.http.epoch_stream import epoch_rows
+from softlabels_client.http.reply_reader import ReplyReader
+from softlabels_client.http.retry import RetryPolicy
+from softlabels_client.http.transport import HttpTransport
 
 BINARY = "application/octet-stream"
 JSON = "application/json"

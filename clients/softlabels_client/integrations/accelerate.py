@@ -15,8 +15,8 @@ except ImportError as error:
         "this needs accelerate, which is not installed: `pip install softlabels[accelerate]`", extra="accelerate"
     ) from error
 
-from softlabels_client.batches import DistillationBatch
-from softlabels_client.loaders import StatefulLoader
+from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.data.loader import StatefulLoader
 
 
 class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from softlabels.losses import DistillationLoss
-from softlabels_client.batches import DistillationBatch, collate_batches
-from softlabels_client.datasets import SoftTargetDataset
-from softlabels_client.ordering import EpochSampler, identity_of
-from softlabels_client.places import Place
-from softlabels_client.steps import Loss, step_loss
+from softlabels_client.data.dataset import SoftTargetDataset
+from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
+from softlabels_client.data.sampler import EpochSampler, identity_of
+from softlabels_client.data.sampler_state import Place
+from softlabels_client.training.steps import Loss, step_loss
 
 BATCH = "distillation_batch"
 """The key of a batch in the dictionary that the Trainer wants; the other keys are its inputs and ids."""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from softlabels.errors import ServerUnreachableError, TruncatedError, WireError
-from softlabels_client.buffers import Buffers
-from softlabels_client.plain import PlainConnection
-from softlabels_client.retrying import Deadline
+from softlabels_client.http.buffers import Buffers
+from softlabels_client.http.raw_connection import PlainConnection
+from softlabels_client.http.retry import Deadline
 
 _BROKEN = (OSError, http.client.HTTPException)
 

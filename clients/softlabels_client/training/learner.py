@@ -18,10 +18,10 @@ except ImportError as error:
     ) from error
 
 from softlabels.losses import make_loss
-from softlabels_client.batches import DistillationBatch
-from softlabels_client.optimizers import make_optimizer, set_learning_rate
-from softlabels_client.settings import DistillSettings
-from softlabels_client.training_state import load_optimizer, load_student, student_tree
+from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.training.optimizers import make_optimizer, set_learning_rate
+from softlabels_client.training.settings import DistillSettings
+from softlabels_client.training.training_state import load_optimizer, load_student, student_tree
 
 _MIXED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,7 +77,7 @@ class Learner:
         self._optimizer.zero_grad()
 
     def tree(self) -> dict[str, Any]:
-        """Weights, optimiser and scaler, as `softlabels_client.tensor_trees` keeps them."""
+        """Weights, optimiser and scaler, as `softlabels_client.training.tensor_trees` keeps them."""
         return {
             **student_tree(self.student),
             "optimizer": self._optimizer.state_dict(),

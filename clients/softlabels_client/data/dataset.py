@@ -26,10 +26,10 @@ from softlabels.order import Remainder
 from softlabels.softmath import check_temperature
 from softlabels.targets import SoftTargets, refuse_if_locked
 from softlabels.transfer import MapStyle, Samples, TransferSet, sample_fingerprints
-from softlabels_client.batches import DistillationBatch, collate_batches
-from softlabels_client.inputs import StoreInputs, as_transfer_set
-from softlabels_client.loaders import StatefulLoader
-from softlabels_client.ordering import EpochSampler, identity_of
+from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
+from softlabels_client.data.inputs import StoreInputs, as_transfer_set
+from softlabels_client.data.loader import StatefulLoader
+from softlabels_client.data.sampler import EpochSampler, identity_of
 
 Check = Literal["first", "always", "never"]
 

@@ -36,7 +36,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def draw_states(device: torch.device) -> dict[str, Any]:
-    """Where every global generator stands, as a tree that `softlabels_client.tensor_trees` keeps."""
+    """Where every global generator stands, as a tree that `softlabels_client.training.tensor_trees` keeps."""
     numpys = np.random.get_state(legacy=False)
     assert isinstance(numpys, dict)
     key = numpys["state"]["key"].tolist()

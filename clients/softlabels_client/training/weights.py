@@ -17,7 +17,7 @@ except ImportError as error:
         extra="torch",
     ) from error
 
-from softlabels_client.whole_files import whole_file
+from softlabels_client.training.whole_files import whole_file
 
 
 def save_student(student: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:

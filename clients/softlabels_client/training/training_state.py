@@ -18,9 +18,9 @@ except ImportError as error:
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
     ) from error
 
-from softlabels_client.datasets import SoftTargetDataset
-from softlabels_client.ordering import identity_of
-from softlabels_client.settings import DistillSettings
+from softlabels_client.data.dataset import SoftTargetDataset
+from softlabels_client.data.sampler import identity_of
+from softlabels_client.training.settings import DistillSettings
 
 FREE = ("device", "workers")
 """Settings that a resumed training may change; with another device its weights are no longer the same to the bit."""
@@ -97,7 +97,7 @@ class TrainingState:
         return loss, divergence
 
     def tree(self) -> dict[str, Any]:
-        """As `softlabels_client.tensor_trees` keeps it."""
+        """As `softlabels_client.training.tensor_trees` keeps it."""
         return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
 
     @classmethod

@@ -23,7 +23,7 @@ except ImportError as error:
 from softlabels.epochs import Epoch
 from softlabels.order import RankBatches
 from softlabels.targets import SoftTargets
-from softlabels_client.places import Place
+from softlabels_client.data.sampler_state import Place
 
 OpenEpoch: TypeAlias = Callable[[Place, tuple[int, int]], Epoch]
 """Opens the rest of an epoch from a place on, for `(rank, world_size)`."""

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from softlabels.errors import TruncatedError, WireError
-from softlabels_client.buffers import Buffers
-from softlabels_client.retrying import Deadline
+from softlabels_client.http.buffers import Buffers
+from softlabels_client.http.retry import Deadline
 
 _HEAD_BYTES = 1 << 14
 """Room for an answer's head and, of a small batch, for all of it."""

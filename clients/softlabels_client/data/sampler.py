@@ -20,7 +20,7 @@ except ImportError as error:
 
 from softlabels.order import Remainder
 from softlabels.transfer import TransferSet
-from softlabels_client.places import Course, Pass, Place, Walk
+from softlabels_client.data.sampler_state import Course, Pass, Place, Walk
 
 _PROBES = 64
 """Samples whose ids stand for all where a transfer set does not tell all its ids at once."""

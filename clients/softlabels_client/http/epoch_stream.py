@@ -14,9 +14,9 @@ from softlabels.errors import SoftLabelsError, WireError
 from softlabels.manifest import Manifest
 from softlabels.opening import IDS, ROW_OFFSETS
 from softlabels.order import RankBatches, StepBatch
-from softlabels_client.open_replies import OpenReply
-from softlabels_client.replies import ReplyReader
-from softlabels_client.transport import HttpTransport
+from softlabels_client.http.reply_reader import ReplyReader
+from softlabels_client.http.streamed_reply import OpenReply
+from softlabels_client.http.transport import HttpTransport
 
 _MOST_HEADER_BYTES = 1 << 20
 """A frame's header names a dozen arrays; real ones take under 2 KiB."""

@@ -22,12 +22,12 @@ import numpy as np
 
 from softlabels import wire
 from softlabels.errors import RequestError, ServerUnreachableError, SoftLabelsError, TruncatedError, WireError
-from softlabels_client.address import StoreAddress
-from softlabels_client.buffers import Buffers
-from softlabels_client.failures import explain, mends_itself, refusal
-from softlabels_client.open_replies import OpenReply, ParsedReply, PlainReply
-from softlabels_client.plain import PlainConnection, read_usual, usual_length
-from softlabels_client.retrying import RETRIED_STATUSES, Deadline, RetryPolicy, retry_after_s
+from softlabels_client.http.address import StoreAddress
+from softlabels_client.http.buffers import Buffers
+from softlabels_client.http.failures import explain, mends_itself, refusal
+from softlabels_client.http.raw_connection import PlainConnection, read_usual, usual_length
+from softlabels_client.http.retry import RETRIED_STATUSES, Deadline, RetryPolicy, retry_after_s
+from softlabels_client.http.streamed_reply import OpenReply, ParsedReply, PlainReply
 
 MAX_ERROR_BYTES = 1 << 20
 """Problem details are a few sentences; whatever is longer is not read."""

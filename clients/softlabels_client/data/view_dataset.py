@@ -22,8 +22,8 @@ from softlabels.opening import TargetStore
 from softlabels.targets import SoftTargets
 from softlabels.transfer import MapStyle, Samples, TransferSet
 from softlabels.views import ViewReplay, ViewTransform, as_view_transform, load_view_transform
-from softlabels_client.batches import DistillationBatch
-from softlabels_client.datasets import Check, SoftTargetDataset
+from softlabels_client.data.dataset import Check, SoftTargetDataset
+from softlabels_client.data.distillation_batch import DistillationBatch
 
 
 class ViewDataset(SoftTargetDataset):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from softlabels.errors import MissingExtraError
-from softlabels_client.batches import DistillationBatch
+from softlabels_client.data.distillation_batch import DistillationBatch
 
 _DIGEST_BYTES = 8
 

@@ -25,13 +25,13 @@ from softlabels.opening import TargetStore
 from softlabels.order import Remainder
 from softlabels.targets import SoftTargets
 from softlabels.transfer import TransferSet
-from softlabels_client.batches import DistillationBatch, collate_batches
-from softlabels_client.datasets import Check, SoftTargetDataset, samples_in
-from softlabels_client.inputs import StoreInputs
-from softlabels_client.loaders import StatefulLoader
-from softlabels_client.ordering import current_ranks, given_ranks
-from softlabels_client.places import Course, Place, Walk
-from softlabels_client.shares import WorkerShare
+from softlabels_client.data.dataset import Check, SoftTargetDataset, samples_in
+from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
+from softlabels_client.data.inputs import StoreInputs
+from softlabels_client.data.loader import StatefulLoader
+from softlabels_client.data.sampler import current_ranks, given_ranks
+from softlabels_client.data.sampler_state import Course, Place, Walk
+from softlabels_client.data.worker_sharding import WorkerShare
 
 STORE_ORDER = "the store's own order"
 """What a place of a stream says of its data: it counts the store's samples, whatever order the inputs lie in."""

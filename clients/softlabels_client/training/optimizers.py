@@ -13,8 +13,8 @@ except ImportError as error:
     ) from error
 
 from softlabels.references import load_reference
-from softlabels_client.schedules import ONE_CYCLE_WARM_UP, constant, cosine, stepped, warmed_up
-from softlabels_client.settings import DistillSettings
+from softlabels_client.training.schedules import ONE_CYCLE_WARM_UP, constant, cosine, stepped, warmed_up
+from softlabels_client.training.settings import DistillSettings
 
 
 def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from softlabels.losses import SoftTargetBatch
-from softlabels_client.batches import DistillationBatch
+from softlabels_client.data.distillation_batch import DistillationBatch
 
 Loss: TypeAlias = Callable[[Tensor, SoftTargetBatch], Tensor]
 """Of logits_BC and targets a scalar, for instance `softlabels.losses.DistillationLoss`."""

@@ -34,8 +34,8 @@ except ImportError as error:
         extra="torch",
     ) from error
 
-from softlabels_client.tensor_trees import pack, unpack
-from softlabels_client.whole_files import PARTIAL, whole_file
+from softlabels_client.training.tensor_trees import pack, unpack
+from softlabels_client.training.whole_files import PARTIAL, whole_file
 
 FORMAT = "softlabels-checkpoint/1"
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
@@ -77,7 +77,7 @@ class CheckpointFolder:
         return sorted(int(found[1]) for entry in self.path.iterdir() if (found := _NAME.fullmatch(entry.name)))
 
     def write(self, step: int, state: Any) -> Path:
-        """Keep a state, a tree as `softlabels_client.tensor_trees` says; then remove what is too old.
+        """Keep a state, a tree as `softlabels_client.training.tensor_trees` says; then remove what is too old.
 
         Raises:
             RequestError: the state holds what cannot be kept. OSError: the disk is full.

@@ -14,9 +14,9 @@ except ImportError as error:
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
     ) from error
 
-from softlabels_client.batches import DistillationBatch
-from softlabels_client.places import Place, Walk
-from softlabels_client.prefetch import batches_ahead
+from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.data.prefetch import batches_ahead
+from softlabels_client.data.sampler_state import Place, Walk
 
 
 class Ordered(Protocol):

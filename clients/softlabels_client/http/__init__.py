@@ -1,0 +1,1 @@
+"""HTTP: connections, retries, and rows of served stores."""

@@ -1,0 +1,1 @@
+"""The student trainer: a plain loop with exact resume, checkpoints and logs."""
