@@ -22,7 +22,7 @@ MAX_DOCUMENT_BYTES = 16 << 20
 """No real manifest or receipt comes near; a hostile one must not fill the memory."""
 
 Number: TypeAlias = int | float
-"""A JSON number as it was written. `float` would turn 4 into 4.0, which has other canonical bytes and another digest."""
+"""A JSON number as it was written: `float` would turn 4 into 4.0, whose canonical bytes and digest are others."""
 
 Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -73,7 +73,7 @@ def canonical_json(document: Any) -> bytes:
 
 
 def seal(document: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a file that holds a document beside its own SHA-256: any flipped bit shows when it is read."""
+    """Return the bytes of a file that holds a document beside its own SHA-256, so that any flipped bit shows."""
     digest = hashlib.sha256(canonical_json(document)).hexdigest()
     return json.dumps({"sha256": digest, "body": document}, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
 
