@@ -157,7 +157,7 @@ class SequenceTransferSet:
 
 
 @runtime_checkable
-class KnowsItsFiles(Protocol):
+class SupportsIdentity(Protocol):
     """A transfer set that can tell cheaply whether it is still what it was: a job that goes on compares."""
 
     def identity(self) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from softlabels.errors import TransferSetChangedError
 from softlabels.store.files import write_atomically
-from softlabels.transfer import KnowsItsFiles, TransferSet
+from softlabels.transfer import SupportsIdentity, TransferSet
 
 NOTE = "transfer_set.tsv.gz"
 """Beside a store's plan: a line for each file of the transfer set, with its size and time. No part of the store."""
@@ -22,7 +22,7 @@ Fact = tuple[str, str]
 def note_files(store: Path, data: TransferSet) -> None:
     """Note, beside the plan of a job that begins, what its transfer set is made of; a note that is there stays."""
     note = Path(store) / NOTE
-    if isinstance(data, KnowsItsFiles) and not note.exists():
+    if isinstance(data, SupportsIdentity) and not note.exists():
         write_atomically(note, [_packed(map(_escaped, data.identity()))])
 
 
@@ -36,7 +36,7 @@ def refuse_changed(store: Path, data: TransferSet) -> None:
         TransferSetChangedError: files came, went, or changed size or time; the first one is named.
     """
     note = Path(store) / NOTE
-    if not isinstance(data, KnowsItsFiles) or not note.is_file():
+    if not isinstance(data, SupportsIdentity) or not note.is_file():
         return
     now = map(_escaped, data.identity())
     with gzip.open(note, "rt", encoding="ascii", newline="\n") as file:

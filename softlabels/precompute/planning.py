@@ -26,7 +26,7 @@ from softlabels.softmath import check_temperature
 from softlabels.store.planning import kept_inputs, plan_store
 from softlabels.transfer import ArrayTransferSet, TransferSet
 from softlabels.transfer_sets import load_transfer_set as load_source
-from softlabels.transfer_sets.names import KnowsItsIds, examine_ids
+from softlabels.transfer_sets.sample_ids import SupportsIdSpec, examine_ids
 from softlabels.views import load_view_transform
 
 PILOT_ROWS = 4096
@@ -187,7 +187,7 @@ def _first_batch(maker: RowMaker, samples: int, batch_size: int) -> RowBatch:
 
 def id_spec_of(data: TransferSet) -> IdSpec:
     """How a store keeps the ids of this transfer set: dense where they count up by one, else looked up."""
-    if isinstance(data, KnowsItsIds):
+    if isinstance(data, SupportsIdSpec):
         return data.id_spec()
     if isinstance(data, ArrayTransferSet):
         return examine_ids([data.ids], len(data), data.name)

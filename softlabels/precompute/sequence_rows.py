@@ -28,7 +28,7 @@ from softlabels.precompute.rows import RowBatch
 from softlabels.store.sequences import SampleTable
 from softlabels.transfer import FINGERPRINT_BYTES, UNLABELLED, Samples, TransferSet, sequence_fingerprints
 from softlabels.transfer_sets import examine_ids
-from softlabels.transfer_sets.ragged import KnowsItsLengths
+from softlabels.transfer_sets.ragged import SupportsLengths
 
 _READ_AT_ONCE = 64
 """Sequences that the pass before the run takes at a time."""
@@ -185,7 +185,7 @@ def _lengths_of(data: TransferSet, taken: Samples, positions: NDArray[np.int64])
             f"the samples of {data.name!r} are single values of type {taken.inputs.dtype}, no sequences: leave "
             "[sequences] out of the job"
         )
-    if not isinstance(data, KnowsItsLengths):
+    if not isinstance(data, SupportsLengths):
         return np.full(len(positions), taken.inputs.shape[1], dtype=np.int64)
     return np.asarray(data.lengths(positions), dtype=np.int64)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softlabels.transfer_sets.loading import KINDS, check_source, load_transfer_set
-from softlabels.transfer_sets.names import KnowsItsIds, examine_ids
+from softlabels.transfer_sets.sample_ids import SupportsIdSpec, examine_ids
+from softlabels.transfer_sets.sources import KINDS, check_source, load_transfer_set
 
-__all__ = ["KINDS", "KnowsItsIds", "check_source", "examine_ids", "load_transfer_set"]
+__all__ = ["KINDS", "SupportsIdSpec", "check_source", "examine_ids", "load_transfer_set"]

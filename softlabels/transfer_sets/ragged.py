@@ -23,7 +23,7 @@ PADDING = -1
 
 
 @runtime_checkable
-class KnowsItsLengths(Protocol):
+class SupportsLengths(Protocol):
     """A transfer set whose samples are sequences of different lengths."""
 
     def lengths(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:

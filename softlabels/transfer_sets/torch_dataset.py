@@ -14,8 +14,8 @@ from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
 from softlabels.references import load_reference
 from softlabels.transfer import MapStyle, SequenceTransferSet
-from softlabels.transfer_sets.files import existing, identity_of, matching
-from softlabels.transfer_sets.names import examine_ids
+from softlabels.transfer_sets.sample_ids import examine_ids
+from softlabels.transfer_sets.source_files import existing, identity_of, matching
 
 _PROBED = 3
 """Items that are asked for twice: the first, the last, and one between."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softlabels.precompute.teachers.class_lists import align_classes, class_list_of_store
-from softlabels.precompute.teachers.loading import load_teacher
+from softlabels.precompute.teachers.model_sources import load_teacher
 from softlabels.precompute.teachers.teacher import Head, Teacher, frozen, state_sha256, teacher_from_module
 
 __all__ = [

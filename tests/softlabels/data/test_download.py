@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from softlabels.data.download import fetch
+from softlabels.data.downloads import fetch
 from softlabels.errors import ChecksumError, DataUnavailableError
 
 CONTENT = bytes(range(256)) * 1000

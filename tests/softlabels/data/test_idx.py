@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from softlabels.data.idx import parse_idx
+from softlabels.data.mnist import parse_idx
 from softlabels.errors import DataUnavailableError, TruncatedError
 
 

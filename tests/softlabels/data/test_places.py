@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from softlabels.data.places import NpmPackage, Places, RawFile, obtain
+from softlabels.data.downloads import NpmPackage, Places, RawFile, obtain
 from softlabels.errors import DataUnavailableError
 
 CONTENTS = {"images": b"some images" * 100, "labels": b"some labels"}

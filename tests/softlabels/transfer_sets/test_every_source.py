@@ -19,8 +19,8 @@ from softlabels.errors import JobError, MissingExtraError
 from softlabels.precompute import precompute
 from softlabels.precompute.job import job_from_json
 from softlabels.store.verify import verify
-from softlabels.transfer import KnowsItsFiles, TransferSet, transfer_set_fingerprint
-from softlabels.transfer_sets import KINDS, KnowsItsIds, load_transfer_set
+from softlabels.transfer import SupportsIdentity, TransferSet, transfer_set_fingerprint
+from softlabels.transfer_sets import KINDS, SupportsIdSpec, load_transfer_set
 
 
 def loaded(source: Any, **changes: Any) -> TransferSet:
@@ -70,7 +70,7 @@ class TestEverySource:
     def test_it_knows_its_ids_beforehand(self, source: Any) -> None:
         """The plan of a store is made before any sample is read: kind and width of the ids are known."""
         data = loaded(source)
-        assert isinstance(data, KnowsItsIds)
+        assert isinstance(data, SupportsIdSpec)
         spec = data.id_spec()
         if isinstance(source.ids[0], str):
             assert (spec.kind, spec.width_bytes) == ("str", max(len(name.encode()) for name in source.ids))
@@ -80,7 +80,7 @@ class TestEverySource:
     def test_it_notes_a_change(self, source: Any) -> None:
         """What a set is made of differs as soon as one of its files is written again."""
         data = loaded(source)
-        assert isinstance(data, KnowsItsFiles)
+        assert isinstance(data, SupportsIdentity)
         before = list(data.identity())
         assert before == list(loaded(source).identity())  # type: ignore[attr-defined]
         os.utime(source.path, ns=(0, 0))

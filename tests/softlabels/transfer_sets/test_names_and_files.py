@@ -11,8 +11,8 @@ import pytest
 
 from softlabels.errors import BadIdsError, DataUnavailableError, JobError, ReferenceLoadError
 from softlabels.transfer_sets import check_source, examine_ids, load_transfer_set
-from softlabels.transfer_sets.files import matching, walk
-from softlabels.transfer_sets.names import PackedNames
+from softlabels.transfer_sets.sample_ids import PackedNames
+from softlabels.transfer_sets.source_files import matching, walk
 
 PARTS = """
 import numpy as np
@@ -88,7 +88,7 @@ class TestExamineIds:
 
     def test_too_many_to_look_at_are_left_to_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Then the store refuses a repeat when it is finished, and the plan takes no memory for them."""
-        monkeypatch.setattr("softlabels.transfer_sets.names.MOST_CHECKED_IDS", 3)
+        monkeypatch.setattr("softlabels.transfer_sets.sample_ids.MOST_CHECKED_IDS", 3)
         assert examine_ids([np.array([7, 7]), np.array([7, 8])], 4, "x").dense_start is None
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from softlabels.precompute.job import TeacherTable, filled, job_from_json
-from softlabels.precompute.teachers.hugging_face import HubSettings
-from softlabels.precompute.teachers.loading import KINDS, OnnxSettings
-from softlabels.precompute.teachers.pictures import PicturePreparation, check_preparation
+from softlabels.precompute.teachers.image_preprocessing import PicturePreparation, check_preparation
+from softlabels.precompute.teachers.model_hubs import HubSettings
+from softlabels.precompute.teachers.model_sources import KINDS, OnnxSettings
 
 PAGE = (Path(__file__).resolve().parents[4] / "docs" / "teachers.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)

@@ -14,10 +14,10 @@ from softlabels.errors import DataUnavailableError, JobError, MissingExtraError
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
 from softlabels.transfer import Samples
-from softlabels.transfer_sets.arrow_columns import label_array, numbers, picture_bytes, refuse_nulls
-from softlabels.transfer_sets.files import file_facts, rooted
-from softlabels.transfer_sets.names import examine_ids
-from softlabels.transfer_sets.pictures import Decoder, picture_form
+from softlabels.transfer_sets.images import Decoder, picture_form
+from softlabels.transfer_sets.parquet import label_array, numbers, picture_bytes, refuse_nulls
+from softlabels.transfer_sets.sample_ids import examine_ids
+from softlabels.transfer_sets.source_files import file_facts, rooted
 
 _IDS_AT_ONCE = 1 << 14
 

@@ -19,11 +19,9 @@ from softlabels.manifest import TeacherSpec
 from softlabels.precompute.job import TeacherTable, filled
 from softlabels.precompute.teachers.checkpoints import file_sha256, read_state, weights_sha256
 from softlabels.precompute.teachers.class_lists import OF_THE_MODEL, checked_names, read_class_list
-from softlabels.precompute.teachers.hugging_face import HubSettings, load_hub_model
-from softlabels.precompute.teachers.model_zoos import load_timm, load_torchvision
-from softlabels.precompute.teachers.onnx_graphs import OnnxModel, graph_sha256
-from softlabels.precompute.teachers.pictures import PicturePreparation, check_preparation
-from softlabels.precompute.teachers.programs import load_exported, load_torchscript
+from softlabels.precompute.teachers.image_preprocessing import PicturePreparation, check_preparation
+from softlabels.precompute.teachers.model_hubs import HubSettings, load_hub_model, load_timm, load_torchvision
+from softlabels.precompute.teachers.saved_models import OnnxModel, graph_sha256, load_exported, load_torchscript
 from softlabels.precompute.teachers.teacher import Gives, Teacher, frozen, layer_named, state_sha256
 from softlabels.references import code_sha256, load_reference
 

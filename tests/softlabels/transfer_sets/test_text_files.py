@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from softlabels.errors import DataUnavailableError, JobError
-from softlabels.transfer import KnowsItsFiles
-from softlabels.transfer_sets import KnowsItsIds, load_transfer_set
-from softlabels.transfer_sets.ragged import PADDING, KnowsItsLengths
-from softlabels.transfer_sets.texts import TokenWindows
+from softlabels.transfer import SupportsIdentity
+from softlabels.transfer_sets import SupportsIdSpec, load_transfer_set
+from softlabels.transfer_sets.ragged import PADDING, SupportsLengths
+from softlabels.transfer_sets.text_files import TokenWindows
 
 
 def characters() -> Callable[[str], Sequence[int]]:
@@ -79,9 +79,9 @@ class TestTokenWindows:
     def test_it_says_what_it_knows(self, tmp_path: Path) -> None:
         """Ids, files and lengths, before anything is computed."""
         data = windows(tmp_path, {"a.txt": "abcdef"})
-        assert isinstance(data, KnowsItsIds)
-        assert isinstance(data, KnowsItsFiles)
-        assert isinstance(data, KnowsItsLengths)
+        assert isinstance(data, SupportsIdSpec)
+        assert isinstance(data, SupportsIdentity)
+        assert isinstance(data, SupportsLengths)
         assert (data.id_spec().kind, data.id_spec().width_bytes) == ("str", len("a.txt:0"))
         assert [name for name, _ in data.identity()] == ["a.txt"]
         assert spelled(pickle.loads(pickle.dumps(data))) == spelled(data)

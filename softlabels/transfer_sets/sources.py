@@ -16,13 +16,13 @@ from softlabels.transfer import TransferSet
 KINDS: Mapping[str, str] = {
     "image_folder": "softlabels.transfer_sets.image_folder:image_folder",
     "torch": "softlabels.transfer_sets.torch_dataset:torch_dataset",
-    "webdataset": "softlabels.transfer_sets.tars:webdataset",
-    "huggingface": "softlabels.transfer_sets.huggingface:huggingface",
+    "webdataset": "softlabels.transfer_sets.webdataset_tars:webdataset",
+    "huggingface": "softlabels.transfer_sets.huggingface_datasets:huggingface",
     "parquet": "softlabels.transfer_sets.parquet:parquet",
-    "zarr": "softlabels.transfer_sets.zarr_arrays:zarr_arrays",
-    "hdf5": "softlabels.transfer_sets.hdf5_arrays:hdf5_arrays",
-    "npy": "softlabels.transfer_sets.npy_arrays:npy_arrays",
-    "text": "softlabels.transfer_sets.texts:text",
+    "zarr": "softlabels.transfer_sets.array_files:zarr_arrays",
+    "hdf5": "softlabels.transfer_sets.array_files:hdf5_arrays",
+    "npy": "softlabels.transfer_sets.array_files:npy_arrays",
+    "text": "softlabels.transfer_sets.text_files:text",
 }
 """What a job file may call a source, and what makes it; all else is a reference with a colon."""
 

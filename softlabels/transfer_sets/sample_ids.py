@@ -18,7 +18,7 @@ MOST_CHECKED_IDS = 1 << 24
 
 
 @runtime_checkable
-class KnowsItsIds(Protocol):
+class SupportsIdSpec(Protocol):
     """A transfer set that can tell, before any sample is read, how a store is to keep its ids."""
 
     def id_spec(self) -> IdSpec:

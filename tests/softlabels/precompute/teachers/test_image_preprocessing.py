@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softlabels.errors import JobError
-from softlabels.precompute.teachers.pictures import PicturePreparation, check_preparation
+from softlabels.precompute.teachers.image_preprocessing import PicturePreparation, check_preparation
 
 RAW = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 37, 53, 3), dtype=np.uint8))
 

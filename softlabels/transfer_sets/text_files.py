@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from softlabels.errors import JobError, MissingExtraError
 from softlabels.manifest import IdSpec
 from softlabels.transfer import Samples
-from softlabels.transfer_sets.files import identity_of, matching
-from softlabels.transfer_sets.names import PackedNames
 from softlabels.transfer_sets.ragged import padded
+from softlabels.transfer_sets.sample_ids import PackedNames
+from softlabels.transfer_sets.source_files import identity_of, matching
 
 _BLOCK_CHARACTERS = 1 << 16
 """Of text that the tokenizer is given at once, up to the end of a line."""
