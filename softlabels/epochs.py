@@ -22,7 +22,7 @@ END_FORMAT = "softlabels-end/1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochPlan:
+class EpochConfig:
     """Which samples one rank takes in one epoch; `softlabels.order` says what each number means.
 
     Attributes:
@@ -84,7 +84,7 @@ class EpochPlan:
             raise RequestError(f"{manifest.name!r} keeps views 0 to {layout.views - 1}, not {view}")
         return view
 
-    def going_on_at(self, cursor: int) -> EpochPlan:
+    def resumed_at(self, cursor: int) -> EpochConfig:
         """The rest of the epoch from a cursor on."""
         return replace(self, cursor=cursor)
 
@@ -106,7 +106,7 @@ class EpochRows:
     cursor_after: int
 
 
-class Epoch:
+class EpochIterator:
     """The batches of an epoch, one at a time: an iterator of `SoftTargets` that knows where it stands.
 
     Args:
@@ -121,7 +121,7 @@ class Epoch:
         rows: Iterator[EpochRows],
         wrap: Callable[[EpochRows], SoftTargets],
         *,
-        plan: EpochPlan,
+        plan: EpochConfig,
         batch_count: int,
     ) -> None:
         self._rows, self._wrap, self._batch_count = rows, wrap, batch_count
@@ -132,7 +132,7 @@ class Epoch:
         """Batches from the beginning of this iterator to its end, the same on every rank."""
         return self._batch_count
 
-    def __iter__(self) -> Epoch:
+    def __iter__(self) -> EpochIterator:
         return self
 
     def __next__(self) -> SoftTargets:
@@ -152,7 +152,7 @@ class Epoch:
         if close is not None:
             close()
 
-    def __enter__(self) -> Epoch:
+    def __enter__(self) -> EpochIterator:
         return self
 
     def __exit__(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from softlabels.classes import refuse_other_classes
 from softlabels.encodings import Encoding
-from softlabels.epochs import Epoch, EpochPlan, EpochRows
+from softlabels.epochs import EpochConfig, EpochIterator, EpochRows
 from softlabels.errors import (
     EmptyBatchError,
     FingerprintMismatchError,
@@ -70,7 +70,7 @@ class RowSource(Protocol):
         """
         ...
 
-    def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+    def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """The rows of each step of an epoch, from the plan's cursor on, with what `fetch` gives for each."""
         ...
 
@@ -175,7 +175,7 @@ class TargetStore:
         view_parameters: bool = False,
         inputs: bool = False,
         prefetch: int = 0,
-    ) -> Epoch:
+    ) -> EpochIterator:
         """The batches of an epoch in an order that follows from the store, the seed and the epoch's number alone.
 
         Every sample comes once, whatever the number of ranks, and each rank has as many batches as any other. What is
@@ -186,7 +186,7 @@ class TargetStore:
             epoch: its number, from 0.
             batch_size: samples in each of this rank's batches.
             rank, world_size: which of how many ranks this is.
-            cursor: where to go on, as `Epoch.cursor` said.
+            cursor: where to go on, as `EpochIterator.cursor` said.
             shuffle: False takes the samples in the store's order.
             block: shuffle blocks of so many consecutive samples, then within a few of them, for slow disks.
             remainder: "split" shares out what fills no last step, "drop" leaves it out, "pad" repeats some.
@@ -201,7 +201,7 @@ class TargetStore:
         carried = spec.default if temperature is None else check_temperature(temperature)
         members, captured, locked = self._mean_of(mean, weights, carried)
         refuse_if_locked(carried, captured=captured, locked=locked)
-        plan = EpochPlan(
+        plan = EpochConfig(
             seed=seed,
             epoch=epoch,
             batch_size=batch_size,
@@ -219,7 +219,7 @@ class TargetStore:
             # By name, not by import statement: the floor must not depend on the rooms above it.
             rows = importlib.import_module("softlabels_client.data.prefetch").epoch_ahead(rows, batches=prefetch)
         heat = (carried, captured, locked)
-        return Epoch(
+        return EpochIterator(
             rows, lambda step: self._targets(step.ids, step.arrays, members, heat), plan=plan, batch_count=count
         )
 
@@ -234,7 +234,7 @@ class TargetStore:
         manifest = self.manifest
         if manifest.ids.dense_start is not None:
             return np.arange(manifest.samples, dtype=np.int64) + manifest.ids.dense_start
-        plan = EpochPlan(seed=0, epoch=0, batch_size=_IDS_AT_ONCE, shuffle=False)
+        plan = EpochConfig(seed=0, epoch=0, batch_size=_IDS_AT_ONCE, shuffle=False)
         # Copied: rows of a reply lie in its memory, which a list of views would keep whole.
         pieces: list[Any] = [step.ids.copy() for step in self._rows.epoch(plan, (IDS,))]
         joined: IdArray = np.concatenate(pieces)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels import wire
-from softlabels.epochs import END_FORMAT, EpochPlan
+from softlabels.epochs import END_FORMAT, EpochConfig
 from softlabels.errors import RequestError
 from softlabels.ids import to_fixed_bytes
 from softlabels.opening import IDS, ROW_OFFSETS, refuse_other_transfer_set
@@ -57,7 +57,7 @@ class EpochStream:
     """
 
     store: ServedStore
-    plan: EpochPlan
+    plan: EpochConfig
     batches: RankBatches
     names: tuple[str, ...]
     temperature: float
@@ -255,7 +255,7 @@ def plan_stream(store: ServedStore, epoch: str, query: str, settings: Settings) 
     )
 
 
-def _plan(epoch: str, parameters: Mapping[str, str]) -> EpochPlan:
+def _plan(epoch: str, parameters: Mapping[str, str]) -> EpochConfig:
     numbers = {name: _whole_number(name, parameters[name]) for name in _NUMBERS if name in parameters}
     for name in ("seed", "batch_size"):
         if name not in numbers:
@@ -266,7 +266,7 @@ def _plan(epoch: str, parameters: Mapping[str, str]) -> EpochPlan:
     remainder = parameters.get("remainder", "split")
     if remainder not in get_args(Remainder):
         raise RequestError(f"remainder is {short(remainder)}: choose {', '.join(get_args(Remainder))}")
-    return EpochPlan(
+    return EpochConfig(
         epoch=_whole_number("epoch", epoch),
         shuffle=shuffle == "true",
         remainder=remainder,  # type: ignore[arg-type]

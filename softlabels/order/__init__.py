@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softlabels.order.batches import RankBatches, Remainder, StepBatch
-from softlabels.order.epoch import EpochOrder
+from softlabels.order.epoch_order import EpochOrder
+from softlabels.order.rank_batches import RankBatches, Remainder, StepBatch
 
 __all__ = ["EpochOrder", "RankBatches", "Remainder", "StepBatch"]

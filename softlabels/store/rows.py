@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
 from softlabels.encodings import Encoding
-from softlabels.epochs import EpochPlan, EpochRows
+from softlabels.epochs import EpochConfig, EpochRows
 from softlabels.errors import (
     ManifestError,
     RequestError,
@@ -186,7 +186,7 @@ class LocalRows:
             return None
         return self._arrays.word_sum(field, positions_B if view is None else positions_B * layout.views + view)
 
-    def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+    def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """The rows of each step of an epoch. Raises, when it is read, as `fetch` does."""
         view = plan.view_of(self._manifest)
         wanted = tuple(dict.fromkeys((*fields, IDS)))

@@ -16,7 +16,7 @@ except ImportError as error:
 
 from softlabels_client.data.distillation_batch import DistillationBatch
 from softlabels_client.data.prefetch import batches_ahead
-from softlabels_client.data.sampler_state import Place, Walk
+from softlabels_client.data.sampler_state import EpochProgress, Walk
 
 
 class Ordered(Protocol):
@@ -31,7 +31,7 @@ class Ordered(Protocol):
         """A walk of its own over the same course."""
         ...
 
-    def begin_at(self, place: Place) -> None:
+    def begin_at(self, place: EpochProgress) -> None:
         """The next pass begins here."""
         ...
 

@@ -20,7 +20,7 @@ except ImportError as error:
 
 from softlabels.order import Remainder
 from softlabels.transfer import TransferSet
-from softlabels_client.data.sampler_state import Course, Pass, Place, Walk
+from softlabels_client.data.sampler_state import Course, EpochProgress, Pass, Walk
 
 _PROBES = 64
 """Samples whose ids stand for all where a transfer set does not tell all its ids at once."""
@@ -67,8 +67,8 @@ class EpochSampler(Sampler[list[int]]):
         self.remainder: Remainder = remainder
         self._ranks = given_ranks(rank, world_size)
         self._walk = self.walk()
-        self._given: Place | None = None
-        self._walk.steps(Place(), self.ranks)  # refuses numbers that cannot be
+        self._given: EpochProgress | None = None
+        self._walk.steps(EpochProgress(), self.ranks)  # refuses numbers that cannot be
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -88,7 +88,7 @@ class EpochSampler(Sampler[list[int]]):
         """The next pass goes through this epoch; without a call, passes follow each other."""
         self._walk.set_epoch(epoch)
 
-    def begin_at(self, place: Place) -> None:
+    def begin_at(self, place: EpochProgress) -> None:
         """Every pass begins here from now on: whoever calls this counts what is taken."""
         self._given = place
 

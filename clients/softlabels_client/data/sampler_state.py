@@ -18,7 +18,7 @@ STATE_FORMAT = "softlabels-place/1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class EpochProgress:
     """How far a training has come.
 
     Attributes:
@@ -58,11 +58,11 @@ class Course:
             self.digest, self.samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle, block=self.block
         )
 
-    def state_at(self, place: Place) -> dict[str, Any]:
+    def state_at(self, place: EpochProgress) -> dict[str, Any]:
         """A place and what it is a place in, ready for JSON."""
         return {"format": STATE_FORMAT, **asdict(place), **asdict(self)}
 
-    def place_in(self, state: Mapping[str, Any]) -> Place:
+    def place_in(self, state: Mapping[str, Any]) -> EpochProgress:
         """The place that `state_at` described.
 
         Raises:
@@ -78,7 +78,7 @@ class Course:
         for name in ("digest", "data", "samples", "seed", "shuffle", "block"):
             if state.get(name) != getattr(self, name):
                 raise self._other(name, state.get(name))
-        place = Place(**{name: _whole(state, name) for name in ("epoch", "cursor", "batches")})
+        place = EpochProgress(**{name: _whole(state, name) for name in ("epoch", "cursor", "batches")})
         if place.cursor > self.samples:
             raise RequestError(f"the place kept is after {place.cursor} samples of an epoch that has {self.samples}")
         return place
@@ -125,12 +125,12 @@ class Walk:
         self.course = course
         self._batch_size = batch_size
         self._remainder: Remainder = remainder
-        self.place = Place()
-        self._next = Place()
-        self._underway: Place | None = None
+        self.place = EpochProgress()
+        self._next = EpochProgress()
+        self._underway: EpochProgress | None = None
         self._loaded = self._pinned = False
 
-    def steps(self, place: Place, ranks: tuple[int, int]) -> RankBatches:
+    def steps(self, place: EpochProgress, ranks: tuple[int, int]) -> RankBatches:
         """What is left of an epoch from a place on, for `(rank, world_size)`."""
         return RankBatches(
             order=self.course.order(place.epoch),
@@ -141,11 +141,11 @@ class Walk:
             remainder=self._remainder,
         )
 
-    def upcoming(self, ranks: tuple[int, int]) -> Place:
+    def upcoming(self, ranks: tuple[int, int]) -> EpochProgress:
         """Where the next pass begins: a finished epoch is followed by another, unless somebody insists on it."""
         place = self._next
         if place.cursor and not self._pinned and not len(self.steps(place, ranks)):
-            return Place(epoch=place.epoch + 1)
+            return EpochProgress(epoch=place.epoch + 1)
         return place
 
     def set_epoch(self, epoch: int) -> None:
@@ -153,7 +153,7 @@ class Walk:
         if self._loaded and self._next.epoch == epoch:
             self._pinned = True
             return
-        self._next, self._loaded, self._pinned = Place(epoch=epoch), False, False
+        self._next, self._loaded, self._pinned = EpochProgress(epoch=epoch), False, False
         if self.place.epoch != epoch:
             self.place, self._underway = self._next, None
 
@@ -166,10 +166,10 @@ class Walk:
         self.took(place, last=not len(steps))
         return Pass(self, place, steps)
 
-    def took(self, place: Place, *, last: bool) -> None:
+    def took(self, place: EpochProgress, *, last: bool) -> None:
         """Remember that a pass has come to this place."""
         self.place = place
-        self._next = Place(epoch=place.epoch + 1 if last else place.epoch)
+        self._next = EpochProgress(epoch=place.epoch + 1 if last else place.epoch)
         if last:
             self._underway = None
 
@@ -202,13 +202,13 @@ class Pass:
         steps: what it goes through.
     """
 
-    def __init__(self, walk: Walk, place: Place, steps: RankBatches) -> None:
+    def __init__(self, walk: Walk, place: EpochProgress, steps: RankBatches) -> None:
         self._walk, self.place, self.steps = walk, place, steps
 
     def took(self, step: int) -> None:
         """The batch of this step, counted from where the pass began, was handed out."""
         cursor = self.steps.cursor_after(step)
-        place = Place(epoch=self.place.epoch, cursor=cursor, batches=self.place.batches + step + 1)
+        place = EpochProgress(epoch=self.place.epoch, cursor=cursor, batches=self.place.batches + step + 1)
         self._walk.took(place, last=step + 1 == len(self.steps))
 
 

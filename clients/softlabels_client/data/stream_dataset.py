@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.epochs import Epoch
+from softlabels.epochs import EpochIterator
 from softlabels.errors import BadIdsError, ConflictError, FingerprintMismatchError, MissingExtraError
 
 try:
@@ -19,19 +19,22 @@ except ImportError as error:
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
     ) from error
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeAlias
+
+from softlabels.errors import MissingExtraError
 from softlabels.ids import IdArray
 from softlabels.losses import SoftTargetBatch
 from softlabels.opening import TargetStore
-from softlabels.order import Remainder
+from softlabels.order import RankBatches, Remainder
 from softlabels.targets import SoftTargets
 from softlabels.transfer import TransferSet
-from softlabels_client.data.dataset import Check, SoftTargetDataset, samples_in
+from softlabels_client.data.dataset import Check, SoftTargetDataset, StoreInputs, samples_in
 from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
-from softlabels_client.data.inputs import StoreInputs
 from softlabels_client.data.loader import StatefulLoader
 from softlabels_client.data.sampler import current_ranks, given_ranks
-from softlabels_client.data.sampler_state import Course, Place, Walk
-from softlabels_client.data.worker_sharding import WorkerShare
+from softlabels_client.data.sampler_state import Course, EpochProgress, Walk
 
 STORE_ORDER = "the store's own order"
 """What a place of a stream says of its data: it counts the store's samples, whatever order the inputs lie in."""
@@ -93,7 +96,7 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         self.remainder: Remainder = remainder
         self._ranks = given_ranks(rank, world_size)
         self._walk = self.walk()
-        self._walk.steps(Place(), self.ranks)  # refuses numbers that cannot be
+        self._walk.steps(EpochProgress(), self.ranks)  # refuses numbers that cannot be
         self._own: WorkerShare | None = None
         # In memory that workers see, too: those that live on from epoch to epoch have a copy of everything else.
         self._shared = torch.zeros(4, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -113,7 +116,7 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         """A walk of its own over the same course, for whoever counts what is taken."""
         return Walk(self.course, batch_size=self.batch_size, remainder=self.remainder)
 
-    def begin_at(self, place: Place) -> None:
+    def begin_at(self, place: EpochProgress) -> None:
         """The next pass begins here."""
         self._walk.load_state_dict(self.course.state_at(place))
         self.set_epoch(place.epoch)
@@ -161,7 +164,7 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
             return
         if self._own is None or self._own.begun:
             epoch, cursor, rank, world_size = self._shared.tolist()
-            self._own = WorkerShare.here(Place(epoch=epoch, cursor=cursor), (rank, world_size))
+            self._own = WorkerShare.here(EpochProgress(epoch=epoch, cursor=cursor), (rank, world_size))
         share = self._own
         share.begun = True
         for batch in self._batches(share):
@@ -181,7 +184,7 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         for targets in share.targets(steps, self._epoch):
             yield self._paired(targets)
 
-    def _epoch(self, place: Place, ranks: tuple[int, int]) -> Epoch:
+    def _epoch(self, place: EpochProgress, ranks: tuple[int, int]) -> EpochIterator:
         pairs = self._pairs
         return self.store.epoch(
             seed=self.course.seed,
@@ -273,3 +276,61 @@ def _all_ids(samples: TransferSet) -> IdArray:
     pieces: list[Any] = [samples.take(positions).ids for positions in ranges]
     joined: IdArray = np.concatenate(pieces)
     return joined
+
+
+OpenEpoch: TypeAlias = Callable[[EpochProgress, tuple[int, int]], EpochIterator]
+"""Opens the rest of an epoch from a place on, for `(rank, world_size)`."""
+
+
+class WorkerShare:
+    """What one worker of one rank takes of an epoch, and how much of it this worker has taken.
+
+    Args:
+        place: where the pass begins.
+        ranks: rank and world size.
+        worker, workers: which of how many.
+    """
+
+    def __init__(self, place: EpochProgress, ranks: tuple[int, int], worker: int, workers: int) -> None:
+        self.place, self.ranks, self.worker, self.workers = place, ranks, worker, workers
+        self.taken = 0
+        self.begun = False
+
+    @classmethod
+    def here(cls, place: EpochProgress, ranks: tuple[int, int]) -> WorkerShare:
+        """The share of the process that this runs in."""
+        info = get_worker_info()
+        return cls(place, ranks, 0, 1) if info is None else cls(place, ranks, info.id, info.num_workers)
+
+    def state(self) -> dict[str, int]:
+        """Whose share this is, and how many batches of it were taken."""
+        return {"worker": self.worker, "workers": self.workers, "taken": self.taken}
+
+    def targets(self, steps: RankBatches, open_epoch: OpenEpoch) -> Iterator[SoftTargets]:
+        """The targets of this share's steps that were not taken before, in order."""
+        taken, (rank, world_size) = self.taken, self.ranks
+        if self.workers == 1 and not taken:
+            with open_epoch(self.place, self.ranks) as whole:
+                yield from whole
+            return
+        rounds = _full_rounds(steps, self.workers)
+        if taken < rounds:
+            size = self.workers * world_size * steps.batch_size
+            place = EpochProgress(epoch=self.place.epoch, cursor=self.place.cursor + taken * size)
+            among = (self.worker * world_size + rank, self.workers * world_size)
+            with open_epoch(place, among) as stream:
+                for _ in range(rounds - taken):
+                    yield next(stream)
+        for step in range(max(taken, rounds) * self.workers + self.worker, len(steps), self.workers):
+            cursor = steps.cursor_after(step - 1) if step else self.place.cursor
+            with open_epoch(EpochProgress(epoch=self.place.epoch, cursor=cursor), self.ranks) as rest:
+                yield next(rest)
+
+
+def _full_rounds(steps: RankBatches, workers: int) -> int:
+    """How many times, from the first step on, all workers of all ranks take `batch_size` new samples."""
+    as_one = replace(steps, world_size=workers * steps.world_size, rank=0)
+    size = as_one.world_size * as_one.batch_size
+    full = (as_one.order.samples - as_one.cursor) // size
+    # Where fewer samples than shares are left over, the last two steps share theirs.
+    return full - 1 if full and as_one.cursor_after(full - 1) != as_one.cursor + full * size else full

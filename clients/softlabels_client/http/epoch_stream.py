@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 from numpy.typing import NDArray
 
 from softlabels import wire
-from softlabels.epochs import END_FORMAT, EpochPlan, EpochRows
+from softlabels.epochs import END_FORMAT, EpochConfig, EpochRows
 from softlabels.errors import SoftLabelsError, WireError
 from softlabels.manifest import Manifest
 from softlabels.opening import IDS, ROW_OFFSETS
@@ -28,7 +28,7 @@ def epoch_rows(
     reader: ReplyReader,
     manifest: Manifest,
     digest: str,
-    plan: EpochPlan,
+    plan: EpochConfig,
     fields: tuple[str, ...],
 ) -> Iterator[EpochRows]:
     """The rows of each step, in order, each once: whatever breaks in between.
@@ -52,7 +52,7 @@ def epoch_rows(
             for step in steps:
                 rows = frames.read(step)
                 yield rows
-                plan, failures = plan.going_on_at(rows.cursor_after), 0
+                plan, failures = plan.resumed_at(rows.cursor_after), 0
             frames.read_end(steps)
             stream.finish()
             return
@@ -167,7 +167,7 @@ def _refuse_other_place(metadata: Mapping[str, str], step: StepBatch) -> None:
         )
 
 
-def _query(plan: EpochPlan, names: tuple[str, ...], digest: str) -> str:
+def _query(plan: EpochConfig, names: tuple[str, ...], digest: str) -> str:
     wanted: dict[str, Any] = {
         "seed": plan.seed,
         "batch_size": plan.batch_size,

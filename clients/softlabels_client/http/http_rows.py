@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from softlabels import wire
 from softlabels.documents import MAX_DOCUMENT_BYTES
 from softlabels.encodings import Encoding
-from softlabels.epochs import EpochPlan, EpochRows
+from softlabels.epochs import EpochConfig, EpochRows
 from softlabels.errors import ManifestError, RequestError, WireError
 from softlabels.ids import IdArray, kind_of
 from softlabels.manifest import Manifest, check_encoding
@@ -146,7 +146,7 @@ class HttpRows:
             found[ROW_OFFSETS] = arrays[ROW_OFFSETS]
         return found
 
-    def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+    def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """The rows of each step of an epoch, as one stream that is taken up again where it broke.
 
         Raises, when it is read: as `fetch` does; a break is an error only when no new connection goes on.

@@ -24,9 +24,16 @@ from softlabels import wire
 from softlabels.errors import RequestError, ServerUnreachableError, SoftLabelsError, TruncatedError, WireError
 from softlabels_client.http.address import StoreAddress
 from softlabels_client.http.buffers import Buffers
-from softlabels_client.http.failures import explain, mends_itself, refusal
 from softlabels_client.http.raw_connection import PlainConnection, read_usual, usual_length
-from softlabels_client.http.retry import RETRIED_STATUSES, Deadline, RetryPolicy, retry_after_s
+from softlabels_client.http.retry import (
+    RETRIED_STATUSES,
+    Deadline,
+    RetryPolicy,
+    explain,
+    mends_itself,
+    refusal,
+    retry_after_s,
+)
 from softlabels_client.http.streamed_reply import OpenReply, ParsedReply, PlainReply
 
 MAX_ERROR_BYTES = 1 << 20

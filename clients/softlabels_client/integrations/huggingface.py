@@ -25,7 +25,7 @@ from softlabels.losses import DistillationLoss
 from softlabels_client.data.dataset import SoftTargetDataset
 from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
 from softlabels_client.data.sampler import EpochSampler, identity_of
-from softlabels_client.data.sampler_state import Place
+from softlabels_client.data.sampler_state import EpochProgress
 from softlabels_client.training.steps import Loss, step_loss
 
 BATCH = "distillation_batch"
@@ -178,9 +178,9 @@ class _KeepsPlace(TrainerCallback, ExportableState):
         sampler = self._sampler
         if sampler is None:
             return {}
-        whole = sampler.walk().steps(Place(), sampler.ranks)
+        whole = sampler.walk().steps(EpochProgress(), sampler.ranks)
         batches = len(whole)
         epoch, steps = divmod(self._steps, max(1, -(-batches // self._accumulate)))
         taken = min(steps * self._accumulate, batches)
         cursor = whole.cursor_after(taken - 1) if taken else 0
-        return sampler.course.state_at(Place(epoch=epoch, cursor=cursor, batches=taken))
+        return sampler.course.state_at(EpochProgress(epoch=epoch, cursor=cursor, batches=taken))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from softlabels.audit import Audit
 from softlabels.encodings import Encoding, make_encoding
-from softlabels.epochs import EpochPlan, EpochRows
+from softlabels.epochs import EpochConfig, EpochRows
 from softlabels.ids import IdArray
 from softlabels.manifest import IdSpec, Layout, Manifest, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.opening import TargetStore
@@ -143,7 +143,7 @@ class Counted:
         self.fetched.append(len(ids))
         return self.rows.fetch(ids, fields, **{name: value for name, value in keys.items() if value is not None})
 
-    def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+    def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """An epoch, and a note of it."""
         self.epochs += 1
         for rows in self.rows.epoch(plan, fields):

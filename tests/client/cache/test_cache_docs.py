@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from softlabels.store import LocalRows
-from softlabels_client.cache.records import record_bytes
-from softlabels_client.cache.table import shape_within
+from softlabels_client.cache.row_records import record_bytes
+from softlabels_client.cache.row_table import shape_within
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "cache.md"
 BLOCK = re.compile(r"<!-- run -->\n```python\n(.*?)```", re.DOTALL)

@@ -1,4 +1,4 @@
-"""Which of the rows asked for are here, and what becomes of those that are not? They are fetched once, and kept."""
+"""Lookups in the cache: which of the requested rows are on disk, and how missing ones are fetched and stored."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from softlabels.epochs import EpochRows
 from softlabels.ids import IdArray
 from softlabels.opening import IDS, RowSource
 from softlabels.order import StepBatch
+from softlabels_client.cache.cache_folder import OpenTable
 from softlabels_client.cache.checks import Words
-from softlabels_client.cache.folder import OpenTable
 
 LOGGER = logging.getLogger("softlabels.cache")
 

@@ -9,9 +9,9 @@ from hashlib import blake2b
 import numpy as np
 
 from softlabels.errors import RequestError
-from softlabels.order.blocks import BlockShuffle
 from softlabels.order.permutation import (
     LONGEST,
+    BlockShuffle,
     InOrder,
     Permutation,
     Positions,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softlabels.epochs import EpochPlan
+from softlabels.epochs import EpochConfig
 from softlabels.errors import WireError
 from softlabels.opening import TargetStore
 from softlabels.store import LocalRows
@@ -121,7 +121,7 @@ class TestStreams:
         self, stores: dict[str, Path], make_setting: Any, refuse_difference: Same, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """And begun again where everything is missing: window by window, no batch twice or out of order."""
-        monkeypatch.setattr("softlabels_client.cache.epochs._WINDOW_SAMPLES", 14)
+        monkeypatch.setattr("softlabels_client.cache.cached_rows._WINDOW_SAMPLES", 14)
         setting = make_setting(stores["dense"])
         in_order = {**PLAN, "shuffle": False, "epoch": 0}
         setting.cached.batch(np.arange(5 + 28, 5 + 56))
@@ -145,7 +145,7 @@ class TestStreams:
         class Breaking:
             manifest, digest, encoding, fetch, close = rows.manifest, rows.digest, rows.encoding, rows.fetch, rows.close
 
-            def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Any:
+            def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Any:
                 for number, step in enumerate(rows.epoch(plan, fields)):
                     if number == 5:
                         raise WireError("spoilt")
@@ -166,7 +166,7 @@ class TestStreams:
         class Short:
             manifest, digest, encoding, fetch, close = rows.manifest, rows.digest, rows.encoding, rows.fetch, rows.close
 
-            def epoch(self, plan: EpochPlan, fields: tuple[str, ...]) -> Any:
+            def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Any:
                 yield from list(rows.epoch(plan, fields))[:-1]
 
         store = TargetStore(CachedRows(Short(), folder=tmp_path), where="short")

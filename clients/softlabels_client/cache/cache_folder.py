@@ -3,7 +3,7 @@
 FOLDER/rows-v1/lock                      held while tables come and go
 FOLDER/rows-v1/DIGEST/table.json         which store, and how large; its age is when it was last opened
 FOLDER/rows-v1/DIGEST/in-use             locked, shared, by every process that reads or fills the table
-FOLDER/rows-v1/DIGEST/{index,rows,ids}   see `softlabels_client.cache.table`
+FOLDER/rows-v1/DIGEST/{index,rows,ids}   see `softlabels_client.cache.row_table`
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 from softlabels.documents import as_json
 from softlabels.manifest import Manifest
-from softlabels_client.cache.index import read_taken
-from softlabels_client.cache.table import (
+from softlabels_client.cache.row_index import read_taken
+from softlabels_client.cache.row_table import (
     IDS_FILE,
     INDEX_FILE,
     ROWS_FILE,

@@ -1,7 +1,7 @@
 """What of one version of a store is kept on this machine? Rows by key, never one that is not as it came.
 
-    index     key → slot          see `softlabels_client.cache.index`
-    rows      slot → record       see `softlabels_client.cache.records`
+    index     key → slot          see `softlabels_client.cache.row_index`
+    rows      slot → record       see `softlabels_client.cache.row_records`
     ids       position → id       where ids do not count up, so that an epoch's samples have names without the server
 
 A row is written into a slot that nobody else has, and only then into the index. Whoever is killed in between leaves a
@@ -25,8 +25,8 @@ from softlabels.ids import IdArray, from_fixed_bytes, kind_of, to_fixed_bytes
 from softlabels.manifest import ArraySpec, Manifest
 from softlabels.opening import IDS
 from softlabels_client.cache.checks import RowKeys, Words
-from softlabels_client.cache.index import DenseIndex, HashedIndex, SlotIndex, index_bytes, take_slots, taken_slots
-from softlabels_client.cache.records import RecordFile, record_bytes
+from softlabels_client.cache.row_index import HashIndex, RowNumberIndex, SlotIndex, index_bytes, take_slots, taken_slots
+from softlabels_client.cache.row_records import RecordFile, record_bytes
 
 ROWS_FILE, INDEX_FILE, IDS_FILE, WRITING_FILE = "rows", "index", "ids", "writing"
 
@@ -110,7 +110,7 @@ class RowTable:
         self.shape = shape
         self._folder, self._ids, self._read_only = folder, manifest.ids, read_only
         self.keys = RowKeys(manifest)
-        make = DenseIndex if shape.dense else HashedIndex
+        make = RowNumberIndex if shape.dense else HashIndex
         self._index: SlotIndex = make(folder / INDEX_FILE, shape.keys, read_only=read_only)
         self._rows = RecordFile(folder / ROWS_FILE, shape.fields, shape.slots, digest=digest, read_only=read_only)
         self._names: RecordFile | None = None

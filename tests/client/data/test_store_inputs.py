@@ -23,7 +23,7 @@ from softlabels.store import LocalRows, StoreWriter, plan_store
 from softlabels.store.planning import kept_inputs
 from softlabels.transfer import ArrayTransferSet, sample_fingerprints
 from softlabels_client import SoftTargetDataset, SoftTargetStream, data_loader, stream_loader
-from softlabels_client.data.inputs import StoreInputs
+from softlabels_client.data.dataset import StoreInputs
 
 SAMPLES, CLASSES = 90, 5
 PIXELS = np.random.default_rng(2).integers(0, 256, (SAMPLES, 3, 4), dtype=np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels_client.cache.checks import Words
-from softlabels_client.cache.records import WORD, MappedFile, runs
+from softlabels_client.cache.row_records import WORD, MappedFile, runs
 
 PROBES = 32
 """Entries of the hash table in which a key may lie: at the load below, next to none finds all of them taken."""
@@ -66,7 +66,7 @@ def take_slots(index: SlotIndex, taken: int) -> None:
     index.file.write(0, np.array([taken], dtype="<u8").view(np.uint8))
 
 
-class DenseIndex:
+class RowNumberIndex:
     """For keys that are row numbers: the slot of row i, plus 1, at word 1 + i.
 
     Args:
@@ -97,7 +97,7 @@ class DenseIndex:
             self.file.write(WORD * (1 + int(places[begin])), entries[begin:end].view(np.uint8))
 
 
-class HashedIndex:
+class HashIndex:
     """For keys that are hashes, none of them 0: a table of (key, slot plus 1), probed from the key's own place on.
 
     Args:

@@ -16,7 +16,7 @@ from softlabels.manifest import Layout
 from softlabels.opening import TargetStore
 from softlabels.store import LocalRows
 from softlabels_client.cache import CachedRows, CacheFolder, default_folder
-from softlabels_client.cache.table import shape_within
+from softlabels_client.cache.row_table import shape_within
 
 Same = Callable[[Any, Any], None]
 

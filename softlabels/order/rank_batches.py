@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from softlabels.errors import RequestError
-from softlabels.order.epoch import EpochOrder, require_int
+from softlabels.order.epoch_order import EpochOrder, require_int
 from softlabels.order.permutation import CHUNK, Positions
 
 Remainder: TypeAlias = Literal["split", "drop", "pad"]

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import softlabels
-from softlabels.epochs import Epoch
-from softlabels_client.data.sampler_state import Course, Place, Walk
-from softlabels_client.data.worker_sharding import WorkerShare
+from softlabels.epochs import EpochIterator
+from softlabels_client.data.sampler_state import Course, EpochProgress, Walk
+from softlabels_client.data.stream_dataset import WorkerShare
 
 SAMPLES = 200
 
@@ -45,11 +45,11 @@ def test_workers_take_their_ranks_batches_in_turn(
     """Worker w of W takes batch w, W + w, … of its rank, also when it goes on in the middle of its share."""
     walk = Walk(Course(digest=store.digest, samples=SAMPLES, seed=3), batch_size=batch_size, remainder=remainder)
 
-    def open_epoch(place: Place, ranks: tuple[int, int]) -> Epoch:
+    def open_epoch(place: EpochProgress, ranks: tuple[int, int]) -> EpochIterator:
         known: dict[str, Any] = {"batch_size": batch_size, "remainder": remainder, "labels": False}
         return store.epoch(seed=3, epoch=place.epoch, cursor=place.cursor, rank=ranks[0], world_size=ranks[1], **known)
 
-    rank, place = batch_size % world, Place(epoch=1, cursor=cursor)
+    rank, place = batch_size % world, EpochProgress(epoch=1, cursor=cursor)
     steps = walk.steps(place, (rank, world))
     expected = [step.positions.tolist() for step in steps]
     for worker in range(workers):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from softlabels.order.blocks import BlockShuffle
+from softlabels.order.permutation import BlockShuffle
 
 
 def order_of(samples: int, *, block: int, window_blocks: int, key: bytes = b"k") -> NDArray[np.int64]:
