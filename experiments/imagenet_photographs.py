@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import softlabels
-from softlabels.demo.service import served
+from softlabels.demo.end_to_end import served
 from softlabels.precompute import Job, Teacher, load_job, precompute
 from softlabels.precompute.planning import load_teachers
 from softlabels.progress import Progress, duration, track

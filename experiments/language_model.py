@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 import softlabels
-from softlabels.demo.service import served
+from softlabels.demo.end_to_end import served
 from softlabels.losses import SoftTargetBatch, distillation_loss
 from softlabels.precompute import Job, Teacher, load_job, precompute
 from softlabels.precompute.agreement import check_agreement

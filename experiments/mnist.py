@@ -20,15 +20,13 @@ import torch
 import softlabels
 from softlabels.data.mnist import Mnist, open_mnist
 from softlabels.demo.nets import student_mlp
-from softlabels.demo.schedules import QUICK, Schedules
-from softlabels.demo.teachers import train_teacher
-from softlabels.demo.training import fit_hard, hard_labels, has_bfloat16_products
+from softlabels.demo.teachers import QUICK, Schedules, fit_hard, hard_labels, has_bfloat16_products, train_teacher
 from softlabels.precompute import Job, precompute
 from softlabels.precompute.job import StoreTable, TargetsTable, TeacherTable, TransferSetTable
 from softlabels.progress import duration, track
 from softlabels_client.data.dataset import SoftTargetDataset
-from softlabels_client.training.evaluation import count_errors
 from softlabels_client.training.settings import DistillSettings
+from softlabels_client.training.step import count_errors
 from softlabels_client.training.trainer import distill
 
 TEMPERATURE = 20.0

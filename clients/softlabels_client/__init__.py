@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from softlabels_client.data.sampler import EpochDistributedSampler, EpochSampler
     from softlabels_client.data.stream_dataset import SoftTargetStream, stream_loader
     from softlabels_client.data.view_dataset import ViewDataset
-    from softlabels_client.training.checkpoints import CheckpointFolder
-    from softlabels_client.training.evaluation import count_errors
+    from softlabels_client.training.checkpoint import CheckpointFolder, save_student
+    from softlabels_client.training.step import count_errors
     from softlabels_client.training.trainer import DistillResult, distill
     from softlabels_client.training.training_log import CsvLog, PairRecord, TensorBoardLog
-    from softlabels_client.training.weights import save_student
 
 __all__ = [
     "CheckpointFolder",
@@ -52,7 +51,7 @@ __all__ = [
 ]
 
 _NEEDS_TORCH = {
-    "CheckpointFolder": "training.checkpoints",
+    "CheckpointFolder": "training.checkpoint",
     "CsvLog": "training.training_log",
     "DistillResult": "training.trainer",
     "DistillationBatch": "data.distillation_batch",
@@ -65,10 +64,10 @@ _NEEDS_TORCH = {
     "TensorBoardLog": "training.training_log",
     "ViewDataset": "data.view_dataset",
     "collate_batches": "data.distillation_batch",
-    "count_errors": "training.evaluation",
+    "count_errors": "training.step",
     "data_loader": "data.dataset",
     "distill": "training.trainer",
-    "save_student": "training.weights",
+    "save_student": "training.checkpoint",
     "stream_loader": "data.stream_dataset",
 }
 

@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(options: argparse.Namespace) -> int:
     """Run the demo and say what came of it."""
     try:
-        from softlabels.demo.run import run_demo
+        from softlabels.demo.end_to_end import run_demo
     except ImportError as error:
         if isinstance(error, MissingExtraError):
             raise

@@ -155,8 +155,8 @@ def run(options: argparse.Namespace) -> int:
     from softlabels.locations import open_store
     from softlabels_client.data.dataset import SoftTargetDataset
     from softlabels_client.data.view_dataset import ViewDataset
-    from softlabels_client.training.evaluation import count_errors
-    from softlabels_client.training.weights import save_student
+    from softlabels_client.training.checkpoint import save_student
+    from softlabels_client.training.step import count_errors
 
     with open_store(options.store, token=options.token, timeout_s=options.timeout, cache=options.cache) as store:
         inputs = _transfer_set("--inputs", options.inputs, options.inputs_args) if options.inputs else None
@@ -196,7 +196,7 @@ def _trained(
     options: argparse.Namespace,
 ) -> DistillResult:
     from softlabels.progress import track
-    from softlabels_client.training.checkpoints import CheckpointFolder
+    from softlabels_client.training.checkpoint import CheckpointFolder
     from softlabels_client.training.trainer import distill
     from softlabels_client.training.training_log import CsvLog, PairRecord, TensorBoardLog, TrainingLog
 

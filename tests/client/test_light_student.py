@@ -69,8 +69,8 @@ class TestStudentProcess:
             "import softlabels_client.data.dataset",
             "import softlabels_client.training.trainer",
             "import softlabels_client.data.distillation_batch",
-            "import softlabels_client.training.evaluation",
-            "import softlabels_client.training.weights",
+            "import softlabels_client.training.step",
+            "import softlabels_client.training.checkpoint",
         ],
     )
     def test_without_torch_training_names_the_extra(self, code: str) -> None:

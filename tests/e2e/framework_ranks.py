@@ -14,7 +14,7 @@ from taking import digest_of, loader_of
 from torch import nn
 
 from softlabels_client import DistillationBatch, SoftTargetDataset
-from softlabels_client.training.steps import step_loss
+from softlabels_client.training.step import step_loss
 
 EPOCHS, BATCH_SIZE = 2, 16
 

@@ -31,7 +31,7 @@ from softlabels_client import (
     data_loader,
     stream_loader,
 )
-from softlabels_client.training.steps import step_loss
+from softlabels_client.training.step import step_loss
 
 PLACE = "place.json"
 

@@ -26,7 +26,7 @@ from softlabels_client.data.dataset import SoftTargetDataset
 from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
 from softlabels_client.data.sampler import EpochSampler, identity_of
 from softlabels_client.data.sampler_state import EpochProgress
-from softlabels_client.training.steps import Loss, step_loss
+from softlabels_client.training.step import Loss, step_loss
 
 BATCH = "distillation_batch"
 """The key of a batch in the dictionary that the Trainer wants; the other keys are its inputs and ids."""

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from softlabels.losses import DistillationLoss
 from softlabels_client.data.distillation_batch import DistillationBatch
 from softlabels_client.data.loader import StatefulLoader
-from softlabels_client.training.steps import Loss, step_loss
+from softlabels_client.training.step import Loss, step_loss
 
 
 class SoftTargetDataModule(LightningDataModule):

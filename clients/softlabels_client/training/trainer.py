@@ -27,16 +27,18 @@ except ImportError as error:
 from softlabels.progress import QUIET, Progress
 from softlabels_client.data.dataset import SoftTargetDataset, data_loader
 from softlabels_client.data.distillation_batch import DistillationBatch
-from softlabels_client.training.checkpoints import CheckpointFolder
-from softlabels_client.training.learner import Learner
-from softlabels_client.training.optimizers import rate_factor
-from softlabels_client.training.rng_state import draw_states, seeded, set_draw_states
+from softlabels_client.training.checkpoint import CheckpointFolder
+from softlabels_client.training.optimization import rate_factor
 from softlabels_client.training.settings import DistillSettings
+from softlabels_client.training.step import Learner
 from softlabels_client.training.training_log import Figures, Logbook, PairRecord, TrainingLog
 from softlabels_client.training.training_state import (
     TrainingState,
     copied_weights,
+    draw_states,
     refuse_other_training,
+    seeded,
+    set_draw_states,
     training_identity,
 )
 

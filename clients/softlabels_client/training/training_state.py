@@ -18,6 +18,13 @@ except ImportError as error:
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
     ) from error
 
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+
+from softlabels.errors import MissingExtraError
 from softlabels_client.data.dataset import SoftTargetDataset
 from softlabels_client.data.sampler import identity_of
 from softlabels_client.training.settings import DistillSettings
@@ -97,7 +104,7 @@ class TrainingState:
         return loss, divergence
 
     def tree(self) -> dict[str, Any]:
-        """As `softlabels_client.training.tensor_trees` keeps it."""
+        """As `softlabels_client.training.checkpoint` keeps it."""
         return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
 
     @classmethod
@@ -184,3 +191,52 @@ def _difference(name: str, kept: Any, here: Any) -> str:
         kept, here = next((a.strip(), b.strip()) for a, b in lines if a != b)
         name = "the student"
     return f"{name} is {kept} there and {here} here"
+
+
+try:
+    import torch
+except ImportError as error:
+    raise MissingExtraError(
+        "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
+    ) from error
+
+_NUMPY_SEEDS = 2**32
+"""What `numpy.random.seed` takes is below this."""
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed every global generator, which dropout and the like draw from, and give their states back afterwards."""
+    before = draw_states(device)
+    try:
+        random.seed(seed)
+        np.random.seed(seed % _NUMPY_SEEDS)
+        torch.manual_seed(seed)
+        yield
+    finally:
+        set_draw_states(before, device)
+
+
+def draw_states(device: torch.device) -> dict[str, Any]:
+    """Where every global generator stands, as a tree that `softlabels_client.training.checkpoint` keeps."""
+    numpys = np.random.get_state(legacy=False)
+    assert isinstance(numpys, dict)
+    key = numpys["state"]["key"].tolist()
+    states = {
+        "python": random.getstate(),
+        "numpy": {**numpys, "state": {**numpys["state"], "key": key, "pos": int(numpys["state"]["pos"])}},
+        "torch": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_draw_states(states: dict[str, Any], device: torch.device) -> None:
+    """Put every generator where it stood; that of another kind of device than then is left alone."""
+    random.setstate(states["python"])
+    numpys = states["numpy"]
+    np.random.set_state({**numpys, "state": {**numpys["state"], "key": np.array(numpys["state"]["key"], np.uint32)}})
+    torch.set_rng_state(states["torch"])
+    if device.type in states and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[device.type], device)

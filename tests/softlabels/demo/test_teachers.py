@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from softlabels.data.digits import load_digits
 from softlabels.demo.nets import teacher_mlp
 from softlabels.demo.teachers import TeacherSchedule, TrainedTeacher, train_teacher
-from softlabels_client.training.evaluation import count_errors
+from softlabels_client.training.step import count_errors
 
 pytest.importorskip("sklearn", reason="scikit-learn, which bundles the digits, is not installed")
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from softlabels.demo.nets import Mlp, student_mlp, teacher_mlp
-from softlabels.demo.training import (
+from softlabels.demo.teachers import (
     Jitter,
     constrain_incoming_weights,
     fast_arithmetic,
@@ -18,7 +18,7 @@ from softlabels.demo.training import (
 )
 from softlabels.errors import JobError
 from softlabels.transfer import ArrayTransferSet
-from softlabels_client.training.evaluation import count_errors
+from softlabels_client.training.step import count_errors
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,7 @@ import softlabels
 from softlabels.losses import DistillationLoss
 from softlabels_client import SoftTargetDataset, SoftTargetStream, StatefulLoader, data_loader, stream_loader
 from softlabels_client.integrations.accelerate import AcceleratedLoader
-from softlabels_client.training.steps import step_loss
+from softlabels_client.training.step import step_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

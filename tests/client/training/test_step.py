@@ -12,7 +12,7 @@ import torch
 from softlabels.errors import EmptyBatchError
 from softlabels.losses import DistillationLoss, SoftTargetBatch
 from softlabels_client import DistillationBatch
-from softlabels_client.training.steps import step_loss
+from softlabels_client.training.step import step_loss
 
 BLOCKED = """
 import importlib, sys

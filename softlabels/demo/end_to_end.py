@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +21,21 @@ import softlabels
 from softlabels.data.digits import load_digits
 from softlabels.data.mnist import open_mnist
 from softlabels.demo.nets import student_mlp
-from softlabels.demo.picture import draw
-from softlabels.demo.report import DemoReport
-from softlabels.demo.schedules import DEMO, SMALL, Schedules
-from softlabels.demo.service import run_command, served
-from softlabels.demo.teachers import TrainedTeacher, train_teacher
-from softlabels.demo.training import fit_hard, hard_labels, has_bfloat16_products
-from softlabels.errors import DataUnavailableError
+from softlabels.demo.report import DemoReport, draw
+from softlabels.demo.teachers import (
+    DEMO,
+    SMALL,
+    Schedules,
+    TrainedTeacher,
+    fit_hard,
+    hard_labels,
+    has_bfloat16_products,
+    train_teacher,
+)
+from softlabels.errors import DataUnavailableError, JobError, ServerUnreachableError
 from softlabels.progress import track
 from softlabels.transfer import ArrayTransferSet
-from softlabels_client.training.evaluation import count_errors
+from softlabels_client.training.step import count_errors
 
 HIGH_TEMPERATURE = 20.0
 """What the paper distils MNIST at (section 3)."""
@@ -210,3 +220,57 @@ def _report(
         kl_nats=dict((manifest.audit or {}).get("kl_nats", {})),
         seconds=seconds,
     )
+
+
+SERVING = "softlabels: serving"
+"""How the line begins that `softlabels serve` prints when it answers; its last word is the address."""
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run `softlabels …` to its end; it prints for itself.
+
+    Raises:
+        JobError: it failed.
+    """
+    print(f"\n$ softlabels {' '.join(arguments)}", flush=True)
+    finished = subprocess.run([*_softlabels(), *arguments], check=False)
+    if finished.returncode != 0:
+        raise JobError(f"`softlabels {arguments[0]}` ended with exit code {finished.returncode}; its message is above")
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve the stores of a folder from a process of its own while the context lasts; yields its address.
+
+    Raises:
+        ServerUnreachableError: the server does not come up.
+    """
+    print(f"\n$ softlabels serve {folder} --port 0", flush=True)
+    command = [*_softlabels(), "serve", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        # A server that hangs before its first line would hold the demo for ever: it is ended then, and the pipe closes.
+        watchdog = threading.Timer(START_TIMEOUT_S, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            address = next((line.split()[-1] for line in process.stdout if line.startswith(SERVING)), None)
+            watchdog.cancel()
+            if address is None:
+                raise ServerUnreachableError("`softlabels serve` ended before it answered; its message is above")
+            print(f"serving at {address}", flush=True)
+            yield address
+        finally:
+            watchdog.cancel()
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=STOP_TIMEOUT_S)
+            process.kill()
+
+
+def _softlabels() -> list[str]:
+    # Blocks of output would come late and out of order beside the demo's own lines.
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    return [sys.executable, "-m", "softlabels"]

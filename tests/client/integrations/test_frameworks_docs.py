@@ -14,7 +14,7 @@ import pytest
 
 from softlabels.references import load_reference
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 STUDENT = re.compile(r"<!-- file: student.py -->\n```python\n(.*?)```", re.DOTALL)
 BLOCK = re.compile(r"<!-- run -->\n```python\n(.*?)```", re.DOTALL)
 

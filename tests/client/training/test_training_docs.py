@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from softlabels.references import load_reference
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "training.md"
 BLOCK = re.compile(r"<!-- (?:file: (?P<name>\S+)|run) -->\n```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
 
 

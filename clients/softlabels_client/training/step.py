@@ -1,13 +1,75 @@
-"""How does a student take one step? Forward in the chosen precision, loss, gradients, an optimiser's step.
-
-Legend: B rows, C classes.
-"""
+"""What does one step of a student minimise, also on a rank that no sample was left for?"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import Tensor
 
 from softlabels.errors import MissingExtraError, RequestError
+from softlabels.losses import SoftTargetBatch, make_loss
+from softlabels.softmath import UNLABELLED
+from softlabels.transfer import TransferSet
+from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.training.optimization import make_optimizer, set_learning_rate
+from softlabels_client.training.settings import DistillSettings
+from softlabels_client.training.training_state import load_optimizer, load_student, student_tree
+
+Loss: TypeAlias = Callable[[Tensor, SoftTargetBatch], Tensor]
+"""Of logits_BC and targets a scalar, for instance `softlabels.losses.DistillationLoss`."""
+
+
+def step_loss(student: Callable[[Tensor], Tensor], batch: DistillationBatch, loss: Loss) -> Tensor:
+    """The loss of one batch; 0 for an empty one, with a gradient of zeros, since other ranks wait for this one's.
+
+    Args:
+        student: maps inputs to logits_BC.
+        batch: on the student's device.
+        loss: of logits and targets.
+    """
+    logits_BC = student(batch.inputs)
+    return loss(logits_BC, batch.targets) if len(batch) else logits_BC.sum() * 0.0
+
+
+try:
+    import torch
+    from torch import nn
+except ImportError as error:
+    raise MissingExtraError(
+        "testing a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
+    ) from error
+
+
+@torch.no_grad()
+def count_errors(student: nn.Module, samples: TransferSet, *, batch_size: int = 2_000) -> int:
+    """How many labelled samples the student's most probable class gets wrong; in eval mode, its mode left as it was.
+
+    Args:
+        student: maps a batch of inputs to logits_BC.
+        samples: a test set; unlabelled samples are passed over.
+        batch_size: rows at a time.
+    Raises:
+        RequestError: no sample is labelled.
+    """
+    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
+    was_training = student.training
+    student.eval()
+    wrong = labelled = 0
+    for start in range(0, len(samples), batch_size):
+        batch = samples.take(np.arange(start, min(start + batch_size, len(samples)), dtype=np.int64))
+        if batch.labels is None:
+            continue
+        guesses = student(torch.from_numpy(np.array(batch.inputs)).to(device)).argmax(dim=1).cpu().numpy()
+        known = batch.labels != UNLABELLED
+        labelled += int(known.sum())
+        wrong += int((guesses != batch.labels)[known].sum())
+    student.train(was_training)
+    if not labelled:
+        raise RequestError(f"no sample of {samples.name!r} has a label, so errors cannot be counted on it")
+    return wrong
+
 
 try:
     import torch
@@ -17,11 +79,6 @@ except ImportError as error:
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
     ) from error
 
-from softlabels.losses import make_loss
-from softlabels_client.data.distillation_batch import DistillationBatch
-from softlabels_client.training.optimizers import make_optimizer, set_learning_rate
-from softlabels_client.training.settings import DistillSettings
-from softlabels_client.training.training_state import load_optimizer, load_student, student_tree
 
 _MIXED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,7 +134,7 @@ class Learner:
         self._optimizer.zero_grad()
 
     def tree(self) -> dict[str, Any]:
-        """Weights, optimiser and scaler, as `softlabels_client.training.tensor_trees` keeps them."""
+        """Weights, optimiser and scaler, as `softlabels_client.training.checkpoint` keeps them."""
         return {
             **student_tree(self.student),
             "optimizer": self._optimizer.state_dict(),

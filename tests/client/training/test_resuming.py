@@ -29,8 +29,7 @@ from softlabels.precompute import load_job, precompute
 from softlabels.references import load_reference
 from softlabels.transfer import ArrayTransferSet
 from softlabels_client import DistillSettings, SoftTargetDataset, ViewDataset, distill, save_student
-from softlabels_client.training.checkpoints import CheckpointFolder, read_checkpoint
-from softlabels_client.training.tensor_trees import pack, unpack
+from softlabels_client.training.checkpoint import CheckpointFolder, pack, read_checkpoint, unpack
 from softlabels_client.training.trainer import DistillResult
 from softlabels_client.training.training_log import CsvLog, PairRecord, target_digest
 

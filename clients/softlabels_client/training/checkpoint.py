@@ -34,8 +34,11 @@ except ImportError as error:
         extra="torch",
     ) from error
 
-from softlabels_client.training.tensor_trees import pack, unpack
-from softlabels_client.training.whole_files import PARTIAL, whole_file
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from softlabels.errors import MissingExtraError
 
 FORMAT = "softlabels-checkpoint/1"
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
@@ -77,7 +80,7 @@ class CheckpointFolder:
         return sorted(int(found[1]) for entry in self.path.iterdir() if (found := _NAME.fullmatch(entry.name)))
 
     def write(self, step: int, state: Any) -> Path:
-        """Keep a state, a tree as `softlabels_client.training.tensor_trees` says; then remove what is too old.
+        """Keep a state, a tree as `softlabels_client.training.checkpoint` says; then remove what is too old.
 
         Raises:
             RequestError: the state holds what cannot be kept. OSError: the disk is full.
@@ -131,3 +134,121 @@ def _checksum(document: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise MissingExtraError(
+        "keeping a training's state needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
+    ) from error
+
+TENSOR, TUPLE, DICT = "tensor", "tuple", "dict"
+
+
+def pack(tree: Any, *, path: str = "state") -> tuple[Any, dict[str, Tensor]]:
+    """A tree as JSON and tensors.
+
+    Returns:
+        What `json.dumps` takes, and the tensors by the names that stand in it: copies in the host's memory, so that
+        they stay what they are while the training goes on.
+    Raises:
+        RequestError: something that is none of these things, named by its path.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _packed(tree, path, tensors), tensors
+
+
+def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that `pack` was given.
+
+    Raises:
+        ManifestError: what was kept is no such tree.
+    """
+    if isinstance(document, list):
+        return [unpack(entry, tensors) for entry in document]
+    if not isinstance(document, dict):
+        return document
+    ((kind, value),) = document.items()
+    if kind == TENSOR and value in tensors:
+        return tensors[value]
+    if kind == TUPLE:
+        return tuple(unpack(entry, tensors) for entry in value)
+    if kind == DICT:
+        return {key: unpack(entry, tensors) for key, entry in value}
+    raise ManifestError(f"a kept state names the {kind} {value!r}, which is not there")
+
+
+def _packed(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    if isinstance(tree, Tensor):
+        _refuse_unkeepable(tree, path)
+        tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
+        return {TENSOR: path}
+    if isinstance(tree, list | tuple):
+        entries = [_packed(entry, f"{path}/{number}", tensors) for number, entry in enumerate(tree)]
+        return entries if isinstance(tree, list) else {TUPLE: entries}
+    if isinstance(tree, Mapping) and all(isinstance(key, int | str) for key in tree):
+        return {DICT: [[key, _packed(entry, f"{path}/{key}", tensors)] for key, entry in tree.items()]}
+    raise RequestError(
+        f"{path} is a {type(tree).__name__}: a checkpoint keeps tensors, numbers, words, lists, tuples and "
+        "dictionaries, so a training with this state cannot be resumed exactly"
+    )
+
+
+def _refuse_unkeepable(tensor: Tensor, path: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_complex():
+        raise RequestError(f"{path} is a {tensor.layout} tensor of {tensor.dtype}: a checkpoint keeps dense real ones")
+
+
+PARTIAL = ".partial"
+"""Ending of a file that is still being written."""
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give the block a place to write to; what it wrote is at `path` once it ends well, and nowhere otherwise.
+
+    Raises:
+        OSError: the folder does not exist, or the disk is full; what was at `path` before is still there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+try:
+    from safetensors.torch import save_model
+    from torch import nn
+except ImportError as error:
+    raise MissingExtraError(
+        "keeping a student's weights needs torch and safetensors, which are not installed: `pip install "
+        "softlabels[torch]`",
+        extra="torch",
+    ) from error
+
+
+def save_student(student: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Keep a student's weights as safetensors: the whole file or none, whatever is interrupted.
+
+    Args:
+        student: tied weights are kept once.
+        path: replaced where it exists.
+        metadata: short facts to keep with the weights.
+    Raises:
+        OSError: the folder does not exist, or the disk is full.
+    """
+    with whole_file(Path(path)) as partial:
+        save_model(student, str(partial), metadata=dict(metadata or {}))
