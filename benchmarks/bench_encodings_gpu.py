@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.encodings import draw_keys, make_encoding
-from softlabels.precompute.device_audit import figures_on_device
+from softlabels.precompute.pipeline.device_step import figures_on_device
 
 ROWS, CLASSES, ROUNDS = 256, 1_000, 15
 BOUND = 0.02

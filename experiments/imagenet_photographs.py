@@ -31,7 +31,7 @@ from PIL import Image
 import softlabels
 from softlabels.demo.end_to_end import served
 from softlabels.precompute import Job, Teacher, load_job, precompute
-from softlabels.precompute.planning import load_teachers
+from softlabels.precompute.planning.prepared_job import load_teachers
 from softlabels.progress import Progress, duration, track
 from softlabels.softmath import mean_arithmetic, mean_geometric, soften
 from softlabels.transfer import Samples

@@ -26,8 +26,8 @@ import softlabels
 from softlabels.demo.end_to_end import served
 from softlabels.losses import SoftTargetBatch, distillation_loss
 from softlabels.precompute import Job, Teacher, load_job, precompute
-from softlabels.precompute.agreement import check_agreement
-from softlabels.precompute.planning import load_teachers, load_transfer_set
+from softlabels.precompute.checks.verify_teachers import verify_against_teachers
+from softlabels.precompute.planning.prepared_job import load_teachers, load_transfer_set
 from softlabels.progress import duration
 from softlabels.softmath import kl_divergence, log_soften
 from softlabels.store.verify import verify
@@ -113,7 +113,7 @@ def run_store(job: Job, data: TransferSet, teachers: list[Teacher]) -> dict[str,
     report = verify(job.store_path)
     if not report.sound:
         raise SystemExit(f"{manifest.name}: {report.faults[0]}")
-    agreement = check_agreement(job.store_path, job, report, samples=4, transfer_set=data, teachers=teachers)
+    agreement = verify_against_teachers(job.store_path, job, report, samples=4, transfer_set=data, teachers=teachers)
     if not report.sound:
         raise SystemExit(f"{manifest.name}: {report.faults[0]}")
     audit = manifest.audit or {}

@@ -21,7 +21,7 @@ import torch
 
 from softlabels.cli.plan import lines, size
 from softlabels.precompute import load_job, precompute
-from softlabels.precompute.forecast import forecast
+from softlabels.precompute.planning.forecast import forecast
 from softlabels.transfer_sets.ragged import RaggedTransferSet
 
 FEATURES = 80

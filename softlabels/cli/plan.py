@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from softlabels.progress import duration
 
 if TYPE_CHECKING:
-    from softlabels.precompute.forecast import Forecast
-    from softlabels.precompute.measuring import Option
+    from softlabels.precompute.planning.forecast import Forecast, Option
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -39,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(options: argparse.Namespace) -> int:
     """Print the forecast."""
     from softlabels.precompute import load_job
-    from softlabels.precompute.forecast import forecast
+    from softlabels.precompute.planning.forecast import forecast
 
     found = forecast(load_job(options.job), samples=options.samples, rows=options.rows)
     print("\n".join(lines(found, price=options.price)))

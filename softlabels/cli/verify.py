@@ -41,9 +41,11 @@ def run(options: argparse.Namespace) -> int:
     agreement: dict[str, object] = {}
     if options.against_teacher is not None and report.sound:
         from softlabels.precompute import load_job
-        from softlabels.precompute.agreement import check_agreement
+        from softlabels.precompute.checks.verify_teachers import verify_against_teachers
 
-        agreement = check_agreement(options.store, load_job(options.against_teacher), report, show=track).to_json()
+        agreement = verify_against_teachers(
+            options.store, load_job(options.against_teacher), report, show=track
+        ).to_json()
     if options.json:
         print(json.dumps({**report.to_json(), **({"agreement": agreement} if agreement else {})}, indent=2))
     else:

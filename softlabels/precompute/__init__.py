@@ -15,7 +15,7 @@ except ImportError as error:
     ) from error
 
 from softlabels.precompute.job import Job, load_job
-from softlabels.precompute.run import precompute, resume
+from softlabels.precompute.runner import precompute, resume
 from softlabels.precompute.teachers import Teacher, teacher_from_module
 
 __all__ = ["Job", "Teacher", "load_job", "precompute", "resume", "teacher_from_module"]

@@ -24,7 +24,7 @@ from softlabels.errors import JobError, ShapeMismatchError, TeacherShapeError, T
 from softlabels.ids import IdArray
 from softlabels.manifest import Layout, ViewSpec
 from softlabels.precompute.job import SequencesTable
-from softlabels.precompute.rows import RowBatch
+from softlabels.precompute.row_batches import RowBatch
 from softlabels.store.sequences import SampleTable
 from softlabels.transfer import FINGERPRINT_BYTES, UNLABELLED, Samples, TransferSet, sequence_fingerprints
 from softlabels.transfer_sets import examine_ids

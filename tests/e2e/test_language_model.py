@@ -14,7 +14,7 @@ import torch
 import softlabels
 from softlabels.cli import main
 from softlabels.precompute import load_job, precompute
-from softlabels.precompute.planning import load_teachers, load_transfer_set
+from softlabels.precompute.planning.prepared_job import load_teachers, load_transfer_set
 
 JOB = """
 [store]

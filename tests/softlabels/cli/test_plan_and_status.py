@@ -16,7 +16,7 @@ import torch
 from softlabels.cli import main
 from softlabels.cli.plan import lines, size
 from softlabels.precompute import load_job, precompute
-from softlabels.precompute.forecast import Forecast, forecast
+from softlabels.precompute.planning.forecast import Forecast, forecast
 from softlabels.store.status import read_status
 
 MODULE = """

@@ -85,7 +85,7 @@ class TestOrder:
 
     def test_hidden_states_follow_the_order(self, folder: Path) -> None:
         """A head's rows are turned as its logits are."""
-        from softlabels.precompute.planning import load_teachers
+        from softlabels.precompute.planning.prepared_job import load_teachers
 
         teachers = load_teachers(load_job(write_job(folder, A, B)), torch.device("cpu"))
         assert teachers[1].order_C is not None

@@ -15,7 +15,7 @@ from torch import nn
 import softlabels
 from softlabels.manifest import Manifest
 from softlabels.precompute import load_job, precompute
-from softlabels.precompute.agreement import check_agreement
+from softlabels.precompute.checks.verify_teachers import verify_against_teachers
 from softlabels.softmath import mean_geometric, soften
 from softlabels.store.verify import verify
 
@@ -94,6 +94,6 @@ class TestEnsemble:
             assert all(len(teacher.weights_sha256 or "") == 64 for teacher in teachers)
             assert Manifest.from_json(store.manifest.to_json()).digest == store.manifest.digest
         report = verify(tmp_path / "store")
-        agreement = check_agreement(tmp_path / "store", job, report)
+        agreement = verify_against_teachers(tmp_path / "store", job, report)
         assert report.sound
         assert agreement.least_cosine > 0.9999

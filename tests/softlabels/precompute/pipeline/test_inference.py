@@ -17,7 +17,7 @@ from softlabels.errors import JobError, StoreExistsError, TeacherError
 from softlabels.manifest import Manifest
 from softlabels.precompute import Job, load_job, precompute, resume, teacher_from_module
 from softlabels.precompute.job import RunTable
-from softlabels.precompute.numerics import compiled, computing
+from softlabels.precompute.pipeline.inference import compiled, computing
 
 Run = Callable[[str], Job]
 

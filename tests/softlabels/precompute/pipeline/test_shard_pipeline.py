@@ -23,12 +23,12 @@ from softlabels.audit import Audit
 from softlabels.errors import JobError, ShardClaimedError, SoftLabelsError, TeacherError
 from softlabels.manifest import IdSpec
 from softlabels.precompute import Job, load_job, precompute, resume, teacher_from_module
-from softlabels.precompute.answers import ask, audit_temperatures, rows_to_keep
-from softlabels.precompute.device_audit import figures_on_device
 from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable
-from softlabels.precompute.planning import plan_job
-from softlabels.precompute.rows import SingleRows
-from softlabels.precompute.shards import ShardWork
+from softlabels.precompute.pipeline.device_step import figures_on_device
+from softlabels.precompute.pipeline.inference import ask, audit_temperatures, rows_to_keep
+from softlabels.precompute.pipeline.shard_loading import ShardWork
+from softlabels.precompute.planning.prepared_job import plan_job
+from softlabels.precompute.row_batches import SingleRows
 from softlabels.progress import QUIET, Progress
 from softlabels.store import LocalRows, StoreWriter
 from softlabels.store.geometry import shard_rows

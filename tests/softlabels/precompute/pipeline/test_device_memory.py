@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from softlabels.errors import TeacherError
 from softlabels.precompute import teacher_from_module
-from softlabels.precompute.memory import MemoryMeter, is_out_of_memory
+from softlabels.precompute.pipeline.device import MemoryMeter, is_out_of_memory
 
 EXBIBYTE = 1 << 60
 

@@ -13,15 +13,13 @@ from softlabels.encodings import Encoding
 from softlabels.encodings.requested import parse_encoding
 from softlabels.errors import JobError
 from softlabels.manifest import IdSpec, Manifest, MeanKind, TemperatureSpec, TransferSetSpec
-from softlabels.precompute.answers import ask, averaged, pilot_rows
+from softlabels.precompute.checks.teacher_checks import steady_answers
 from softlabels.precompute.hidden_states import encoding_of_head, refuse_ensembles, states_teacher
 from softlabels.precompute.job import Job
-from softlabels.precompute.numerics import computing
-from softlabels.precompute.rows import RowBatch, RowMaker, SingleRows
+from softlabels.precompute.pipeline.inference import ask, averaged, computing, pilot_rows
+from softlabels.precompute.row_batches import RowBatch, RowMaker, SingleRows, ViewRows
 from softlabels.precompute.sequence_rows import SequenceRows
-from softlabels.precompute.steadiness import steady_answers
 from softlabels.precompute.teachers import Teacher, align_classes, class_list_of_store, load_teacher
-from softlabels.precompute.view_rows import ViewRows
 from softlabels.softmath import check_temperature
 from softlabels.store.planning import kept_inputs, plan_store
 from softlabels.transfer import ArrayTransferSet, TransferSet

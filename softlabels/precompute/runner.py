@@ -12,16 +12,16 @@ from softlabels.documents import open_sealed
 from softlabels.encodings import Encoding
 from softlabels.errors import UnknownStoreError
 from softlabels.manifest import Manifest
-from softlabels.precompute.batch_size import find_batch_size
-from softlabels.precompute.changes import note_files, refuse_changed
-from softlabels.precompute.device_pass import DevicePass
+from softlabels.precompute.checks.data_snapshot import note_files, refuse_changed
 from softlabels.precompute.hidden_states import asked
 from softlabels.precompute.job import Job, job_from_json
-from softlabels.precompute.lanes import Lanes
-from softlabels.precompute.metrics import Metrics
-from softlabels.precompute.numerics import compiled, computing
-from softlabels.precompute.pipeline import compute_shards
-from softlabels.precompute.planning import (
+from softlabels.precompute.pipeline.device import Lanes
+from softlabels.precompute.pipeline.device_step import DevicePass
+from softlabels.precompute.pipeline.inference import compiled, computing
+from softlabels.precompute.pipeline.run_metrics import Metrics
+from softlabels.precompute.pipeline.shard_pipeline import compute_shards
+from softlabels.precompute.planning.batch_size import find_batch_size
+from softlabels.precompute.planning.prepared_job import (
     choose_device,
     load_teachers,
     load_transfer_set,
@@ -29,7 +29,7 @@ from softlabels.precompute.planning import (
     row_maker,
     store_name,
 )
-from softlabels.precompute.rows import RowMaker
+from softlabels.precompute.row_batches import RowMaker
 from softlabels.precompute.teachers import Teacher
 from softlabels.progress import Progress, track
 from softlabels.store.beginning import load_plan

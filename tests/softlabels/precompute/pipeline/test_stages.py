@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from softlabels.precompute.stages import Channel, Halt, HaltedError, Slots, Stage
+from softlabels.precompute.pipeline.stages import Channel, Halt, HaltedError, Slots, Stage
 
 PATIENCE_S = 20.0
 

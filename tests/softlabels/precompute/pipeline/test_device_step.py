@@ -8,7 +8,7 @@ import torch
 
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
-from softlabels.precompute.device_audit import audited, figures_on_device
+from softlabels.precompute.pipeline.device_step import audited, figures_on_device
 
 TEMPERATURES = (1.0, 4.0, 20.0)
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from softlabels.cli import main
 from softlabels.errors import JobError
 from softlabels.precompute import load_job, precompute
-from softlabels.precompute.agreement import check_agreement
-from softlabels.precompute.planning import load_teachers
+from softlabels.precompute.checks.verify_teachers import verify_against_teachers
+from softlabels.precompute.planning.prepared_job import load_teachers
 from softlabels.store.verify import verify
 
 
@@ -154,7 +154,7 @@ class TestSequences:
             teacher.head().weight_CD[7] += 2
         report = verify(tmp_path / "store")
         assert report.sound
-        check_agreement(tmp_path / "store", job, report, teachers=[teacher])
+        verify_against_teachers(tmp_path / "store", job, report, teachers=[teacher])
         assert not report.sound
 
     def test_a_job_of_another_kind_is_refused(self, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ class TestSequences:
         text = job.read_text().replace('[sequences]\nlabels = "next"\n', "")
         (tmp_path / "other.toml").write_text(text)
         with pytest.raises(JobError, match="keeps sequences"):
-            check_agreement(tmp_path / "store", load_job(tmp_path / "other.toml"), verify(tmp_path / "store"))
+            verify_against_teachers(tmp_path / "store", load_job(tmp_path / "other.toml"), verify(tmp_path / "store"))
 
 
 class TestViews:

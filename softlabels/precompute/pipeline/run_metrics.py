@@ -10,8 +10,8 @@ from typing import Any, TextIO
 
 from softlabels.audit import Audit
 from softlabels.manifest import Manifest
-from softlabels.precompute.lanes import Lanes
-from softlabels.precompute.shards import ShardWork
+from softlabels.precompute.pipeline.device import Lanes
+from softlabels.precompute.pipeline.shard_loading import ShardWork
 
 
 class Metrics:

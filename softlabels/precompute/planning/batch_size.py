@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from softlabels.errors import JobError, TeacherError
-from softlabels.precompute.answers import host_tensor
-from softlabels.precompute.device_pass import DevicePass, Started
-from softlabels.precompute.memory import MemoryMeter, is_out_of_memory, release_cached
-from softlabels.precompute.rows import RowBatch, RowMaker
+from softlabels.precompute.pipeline.device import MemoryMeter, is_out_of_memory, release_cached
+from softlabels.precompute.pipeline.device_step import DevicePass, Started
+from softlabels.precompute.pipeline.inference import host_tensor
+from softlabels.precompute.row_batches import RowBatch, RowMaker
 from softlabels.store.geometry import shard_rows
 
 _GAIN = 1.03

@@ -18,11 +18,11 @@ from torch import Tensor
 from softlabels.encodings import Hidden
 from softlabels.errors import JobError
 from softlabels.manifest import Layout
-from softlabels.precompute.answers import ask, rows_to_keep
 from softlabels.precompute.hidden_states import asked
 from softlabels.precompute.job import Job
-from softlabels.precompute.planning import choose_device, load_teachers, load_transfer_set, row_maker
-from softlabels.precompute.rows import RowBatch, RowMaker
+from softlabels.precompute.pipeline.inference import ask, rows_to_keep
+from softlabels.precompute.planning.prepared_job import choose_device, load_teachers, load_transfer_set, row_maker
+from softlabels.precompute.row_batches import RowBatch, RowMaker
 from softlabels.precompute.teachers import Teacher
 from softlabels.store.faults import Fault, Report, ShowProgress, silent
 from softlabels.store.rows import LocalRows
@@ -40,7 +40,7 @@ _BLOCK_ENTRIES = 1 << 23
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class TeacherAgreement:
     """How well the teachers agree with the store.
 
     Attributes:
@@ -58,7 +58,7 @@ class Agreement:
         return asdict(self)
 
 
-def check_agreement(
+def verify_against_teachers(
     where: Path,
     job: Job,
     report: Report,
@@ -68,7 +68,7 @@ def check_agreement(
     show: ShowProgress = silent,
     transfer_set: TransferSet | None = None,
     teachers: Sequence[Teacher] | None = None,
-) -> Agreement:
+) -> TeacherAgreement:
     """Run the job's teachers on random samples and compare with what the store keeps; faults go into the report.
 
     All rows of a sample are computed again. Of hidden states it is also asked whether the store's head is still the
@@ -103,7 +103,7 @@ def check_agreement(
         for batch, place in check.batches(positions, job.run.pilot_batch_size):
             report.faults += check.faults(batch, place)
             progress.advance(int((place.within_R == 0).sum()))
-    return Agreement(
+    return TeacherAgreement(
         samples=len(positions),
         rows=len(check.cosines),
         least_cosine=min(check.cosines),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from softlabels.errors import TeacherError
-from softlabels.precompute.answers import answers_of, ask, host_tensor, refuse_non_finite
-from softlabels.precompute.rows import RowBatch, RowMaker
+from softlabels.precompute.pipeline.inference import answers_of, ask, host_tensor, refuse_non_finite
+from softlabels.precompute.row_batches import RowBatch, RowMaker
 from softlabels.precompute.teachers import Teacher
 
 _MOST_SHIFT = 0.05

@@ -121,7 +121,7 @@ class TestTargets:
         """A Python call with modules and data at hand keeps the same targets as the job file does."""
         job = load_job(job_folder / "job.toml")
         precompute(job)
-        from softlabels.precompute.planning import load_teachers, load_transfer_set
+        from softlabels.precompute.planning.prepared_job import load_teachers, load_transfer_set
 
         members = load_teachers(job, torch.device("cpu"))
         inline = [

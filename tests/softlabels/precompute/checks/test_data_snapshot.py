@@ -12,7 +12,7 @@ import pytest
 import softlabels
 from softlabels.errors import SoftLabelsError, TransferSetChangedError, UnreadableSampleError
 from softlabels.precompute import load_job, precompute, resume
-from softlabels.precompute.changes import NOTE
+from softlabels.precompute.checks.data_snapshot import NOTE
 from softlabels.store.verify import verify
 
 MODULE = """

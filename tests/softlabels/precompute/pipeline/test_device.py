@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.precompute import Job, precompute, teacher_from_module
-from softlabels.precompute.answers import ask
 from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable
-from softlabels.precompute.lanes import Lanes
-from softlabels.precompute.rows import SingleRows
+from softlabels.precompute.pipeline.device import Lanes
+from softlabels.precompute.pipeline.inference import ask
+from softlabels.precompute.row_batches import SingleRows
 from softlabels.store import LocalRows
 from softlabels.transfer import ArrayTransferSet
 

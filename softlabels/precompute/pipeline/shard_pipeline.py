@@ -17,12 +17,11 @@ from types import TracebackType
 
 from softlabels.audit import Audit
 from softlabels.errors import TeacherError
-from softlabels.precompute.device_pass import DevicePass, Started
-from softlabels.precompute.loading import Claims, Loading
-from softlabels.precompute.memory import is_out_of_memory, release_cached
-from softlabels.precompute.rows import RowMaker
-from softlabels.precompute.shards import ShardWork
-from softlabels.precompute.stages import Channel, Halt, HaltedError, Slots, Stage
+from softlabels.precompute.pipeline.device import is_out_of_memory, release_cached
+from softlabels.precompute.pipeline.device_step import DevicePass, Started
+from softlabels.precompute.pipeline.shard_loading import Claims, Loading, ShardWork
+from softlabels.precompute.pipeline.stages import Channel, Halt, HaltedError, Slots, Stage
+from softlabels.precompute.row_batches import RowMaker
 from softlabels.progress import Progress
 from softlabels.store.writer import StoreWriter
 
