@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from softlabels.documents import seal
 from softlabels.encodings import make_encoding
-from softlabels.manifest import IdSpec, Layout, Manifest, TemperatureSpec, TransferSetSpec
+from softlabels.manifest import IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec
 from softlabels.store import LocalRows, StoreWriter, plan_store
 from softlabels.store.files import sync_folder
 
@@ -53,7 +53,7 @@ def plan(rows: int, rows_per_shard: int, *, container: str = "zarr", classes: in
         container=container,  # type: ignore[arg-type]
         rows_per_shard=rows_per_shard,
         rows_per_chunk=CHUNK,
-        layout=Layout(kind="single", samples=rows, rows=rows),
+        layout=RowLayout(kind="single", samples=rows, rows=rows),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softlabels.ids import IdArray
 from softlabels.manifest import IdSpec
-from softlabels.transfer import Samples
+from softlabels.transfer_set import Samples
 
 _STAGES = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 _MEAN, _SPREAD = 0.45, 0.22

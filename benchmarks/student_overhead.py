@@ -27,7 +27,7 @@ from softlabels.encodings import make_encoding
 from softlabels.losses import SoftTargetBatch, distillation_loss
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
-from softlabels.transfer import ArrayTransferSet, Samples, sample_fingerprints
+from softlabels.transfer_set import ArrayTransferSet, Samples, sample_fingerprints
 from softlabels_client import DistillationBatch, DistillSettings, SoftTargetDataset, distill
 
 SAMPLES, CLASSES, TEMPERATURE = 12_800, 10, 4.0

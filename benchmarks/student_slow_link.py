@@ -30,8 +30,8 @@ from benchmarks.slow_link import bare_bytes_per_s, bare_server
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
-from softlabels.opening import TargetStore
 from softlabels.store import StoreWriter, plan_store
+from softlabels.target_store import TargetStore
 
 SAMPLES, CLASSES, BATCH = 20_000, 1_000, 256
 ROW_BYTES = CLASSES * 2 + 4 + 8

@@ -34,7 +34,7 @@ from softlabels.precompute import Job, Teacher, load_job, precompute
 from softlabels.precompute.planning.prepared_job import load_teachers
 from softlabels.progress import Progress, duration, track
 from softlabels.softmath import mean_arithmetic, mean_geometric, soften
-from softlabels.transfer import Samples
+from softlabels.transfer_set import Samples
 from softlabels_client.data.dataset import SoftTargetDataset
 from softlabels_client.training.settings import DistillSettings
 from softlabels_client.training.trainer import distill

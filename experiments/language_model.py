@@ -31,7 +31,7 @@ from softlabels.precompute.planning.prepared_job import load_teachers, load_tran
 from softlabels.progress import duration
 from softlabels.softmath import kl_divergence, log_soften
 from softlabels.store.verify import verify
-from softlabels.transfer import TransferSet, sequence_fingerprints
+from softlabels.transfer_set import TransferSet, sequence_fingerprints
 
 LENGTH = 256
 TEMPERATURES = (1.0, 2.0, 4.0)

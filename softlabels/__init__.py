@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from softlabels.errors import SoftLabelsError
-from softlabels.locations import open_store as open
 from softlabels.manifest import Manifest
-from softlabels.opening import TargetStore
+from softlabels.target_store import TargetStore
+from softlabels.target_store import open_store as open
 from softlabels.targets import SoftTargets
 
 __all__ = ["Manifest", "SoftLabelsError", "SoftTargets", "TargetStore", "open"]

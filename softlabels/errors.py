@@ -74,7 +74,7 @@ class SoftLabelsError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions cross process borders (DataLoader workers); keyword context would be lost by the default.
-        return (rebuilt, (type(self), self.message, self.context))
+        return (rebuild_error, (type(self), self.message, self.context))
 
 
 class RequestError(SoftLabelsError, ValueError):
@@ -373,15 +373,15 @@ class ServerUnreachableError(SoftLabelsError, ConnectionError):
     title = "The server gives no usable answer"
 
 
-def every_class(root: type[SoftLabelsError] = SoftLabelsError) -> list[type[SoftLabelsError]]:
+def all_error_classes(root: type[SoftLabelsError] = SoftLabelsError) -> list[type[SoftLabelsError]]:
     """`root` and every error class below it, parents first."""
     found = [root]
     for child in root.__subclasses__():
-        found.extend(every_class(child))
+        found.extend(all_error_classes(child))
     return found
 
 
-def rebuilt(cls: type[SoftLabelsError], message: str, context: Mapping[str, Any]) -> SoftLabelsError:
+def rebuild_error(cls: type[SoftLabelsError], message: str, context: Mapping[str, Any]) -> SoftLabelsError:
     """An error of this class as it was in another process."""
     error = cls(message)
     error.context = dict(context)

@@ -47,7 +47,7 @@ def as_ids(values: Iterable[Any] | NDArray[Any]) -> IdArray:
     )
 
 
-def kind_of(ids: IdArray) -> IdKind:
+def id_kind(ids: IdArray) -> IdKind:
     """Which kind of ids these are."""
     return "str" if ids.dtype.kind == "U" else "int"
 

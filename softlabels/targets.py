@@ -101,7 +101,7 @@ class SoftTargets:
             TemperatureLockedError: these rows exist at another temperature only.
         """
         wanted = self.temperature if temperature is None else check_temperature(temperature)
-        refuse_if_locked(wanted, captured=self.captured_temperature, locked=self.locked)
+        check_unlocked(wanted, captured=self.captured_temperature, locked=self.locked)
         return retemper(self._decoded, captured=self.captured_temperature, temperature=wanted)
 
     def p(self, temperature: float | None = None) -> NDArray[np.float32]:
@@ -109,7 +109,7 @@ class SoftTargets:
         return soften(self.tempered(temperature), temperature=1.0)
 
 
-def refuse_if_locked(wanted: float, *, captured: float, locked: bool) -> None:
+def check_unlocked(wanted: float, *, captured: float, locked: bool) -> None:
     """Let a temperature pass that these targets can be had at.
 
     Raises:

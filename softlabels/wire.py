@@ -85,7 +85,7 @@ def to_bytes(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class TensorLayout:
     """Where the arrays of a safetensors file lie, and what it says of itself.
 
     Attributes:
@@ -126,11 +126,11 @@ def from_bytes(blob: bytes | bytearray | memoryview) -> tuple[dict[str, NDArray[
         WireError: truncated, overlapping, with gaps, out of bounds, of an unknown dtype, or not safetensors at all.
     """
     view = memoryview(blob).cast("B")
-    layout = layout_of(view)
+    layout = parse_header(view)
     return layout.arrays(view), dict(layout.metadata)
 
 
-def header_of(view: memoryview) -> bytes:
+def raw_header(view: memoryview) -> bytes:
     """The length field and header of a safetensors file.
 
     Raises:
@@ -146,13 +146,13 @@ def header_of(view: memoryview) -> bytes:
     return bytes(view[: 8 + length])
 
 
-def layout_of(view: memoryview | bytes) -> Layout:
+def parse_header(view: memoryview | bytes) -> TensorLayout:
     """What the header at the beginning of a safetensors file says; of the rest nothing is read.
 
     Raises:
         WireError: it is cut, contradicts itself or names an unknown dtype.
     """
-    header = header_of(memoryview(view))
+    header = raw_header(memoryview(view))
     table = _table_of(header)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -165,7 +165,7 @@ def layout_of(view: memoryview | bytes) -> Layout:
             entries.append((name, dtype, shape, len(header) + entry["data_offsets"][0]))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise WireError(f"the safetensors header contradicts itself: {error}") from error
-    return Layout(metadata=metadata, entries=tuple(entries), data_begin=len(header), data_bytes=end)
+    return TensorLayout(metadata=metadata, entries=tuple(entries), data_begin=len(header), data_bytes=end)
 
 
 def _table_of(header: bytes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, TeacherSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 
 ROOT = Path(__file__).resolve().parents[1]
 

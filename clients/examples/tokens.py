@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import softlabels
 from softlabels.errors import FingerprintMismatchError
 from softlabels.losses import SoftTargetBatch, make_loss
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 from softlabels_client import EpochSampler, save_student
 from softlabels_client.data.prefetch import Ahead
 

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import StoreChangedError, UnknownFieldError
-from softlabels.ids import kind_of, to_fixed_bytes
-from softlabels.opening import FINGERPRINTS, IDS, LABELS, TargetStore, refuse_other_transfer_set
+from softlabels.ids import id_kind, to_fixed_bytes
+from softlabels.manifest import FINGERPRINTS, IDS, LABELS
 from softlabels.softmath import check_temperature
-from softlabels.targets import refuse_if_locked
+from softlabels.target_store import TargetStore, check_transfer_set
+from softlabels.targets import check_unlocked
 from softlabels_server.catalog import ServedStore
 from softlabels_server.forms import form_for
 from softlabels_server.requests import TARGETS, BatchRequest, short, too_large
@@ -51,7 +52,7 @@ class Gathering:
         # Ids come from the store and not from the request: whether row i is the row asked for shows in the reply.
         # Sequences keep none beside their rows; there the index, verified whole, is what vouches.
         ids: Any = arrays.get(IDS, request.ids)
-        if kind_of(ids) == "str":
+        if id_kind(ids) == "str":
             ids = to_fixed_bytes(ids, width_bytes=self.store.manifest.ids.width_bytes)
         arrays[IDS] = ids
         return arrays
@@ -80,7 +81,7 @@ def plan(store: ServedStore, request: BatchRequest, settings: Settings) -> Gathe
         BatchTooLargeError.
     """
     refuse_other_version(store, request.digest)
-    refuse_other_transfer_set(store.manifest, request.transfer_set)
+    check_transfer_set(store.manifest, request.transfer_set)
     temperature = check_reply_temperature(store, request.temperature)
     names = array_names(store, request.fields, encoded=request.decode is None)
     row_bytes = bytes_a_row(store, names) + (_decoded_bytes(store) if request.decode is not None else 0)
@@ -110,7 +111,7 @@ def check_reply_temperature(store: ServedStore, asked: object) -> float:
     """The temperature that a reply carries. Raises TemperatureError, TemperatureLockedError."""
     spec = store.manifest.temperature
     temperature = spec.default if asked is None else check_temperature(asked)
-    refuse_if_locked(temperature, captured=spec.captured, locked=spec.locked)
+    check_unlocked(temperature, captured=spec.captured, locked=spec.locked)
     return temperature
 
 

@@ -14,8 +14,9 @@ from softlabels import wire
 from softlabels.epochs import END_FORMAT, EpochConfig
 from softlabels.errors import RequestError
 from softlabels.ids import to_fixed_bytes
-from softlabels.opening import IDS, ROW_OFFSETS, refuse_other_transfer_set
+from softlabels.manifest import IDS, ROW_OFFSETS
 from softlabels.order import RankBatches, Remainder, StepBatch
+from softlabels.target_store import check_transfer_set
 from softlabels_server.batches import (
     array_names,
     bytes_a_row,
@@ -237,7 +238,7 @@ def plan_stream(store: ServedStore, epoch: str, query: str, settings: Settings) 
     """
     parameters = read_query(query, QUERY_KEYS)
     refuse_other_version(store, parameters.get("digest"))
-    refuse_other_transfer_set(store.manifest, parameters.get("transfer_set"))
+    check_transfer_set(store.manifest, parameters.get("transfer_set"))
     plan = _plan(epoch, parameters)
     if plan.batch_size > settings.max_batch_ids:
         raise too_large(plan.batch_size, settings.max_batch_ids)

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softlabels.errors import NotFoundError, RequestError, SoftLabelsError
-from softlabels.problems import to_problem
+from softlabels.problem_details import to_problem
 
 MEDIA_TYPE = "application/problem+json"
 

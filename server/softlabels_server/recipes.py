@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from softlabels import wire
 from softlabels.errors import SoftLabelsError
-from softlabels.opening import IDS
+from softlabels.manifest import IDS
 from softlabels_server.batches import Gathering, has_row_offsets
 from softlabels_server.catalog import ServedStore, StoreFolder
 from softlabels_server.forms import ReplyForm, form_for

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from softlabels.errors import BatchTooLargeError, RequestError
 from softlabels.ids import from_fixed_bytes
-from softlabels.opening import FINGERPRINTS, IDS, ROW_OFFSETS
+from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS
 from softlabels_server.forms import as_buffer
 from softlabels_server.negotiation import MEDIA_TYPES, Form
 

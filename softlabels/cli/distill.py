@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softlabels.errors import MissingExtraError, ReferenceLoadError, RequestError, SoftLabelsError
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 from softlabels_client.training.settings import OPTIMIZERS, PRECISIONS, SCHEDULES, DistillSettings
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> int:
             "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
         ) from error
 
-    from softlabels.locations import open_store
+    from softlabels.target_store import open_store
     from softlabels_client.data.dataset import SoftTargetDataset
     from softlabels_client.data.view_dataset import ViewDataset
     from softlabels_client.training.checkpoint import save_student
@@ -251,7 +251,7 @@ def _transfer_set(option: str, reference: str, arguments: str) -> TransferSet:
     if not (hasattr(made, "take") and hasattr(made, "name") and hasattr(made, "__len__")):
         raise ReferenceLoadError(
             f"{option} {reference!r} made a {type(made).__name__}, which is no transfer set: give back a "
-            "softlabels.transfer.ArrayTransferSet, or an object with `name`, `__len__` and `take`"
+            "softlabels.transfer_set.ArrayTransferSet, or an object with `name`, `__len__` and `take`"
         )
     found: TransferSet = made
     return found

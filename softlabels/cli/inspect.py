@@ -7,8 +7,7 @@ import json
 
 import numpy as np
 
-from softlabels.manifest import ArraySpec, Manifest
-from softlabels.opening import INPUTS
+from softlabels.manifest import INPUTS, ArraySpec, Manifest
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from softlabels.errors import DataUnavailableError, MissingExtraError
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 NOTICE = (
     "scikit-learn's bundled digits (1,797 images of 8 × 8 pixels) stand in for MNIST: every step runs, but the error "

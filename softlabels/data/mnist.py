@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from softlabels.data.downloads import NpmPackage, Places, RawFile, obtain
 from softlabels.errors import DataUnavailableError, TruncatedError
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 Split = Literal["train", "test"]
 

@@ -34,7 +34,7 @@ from softlabels.demo.teachers import (
 )
 from softlabels.errors import DataUnavailableError, JobError, ServerUnreachableError
 from softlabels.progress import track
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client.training.step import count_errors
 
 HIGH_TEMPERATURE = 20.0

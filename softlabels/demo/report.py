@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import MissingExtraError
-from softlabels.opening import TargetStore
-from softlabels.transfer import ArrayTransferSet
+from softlabels.target_store import TargetStore
+from softlabels.transfer_set import ArrayTransferSet
 
 
 @dataclass(frozen=True, kw_only=True)

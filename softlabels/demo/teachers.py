@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from softlabels.demo.nets import Mlp, teacher_mlp
 from softlabels.errors import JobError
 from softlabels.progress import QUIET, Progress
-from softlabels.transfer import UNLABELLED, ArrayTransferSet
+from softlabels.transfer_set import UNLABELLED, ArrayTransferSet
 from softlabels_client.training.optimization import one_cycle
 from softlabels_client.training.step import count_errors
 

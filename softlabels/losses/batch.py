@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softlabels.errors import ShapeMismatchError
 from softlabels.softmath import check_labels, check_temperature
-from softlabels.targets import SoftTargets, refuse_if_locked
+from softlabels.targets import SoftTargets, check_unlocked
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +46,7 @@ class SoftTargetBatch:
             )
         object.__setattr__(self, "temperature", check_temperature(self.temperature))
         object.__setattr__(self, "captured_temperature", check_temperature(self.captured_temperature))
-        refuse_if_locked(self.temperature, captured=self.captured_temperature, locked=self.locked)
+        check_unlocked(self.temperature, captured=self.captured_temperature, locked=self.locked)
         if self.labels_B is not None:
             rows, classes = self.logits_BC.shape
             # Once, here: in the loss it would make the host wait for the accelerator at every step.

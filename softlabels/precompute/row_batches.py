@@ -38,10 +38,10 @@ from torch import Tensor
 from softlabels.encodings import draw_keys
 from softlabels.errors import JobError
 from softlabels.ids import IdArray
-from softlabels.manifest import Layout, ViewSpec
+from softlabels.manifest import RowLayout, ViewSpec
 from softlabels.precompute.job import ViewsTable
 from softlabels.store.sequences import SampleTable
-from softlabels.transfer import Samples, TransferSet, sample_fingerprints
+from softlabels.transfer_set import Samples, TransferSet, sample_fingerprints
 from softlabels.views import ViewTransform, view_seeds
 from softlabels.views.recorded import RecordedTransform
 
@@ -78,7 +78,7 @@ class RowMaker(Protocol):
     """How rows follow from samples; this file's first lines say what an implementer must hold to."""
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> RowLayout:
         """What the plan says of rows and samples."""
         ...
 
@@ -122,7 +122,7 @@ class SingleRows:
 
     def __init__(self, data: TransferSet, *, store: str) -> None:
         self._data, self._store = data, store
-        self.layout = Layout(kind="single", samples=len(data), rows=len(data))
+        self.layout = RowLayout(kind="single", samples=len(data), rows=len(data))
 
     def batches(self, rows: range, batch_size: int) -> Iterator[RowBatch]:
         """The samples at these positions, cut into batches from the first on."""
@@ -179,7 +179,7 @@ class ViewRows:
     def __init__(self, data: TransferSet, table: ViewsTable, transform: ViewTransform, *, store: str) -> None:
         self._data, self._transform, self._store = data, transform, store
         self._count = table.count
-        self.layout = Layout(kind="views", samples=len(data), rows=len(data) * table.count, views=table.count)
+        self.layout = RowLayout(kind="views", samples=len(data), rows=len(data) * table.count, views=table.count)
         if isinstance(transform, RecordedTransform) and len(data):
             first = data.take(np.zeros(1, dtype=np.int64)).inputs
             transform.probe(torch.from_numpy(np.ascontiguousarray(first))[0])

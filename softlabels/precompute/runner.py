@@ -37,7 +37,7 @@ from softlabels.store.constants import load_encoding
 from softlabels.store.geometry import shard_rows
 from softlabels.store.rows import JOB, MANIFEST, PLAN
 from softlabels.store.writer import StoreWriter
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 
 FOUND = "found"
 """What a run found out that its job file does not say, kept with the job: `batch_size`."""

@@ -22,11 +22,11 @@ from torch import Tensor
 from softlabels.encodings import draw_keys
 from softlabels.errors import JobError, ShapeMismatchError, TeacherShapeError, TransferSetChangedError
 from softlabels.ids import IdArray
-from softlabels.manifest import Layout, ViewSpec
+from softlabels.manifest import RowLayout, ViewSpec
 from softlabels.precompute.job import SequencesTable
 from softlabels.precompute.row_batches import RowBatch
 from softlabels.store.sequences import SampleTable
-from softlabels.transfer import FINGERPRINT_BYTES, UNLABELLED, Samples, TransferSet, sequence_fingerprints
+from softlabels.transfer_set import FINGERPRINT_BYTES, UNLABELLED, Samples, TransferSet, sequence_fingerprints
 from softlabels.transfer_sets import examine_ids
 from softlabels.transfer_sets.ragged import SupportsLengths
 
@@ -63,7 +63,7 @@ class SequenceRows:
         self.table: SampleTable | None = sample_table(data)
         self._lengths, self._fingerprints = self.table.lengths, self.table.fingerprints
         self._offsets = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
-        self.layout = Layout(kind="sequences", samples=len(data), rows=self.table.rows)
+        self.layout = RowLayout(kind="sequences", samples=len(data), rows=self.table.rows)
         if self.layout.rows == 0:
             raise JobError(f"no sample of {data.name!r} has a position: there is nothing to compute targets for")
 

@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 
 from softlabels.errors import ChecksumError, JobError, ManifestError, RowsNotCommittedError
 from softlabels.ids import to_fixed_bytes
-from softlabels.manifest import Container, Manifest
-from softlabels.soundness import COMPRESSIONS
+from softlabels.manifest import COMPRESSIONS, Container, Manifest
 from softlabels.store.beginning import load_plan
 from softlabels.store.confined import read_confined
 from softlabels.store.geometry import shard_rows
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.rows import LocalRows, plan_digest
 from softlabels.store.writer import StoreWriter
-from softlabels.transfer import FingerprintSum
+from softlabels.transfer_set import FingerprintSum
 
 MAX_BESIDE_BYTES = 1 << 40
 """Files beside the rows that were known before these: offsets of sequences, what an encoding learnt."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import BadIdsError, ManifestError, UnknownIdError
-from softlabels.ids import IdArray, kind_of, utf8
+from softlabels.ids import IdArray, id_kind, utf8
 from softlabels.manifest import Manifest
 from softlabels.store.confined import map_confined
 from softlabels.store.files import sha256_of, write_atomically
@@ -69,7 +69,7 @@ class SortedIndex:
         if not self._trusted:
             self._refuse_damage()
             self._trusted = True
-        wanted: NDArray[Any] = ids if kind_of(ids) == "int" else utf8(ids)
+        wanted: NDArray[Any] = ids if id_kind(ids) == "int" else utf8(ids)
         slot = np.searchsorted(self._sorted, wanted)
         found = self._sorted[np.minimum(slot, len(self._sorted) - 1)] == wanted
         if not found.all():
@@ -118,7 +118,7 @@ def index_files(ids: IdArray) -> dict[str, bytes]:
     Raises:
         BadIdsError: an id stands twice.
     """
-    keys: NDArray[Any] = ids if kind_of(ids) == "int" else utf8(ids)
+    keys: NDArray[Any] = ids if id_kind(ids) == "int" else utf8(ids)
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     twice = ordered[1:] == ordered[:-1]
@@ -141,9 +141,9 @@ def _largest(positions: NDArray[np.int64]) -> int:
 
 
 def _refuse_other_kind(ids: IdArray, kind: str, name: str) -> None:
-    if kind_of(ids) != kind:
+    if id_kind(ids) != kind:
         words = {"int": "integers", "str": "strings"}
-        raise BadIdsError(f"sample ids of {name!r} are {words[kind]}, not {words[kind_of(ids)]}")
+        raise BadIdsError(f"sample ids of {name!r} are {words[kind]}, not {words[id_kind(ids)]}")
 
 
 def _unknown(missing: NDArray[Any], name: str, hint: str) -> UnknownIdError:

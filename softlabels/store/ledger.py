@@ -16,7 +16,7 @@ from typing import Any
 
 from softlabels.documents import MAX_DOCUMENT_BYTES, as_json, canonical_json, open_sealed, seal
 from softlabels.errors import ManifestError, ShardClaimedError, TruncatedError
-from softlabels.soundness import check_path, check_whole
+from softlabels.manifest import check_path, check_whole
 from softlabels.store.confined import read_confined
 from softlabels.store.files import TEMPORARY, make_folder, write_atomically
 from softlabels.store.geometry import Part
@@ -54,7 +54,7 @@ class Receipt:
         rows: first row and the one after the last.
         files: by path relative to the store.
         parts: where each array lies.
-        fingerprint: of the shard's samples, see `softlabels.transfer.FingerprintSum`.
+        fingerprint: of the shard's samples, see `softlabels.transfer_set.FingerprintSum`.
         audit: mergeable error statistics of the encoding over these rows.
     """
 

@@ -17,9 +17,8 @@ from softlabels.manifest import (
     Container,
     EncodingSpec,
     IdSpec,
-    Layout,
     Manifest,
-    MeanKind,
+    RowLayout,
     ShardSpec,
     TeacherSpec,
     TemperatureSpec,
@@ -28,10 +27,11 @@ from softlabels.manifest import (
     check_store_name,
     encoded_arrays,
 )
+from softlabels.softmath import Mean
 from softlabels.store.constants import constant_files
 from softlabels.store.geometry import choose_rows_per_chunk, choose_rows_per_shard
 from softlabels.store.sequences import SampleTable
-from softlabels.transfer import FINGERPRINT_BYTES
+from softlabels.transfer_set import FINGERPRINT_BYTES
 
 _RECORDED = ("softlabels", "numpy", "torch", "zarr", "h5py", "numcodecs")
 """Libraries whose versions may change a target or a file."""
@@ -47,13 +47,13 @@ def plan_store(
     ids: IdSpec,
     encoding: Encoding,
     temperature: TemperatureSpec,
-    mean: MeanKind,
+    mean: Mean,
     teachers: tuple[TeacherSpec, ...],
     transfer_set: TransferSetSpec,
     container: Container = "zarr",
     rows_per_shard: int | None = None,
     rows_per_chunk: int | None = None,
-    layout: Layout | None = None,
+    layout: RowLayout | None = None,
     members: int | None = None,
     views: ViewSpec | None = None,
     table: SampleTable | None = None,
@@ -75,9 +75,9 @@ def plan_store(
     if samples < 1:
         raise JobError(f"transfer set {transfer_set.name!r} is empty: there is nothing to compute targets for")
     if table is not None:
-        layout = Layout(kind="sequences", samples=samples, rows=table.rows)
+        layout = RowLayout(kind="sequences", samples=samples, rows=table.rows)
         transfer_set = replace(transfer_set, fingerprint=table.fingerprint())
-    layout = layout or Layout(kind="single", samples=samples, rows=samples)
+    layout = layout or RowLayout(kind="single", samples=samples, rows=samples)
     arrays = store_arrays(encoding, ids, layout=layout, labelled=transfer_set.labelled, members=members, views=views)
     row_bytes = sum(spec.row_bytes for spec in encoded_arrays(encoding, members).values())
     input_bytes = 0 if inputs is None else inputs.row_bytes
@@ -115,7 +115,7 @@ def store_arrays(
     encoding: Encoding,
     ids: IdSpec,
     *,
-    layout: Layout,
+    layout: RowLayout,
     labelled: bool,
     members: int | None = None,
     views: ViewSpec | None = None,
@@ -170,7 +170,7 @@ def software_versions() -> Mapping[str, Any]:
     return found
 
 
-def _refuse_inputs_of(layout: Layout) -> None:
+def _refuse_inputs_of(layout: RowLayout) -> None:
     if layout.kind != "single":
         what = "views" if layout.kind == "views" else "sequences"
         raise JobError(

@@ -21,7 +21,7 @@ from softlabels.errors import (
     UnknownStoreError,
 )
 from softlabels.ids import IdArray, from_fixed_bytes
-from softlabels.manifest import Manifest
+from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, Manifest
 from softlabels.store.arrays import StoreArrays
 from softlabels.store.confined import read_confined
 from softlabels.store.constants import load_encoding
@@ -33,10 +33,6 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"
 JOB = "job.json"
 """The job that a store was begun with, beside its plan: what `softlabels resume STORE` goes on from."""
-
-IDS = "ids"
-FINGERPRINTS = "fingerprints"
-ROW_OFFSETS = "row_offsets"
 
 
 class LocalRows:

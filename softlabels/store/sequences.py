@@ -20,10 +20,10 @@ from softlabels.manifest import Manifest
 from softlabels.store.confined import map_confined
 from softlabels.store.files import sha256_of
 from softlabels.store.index import index_files, npy_bytes
-from softlabels.transfer import FINGERPRINT_BYTES, FingerprintSum
+from softlabels.transfer_set import FINGERPRINT_BYTES, FingerprintSum
 
 OFFSETS = "index/offsets.npy"
-FINGERPRINTS = "index/fingerprints.npy"
+FINGERPRINTS_FILE = "index/fingerprints.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class SampleTable:
     def files(self) -> dict[str, bytes]:
         """The files that hold this table, by path. Raises BadIdsError: an id stands twice."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
-        files = {OFFSETS: npy_bytes(offsets), FINGERPRINTS: npy_bytes(self.fingerprints)}
+        files = {OFFSETS: npy_bytes(offsets), FINGERPRINTS_FILE: npy_bytes(self.fingerprints)}
         return files if self.dense else files | index_files(self.ids)
 
     def sha256(self) -> dict[str, str]:
@@ -120,7 +120,7 @@ class SequenceIndex:
 
     def fingerprints(self, positions_B: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Content fingerprints of these samples, [B, 16]."""
-        found: NDArray[np.uint8] = self._file(FINGERPRINTS, (self._manifest.samples, FINGERPRINT_BYTES), "|u1")[
+        found: NDArray[np.uint8] = self._file(FINGERPRINTS_FILE, (self._manifest.samples, FINGERPRINT_BYTES), "|u1")[
             positions_B
         ]
         return found

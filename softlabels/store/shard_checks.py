@@ -23,7 +23,7 @@ from softlabels.store.faults import Fault, Report
 from softlabels.store.geometry import CHECKSUM_BYTES, Part, chunks_in, shard_rows
 from softlabels.store.index import DenseIndex, SortedIndex
 from softlabels.store.ledger import FileRecord, Receipt
-from softlabels.transfer import UNLABELLED, FingerprintSum, sample_fingerprints
+from softlabels.transfer_set import UNLABELLED, FingerprintSum, sample_fingerprints
 
 Piece: TypeAlias = NDArray[np.uint8]
 Read: TypeAlias = Callable[[str, int, int], Piece]

@@ -23,7 +23,7 @@ from softlabels.store.index import POSITIONS, SORTED_IDS, DenseIndex, SortedInde
 from softlabels.store.ledger import DAMAGED, FOLDER, LOCKS, STAGING, Ledger, Receipt
 from softlabels.store.rows import JOB, MANIFEST, PLAN
 from softlabels.store.shard_checks import ShardChecks
-from softlabels.transfer import FingerprintSum
+from softlabels.transfer_set import FingerprintSum
 
 _NOT_DATA = (LOCKS, STAGING, DAMAGED)
 

@@ -33,7 +33,7 @@ from softlabels.store.ledger import FOLDER as LEDGER
 from softlabels.store.ledger import STAGING, FileRecord, Ledger, Receipt
 from softlabels.store.rows import JOB, MANIFEST, LocalRows, load_manifest
 from softlabels.store.sequences import SampleTable
-from softlabels.transfer import UNLABELLED, FingerprintSum
+from softlabels.transfer_set import UNLABELLED, FingerprintSum
 
 
 class StoreWriter:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from softlabels.errors import JobError, MissingExtraError, ShapeMismatchError, UnreadableSampleError
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
-from softlabels.transfer import Samples
+from softlabels.transfer_set import Samples
 from softlabels.transfer_sets.sample_ids import examine_ids
-from softlabels.transfer_sets.source_files import existing, identity_of
+from softlabels.transfer_sets.source_files import existing, file_identities
 
 _IDS_AT_ONCE = 1 << 16
 
@@ -108,7 +108,7 @@ class StoredArrays:
 
     def identity(self) -> Iterator[tuple[str, str]]:
         """Size and time of modification of each file."""
-        return identity_of(self._files)
+        return file_identities(self._files)
 
     def _taken(self, columns: Columns, positions: NDArray[np.int64]) -> Samples:
         labels = None if columns.labels is None else columns.labels.rows(positions)

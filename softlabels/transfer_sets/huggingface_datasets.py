@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from softlabels.errors import DataUnavailableError, JobError, MissingExtraError
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
-from softlabels.transfer import Samples
+from softlabels.transfer_set import Samples
 from softlabels.transfer_sets.images import Decoder, picture_form
 from softlabels.transfer_sets.parquet import label_array, numbers, picture_bytes, refuse_nulls
 from softlabels.transfer_sets.sample_ids import examine_ids

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from softlabels.errors import DataUnavailableError, JobError
 from softlabels.manifest import IdSpec
-from softlabels.transfer import UNLABELLED, Samples
+from softlabels.transfer_set import UNLABELLED, Samples
 from softlabels.transfer_sets.images import EXTENSIONS, Decoder, picture_form
 from softlabels.transfer_sets.sample_ids import PackedNames
 from softlabels.transfer_sets.source_files import existing, file_facts, walk

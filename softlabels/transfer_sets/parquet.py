@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from softlabels.errors import JobError, MissingExtraError, ShapeMismatchError, UnreadableSampleError
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
-from softlabels.transfer import UNLABELLED, Samples
+from softlabels.transfer_set import UNLABELLED, Samples
 from softlabels.transfer_sets.images import Decoder, PictureForm, picture_form
 from softlabels.transfer_sets.sample_ids import examine_ids
-from softlabels.transfer_sets.source_files import identity_of, matching
+from softlabels.transfer_sets.source_files import file_identities, matching
 
 MOST_HELD_BYTES = 512 << 20
 """Row groups that are kept decoded, the last ones used: at least one, whatever its size."""
@@ -98,7 +98,7 @@ class ParquetRows:
 
     def identity(self) -> Iterator[tuple[str, str]]:
         """Size and time of modification of each file."""
-        return identity_of(self._paths)
+        return file_identities(self._paths)
 
     def _rows(self, positions: NDArray[np.int64]) -> Any:
         """The rows at these positions as one table, in this order."""

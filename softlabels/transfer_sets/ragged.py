@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from softlabels.errors import BadIdsError, ShapeMismatchError
 from softlabels.ids import IdArray, as_ids
-from softlabels.transfer import UNLABELLED, Samples
+from softlabels.transfer_set import UNLABELLED, Samples
 
 PADDING = -1
 """Fills up shorter sequences of whole numbers: no token and no code has that number."""

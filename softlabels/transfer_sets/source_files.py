@@ -61,7 +61,7 @@ def file_facts(path: Path) -> str:
     return f"{state.st_size} bytes, {state.st_mtime_ns} ns"
 
 
-def identity_of(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+def file_identities(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
     """Names and facts of files, and of those in folders among them, in an order that does not change."""
     for path in paths:
         if path.is_dir():

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from softlabels.errors import JobError
 from softlabels.references import load_reference
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 
 KINDS: Mapping[str, str] = {
     "image_folder": "softlabels.transfer_sets.image_folder:image_folder",

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from softlabels.errors import JobError, MissingExtraError
 from softlabels.manifest import IdSpec
-from softlabels.transfer import Samples
+from softlabels.transfer_set import Samples
 from softlabels.transfer_sets.ragged import padded
 from softlabels.transfer_sets.sample_ids import PackedNames
-from softlabels.transfer_sets.source_files import identity_of, matching
+from softlabels.transfer_sets.source_files import file_identities, matching
 
 _BLOCK_CHARACTERS = 1 << 16
 """Of text that the tokenizer is given at once, up to the end of a line."""
@@ -85,7 +85,7 @@ class TokenWindows:
 
     def identity(self) -> Iterator[tuple[str, str]]:
         """The files, and the facts that change with their contents."""
-        return identity_of(self._paths)
+        return file_identities(self._paths)
 
     def lengths(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many tokens these windows have, [B]."""

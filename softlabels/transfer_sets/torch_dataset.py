@@ -13,9 +13,9 @@ from softlabels.errors import JobError
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
 from softlabels.references import load_reference
-from softlabels.transfer import MapStyle, SequenceTransferSet
+from softlabels.transfer_set import MapStyleDataset, SequenceTransferSet
 from softlabels.transfer_sets.sample_ids import examine_ids
-from softlabels.transfer_sets.source_files import existing, identity_of, matching
+from softlabels.transfer_sets.source_files import existing, file_identities, matching
 
 _PROBED = 3
 """Items that are asked for twice: the first, the last, and one between."""
@@ -32,7 +32,7 @@ class TorchDataset(SequenceTransferSet):
 
     def identity(self) -> Iterator[tuple[str, str]]:
         """Size and time of modification of the files."""
-        return identity_of(self.files)
+        return file_identities(self.files)
 
     def id_spec(self) -> IdSpec:
         """How a store keeps the ids. Raises BadIdsError: one stands twice."""
@@ -50,7 +50,7 @@ class Picked:
         label_key: of the label; None where there is none.
     """
 
-    def __init__(self, items: MapStyle, input_key: int | str, label_key: int | str | None) -> None:
+    def __init__(self, items: MapStyleDataset, input_key: int | str, label_key: int | str | None) -> None:
         self._items, self._input_key, self._label_key = items, input_key, label_key
 
     def __len__(self) -> int:

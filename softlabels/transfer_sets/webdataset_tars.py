@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from softlabels.errors import JobError, ShapeMismatchError, UnreadableSampleError
 from softlabels.manifest import IdSpec
-from softlabels.transfer import UNLABELLED, Samples
+from softlabels.transfer_set import UNLABELLED, Samples
 from softlabels.transfer_sets.images import EXTENSIONS, Decoder, picture_form
 from softlabels.transfer_sets.sample_ids import PackedNames
-from softlabels.transfer_sets.source_files import identity_of, matching
+from softlabels.transfer_sets.source_files import file_identities, matching
 
 ABSENT = -1
 """Where the label of a sample lies that has none."""
@@ -182,7 +182,7 @@ class WebDataset:
 
     def identity(self) -> Iterator[tuple[str, str]]:
         """Size and time of modification of each tar."""
-        return identity_of(self._index.paths)
+        return file_identities(self._index.paths)
 
     def _decoded(self, contents: list[bytes], ids: list[str], positions: NDArray[np.int64]) -> NDArray[Any]:
         if self._decoder is not None and not any(self._index.as_npy[position] for position in positions.tolist()):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabels.errors import JobError
-from softlabels.views.transforms import identity_of, libraries_of, seeded
+from softlabels.views.transforms import libraries_of, seeded, transform_identity
 
 _EXACT = 1 << 53
 """Whole numbers up to here are float64 exactly; float32 and bool always are."""
@@ -39,7 +39,7 @@ class RecordedTransform:
                 "use an AugmentationSequential of augmentations"
             )
         self._augmentation = augmentation
-        self.identity = identity_of(augmentation, arguments or {})
+        self.identity = transform_identity(augmentation, arguments or {})
         self.libraries = libraries_of(augmentation)
         self._columns: tuple[str, ...] | None = None
         self._like: Any = None

@@ -80,7 +80,7 @@ class SeededTransform:
     def __init__(self, transform: Callable[..., Any], *, arguments: Mapping[str, Any] | None = None) -> None:
         self._transform = transform
         self._takes_generator = _takes_generator(transform)
-        self.identity = identity_of(transform, arguments or {})
+        self.identity = transform_identity(transform, arguments or {})
         self.libraries = libraries_of(transform)
 
     @property
@@ -177,7 +177,7 @@ def load_view_transform(
     return as_view_transform(made, arguments=keywords)
 
 
-def identity_of(transform: object, arguments: Mapping[str, Any]) -> str:
+def transform_identity(transform: object, arguments: Mapping[str, Any]) -> str:
     """64 hex digits over what a transform is: its name, its source file, and its settings as Python prints them."""
     maker = transform if inspect.isroutine(transform) else type(transform)
     settings = _ADDRESS.sub("", repr(_settings(transform)))

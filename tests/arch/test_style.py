@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from softlabels.errors import SoftLabelsError, every_class
+from softlabels.errors import SoftLabelsError, all_error_classes
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (ROOT / "softlabels", ROOT / "server" / "softlabels_server", ROOT / "clients" / "softlabels_client")
@@ -47,7 +47,7 @@ def public_definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple
 
 def error_classes() -> list[type[SoftLabelsError]]:
     """The product's tree of errors, without what other tests may hang below it."""
-    return [cls for cls in every_class() if cls.__module__.startswith("softlabels")]
+    return [cls for cls in all_error_classes() if cls.__module__.startswith("softlabels")]
 
 
 def decorators(node: Definition) -> set[str]:

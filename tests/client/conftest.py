@@ -25,7 +25,7 @@ from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, TeacherSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import LocalRows, StoreWriter, plan_store
-from softlabels.transfer import ArrayTransferSet, sample_fingerprints
+from softlabels.transfer_set import ArrayTransferSet, sample_fingerprints
 from softlabels_client import RetryPolicy
 
 

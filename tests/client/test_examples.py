@@ -18,7 +18,7 @@ from softlabels.errors import FingerprintMismatchError
 from softlabels.precompute import precompute
 from softlabels.precompute.job import job_from_json
 from softlabels.precompute.teachers import teacher_from_module
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels.transfer_sets.ragged import PADDING, RaggedTransferSet
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "clients" / "examples"

@@ -23,7 +23,7 @@ sys.meta_path.insert(0, Block())
 
 TRAIN = """
 import numpy as np, torch, softlabels
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client import DistillSettings, SoftTargetDataset, distill
 
 torch.set_num_threads(1)

@@ -30,7 +30,7 @@ from softlabels.errors import (
     UnknownStoreError,
 )
 from softlabels.manifest import TemperatureSpec
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 IDS = [7, 0, 199, 7, 30]
 

@@ -19,7 +19,7 @@ from softlabels.store import StoreWriter, plan_store
 from softlabels.store.beginning import load_plan
 from softlabels.store.ledger import Ledger
 from softlabels.store.rows import LocalRows, plan_digest
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 
 SAMPLES, CLASSES = 200, 10
 ROWS_PER_SHARD, ROWS_PER_CHUNK = 64, 16

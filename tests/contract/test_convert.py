@@ -23,10 +23,10 @@ from softlabels.errors import (
     StoreExistsError,
     UnknownStoreError,
 )
-from softlabels.manifest import IdSpec, Layout, TemperatureSpec, TransferSetSpec, ViewSpec
+from softlabels.manifest import IdSpec, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.store import LocalRows, SampleTable, StoreWriter, plan_store
 from softlabels.store.convert import convert_store
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 
 OTHER = {"zarr": "hdf5", "hdf5": "zarr"}
 
@@ -193,7 +193,7 @@ def _write_layout(root: Path, kind: Any, layout: str) -> None:
         container=kind.container,
         rows_per_shard=32,
         rows_per_chunk=8,
-        layout=Layout(kind="views", samples=24, rows=96, views=4) if views else None,
+        layout=RowLayout(kind="views", samples=24, rows=96, views=4) if views else None,
         members=3 if views else None,
         views=ViewSpec(transform="x:crop", parameters=("left",)) if views else None,
         table=None if views else table,

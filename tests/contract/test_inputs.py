@@ -15,14 +15,14 @@ import softlabels
 from softlabels.cli import main
 from softlabels.documents import open_sealed, seal
 from softlabels.errors import ChecksumError, JobError, ManifestError, ShapeMismatchError, UnknownFieldError
-from softlabels.manifest import ArraySpec, IdSpec, Layout, Manifest, TemperatureSpec, TransferSetSpec
+from softlabels.manifest import ArraySpec, IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec
 from softlabels.store import LocalRows, StoreWriter, plan_store
 from softlabels.store.convert import convert_store
 from softlabels.store.merge import merge
 from softlabels.store.planning import kept_inputs
 from softlabels.store.repair import repair
 from softlabels.store.verify import verify
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 
 SAMPLES = 200
 OTHER = {"zarr": "hdf5", "hdf5": "zarr"}
@@ -219,7 +219,7 @@ class TestPlanning:
     @pytest.mark.parametrize("views", [2])
     def test_views_keep_no_inputs(self, views: int) -> None:
         """Their rows are many a sample, and the inputs would stand once a view."""
-        layout = Layout(kind="views", samples=4, rows=4 * views, views=views)
+        layout = RowLayout(kind="views", samples=4, rows=4 * views, views=views)
         with pytest.raises(JobError, match="not in a store of views"):
             self._plan(ArraySpec(dtype="|u1", row_shape=(8,)), samples=4, layout=layout)
 

@@ -22,7 +22,7 @@ from torch import distributed
 
 import softlabels
 from softlabels.losses import DistillationLoss
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client import (
     DistillationBatch,
     SoftTargetDataset,

@@ -19,7 +19,7 @@ import pytest
 
 import softlabels
 from softlabels.errors import DamageError, ServerUnreachableError, SoftLabelsError, StoreChangedError
-from softlabels.opening import TargetStore
+from softlabels.target_store import TargetStore
 from softlabels_client import HttpRows, RetryPolicy
 
 PATIENT = RetryPolicy(attempts=40, attempts_at_first=40, first_pause_s=0.002, longest_pause_s=0.02)

@@ -16,7 +16,7 @@ from softlabels.errors import RequestError
 from softlabels.losses import SoftTargetBatch, distillation_loss
 from softlabels.precompute import precompute, teacher_from_module
 from softlabels.precompute.job import job_from_json
-from softlabels.transfer import sequence_fingerprints
+from softlabels.transfer_set import sequence_fingerprints
 from softlabels.transfer_sets.ragged import RaggedTransferSet
 from softlabels_client import SoftTargetDataset
 from softlabels_server import Settings, StoreFolder, create_app

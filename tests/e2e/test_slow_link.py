@@ -20,8 +20,8 @@ from benchmarks.slow_link import Link, SlowLink, bare_bytes_per_s, bare_server
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
-from softlabels.opening import TargetStore
 from softlabels.store import StoreWriter, plan_store
+from softlabels.target_store import TargetStore
 
 CLASSES, BATCH = 1_000, 64
 ROW_BYTES = 2 * CLASSES + 4 + 8

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import softlabels
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 
 COUNT = 90
 

@@ -27,11 +27,11 @@ import numpy as np
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.errors import SoftLabelsError
-from softlabels.manifest import IdSpec, Layout, Manifest, TemperatureSpec, TransferSetSpec, ViewSpec
+from softlabels.manifest import IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.store import SampleTable, StoreWriter, plan_store
 from softlabels.store.merge import merge
 from softlabels.store.repair import repair
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 
 CLASSES, ROWS_PER_SHARD, ROWS_PER_CHUNK = 6, 32, 8
 SAMPLES = 90
@@ -95,7 +95,7 @@ class Kind:
             more["table"] = self.table
         if self.views > 1:
             more["views"] = ViewSpec(transform="m:f", parameters=("angle",))
-            more["layout"] = Layout(kind="views", samples=SAMPLES, rows=SAMPLES * self.views, views=self.views)
+            more["layout"] = RowLayout(kind="views", samples=SAMPLES, rows=SAMPLES * self.views, views=self.views)
         plan = plan_store(
             name="t",
             samples=SAMPLES,

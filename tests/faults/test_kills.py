@@ -21,7 +21,7 @@ Tree = Callable[[Path], dict[str, str]]
 MODULE = """
 import numpy as np
 import torch
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 def noise(samples=400):
     rng = np.random.default_rng(0)

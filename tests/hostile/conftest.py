@@ -17,7 +17,7 @@ from softlabels.documents import open_sealed, seal
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 
 SAMPLES, CLASSES = 100, 4
 Change = Callable[[dict[str, Any]], None]

@@ -21,10 +21,10 @@ from safetensors.numpy import load
 
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
-from softlabels.ids import IdArray, kind_of
+from softlabels.ids import IdArray, id_kind
 from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 from softlabels.wire import checksum_of
 from softlabels_server import Settings, StoreFolder, create_app
 from softlabels_server.running import listen, make_server, url_of
@@ -68,7 +68,7 @@ def write_store(
     shards: int | None = None,
 ) -> Manifest:
     """Write a store into `root`; with `shards` only so many of its four are committed and it stays unfinished."""
-    text = kind_of(rows.ids) == "str"
+    text = id_kind(rows.ids) == "str"
     dense = not text and bool((np.diff(rows.ids) == 1).all())
     kept = make_encoding(encoding, classes=CLASSES)
     temperature = TemperatureSpec(default=locked_at or 4.0, captured=locked_at or 1.0, locked=locked_at is not None)

@@ -13,14 +13,14 @@ from safetensors.numpy import load
 
 from softlabels.errors import WireError
 from softlabels.order import EpochOrder
-from softlabels.wire import header_of, layout_of
+from softlabels.wire import parse_header, raw_header
 
 
 def frames(body: bytes) -> list[tuple[dict[str, Any], dict[str, str]]]:
     """Arrays and metadata of each frame; the safetensors library reads each."""
     found = []
     while body:
-        layout = layout_of(memoryview(body))
+        layout = parse_header(memoryview(body))
         size = layout.data_begin + layout.data_bytes
         found.append((load(body[:size]), dict(layout.metadata)))
         body = body[size:]
@@ -54,8 +54,8 @@ class TestStream:
         body = ask("GET", "/v1/stores/dense/epochs/0?seed=1&batch_size=48").body
         sizes = []
         while len(body) > 200 and b"softlabels-end" not in body[:200]:
-            layout = layout_of(memoryview(body))
-            sizes.append(len(header_of(memoryview(body))))
+            layout = parse_header(memoryview(body))
+            sizes.append(len(raw_header(memoryview(body))))
             body = body[layout.data_begin + layout.data_bytes :]
         assert len(set(sizes)) == 1
         assert sizes[0] % 64 == 0
@@ -144,4 +144,4 @@ class TestSlowReaders:
 def test_a_cut_frame_is_an_error() -> None:
     """A header that announces more than there is."""
     with pytest.raises(WireError):
-        header_of(memoryview((99).to_bytes(8, "little") + b"{}"))
+        raw_header(memoryview((99).to_bytes(8, "little") + b"{}"))

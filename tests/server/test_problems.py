@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from softlabels.errors import StoreChangedError, every_class
-from softlabels.problems import from_problem
+from softlabels.errors import StoreChangedError, all_error_classes
+from softlabels.problem_details import from_problem
 from softlabels_server.problems import reply_to
 
 
@@ -69,7 +69,7 @@ class TestProblems:
         assert answer.problem() == (422, "bad-request")
         assert "query.n" in answer.json()["detail"]
 
-    @pytest.mark.parametrize("error", every_class(), ids=lambda error: error.code)
+    @pytest.mark.parametrize("error", all_error_classes(), ids=lambda error: error.code)
     def test_every_class_has_a_reply(self, error: Any) -> None:
         """Context that JSON cannot hold as it is comes out in a form that it can."""
         context = {"n": np.int64(3), "x": float("nan"), "a": np.arange(2), "p": Path("/x"), "s": {1}, "half": "\ud800"}

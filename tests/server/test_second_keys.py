@@ -13,9 +13,9 @@ from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.encodings.learning import learn_basis
 from softlabels.errors import RequestError
-from softlabels.manifest import IdSpec, Layout, TemperatureSpec, TransferSetSpec, ViewSpec
+from softlabels.manifest import IdSpec, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.store import SampleTable, StoreWriter, plan_store
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 
 CLASSES, SAMPLES, VIEWS = 7, 40, 3
 
@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "views",
         _logits(SAMPLES * VIEWS),
         _view_keys,
-        layout=Layout(kind="views", samples=SAMPLES, rows=SAMPLES * VIEWS, views=VIEWS),
+        layout=RowLayout(kind="views", samples=SAMPLES, rows=SAMPLES * VIEWS, views=VIEWS),
         views=ViewSpec(transform="m:f", parameters=("top", "left")),
     )
     _write(root / "members", _logits(SAMPLES, members=2), _sample_keys, members=2, mean="geometric")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import softlabels
-from softlabels.opening import TargetStore
+from softlabels.target_store import TargetStore
 from softlabels_client import HttpRows, RetryPolicy
 
 RETRY = RetryPolicy(attempts=1_000, attempts_at_first=1_000, first_pause_s=0.02, longest_pause_s=0.2)

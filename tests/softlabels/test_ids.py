@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softlabels.errors import BadIdsError
-from softlabels.ids import as_ids, from_fixed_bytes, kind_of, to_fixed_bytes
+from softlabels.ids import as_ids, from_fixed_bytes, id_kind, to_fixed_bytes
 
 
 class TestAsIds:
@@ -21,7 +21,7 @@ class TestAsIds:
     def test_strings(self) -> None:
         """Strings stay strings, whatever they look like."""
         ids = as_ids(["7", "ünï"])
-        assert (kind_of(ids), ids.tolist()) == ("str", ["7", "ünï"])
+        assert (id_kind(ids), ids.tolist()) == ("str", ["7", "ünï"])
 
     def test_nothing_is_an_empty_array(self) -> None:
         """An empty list is for the caller to refuse."""

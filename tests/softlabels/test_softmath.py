@@ -23,7 +23,7 @@ from softlabels.errors import (
     ShapeMismatchError,
     TemperatureError,
 )
-from softlabels.problems import to_problem
+from softlabels.problem_details import to_problem
 
 Array = NDArray[np.float64]
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from softlabels.epochs import EpochRows
 from softlabels.ids import IdArray
-from softlabels.opening import IDS, RowSource
+from softlabels.manifest import IDS
 from softlabels.order import StepBatch
+from softlabels.target_store import RowSource
 from softlabels_client.cache.cache_folder import OpenTable
 from softlabels_client.cache.checks import Words
 

@@ -16,9 +16,9 @@ from softlabels.encodings import Encoding
 from softlabels.epochs import EpochConfig, EpochRows
 from softlabels.errors import RequestError, WireError
 from softlabels.ids import IdArray
-from softlabels.manifest import Manifest
-from softlabels.opening import IDS, RowSource
+from softlabels.manifest import IDS, Manifest
 from softlabels.order import StepBatch
+from softlabels.target_store import RowSource
 from softlabels_client.cache.cache_folder import DEFAULT_BYTES, CacheFolder, default_folder
 from softlabels_client.cache.cache_lookup import LOGGER, Found, KeptRows, missing_share
 from softlabels_client.data.prefetch import epoch_ahead

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.ids import IdArray, from_fixed_bytes, kind_of, to_fixed_bytes
-from softlabels.manifest import ArraySpec, Manifest
-from softlabels.opening import IDS
+from softlabels.ids import IdArray, from_fixed_bytes, id_kind, to_fixed_bytes
+from softlabels.manifest import IDS, ArraySpec, Manifest
 from softlabels_client.cache.checks import RowKeys, Words
 from softlabels_client.cache.row_index import HashIndex, RowNumberIndex, SlotIndex, index_bytes, take_slots, taken_slots
 from softlabels_client.cache.row_records import RecordFile, record_bytes
@@ -176,7 +175,7 @@ class RowTable:
             return
         _, distinct = np.unique(positions, return_index=True)
         positions, ids = positions[distinct], ids[distinct]
-        kept = to_fixed_bytes(ids, width_bytes=self._ids.width_bytes) if kind_of(ids) == "str" else ids
+        kept = to_fixed_bytes(ids, width_bytes=self._ids.width_bytes) if id_kind(ids) == "str" else ids
         keys = positions.astype(np.uint64)
         with self._turn():
             self._refuse_cut_files()

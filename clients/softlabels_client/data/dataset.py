@@ -23,13 +23,14 @@ from typing import cast
 
 from softlabels.ids import IdArray, as_ids
 from softlabels.losses import SoftTargetBatch
-from softlabels.opening import FINGERPRINTS, INPUTS, TargetStore
+from softlabels.manifest import FINGERPRINTS, INPUTS
 from softlabels.order import Remainder
 from softlabels.softmath import check_temperature
-from softlabels.targets import SoftTargets, refuse_if_locked
-from softlabels.transfer import (
+from softlabels.target_store import TargetStore
+from softlabels.targets import SoftTargets, check_unlocked
+from softlabels.transfer_set import (
     ArrayTransferSet,
-    MapStyle,
+    MapStyleDataset,
     Samples,
     SequenceTransferSet,
     TransferSet,
@@ -37,7 +38,7 @@ from softlabels.transfer import (
 )
 from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
 from softlabels_client.data.loader import StatefulLoader
-from softlabels_client.data.sampler import EpochSampler, identity_of
+from softlabels_client.data.sampler import EpochSampler, data_identity
 
 Check = Literal["first", "always", "never"]
 
@@ -68,7 +69,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
 
     def __init__(
         self,
-        inputs: TransferSet | MapStyle | None,
+        inputs: TransferSet | MapStyleDataset | None,
         store: TargetStore,
         *,
         ids: Iterable[Any] | NDArray[Any] | None = None,
@@ -80,7 +81,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
         spec = store.manifest.temperature
         wanted = spec.default if temperature is None else check_temperature(temperature)
         if store.manifest.members is None:  # where members are kept, every temperature can still be had
-            refuse_if_locked(wanted, captured=spec.captured, locked=spec.locked)
+            check_unlocked(wanted, captured=spec.captured, locked=spec.locked)
         if store.manifest.layout.kind == "sequences":
             raise RequestError(
                 f"{store.manifest.name!r} keeps sequences, a row a position: fetch ranges of them by "
@@ -205,7 +206,7 @@ def data_loader(
         rank=rank,
         world_size=world_size,
         remainder=remainder,
-        data=identity_of(dataset.samples),
+        data=data_identity(dataset.samples),
     )
     loader = DataLoader(
         dataset,
@@ -267,7 +268,7 @@ class StoreInputs:
         return Samples(ids=targets.ids, inputs=targets.inputs, labels=targets.labels)
 
 
-def as_transfer_set(inputs: TransferSet | MapStyle, ids: Iterable[Any] | NDArray[Any] | None) -> TransferSet:
+def as_transfer_set(inputs: TransferSet | MapStyleDataset, ids: Iterable[Any] | NDArray[Any] | None) -> TransferSet:
     """The trainer's data as a transfer set.
 
     Args:
@@ -288,4 +289,4 @@ def as_transfer_set(inputs: TransferSet | MapStyle, ids: Iterable[Any] | NDArray
         )
     if isinstance(inputs, np.ndarray):
         return ArrayTransferSet("inputs", inputs, ids=as_ids(ids))
-    return SequenceTransferSet(cast(MapStyle, inputs), ids=ids, name=type(inputs).__name__)
+    return SequenceTransferSet(cast(MapStyleDataset, inputs), ids=ids, name=type(inputs).__name__)

@@ -19,7 +19,7 @@ except ImportError as error:
     ) from error
 
 from softlabels.order import Remainder
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 from softlabels_client.data.sampler_state import Course, EpochProgress, Pass, Walk
 
 _PROBES = 64
@@ -43,7 +43,7 @@ class EpochSampler(Sampler[list[int]]):
         block: shuffle blocks of so many consecutive samples, then within a few of them, for slow disks.
         rank, world_size: which of how many ranks; torch.distributed's when left out, or one alone.
         remainder: "split" shares out what fills no last step, "drop" leaves it out, "pad" repeats some.
-        data: `identity_of` the inputs, so that a place is not resumed with other ones.
+        data: `data_identity` the inputs, so that a place is not resumed with other ones.
     Raises:
         RequestError: a number that cannot be.
     """
@@ -207,7 +207,7 @@ def current_ranks() -> tuple[int, int]:
     return 0, 1
 
 
-def identity_of(samples: TransferSet) -> str:
+def data_identity(samples: TransferSet) -> str:
     """What tells these samples, in this order, from others: a digest of their ids.
 
     Of all ids where the transfer set has them at hand, else of those of 64 samples spread over it.

@@ -26,10 +26,10 @@ from typing import TypeAlias
 from softlabels.errors import MissingExtraError
 from softlabels.ids import IdArray
 from softlabels.losses import SoftTargetBatch
-from softlabels.opening import TargetStore
 from softlabels.order import RankBatches, Remainder
+from softlabels.target_store import TargetStore
 from softlabels.targets import SoftTargets
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 from softlabels_client.data.dataset import Check, SoftTargetDataset, StoreInputs, samples_in
 from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
 from softlabels_client.data.loader import StatefulLoader

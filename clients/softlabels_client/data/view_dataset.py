@@ -18,9 +18,9 @@ except ImportError as error:
         "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
     ) from error
 
-from softlabels.opening import TargetStore
+from softlabels.target_store import TargetStore
 from softlabels.targets import SoftTargets
-from softlabels.transfer import MapStyle, Samples, TransferSet
+from softlabels.transfer_set import MapStyleDataset, Samples, TransferSet
 from softlabels.views import ViewReplay, ViewTransform, as_view_transform, load_view_transform
 from softlabels_client.data.dataset import Check, SoftTargetDataset
 from softlabels_client.data.distillation_batch import DistillationBatch
@@ -48,7 +48,7 @@ class ViewDataset(SoftTargetDataset):
 
     def __init__(
         self,
-        inputs: TransferSet | MapStyle | None,
+        inputs: TransferSet | MapStyleDataset | None,
         store: TargetStore,
         *,
         transform: ViewTransform | Any = None,

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from softlabels import wire
 from softlabels.epochs import END_FORMAT, EpochConfig, EpochRows
 from softlabels.errors import SoftLabelsError, WireError
-from softlabels.manifest import Manifest
-from softlabels.opening import IDS, ROW_OFFSETS
+from softlabels.manifest import IDS, ROW_OFFSETS, Manifest
 from softlabels.order import RankBatches, StepBatch
 from softlabels_client.http.reply_reader import ReplyReader
 from softlabels_client.http.streamed_reply import OpenReply
@@ -76,7 +75,7 @@ class Frames:
 
     def __init__(self, stream: OpenReply, reader: ReplyReader, manifest: Manifest, names: tuple[str, ...]) -> None:
         self._stream, self._reader, self._manifest, self._names = stream, reader, manifest, names
-        self._layout: wire.Layout | None = None
+        self._layout: wire.TensorLayout | None = None
         self._like: tuple[bytes, StepBatch] | None = None
         self._count = 0
 
@@ -86,7 +85,7 @@ class Frames:
         header = self._header()
         layout = self._layout if header == self._expected(step, count) else None
         if layout is None:
-            layout = wire.layout_of(header)
+            layout = wire.parse_header(header)
         blob = self._blob(header, layout)
         if layout is not self._layout:
             self._reader.check(layout, blob, self._names, samples=count)
@@ -105,7 +104,7 @@ class Frames:
     def read_end(self, steps: RankBatches) -> None:
         """The frame that ends a whole stream. Raises WireError, TruncatedError."""
         header = self._header()
-        layout = wire.layout_of(header)
+        layout = wire.parse_header(header)
         metadata = layout.metadata
         counted = (str(steps.batch_count), str(steps.sample_count))
         if (
@@ -134,7 +133,7 @@ class Frames:
             raise WireError("a frame's header is shorter than those before it: the stream is no longer in step")
         return start + bytes(self._stream.read(8 + length - len(start)))
 
-    def _blob(self, header: bytes, layout: wire.Layout) -> memoryview:
+    def _blob(self, header: bytes, layout: wire.TensorLayout) -> memoryview:
         if layout.data_bytes > self._stream.left_bytes:
             raise WireError(f"a frame announces {layout.data_bytes} bytes, more than the stream has left")
         blob = self._stream.buffer(len(header) + layout.data_bytes)

@@ -16,9 +16,8 @@ from softlabels.documents import MAX_DOCUMENT_BYTES
 from softlabels.encodings import Encoding
 from softlabels.epochs import EpochConfig, EpochRows
 from softlabels.errors import ManifestError, RequestError, WireError
-from softlabels.ids import IdArray, kind_of
-from softlabels.manifest import Manifest, check_encoding
-from softlabels.opening import IDS, ROW_OFFSETS
+from softlabels.ids import IdArray, id_kind
+from softlabels.manifest import IDS, ROW_OFFSETS, Manifest, check_encoding
 from softlabels_client.http.address import parse_address
 from softlabels_client.http.epoch_stream import epoch_rows
 from softlabels_client.http.reply_reader import ReplyReader
@@ -190,7 +189,7 @@ class HttpRows:
         spans: NDArray[np.int64] | None,
     ) -> tuple[str, bytes, str]:
         keys = {name: values for name, values in (("views", views), ("spans", spans)) if values is not None}
-        if kind_of(ids) == "str":
+        if id_kind(ids) == "str":
             spoken = {name: values.tolist() for name, values in keys.items()}
             document = {"ids": ids.tolist(), "fields": names, "digest": self._digest, **spoken}
             return "", json.dumps(document).encode(), JSON

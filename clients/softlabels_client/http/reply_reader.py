@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from softlabels import wire
 from softlabels.errors import StoreChangedError, UnknownFieldError, WireError
 from softlabels.ids import IdArray, from_fixed_bytes
-from softlabels.manifest import ArraySpec, Manifest
-from softlabels.opening import FINGERPRINTS, IDS, ROW_OFFSETS
-from softlabels.transfer import FINGERPRINT_BYTES
+from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, ArraySpec, Manifest
+from softlabels.transfer_set import FINGERPRINT_BYTES
 
 _MOST_HEADERS = 64
 """Headers kept: the replies to batches of one size have all the same."""
@@ -32,7 +31,7 @@ class ReplyReader:
         self._manifest, self._digest, self._where = manifest, digest, where
         self._specs = _specs(manifest)
         # The header says where the arrays lie and is checked once; the same bytes mean the same the next time.
-        self._known: dict[tuple[bytes, tuple[str, ...], int], wire.Layout] = {}
+        self._known: dict[tuple[bytes, tuple[str, ...], int], wire.TensorLayout] = {}
 
     def row_bytes(self, names: tuple[str, ...]) -> int:
         """Bytes that a row takes in these arrays. Raises UnknownFieldError: the store keeps no such array."""
@@ -50,10 +49,10 @@ class ReplyReader:
         Raises:
             WireError: cut, contradictory, or not the arrays asked for. StoreChangedError: rows of another version.
         """
-        header = wire.header_of(blob)
+        header = wire.raw_header(blob)
         layout = self._known.get((header, names, samples))
         if layout is None:
-            layout = wire.layout_of(blob)
+            layout = wire.parse_header(blob)
             arrays = self.check(layout, blob, names, samples=samples)
             if len(self._known) >= _MOST_HEADERS:
                 self._known.clear()
@@ -105,7 +104,7 @@ class ReplyReader:
             )
 
     def check(
-        self, layout: wire.Layout, blob: memoryview, names: tuple[str, ...], *, samples: int
+        self, layout: wire.TensorLayout, blob: memoryview, names: tuple[str, ...], *, samples: int
     ) -> dict[str, NDArray[Any]]:
         """The arrays of a reply whose header was not seen before. Raises as `read` does."""
         arrays = self.unspoilt(layout.arrays(blob))

@@ -21,7 +21,7 @@ from softlabels.errors import (
     TruncatedError,
     UnauthorizedError,
 )
-from softlabels.problems import from_problem
+from softlabels.problem_details import from_problem
 
 RETRIED_STATUSES = frozenset({429, 502, 503, 504})
 """A server or proxy that is busy, starting or stopping: the same request may go through in a moment."""

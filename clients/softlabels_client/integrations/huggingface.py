@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from softlabels.losses import DistillationLoss
 from softlabels_client.data.dataset import SoftTargetDataset
 from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
-from softlabels_client.data.sampler import EpochSampler, identity_of
+from softlabels_client.data.sampler import EpochSampler, data_identity
 from softlabels_client.data.sampler_state import EpochProgress
 from softlabels_client.training.step import Loss, step_loss
 
@@ -77,7 +77,7 @@ class DistillationTrainer(Trainer):
             batch_size=self._train_batch_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
             remainder="drop" if args.dataloader_drop_last else "split",
-            data=identity_of(dataset.samples),
+            data=data_identity(dataset.samples),
         )
         return _EpochLoader(
             dataset,

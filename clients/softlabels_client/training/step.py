@@ -11,7 +11,7 @@ from torch import Tensor
 from softlabels.errors import MissingExtraError, RequestError
 from softlabels.losses import SoftTargetBatch, make_loss
 from softlabels.softmath import UNLABELLED
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 from softlabels_client.data.distillation_batch import DistillationBatch
 from softlabels_client.training.optimization import make_optimizer, set_learning_rate
 from softlabels_client.training.settings import DistillSettings

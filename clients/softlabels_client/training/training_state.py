@@ -26,7 +26,7 @@ import numpy as np
 
 from softlabels.errors import MissingExtraError
 from softlabels_client.data.dataset import SoftTargetDataset
-from softlabels_client.data.sampler import identity_of
+from softlabels_client.data.sampler import data_identity
 from softlabels_client.training.settings import DistillSettings
 
 FREE = ("device", "workers")
@@ -158,7 +158,7 @@ def training_identity(student: nn.Module, dataset: SoftTargetDataset, settings: 
     return {
         "store": dataset.store.digest,
         "temperature": dataset.temperature,
-        "inputs": f"{dataset.samples.name} with ids {identity_of(dataset.samples)}",
+        "inputs": f"{dataset.samples.name} with ids {data_identity(dataset.samples)}",
         "samples": len(dataset),
         **chosen,
         # Rates of dropout and the like stand in a module's own words; addresses in them mean nothing.

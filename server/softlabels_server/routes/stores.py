@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Path, Request, Response
 from pydantic import BaseModel, Field
 
-from softlabels.problems import to_problem
+from softlabels.problem_details import to_problem
 from softlabels_server.catalog import BrokenStore, ServedStore, StoreFolder
 from softlabels_server.etags import etag_of, names_digest
 from softlabels_server.openapi import NOT_FOUND, PROBLEMS

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softlabels.encodings import Hidden
 from softlabels.errors import JobError
-from softlabels.manifest import Layout
+from softlabels.manifest import RowLayout
 from softlabels.precompute.hidden_states import asked
 from softlabels.precompute.job import Job
 from softlabels.precompute.pipeline.inference import ask, rows_to_keep
@@ -26,7 +26,7 @@ from softlabels.precompute.row_batches import RowBatch, RowMaker
 from softlabels.precompute.teachers import Teacher
 from softlabels.store.faults import Fault, Report, ShowProgress, silent
 from softlabels.store.rows import LocalRows
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 
 SAMPLED_ROWS = 256
 LEAST_COSINE = 0.9999
@@ -238,7 +238,7 @@ def _cosine(logits_RC: Tensor, other_RC: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(p_RC, q_RC, dim=-1)
 
 
-def _described(layout: Layout) -> str:
+def _described(layout: RowLayout) -> str:
     what = {"single": "one row a sample", "views": f"{layout.views} views a sample", "sequences": "sequences"}
     return what[layout.kind]
 

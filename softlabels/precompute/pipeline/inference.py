@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from softlabels.ensemble import Combined, combine
 from softlabels.errors import NonFiniteLogitsError, TeacherError, TeacherShapeError
 from softlabels.ids import IdArray
-from softlabels.manifest import Manifest, MeanKind
+from softlabels.manifest import Manifest
 from softlabels.precompute.job import RunTable
 from softlabels.precompute.row_batches import RowBatch, RowMaker
 from softlabels.precompute.teachers import Teacher
+from softlabels.softmath import Mean
 
 _SHOWN = 5
 """How many sample ids a message spells out."""
@@ -90,7 +91,7 @@ def host_tensor(inputs: NDArray[Any]) -> Tensor:
     return torch.from_numpy(inputs if inputs.flags.writeable else inputs.copy())
 
 
-def averaged(answers: Sequence[Tensor], teachers: Sequence[Teacher], mean: MeanKind, temperature: float) -> Combined:
+def averaged(answers: Sequence[Tensor], teachers: Sequence[Teacher], mean: Mean, temperature: float) -> Combined:
     """The ensemble's mean of its members' answers. Raises TeacherShapeError: the members' shapes differ."""
     return combine(
         answers,
@@ -123,7 +124,7 @@ def pilot_rows(
     batches: Iterator[RowBatch],
     maker: RowMaker,
     teachers: Sequence[Teacher],
-    mean: MeanKind,
+    mean: Mean,
     *,
     temperature: float,
     captured: float,

@@ -26,7 +26,7 @@ from softlabels.precompute.pipeline.stages import Channel, Halt, HaltedError, Sl
 from softlabels.precompute.row_batches import RowBatch, RowMaker
 from softlabels.progress import Progress
 from softlabels.store.writer import ShardClaim, StoreWriter
-from softlabels.transfer import UNLABELLED
+from softlabels.transfer_set import UNLABELLED
 
 _FACTS = ("labels", "fingerprints", "view_parameters", "kept_inputs")
 

@@ -20,7 +20,7 @@ from softlabels.encodings import Encoding, Hidden, TopK, draw_keys, row_bytes
 from softlabels.encodings.auto import Tried, choose_encoding
 from softlabels.encodings.sampled import sampled_within
 from softlabels.errors import EncodingError, TeacherError
-from softlabels.manifest import ROW_FACTS, Manifest
+from softlabels.manifest import SAMPLE_ARRAYS, Manifest
 from softlabels.precompute.hidden_states import encoding_of_head, states_teacher
 from softlabels.precompute.job import Job
 from softlabels.precompute.pipeline.device_step import audited, pack_figures
@@ -37,7 +37,7 @@ from softlabels.precompute.row_batches import RowMaker
 from softlabels.precompute.teachers import Teacher
 from softlabels.softmath import soften
 from softlabels.store.geometry import choose_rows_per_chunk
-from softlabels.transfer import FINGERPRINT_BYTES
+from softlabels.transfer_set import FINGERPRINT_BYTES
 
 MOST_PILOT_ENTRIES = 1 << 24
 """Rows × classes of the pilot: encoding it every way takes a minute or so."""
@@ -126,7 +126,7 @@ def forecast(job: Job, *, samples: int | None = None, rows: int | None = None) -
         temperatures=measuring.temperatures,
         options=tuple(sorted(measuring.options(rows_RC), key=lambda option: (option.row_bytes, option.rms_error))),
         own=(own.name, measuring.option(own, rows_RC, as_in_a_run=True)),
-        fact_bytes=sum(spec.row_bytes for name, spec in own_plan.arrays.items() if name in ROW_FACTS),
+        fact_bytes=sum(spec.row_bytes for name, spec in own_plan.arrays.items() if name in SAMPLE_ARRAYS),
         sample_bytes=_sample_bytes(own_plan),
         input_bytes=own_plan.arrays["inputs"].row_bytes if "inputs" in own_plan.arrays else 0,
         rows_per_chunk=job.store.rows_per_chunk,

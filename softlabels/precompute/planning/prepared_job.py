@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from softlabels.encodings import Encoding
 from softlabels.encodings.requested import parse_encoding
 from softlabels.errors import JobError
-from softlabels.manifest import IdSpec, Manifest, MeanKind, TemperatureSpec, TransferSetSpec
+from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.precompute.checks.teacher_checks import steady_answers
 from softlabels.precompute.hidden_states import encoding_of_head, refuse_ensembles, states_teacher
 from softlabels.precompute.job import Job
@@ -20,9 +20,9 @@ from softlabels.precompute.pipeline.inference import ask, averaged, computing, p
 from softlabels.precompute.row_batches import RowBatch, RowMaker, SingleRows, ViewRows
 from softlabels.precompute.sequence_rows import SequenceRows
 from softlabels.precompute.teachers import Teacher, align_classes, class_list_of_store, load_teacher
-from softlabels.softmath import check_temperature
+from softlabels.softmath import Mean, check_temperature
 from softlabels.store.planning import kept_inputs, plan_store
-from softlabels.transfer import ArrayTransferSet, TransferSet
+from softlabels.transfer_set import ArrayTransferSet, TransferSet
 from softlabels.transfer_sets import load_transfer_set as load_source
 from softlabels.transfer_sets.sample_ids import SupportsIdSpec, examine_ids
 from softlabels.views import load_view_transform
@@ -93,7 +93,7 @@ def plan_job(
         raise JobError(f"transfer set {data.name!r} is empty: there is nothing to compute targets for")
     maker = maker or row_maker(job, data)
     first = _first_batch(maker, len(data), job.run.pilot_batch_size)
-    mean: MeanKind = "none" if len(teachers) == 1 else job.targets.mean
+    mean: Mean = "none" if len(teachers) == 1 else job.targets.mean
     answers = steady_answers(teachers, first, maker, device)
     combined = averaged(answers, teachers, mean, temperature)
     classes = combined.logits_BC.shape[1]
@@ -153,7 +153,7 @@ def pilot(
     data: TransferSet,
     maker: RowMaker,
     teachers: Sequence[Teacher],
-    mean: MeanKind,
+    mean: Mean,
     spec: TemperatureSpec,
     device: torch.device,
     *,

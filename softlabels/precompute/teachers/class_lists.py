@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from softlabels.classes import ClassList, describe_classes
+from softlabels.class_list import ClassList, make_class_list
 from softlabels.errors import JobError
 from softlabels.precompute.job import Job
 from softlabels.precompute.teachers.teacher import Teacher
@@ -90,7 +90,7 @@ def class_list_of_store(job: Job, teachers: Sequence[Teacher], *, classes: int) 
     names = _wanted(job) or next((teacher.class_names for teacher in teachers if teacher.class_names), None)
     if names is not None and len(names) != classes:
         raise JobError(f"the job names {len(names)} classes, its teachers give {classes}", names=len(names))
-    return None if names is None else describe_classes(names)
+    return None if names is None else make_class_list(names)
 
 
 def _wanted(job: Job) -> tuple[str, ...] | None:

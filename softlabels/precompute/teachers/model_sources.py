@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softlabels.classes import describe_classes
+from softlabels.class_list import make_class_list
 from softlabels.errors import JobError, ReferenceLoadError
 from softlabels.manifest import TeacherSpec
 from softlabels.precompute.job import TeacherTable, filled
@@ -110,7 +110,7 @@ def load_teacher(table: TeacherTable, *, number: int, base: Path, device: torch.
         code_sha256=None if loaded.code is None else code_sha256(loaded.code),
         kind=kind,
         revision=loaded.revision,
-        class_list_sha256=None if names is None else describe_classes(names).sha256,
+        class_list_sha256=None if names is None else make_class_list(names).sha256,
         libraries={name: _version(name) for name in loaded.libraries} or None,
         **facts,
     )

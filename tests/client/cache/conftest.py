@@ -15,9 +15,9 @@ from softlabels.audit import Audit
 from softlabels.encodings import Encoding, make_encoding
 from softlabels.epochs import EpochConfig, EpochRows
 from softlabels.ids import IdArray
-from softlabels.manifest import IdSpec, Layout, Manifest, TemperatureSpec, TransferSetSpec, ViewSpec
-from softlabels.opening import TargetStore
+from softlabels.manifest import IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.store import LocalRows, SampleTable, StoreWriter, plan_store
+from softlabels.target_store import TargetStore
 from softlabels_client.cache import CachedRows
 
 SAMPLES, CLASSES, VIEWS = 120, 6, 3
@@ -39,7 +39,7 @@ def write_store(root: Path, ids: IdSpec, *, views: int = 1, seed: int = 0, sampl
         mean="none",
         teachers=(),
         transfer_set=TransferSetSpec(name="noise", source="m:g", arguments={}, labelled=True),
-        layout=None if views == 1 else Layout(kind="views", samples=samples, rows=rows, views=views),
+        layout=None if views == 1 else RowLayout(kind="views", samples=samples, rows=rows, views=views),
         views=None if views == 1 else ViewSpec(transform="m:f", parameters=("top", "left")),
         rows_per_shard=rows,
     )

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from softlabels.cli import main
-from softlabels.manifest import Layout
-from softlabels.opening import TargetStore
+from softlabels.manifest import RowLayout
 from softlabels.store import LocalRows
+from softlabels.target_store import TargetStore
 from softlabels_client.cache import CachedRows, CacheFolder, default_folder
 from softlabels_client.cache.row_table import shape_within
 
@@ -189,7 +189,7 @@ class TestPlanning:
     def test_a_billion_samples(self, stores: dict[str, Path]) -> None:
         """How large a table is, is worked out and not tried."""
         manifest = LocalRows(stores["dense"]).manifest
-        many = replace(manifest, layout=Layout(kind="single", samples=10**9, rows=10**9))
+        many = replace(manifest, layout=RowLayout(kind="single", samples=10**9, rows=10**9))
         shape = shape_within(many, 16 << 30)
         assert shape is not None
         assert 16 << 30 >= shape.size_bytes > (16 << 30) - 1000

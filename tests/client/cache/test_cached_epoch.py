@@ -11,8 +11,8 @@ import pytest
 
 from softlabels.epochs import EpochConfig
 from softlabels.errors import WireError
-from softlabels.opening import TargetStore
 from softlabels.store import LocalRows
+from softlabels.target_store import TargetStore
 from softlabels_client.cache import CachedRows
 
 Same = Callable[[Any, Any], None]

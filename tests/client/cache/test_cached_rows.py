@@ -18,8 +18,8 @@ import pytest
 
 import softlabels
 from softlabels.errors import BadIdsError, RequestError, UnknownFieldError, UnknownIdError
-from softlabels.opening import TargetStore
 from softlabels.store import LocalRows
+from softlabels.target_store import TargetStore
 from softlabels_client import HttpRows
 from softlabels_client.cache import CachedRows, CacheFolder
 
@@ -172,7 +172,7 @@ def fill_from_another_process(root: Path, folder: Path, begin: int) -> None:
 UNFINISHED = """
 import sys
 from pathlib import Path
-from softlabels.opening import TargetStore
+from softlabels.target_store import TargetStore
 from softlabels.store import LocalRows
 from softlabels_client.cache import CachedRows
 

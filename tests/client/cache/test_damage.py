@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softlabels.opening import TargetStore
 from softlabels.store import LocalRows
+from softlabels.target_store import TargetStore
 from softlabels_client.cache import CachedRows, CacheFolder
 
 Same = Callable[[Any, Any], None]
@@ -241,7 +241,7 @@ FILLING = textwrap.dedent(
     import sys
     import numpy as np
     from pathlib import Path
-    from softlabels.opening import TargetStore
+    from softlabels.target_store import TargetStore
     from softlabels.store import LocalRows
     from softlabels_client.cache import CachedRows
 

@@ -14,7 +14,7 @@ from softlabels.cli import main
 PARTS = """
 import numpy as np
 import torch
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 def net():
     return torch.nn.Linear(4, 10)

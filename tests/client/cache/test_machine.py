@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from softlabels.opening import TargetStore
 from softlabels.store import LocalRows
+from softlabels.target_store import TargetStore
 from softlabels_client.cache import CachedRows, CacheFolder
 
 SAMPLES = 120

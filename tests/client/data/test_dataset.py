@@ -26,7 +26,7 @@ from softlabels.errors import (
 )
 from softlabels.losses import SoftTargetBatch
 from softlabels.manifest import TemperatureSpec
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client import DistillationBatch, HttpRows, RetryPolicy, SoftTargetDataset, collate_batches, data_loader
 
 

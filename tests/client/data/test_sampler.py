@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import softlabels
 from softlabels.errors import ConflictError, FingerprintMismatchError, RequestError, StoreChangedError
-from softlabels.transfer import ArrayTransferSet, Samples
+from softlabels.transfer_set import ArrayTransferSet, Samples
 from softlabels_client import SoftTargetDataset, data_loader
-from softlabels_client.data.sampler import EpochDistributedSampler, EpochSampler, identity_of
+from softlabels_client.data.sampler import EpochDistributedSampler, EpochSampler, data_identity
 
 DIGEST = "a" * 64
 
@@ -167,9 +167,9 @@ class TestState:
                 return tiny_inputs.take(positions)
 
         moved = ArrayTransferSet("moved", tiny_inputs.inputs, ids=np.roll(tiny_inputs.ids, 1))
-        names = {identity_of(tiny_inputs), identity_of(moved), identity_of(Silent())}
+        names = {data_identity(tiny_inputs), data_identity(moved), data_identity(Silent())}
         assert len(names) == 3
-        assert identity_of(Silent()) == identity_of(Silent())
+        assert data_identity(Silent()) == data_identity(Silent())
 
     def test_it_pickles(self) -> None:
         """With its place."""

@@ -21,7 +21,7 @@ from softlabels.errors import FingerprintMismatchError, UnknownFieldError, Unkno
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import LocalRows, StoreWriter, plan_store
 from softlabels.store.planning import kept_inputs
-from softlabels.transfer import ArrayTransferSet, sample_fingerprints
+from softlabels.transfer_set import ArrayTransferSet, sample_fingerprints
 from softlabels_client import SoftTargetDataset, SoftTargetStream, data_loader, stream_loader
 from softlabels_client.data.dataset import StoreInputs
 

@@ -22,7 +22,7 @@ from softlabels.errors import (
     StoreChangedError,
     TemperatureError,
 )
-from softlabels.transfer import ArrayTransferSet, Samples
+from softlabels.transfer_set import ArrayTransferSet, Samples
 from softlabels_client import SoftTargetStream, StatefulLoader, stream_loader
 from softlabels_client.data.distillation_batch import DistillationBatch
 

@@ -11,7 +11,7 @@ import pytest
 
 import softlabels
 from softlabels import wire
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client.http.buffers import Buffers
 
 LARGE = 1 << 17
@@ -20,7 +20,7 @@ LARGE = 1 << 17
 
 def of_reply(blob: memoryview) -> Any:
     """An array as it is made of a reply."""
-    layout = wire.layout_of(wire.to_bytes({"a": np.zeros(1000, dtype="<i8")}, {}))
+    layout = wire.parse_header(wire.to_bytes({"a": np.zeros(1000, dtype="<i8")}, {}))
     return np.ndarray((1000,), dtype=layout.entries[0][1], buffer=blob, offset=layout.data_begin)
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 import softlabels
 from softlabels.errors import ConflictError, FingerprintMismatchError, RequestError, ShapeMismatchError
 from softlabels.losses import DistillationLoss
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client import SoftTargetDataset
 from softlabels_client.integrations.huggingface import BATCH, DistillationTrainer, logits_in
 

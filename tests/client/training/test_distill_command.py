@@ -15,7 +15,7 @@ from softlabels.cli import main
 NETS = """
 import numpy as np
 import torch
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 torch.set_num_threads(1)
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import softlabels
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client.training.training_log import target_digest
 
 SAMPLES, EPOCHS = 500, 4
@@ -29,7 +29,7 @@ SAMPLES, EPOCHS = 500, 4
 NETS = """
 import numpy as np
 import torch
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 torch.set_num_threads(1)
 

@@ -27,7 +27,7 @@ from softlabels.errors import (
 )
 from softlabels.precompute import load_job, precompute
 from softlabels.references import load_reference
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client import DistillSettings, SoftTargetDataset, ViewDataset, distill, save_student
 from softlabels_client.training.checkpoint import CheckpointFolder, pack, read_checkpoint, unpack
 from softlabels_client.training.trainer import DistillResult
@@ -286,7 +286,7 @@ class TestResuming:
 PARTS = """
 import numpy as np
 import torch
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 def pictures():
     return ArrayTransferSet("pictures", np.random.default_rng(0).integers(0, 256, (50, 6, 6), dtype=np.uint8))

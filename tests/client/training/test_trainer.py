@@ -17,7 +17,7 @@ from torch import nn
 import softlabels
 from softlabels.errors import FingerprintMismatchError, RequestError, ShapeMismatchError
 from softlabels.losses import distillation_loss
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client import DistillSettings, SoftTargetDataset, count_errors, distill, save_student
 from softlabels_client.training.optimization import one_cycle
 

@@ -12,7 +12,7 @@ from softlabels.cli import main
 
 PARTS = """
 import numpy as np, torch
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 def samples():
     return ArrayTransferSet("noise", np.random.default_rng(0).normal(size=(1024, 8)).astype("f4"))

@@ -21,7 +21,7 @@ from softlabels.store.status import read_status
 
 MODULE = """
 import time, numpy as np, torch
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 class Slow:
     name = "slow"

@@ -17,7 +17,7 @@ from softlabels.demo.teachers import (
     has_bfloat16_products,
 )
 from softlabels.errors import JobError
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client.training.step import count_errors
 
 torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
 from softlabels.store.faults import Report
 from softlabels.store.verify import verify
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 
 CLASSES, WIDTH, ROWS = 2_000, 48, 30
 

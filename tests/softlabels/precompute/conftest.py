@@ -13,7 +13,7 @@ MODULE = '''
 import time
 import numpy as np
 import torch
-from softlabels.transfer import ArrayTransferSet, Samples
+from softlabels.transfer_set import ArrayTransferSet, Samples
 
 
 def blobs(samples=1000, seed=0, labelled=True, ids="int"):

@@ -15,7 +15,7 @@ from softlabels.errors import JobError, ShapeMismatchError, SoftLabelsError
 from softlabels.precompute import Job, load_job, precompute
 from softlabels.precompute.job import job_from_json
 from softlabels.store.verify import verify
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 INPUTS = np.random.default_rng(0).normal(size=(1000, 6)).astype(np.float32)
 """What the job's `blobs` gives, see conftest.py."""

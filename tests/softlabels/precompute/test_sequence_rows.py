@@ -24,7 +24,7 @@ from softlabels.precompute import Teacher, precompute, teacher_from_module
 from softlabels.precompute.job import Job, SequencesTable, job_from_json
 from softlabels.precompute.sequence_rows import SequenceRows
 from softlabels.store.verify import verify
-from softlabels.transfer import ArrayTransferSet, Samples, sequence_fingerprints
+from softlabels.transfer_set import ArrayTransferSet, Samples, sequence_fingerprints
 from softlabels.transfer_sets.ragged import PADDING, RaggedTransferSet, padded
 
 VOCABULARY, FEATURES = 300, 8

@@ -16,7 +16,7 @@ from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, Manifest, TeacherSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 
 NOT_COMPARED = ("locks", "staging", "damaged")
 """Folders that hold nothing of a store's contents."""

@@ -13,10 +13,10 @@ import softlabels
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.errors import BadIdsError, ManifestError, RequestError, ShapeMismatchError, TemperatureLockedError
-from softlabels.manifest import IdSpec, Layout, TemperatureSpec, TransferSetSpec, ViewSpec
+from softlabels.manifest import IdSpec, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.softmath import mean_arithmetic, mean_geometric, soften
 from softlabels.store import SampleTable, StoreWriter, plan_store
-from softlabels.transfer import sample_fingerprints
+from softlabels.transfer_set import sample_fingerprints
 from softlabels.views import view_seeds
 
 CLASSES = 7
@@ -129,7 +129,7 @@ class TestViews:
             }
 
         views = ViewSpec(transform="my:crop", parameters=("left", "top"), libraries={"kornia": "0.8"})
-        layout = Layout(kind="views", samples=40, rows=200, views=5)
+        layout = RowLayout(kind="views", samples=40, rows=200, views=5)
         ids = IdSpec(kind="str", width_bytes=7)
         write(tmp_path / "s", container, rows, samples=40, ids=ids, layout=layout, views=views, keys=keys)
         return softlabels.open(tmp_path / "s")

@@ -11,14 +11,14 @@ import pytest
 from softlabels import wire
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
-from softlabels.manifest import IdSpec, Layout, TemperatureSpec, TransferSetSpec
+from softlabels.manifest import IdSpec, RowLayout, TemperatureSpec, TransferSetSpec
 from softlabels.store import LocalRows, StoreWriter, plan_store
 
 
 def made(root: Path, *, classes: int, samples: int = 200, views: int = 1) -> LocalRows:
     """A store of random f16 rows, in several shards of which the last is short."""
     encoding = make_encoding("f16", classes=classes)
-    layout = Layout(kind="views", samples=samples, rows=samples * views, views=views) if views > 1 else None
+    layout = RowLayout(kind="views", samples=samples, rows=samples * views, views=views) if views > 1 else None
     plan = plan_store(
         name="sums",
         samples=samples,

@@ -14,7 +14,7 @@ import pytest
 import zarr
 
 from softlabels.errors import BadIdsError, DataUnavailableError, JobError, ShapeMismatchError, UnreadableSampleError
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 from softlabels.transfer_sets import load_transfer_set
 
 ROWS = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)

@@ -19,7 +19,7 @@ from softlabels.errors import JobError, MissingExtraError
 from softlabels.precompute import precompute
 from softlabels.precompute.job import job_from_json
 from softlabels.store.verify import verify
-from softlabels.transfer import SupportsIdentity, TransferSet, transfer_set_fingerprint
+from softlabels.transfer_set import SupportsIdentity, TransferSet, transfer_set_fingerprint
 from softlabels.transfer_sets import KINDS, SupportsIdSpec, load_transfer_set
 
 

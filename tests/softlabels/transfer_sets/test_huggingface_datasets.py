@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from softlabels.errors import BadIdsError, DataUnavailableError, JobError, ShapeMismatchError, UnreadableSampleError
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 from softlabels.transfer_sets import load_transfer_set
 
 hf: Any = pytest.importorskip("datasets", reason="the datasets library is not installed")

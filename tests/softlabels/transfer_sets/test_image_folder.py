@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from softlabels.errors import BadIdsError, DataUnavailableError, JobError, ShapeMismatchError, UnreadableSampleError
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 from softlabels.transfer_sets import load_transfer_set
 
 Image: Any = pytest.importorskip("PIL.Image", reason="Pillow is not installed")

@@ -16,7 +16,7 @@ from softlabels.transfer_sets.source_files import matching, walk
 
 PARTS = """
 import numpy as np
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 READY = ArrayTransferSet("ready", np.zeros((2, 3)))
 

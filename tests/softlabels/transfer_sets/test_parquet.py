@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from softlabels.errors import BadIdsError, DataUnavailableError, JobError, ShapeMismatchError, UnreadableSampleError
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 from softlabels.transfer_sets import load_transfer_set
 from softlabels.transfer_sets import parquet as module
 

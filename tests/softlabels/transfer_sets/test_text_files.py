@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from softlabels.errors import DataUnavailableError, JobError
-from softlabels.transfer import SupportsIdentity
+from softlabels.transfer_set import SupportsIdentity
 from softlabels.transfer_sets import SupportsIdSpec, load_transfer_set
 from softlabels.transfer_sets.ragged import PADDING, SupportsLengths
 from softlabels.transfer_sets.text_files import TokenWindows

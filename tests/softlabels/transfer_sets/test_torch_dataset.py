@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from softlabels.errors import BadIdsError, JobError, ShapeMismatchError
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 from softlabels.transfer_sets import load_transfer_set
 
 MODULE = """

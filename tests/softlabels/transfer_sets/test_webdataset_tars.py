@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from softlabels.errors import BadIdsError, DataUnavailableError, JobError, ShapeMismatchError, UnreadableSampleError
-from softlabels.transfer import TransferSet
+from softlabels.transfer_set import TransferSet
 from softlabels.transfer_sets import load_transfer_set
 
 wds: Any = pytest.importorskip("webdataset", reason="webdataset is not installed")

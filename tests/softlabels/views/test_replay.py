@@ -18,7 +18,7 @@ from softlabels.manifest import Manifest, ViewSpec
 from softlabels.precompute import load_job, precompute
 from softlabels.softmath import soften
 from softlabels.store import LocalRows
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels.views import SeededTransform, ViewReplay, as_view_transform, load_view_transform, view_seeds
 from softlabels_client.data.dataset import data_loader
 from softlabels_client.data.view_dataset import ViewDataset
@@ -26,7 +26,7 @@ from softlabels_client.data.view_dataset import ViewDataset
 PARTS = '''
 import numpy as np
 import torch
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 
 def pictures(samples=40, seed=0):

@@ -10,14 +10,14 @@ import torch
 
 import softlabels
 from softlabels.precompute import load_job, precompute
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client.data.view_dataset import ViewDataset
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "views.md").read_text(encoding="utf-8")
 
 PARTS = """
 import numpy as np, torch
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 def photographs():
     pixels = np.random.default_rng(0).integers(0, 255, (20, 3, 32, 32), dtype=np.uint8)
@@ -66,6 +66,6 @@ class TestThePage:
     def test_its_errors_exist(self) -> None:
         """Every code that the table names is one of the product's."""
         codes = set(re.findall(r"\| `([a-z-]+)`", PAGE)) - {"generator"}
-        known = {cls.code for cls in softlabels.errors.every_class()}
+        known = {cls.code for cls in softlabels.errors.all_error_classes()}
         assert codes
         assert codes <= known

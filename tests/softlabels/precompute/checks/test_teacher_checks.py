@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softlabels.errors import TeacherError
 from softlabels.precompute import precompute, teacher_from_module
 from softlabels.precompute.job import job_from_json
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 
 class BatchNormed(nn.Module):

@@ -15,7 +15,7 @@ from softlabels.precompute.pipeline.device import Lanes
 from softlabels.precompute.pipeline.inference import ask
 from softlabels.precompute.row_batches import SingleRows
 from softlabels.store import LocalRows
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 

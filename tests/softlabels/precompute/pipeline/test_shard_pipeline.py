@@ -32,7 +32,7 @@ from softlabels.precompute.row_batches import SingleRows
 from softlabels.progress import QUIET, Progress
 from softlabels.store import LocalRows, StoreWriter
 from softlabels.store.geometry import shard_rows
-from softlabels.transfer import ArrayTransferSet, Samples
+from softlabels.transfer_set import ArrayTransferSet, Samples
 
 CPU = torch.device("cpu")
 SAMPLES, SHARD, FEATURES, CLASSES = 600, 128, 6, 5

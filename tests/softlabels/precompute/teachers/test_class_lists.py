@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import softlabels
-from softlabels.classes import MAX_NAMED_BYTES, describe_classes
+from softlabels.class_list import MAX_NAMED_BYTES, make_class_list
 from softlabels.errors import ClassListMismatchError, JobError, TeacherShapeError
 from softlabels.precompute import load_job, precompute
 from softlabels.precompute.teachers.class_lists import read_class_list
@@ -22,7 +22,7 @@ TURNED = ["eel", "cat", "ant", "dog", "bee"]
 MODULE = """
 import numpy as np
 import torch
-from softlabels.transfer import ArrayTransferSet
+from softlabels.transfer_set import ArrayTransferSet
 
 def rows():
     return ArrayTransferSet("rows", np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32))
@@ -71,17 +71,17 @@ class TestOrder:
         precompute(load_job(write_job(alone, 'weights = "a.safetensors"')))
         with softlabels.open(folder / "store") as store, softlabels.open(alone / "store") as single:
             np.testing.assert_allclose(store.batch(range(40)).p(), single.batch(range(40)).p(), atol=1e-6)
-            assert store.manifest.class_list == describe_classes(NAMES)
+            assert store.manifest.class_list == make_class_list(NAMES)
             assert [teacher.class_list_sha256 for teacher in store.manifest.teachers] == [
-                describe_classes(NAMES).sha256,
-                describe_classes(TURNED).sha256,
+                make_class_list(NAMES).sha256,
+                make_class_list(TURNED).sha256,
             ]
 
     def test_the_first_teachers_order_is_the_stores(self, folder: Path) -> None:
         """Unless the job names another; a store without any list keeps none."""
         precompute(load_job(write_job(folder, B, A)))
         with softlabels.open(folder / "store") as store:
-            assert store.manifest.class_list == describe_classes(TURNED)
+            assert store.manifest.class_list == make_class_list(TURNED)
 
     def test_hidden_states_follow_the_order(self, folder: Path) -> None:
         """A head's rows are turned as its logits are."""
@@ -163,14 +163,14 @@ class TestStudents:
 
     def test_a_long_list_is_kept_as_a_digest(self) -> None:
         """Then the first that differs cannot be named, but that one differs is known."""
-        from softlabels.classes import refuse_other_classes
+        from softlabels.class_list import check_class_names
 
         names = [f"state {number}" for number in range(MAX_NAMED_BYTES // 8)]
-        kept = describe_classes(names)
+        kept = make_class_list(names)
         assert kept.names is None
-        refuse_other_classes(kept, names, store="speech")
+        check_class_names(kept, names, store="speech")
         with pytest.raises(ClassListMismatchError, match="digest alone"):
-            refuse_other_classes(kept, names[::-1], store="speech")
+            check_class_names(kept, names[::-1], store="speech")
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:

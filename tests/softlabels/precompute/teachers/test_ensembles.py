@@ -49,7 +49,7 @@ preprocess = "data.py:as_picture"
 DATA = """
 def rows():
     import numpy as np
-    from softlabels.transfer import ArrayTransferSet
+    from softlabels.transfer_set import ArrayTransferSet
     return ArrayTransferSet("rows", np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32))
 
 

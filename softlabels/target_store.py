@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.classes import refuse_other_classes
+from softlabels.class_list import check_class_names
 from softlabels.encodings import Encoding
 from softlabels.epochs import EpochConfig, EpochIterator, EpochRows
 from softlabels.errors import (
@@ -19,19 +21,13 @@ from softlabels.errors import (
     RequestError,
     ShapeMismatchError,
     UnknownFieldError,
+    UnknownStoreError,
 )
 from softlabels.ids import IdArray, as_ids
-from softlabels.manifest import Manifest
+from softlabels.manifest import FINGERPRINTS, IDS, INPUTS, LABELS, ROW_OFFSETS, VIEW_PARAMETERS, Manifest
 from softlabels.order import Remainder
 from softlabels.softmath import check_mean, check_temperature, check_weights, is_locked
-from softlabels.targets import MemberMean, SoftTargets, refuse_if_locked
-
-LABELS = "labels"
-FINGERPRINTS = "fingerprints"
-IDS = "ids"
-ROW_OFFSETS = "row_offsets"
-VIEW_PARAMETERS = "view_parameters"
-INPUTS = "inputs"
+from softlabels.targets import MemberMean, SoftTargets, check_unlocked
 
 _IDS_AT_ONCE = 1024
 """Ids a frame, where all are read: what any server sends at once."""
@@ -145,7 +141,7 @@ class TargetStore:
         spec = self.manifest.temperature
         carried = spec.default if temperature is None else check_temperature(temperature)
         members, captured, locked = self._mean_of(mean, weights, carried)
-        refuse_if_locked(carried, captured=captured, locked=locked)
+        check_unlocked(carried, captured=captured, locked=locked)
         keys: dict[str, NDArray[np.int64]] = {}
         if views is not None:
             keys["views"] = _whole_numbers(np.broadcast_to(np.asarray(views), (len(wanted),)), "views")
@@ -200,7 +196,7 @@ class TargetStore:
         spec = self.manifest.temperature
         carried = spec.default if temperature is None else check_temperature(temperature)
         members, captured, locked = self._mean_of(mean, weights, carried)
-        refuse_if_locked(carried, captured=captured, locked=locked)
+        check_unlocked(carried, captured=captured, locked=locked)
         plan = EpochConfig(
             seed=seed,
             epoch=epoch,
@@ -316,7 +312,7 @@ class TargetStore:
         """Refuse a store that does not fit.
 
         Args:
-            transfer_set: fingerprint of the trainer's own data, see `softlabels.transfer.transfer_set_fingerprint`.
+            transfer_set: fingerprint of the trainer's own data, see `softlabels.transfer_set.transfer_set_fingerprint`.
             classes: how many classes the student has.
             class_names: the student's classes by name, in the order of its outputs.
         Raises:
@@ -324,7 +320,7 @@ class TargetStore:
             ShapeMismatchError: the student has another number of classes.
             ClassListMismatchError: the student's classes are others, or in another order; the first is named.
         """
-        refuse_other_transfer_set(self.manifest, transfer_set)
+        check_transfer_set(self.manifest, transfer_set)
         if classes is not None and classes != self.manifest.classes:
             raise ShapeMismatchError(
                 f"the student has {classes} classes, the targets of {self.manifest.name!r} have "
@@ -333,7 +329,7 @@ class TargetStore:
                 store=self.manifest.classes,
             )
         if class_names is not None:
-            refuse_other_classes(self.manifest.class_list, class_names, store=self.manifest.name)
+            check_class_names(self.manifest.class_list, class_names, store=self.manifest.name)
 
     def close(self) -> None:
         """Let go of files and connections."""
@@ -358,7 +354,7 @@ def _whole_numbers(values: NDArray[Any], what: str) -> NDArray[np.int64]:
     return values.astype(np.int64)
 
 
-def refuse_other_transfer_set(manifest: Manifest, fingerprint: str | None) -> None:
+def check_transfer_set(manifest: Manifest, fingerprint: str | None) -> None:
     """Let a fingerprint pass that is this store's, or None.
 
     Raises:
@@ -373,3 +369,52 @@ def refuse_other_transfer_set(manifest: Manifest, fingerprint: str | None) -> No
             store=own,
             yours=fingerprint,
         )
+
+
+def open_store(
+    where: str | Path,
+    *,
+    token: str | None = None,
+    timeout_s: float = 30.0,
+    cache: bool | str | Path | None = None,
+    cache_bytes: int | None = None,
+    cache_read_only: bool = False,
+) -> TargetStore:
+    """Open a store of soft targets, wherever it lies. Exported as `softlabels.open`.
+
+    Args:
+        where: a folder, or `http(s)://host/name` of a store behind `softlabels serve`.
+        token: bearer token for a server that asks for one.
+        timeout_s: how long one request to a server may take, seconds.
+        cache: keep what a server sends on this machine, so that every row is sent once: in this folder, or, with True,
+            in the one that SOFTLABELS_CACHE names, else ~/.cache/softlabels. A store in a folder is near already.
+        cache_bytes: most that the cache's folder may take, of all stores together; 16 GiB when left out.
+        cache_read_only: use what the cache holds and add nothing.
+    Raises:
+        UnknownStoreError: nothing there; MissingExtraError: a local store, and `softlabels[store]` is not installed;
+        RequestError, FormatVersionError, ManifestError, ServerUnreachableError.
+    """
+    wanted = cache is not None and cache is not False
+    if not wanted and (cache_bytes is not None or cache_read_only):
+        raise RequestError("cache_bytes and cache_read_only are of a cache, and none was asked for: pass cache=True")
+    text = str(where)
+    # By name, not by import statement: the floor must not depend on the rooms above it.
+    if text.startswith(("http://", "https://")):
+        far = importlib.import_module("softlabels_client.http.http_rows").HttpRows(
+            text, token=token, timeout_s=timeout_s
+        )
+        rows = _cached(far, cache, cache_bytes, read_only=cache_read_only) if wanted else far
+        return TargetStore(rows, where=text)
+    if "://" in text:
+        raise UnknownStoreError(f"{text!r}: this softlabels opens folders and http(s) addresses")
+    store = importlib.import_module("softlabels.store")
+    return TargetStore(store.LocalRows(Path(text)), where=text)
+
+
+def _cached(far: RowSource, cache: bool | str | Path | None, most_bytes: int | None, *, read_only: bool) -> RowSource:
+    if os.name != "posix":
+        raise RequestError("a cache needs the file locks of a POSIX system: leave `cache` out here")
+    bound: dict[str, Any] = {} if most_bytes is None else {"most_bytes": most_bytes}
+    kept = importlib.import_module("softlabels_client.cache")
+    rows: RowSource = kept.CachedRows(far, folder=None if cache is True else cache, read_only=read_only, **bound)
+    return rows

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from softlabels.errors import ConflictError, NotFoundError, RequestError, SoftLabelsError, every_class, rebuilt
+from softlabels.errors import (
+    ConflictError,
+    NotFoundError,
+    RequestError,
+    SoftLabelsError,
+    all_error_classes,
+    rebuild_error,
+)
 
 PROBLEM_TYPE_PREFIX = "urn:softlabels:error:"
 
@@ -27,14 +34,14 @@ def from_problem(problem: Mapping[str, Any]) -> SoftLabelsError:
     message = str(problem.get("detail") or problem.get("title") or "the server gave no reason")
     context = problem.get("context")
     facts = {str(k): v for k, v in context.items()} if isinstance(context, Mapping) else {}
-    by_code = {cls.code: cls for cls in every_class()}
+    by_code = {cls.code: cls for cls in all_error_classes()}
     known = by_code.get(str(problem.get("code")))
     if known is not None:
-        return rebuilt(known, message, facts)
+        return rebuild_error(known, message, facts)
     status = problem.get("status")
     fallback: type[SoftLabelsError] = {404: NotFoundError, 409: ConflictError}.get(
         status if isinstance(status, int) else 0, SoftLabelsError
     )
     if fallback is SoftLabelsError and isinstance(status, int) and 400 <= status < 500:
         fallback = RequestError
-    return rebuilt(fallback, message, facts)
+    return rebuild_error(fallback, message, facts)

@@ -27,7 +27,7 @@ class ClassList:
     names: tuple[str, ...] | None = None
 
 
-def describe_classes(names: Sequence[str]) -> ClassList:
+def make_class_list(names: Sequence[str]) -> ClassList:
     """What a manifest keeps of a class list."""
     raw = canonical_json(list(names))
     return ClassList(
@@ -48,12 +48,12 @@ def class_list_of(document: Mapping[str, Any], *, classes: int) -> ClassList:
         return found
     if not isinstance(found.names, list | tuple) or not all(isinstance(name, str) for name in found.names):
         raise ValueError("class_list.names is no list of names")
-    if len(found.names) != classes or describe_classes(found.names).sha256 != found.sha256:
+    if len(found.names) != classes or make_class_list(found.names).sha256 != found.sha256:
         raise ValueError(f"class_list does not name the {classes} classes that its digest is of")
     return ClassList(sha256=found.sha256, names=tuple(found.names))
 
 
-def refuse_other_classes(kept: ClassList | None, names: Sequence[str], *, store: str) -> None:
+def check_class_names(kept: ClassList | None, names: Sequence[str], *, store: str) -> None:
     """Let a student's class list pass that is the store's own.
 
     Args:
@@ -68,7 +68,7 @@ def refuse_other_classes(kept: ClassList | None, names: Sequence[str], *, store:
             f"store {store!r} does not know its classes by name, so yours cannot be compared: precompute with "
             "`classes` in the job's [targets] table, or compare the number of classes alone"
         )
-    if describe_classes(names).sha256 == kept.sha256:
+    if make_class_list(names).sha256 == kept.sha256:
         return
     raise ClassListMismatchError(
         f"the student's classes are not those of {store!r}, {_difference(kept, names)}: its outputs would be trained "

@@ -97,7 +97,7 @@ class ArrayTransferSet:
         return Samples(ids=self.ids[positions], inputs=np.asarray(self.inputs[positions]), labels=labels)
 
 
-class MapStyle(Protocol):
+class MapStyleDataset(Protocol):
     """Anything with a length and items by position: a list, an array, a map-style torch data set."""
 
     def __len__(self) -> int: ...
@@ -116,7 +116,9 @@ class SequenceTransferSet:
         BadIdsError: ids repeat. ShapeMismatchError: there are not as many ids as items.
     """
 
-    def __init__(self, items: MapStyle, *, ids: Iterable[Any] | NDArray[Any] | None, name: str = "inputs") -> None:
+    def __init__(
+        self, items: MapStyleDataset, *, ids: Iterable[Any] | NDArray[Any] | None, name: str = "inputs"
+    ) -> None:
         self._items = items
         self.ids: IdArray | None = None if ids is None else as_ids(ids)
         self._name = name
