@@ -1,142 +1,123 @@
-"""How is a student to be trained? The choices, checked, in one frozen object that needs no torch."""
+"""Settings of a student's training: one frozen, checked object that does not need torch.
+
+`softlabels distill` derives its options, their types, defaults and help texts from `DistillSettings`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
+import msgspec
+
+from softlabels.documents import parse_document
 from softlabels.errors import RequestError
 
-Optimizer: TypeAlias = Literal["sgd", "adamw", "adam"]
 Schedule: TypeAlias = Literal["one_cycle", "cosine", "step", "constant"]
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
-OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+OPTIMIZERS = ("sgd", "adamw", "adam")
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+AtLeastOne: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
+NotNegativeInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+Fraction: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings:
-    """How a student is trained. The temperature is not here: the data set's targets carry it.
+    """How a student is trained. The temperature is not a setting: it comes with the data set's targets.
 
     Attributes:
-        epochs: passes over the data.
-        batch_size: rows a forward pass, and so a request.
-        accumulate: batches whose gradients are averaged, by rows, before the optimiser's step.
-        learning_rate: the peak of the schedule.
-        loss: a name that `softlabels.losses.make_loss` knows.
-        loss_args: that loss's own options.
-        hard_weight: of the cross-entropy with the labels at T = 1; the soft term, times T², has weight 1. None takes
-            the loss's own, 0.5 for "kd".
-        optimizer: "sgd" with Nesterov momentum, "adamw", "adam", or a reference `module:name` to what makes one of the
-            parameters and `lr`.
-        optimizer_args: further keyword arguments of the optimiser.
-        momentum: of SGD; the others keep their own.
-        weight_decay: of any.
-        max_gradient_norm: gradients of a larger L2 norm are scaled down to it: the soft term's are large while the
-            student is far from a confident teacher. None leaves them.
-        schedule: "one_cycle" rises for a fifth of all steps, then falls to 0 as a cosine; "cosine" falls from the
-            start; "step" is multiplied by `step_factor` at the `step_epochs`; "constant".
-        warm_up: share of all steps in which the rate rises linearly from 0; None for the schedule's own.
-        step_epochs: after how many epochs "step" takes its steps.
-        step_factor: what each multiplies the rate with.
-        precision: "bfloat16" and "float16" run the student's forward pass in mixed precision; "float16" scales the
-            loss, so that small gradients are not lost.
-        evaluate_every: steps between evaluations; None for one after each epoch.
-        patience: evaluations in a row without improvement after which the training ends. None goes on to the end.
-        min_delta: by how much the figure must fall to be an improvement.
-        keep_best: give the student the weights of its best evaluation at the end, as `patience` always does.
-        log_every: steps between rows of the log; None for one after each epoch and each evaluation.
-        seed: of the order of samples and of dropout. The student's first weights are the caller's affair.
-        device: "auto" takes an accelerator where there is one.
-        workers: processes that fetch; 0 fetches ahead in a thread.
+        epochs: passes over the training samples.
+        batch_size: samples per forward pass.
+        accumulate: batches per optimizer step; their gradients are averaged over all of their samples.
+        learning_rate: peak learning rate of the schedule.
+        loss: name of the distillation loss, "kd", "dkd" or "dist"; see `softlabels.losses.make_loss`.
+        loss_args: further options of the loss.
+        hard_weight: weight of the cross-entropy with the hard labels at T = 1; the soft term, times T², has weight 1.
+            None takes the loss's default: 0.5 for "kd", 1 for the others.
+        optimizer: "sgd" (with Nesterov momentum), "adamw", "adam", or a reference `module:name` to a function of the
+            parameters and `lr` that returns a torch optimizer.
+        optimizer_args: further keyword arguments of the optimizer.
+        momentum: momentum of SGD; other optimizers keep their own default.
+        weight_decay: weight decay of any optimizer.
+        max_gradient_norm: gradients with a larger L2 norm are scaled down to it. The soft term's gradients are large
+            while the student is far from a confident teacher. None disables clipping.
+        schedule: "one_cycle" rises linearly for the first fifth of all steps, then decays to 0 as a cosine; "cosine"
+            decays from the start; "step" multiplies by `step_factor` after each of `step_epochs`; "constant".
+        warm_up: fraction of all steps in which the rate rises linearly from 0; None takes the schedule's default.
+        step_epochs: epochs after which "step" lowers the rate.
+        step_factor: factor by which "step" multiplies the rate.
+        precision: "bfloat16" and "float16" run the student's forward pass in mixed precision; "float16" also scales
+            the loss, so that small gradients do not underflow.
+        evaluate_every: optimizer steps between evaluations; None evaluates after each epoch.
+        patience: number of consecutive evaluations without improvement after which training stops early. None
+            disables early stopping.
+        min_delta: smallest decrease of the evaluation's figure that counts as an improvement.
+        keep_best: end with the weights of the best evaluation, as `patience` always does.
+        log_every: optimizer steps between rows of the log; None logs after each epoch and each evaluation.
+        seed: seed of the sample order, dropout and other random draws. The student's initial weights are the
+            caller's responsibility.
+        device: device to train on; "auto" takes an accelerator if there is one.
+        workers: processes that fetch batches; 0 prefetches in a thread.
     Raises:
-        RequestError: a value that cannot be.
+        RequestError: a value has the wrong type or is out of bounds, or two settings contradict each other.
     """
 
-    epochs: int = 20
-    batch_size: int = 128
-    accumulate: int = 1
-    learning_rate: float = 0.1
+    epochs: AtLeastOne = 20
+    batch_size: AtLeastOne = 128
+    accumulate: AtLeastOne = 1
+    learning_rate: Positive = 0.1
     loss: str = "kd"
     loss_args: Mapping[str, Any] = field(default_factory=dict)
-    hard_weight: float | None = None
+    hard_weight: NotNegative | None = None
     optimizer: str = "sgd"
     optimizer_args: Mapping[str, Any] = field(default_factory=dict)
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    max_gradient_norm: float | None = None
+    momentum: Fraction = 0.9
+    weight_decay: NotNegative = 0.0
+    max_gradient_norm: Positive | None = None
     schedule: Schedule = "one_cycle"
-    warm_up: float | None = None
-    step_epochs: tuple[int, ...] = ()
-    step_factor: float = 0.1
+    warm_up: Fraction | None = None
+    step_epochs: tuple[AtLeastOne, ...] = ()
+    step_factor: NotNegative = 0.1
     precision: Precision = "float32"
-    evaluate_every: int | None = None
-    patience: int | None = None
-    min_delta: float = 0.0
+    evaluate_every: AtLeastOne | None = None
+    patience: AtLeastOne | None = None
+    min_delta: NotNegative = 0.0
     keep_best: bool = False
-    log_every: int | None = None
-    seed: int = 0
+    log_every: AtLeastOne | None = None
+    seed: NotNegativeInt = 0
     device: str = "auto"
-    workers: int = 0
+    workers: NotNegativeInt = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("workers", 0), ("seed", 0)):
-            _refuse_other_than_whole(name, getattr(self, name), least)
-        for name in ("evaluate_every", "patience", "log_every"):
-            if getattr(self, name) is not None:
-                _refuse_other_than_whole(name, getattr(self, name), 1)
-        for name in ("learning_rate", "momentum", "weight_decay", "min_delta", "step_factor"):
-            _refuse_negative(name, getattr(self, name))
-        for name in ("hard_weight", "max_gradient_norm"):
-            if getattr(self, name) is not None:
-                _refuse_negative(name, getattr(self, name))
-        if self.max_gradient_norm == 0:
-            raise RequestError("max_gradient_norm is 0: the student would stay as it is; leave it out for no bound")
-        if self.learning_rate == 0:
-            raise RequestError("learning_rate is 0: the student would stay as it is")
-        if self.momentum >= 1:
-            raise RequestError(f"momentum is {self.momentum!r}; it is below 1, for instance 0.9")
-        if not _is_reference(self.optimizer):
-            _refuse_unknown("optimizer", self.optimizer, (*OPTIMIZERS, "module:name"))
-        _refuse_unknown("schedule", self.schedule, SCHEDULES)
-        _refuse_unknown("precision", self.precision, PRECISIONS)
-        self._refuse_odd_schedule()
-
-    def _refuse_odd_schedule(self) -> None:
-        object.__setattr__(self, "step_epochs", tuple(self.step_epochs))
-        for epoch in self.step_epochs:
-            _refuse_other_than_whole("step_epochs", epoch, 1)
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        checked = parse_document(given, _checked_type(), what="training settings", error=RequestError)
+        object.__setattr__(self, "step_epochs", checked.step_epochs)  # a list, as JSON has it, becomes a tuple
+        for name, value in given.items():
+            # msgspec's bounds let infinity pass, and NaN past an upper one alone.
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RequestError(f"{name} is {value!r}; it must be a finite number")
+        if self.optimizer not in OPTIMIZERS and ":" not in self.optimizer:
+            choices = ", ".join(map(repr, OPTIMIZERS))
+            raise RequestError(f"optimizer is {self.optimizer!r}; choose {choices} or a reference 'module:name'")
         if (self.schedule == "step") != bool(self.step_epochs):
             raise RequestError(
-                f"schedule is {self.schedule!r} and step_epochs {list(self.step_epochs)}: the schedule 'step', and no "
-                "other, needs to know after which epochs the rate falls, for instance (10, 15)"
+                f"schedule is {self.schedule!r} and step_epochs is {list(self.step_epochs)}: the schedule 'step', and "
+                "no other, needs the epochs after which the rate falls, for example (10, 15)"
             )
-        if self.warm_up is not None:
-            _refuse_negative("warm_up", self.warm_up)
-            if self.warm_up >= 1:
-                raise RequestError(
-                    f"warm_up is {self.warm_up!r}; it is a share of all steps below 1, for instance 0.05"
-                )
 
 
-def _is_reference(name: object) -> bool:
-    return isinstance(name, str) and ":" in name
-
-
-def _refuse_other_than_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise RequestError(f"{name} is {value!r}; it is a whole number of {least} or more")
-
-
-def _refuse_negative(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        raise RequestError(f"{name} is {value!r}; it is a finite number of 0 or more")
-
-
-def _refuse_unknown(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RequestError(f"{name} is {value!r}; choose {' or '.join(map(repr, choices))}")
+@cache
+def _checked_type() -> Any:
+    """Return a struct with the fields of `DistillSettings`; converting to the dataclass itself would recurse."""
+    return msgspec.defstruct(
+        "DistillSettings", list(get_type_hints(DistillSettings, include_extras=True).items()), kw_only=True
+    )
