@@ -106,13 +106,39 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _explain(message: str, kind: Any) -> str:
-    """Return msgspec's message with the path in words, and the nearest key where one is unknown."""
+    """Return msgspec's message with the path in words; an unknown key with the nearest, a wrong value with the choices.
+
+    msgspec names neither, and a user who misspells a key or a choice needs just that.
+    """
+    info, path = msgspec.inspect.type_info(kind), re.search(r" - at `\$(.*?)`$", message)
     message = re.sub(r" - at `\$\.?(.*?)`$", r" (at `\1`)", message).removesuffix(" (at ``)")
     unknown = re.match(r"Object contains unknown field `(.*?)`", message)
     if unknown:
-        near = get_close_matches(unknown[1], set(_keys_of(msgspec.inspect.type_info(kind), set())), n=1)
+        near = get_close_matches(unknown[1], set(_keys_of(info, set())), n=1)
         message += f"; did you mean `{near[0]}`?" if near else ""
+    if message.startswith("Invalid enum value"):
+        choices = _choices_at(info, path[1] if path else "")
+        message += f"; it must be one of {', '.join(map(repr, choices))}" if choices else ""
     return message[0].lower() + message[1:]
+
+
+def _choices_at(info: Any, path: str) -> list[Any]:
+    """Return the values that a field accepts by name; `path` is msgspec's, such as `.teachers[0].mean`."""
+    found = [info]
+    for name in re.findall(r"\.(\w+)|\[", path):
+        found = [part for outer in found for part in _parts_of(outer)]
+        if name:
+            found = [
+                entry.type for outer in found for entry in getattr(outer, "fields", ()) if entry.encode_name == name
+            ]
+        else:
+            found = [getattr(outer, "item_type", getattr(outer, "value_type", None)) for outer in found]
+    return [value for outer in found for part in _parts_of(outer) for value in getattr(part, "values", ())]
+
+
+def _parts_of(info: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type itself."""
+    return getattr(info, "types", (info,))
 
 
 def _keys_of(info: Any, seen: set[int]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def verify_against_teachers(
     manifest = rows.manifest
     data = load_transfer_set(job) if transfer_set is None else transfer_set
     # What is drawn at random, views and tokens, hangs on the store's name.
-    maker = row_maker(replace(job, store=replace(job.store, name=manifest.name)), data)
+    maker = row_maker(structs.replace(job, store=structs.replace(job.store, name=manifest.name)), data)
     if (maker.layout.kind, maker.layout.views) != (manifest.layout.kind, manifest.layout.views):
         raise JobError(
             f"the job makes {_described(maker.layout)}, {manifest.name!r} keeps {_described(manifest.layout)}: verify "

@@ -5,21 +5,20 @@ Shapes: B pictures, H rows, W columns, channels last (`HWC`), first (`CHW`), or 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from softlabels.documents import Document
 from softlabels.errors import JobError
 
 MAX_EDGE = 1 << 14
 """Pixels; no teacher takes more a side, and a typing error must not fill the memory."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PicturePreparation:
+class PicturePreparation(Document):
     """The `preprocess` table of a teacher; steps run in the order of these attributes.
 
     Attributes:

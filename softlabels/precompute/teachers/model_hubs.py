@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from softlabels.documents import Document
 from softlabels.errors import JobError, MissingExtraError
 from softlabels.precompute.teachers.teacher import Gives
 from softlabels.transfer_sets.ragged import PADDING
@@ -36,8 +37,7 @@ _ENDINGS: Mapping[str, Task] = {
 _MOST_LISTED = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubSettings:
+class HubSettings(Document):
     """The `arguments` of a `transformers:` teacher.
 
     Attributes:

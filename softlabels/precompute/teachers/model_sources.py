@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.class_list import make_class_list
+from softlabels.documents import Document
 from softlabels.errors import JobError, ReferenceLoadError
 from softlabels.manifest import TeacherSpec
 from softlabels.precompute.job import TeacherTable, filled
@@ -52,8 +53,7 @@ class Loaded:
     libraries: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class OnnxSettings:
+class OnnxSettings(Document):
     """The `arguments` of an `onnx:` teacher.
 
     Attributes:
@@ -63,8 +63,7 @@ class OnnxSettings:
     output: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoSettings:
+class NoSettings(Document):
     """The `arguments` of a program: it takes none."""
 
 

@@ -36,12 +36,12 @@ class TestLoadJob:
         [
             ("temperature = 4", "temprature = 4", "did you mean `temperature`"),
             ("[run]", "[runn]", "did you mean `run`"),
-            ("temperature = 4", "", "lacks `temperature`"),
-            ("temperature = 4", 'temperature = "warm"', "must be a float"),
-            ("temperature = 4", "temperature = true", "must be a float"),
+            ("temperature = 4", "", "required field `temperature` (at `targets`)"),
+            ("temperature = 4", 'temperature = "warm"', "expected `float`, got `str` (at `targets.temperature`)"),
+            ("temperature = 4", "temperature = true", "expected `float`, got `bool`"),
             ('mean = "geometric"', 'mean = "harmonic"', "'arithmetic', 'geometric'"),
-            ("batch_size = 100", "batch_size = 0", "at least 1"),
-            ("batch_size = 100", "batch_size = 1.5", "must be a int"),
+            ("batch_size = 100", "batch_size = 0", "expected `int` >= 1 (at `run.batch_size`)"),
+            ("batch_size = 100", "batch_size = 1.5", "expected `int | str`, got `float` (at `run.batch_size`)"),
             ("[transfer_set]", "[transfer_set", "cannot be read"),
         ],
     )
@@ -58,5 +58,5 @@ class TestLoadJob:
         """There must be somebody to ask."""
         text = (job_folder / "job.toml").read_text()
         (job_folder / "bad.toml").write_text(text.split("[[teachers]]")[0])
-        with pytest.raises(JobError, match="names no teacher"):
+        with pytest.raises(JobError, match="no teacher is named"):
             load_job(job_folder / "bad.toml")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 import softlabels
 from softlabels.errors import JobError, ShapeMismatchError, SoftLabelsError
@@ -73,7 +73,7 @@ class TestKeptInputs:
 class TestRefusals:
     def test_a_word_that_is_no_yes_or_no(self, keeping: Any) -> None:
         """`inputs` is true or false."""
-        with pytest.raises(JobError, match="inputs is 'yes', it must be a bool"):
+        with pytest.raises(JobError, match=r"expected `bool`, got `str` \(at `store.inputs`\)"):
             keeping("inputs = true", 'inputs = "yes"')
 
     def test_a_source_that_is_unknown(self, keeping: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 import softlabels
 from softlabels.errors import (
@@ -128,7 +129,7 @@ class TestTargets:
             replace(teacher_from_module(member.model, name=f"t{n}"), spec=replace(member.spec, name=f"t{n}"))
             for n, member in enumerate(members)
         ]
-        other = replace(job, store=replace(job.store, path="other"))
+        other = structs.replace(job, store=structs.replace(job.store, path="other"))
         precompute(other, transfer_set=load_transfer_set(job), teachers=inline)
         with softlabels.open(job.store_path) as a, softlabels.open(other.store_path) as b:
             np.testing.assert_array_equal(a.batch(range(1000)).logits(), b.batch(range(1000)).logits())
@@ -214,7 +215,7 @@ class TestRefusals:
     def test_a_teacher_table_takes_only_modules(self, job_folder: Path) -> None:
         """A reference to something else is told apart."""
         job = load_job(job_folder / "job.toml")
-        wrong = replace(job, teachers=(TeacherTable(model="parts.py:blobs"),))
+        wrong = structs.replace(job, teachers=(TeacherTable(model="parts.py:blobs"),))
         with pytest.raises(ReferenceLoadError, match="not a torch"):
             precompute(wrong)
 
@@ -235,7 +236,7 @@ class TestInterruption:
         assert 1 <= len(committed) < 4
         resume(job.store_path)
         assert {p.name: p.stat().st_mtime_ns for p in receipts.iterdir() if p.name in committed} == committed
-        undisturbed = replace(job, store=replace(job.store, path="undisturbed", name="store"))
+        undisturbed = structs.replace(job, store=structs.replace(job.store, path="undisturbed", name="store"))
         torch.set_num_threads(1)
         precompute(undisturbed)
         assert tree_digest(job.store_path) == tree_digest(undisturbed.store_path)

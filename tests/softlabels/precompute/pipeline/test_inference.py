@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 import softlabels
@@ -140,13 +140,13 @@ class TestTheTable:
         ("old", "new", "words"),
         [
             ("batch_size = 100", 'batch_size = "large"', "'auto'"),
-            ("batch_size = 100", "batch_size = 0", "at least 1"),
-            ("batch_size = 100", "batch_size = true", "int or str"),
+            ("batch_size = 100", "batch_size = 0", "`int` >= 1"),
+            ("batch_size = 100", "batch_size = true", r"`int \| str`"),
             ("batch_size = 100", 'precision = "int8"', "'bfloat16'"),
             ("batch_size = 100", 'compile = "yes"', "bool"),
             ("batch_size = 100", "deterministic = 1", "bool"),
-            ("batch_size = 100", "memory_limit_gib = 0", "above 0"),
-            ("batch_size = 100", "memory_limit_gib = nan", "above 0"),
+            ("batch_size = 100", "memory_limit_gib = 0", "> 0"),
+            ("batch_size = 100", "memory_limit_gib = nan", "> 0"),
             ("batch_size = 100", "memory_limit_gb = 4", "did you mean `memory_limit_gib`"),
             ("batch_size = 100", "channel_last = true", "did you mean `channels_last`"),
         ],

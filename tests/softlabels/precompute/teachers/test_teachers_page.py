@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,6 @@ def test_nothing_is_left_out() -> None:
     shown = {table.model.partition(":")[0] for table in teachers()}
     assert set(KINDS) <= shown
     words = [
-        entry.name for cls in (TeacherTable, HubSettings, OnnxSettings, PicturePreparation) for entry in fields(cls)
+        name for cls in (TeacherTable, HubSettings, OnnxSettings, PicturePreparation) for name in cls.__struct_fields__
     ]
     assert [word for word in words if not re.search(rf"\b{word}\b", PAGE)] == []
