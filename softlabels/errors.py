@@ -40,6 +40,9 @@
     ├── EncodingError                      a distribution that this encoding cannot hold within its bound
     ├── UnknownEncodingError               no encoding of that name
     ├── MissingExtraError                  an optional dependency is not installed: pip install it
+    ├── DivergenceError                    a training's loss is no longer a finite number: lower the learning rate
+    ├── PortInUseError                     another process listens on this port: choose another
+    ├── WorkerDiedError                    a worker process ended before its work was done: see what it printed
     └── ServerUnreachableError             no usable answer from the server after every retry
 
 Codes are append-only: clients match on them. The server turns an error into RFC 9457 problem details by
@@ -363,6 +366,30 @@ class MissingExtraError(SoftLabelsError, ImportError):
     code = "missing-extra"
     status = 501
     title = "An optional dependency is not installed"
+
+
+class DivergenceError(SoftLabelsError, ArithmeticError):
+    """A training's loss is no longer a finite number: lower the learning rate."""
+
+    code = "training-diverged"
+    status = 422
+    title = "The training diverged"
+
+
+class PortInUseError(SoftLabelsError, OSError):
+    """Another process listens on this port: choose another."""
+
+    code = "port-in-use"
+    status = 409
+    title = "The port is in use"
+
+
+class WorkerDiedError(SoftLabelsError, RuntimeError):
+    """A worker process, of the server or of a data loader, ended before its work was done."""
+
+    code = "worker-died"
+    status = 500
+    title = "A worker process ended unexpectedly"
 
 
 class ServerUnreachableError(SoftLabelsError, ConnectionError):

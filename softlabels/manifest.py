@@ -190,7 +190,7 @@ class ViewSpec:
         seed_key: the views' seeds follow from this key, the sample id and the view's number (`softlabels.views`).
         libraries: versions that a replay must match.
         arguments: that the reference was called with.
-        transform_sha256: what names the transform's code and settings, see `softlabels.views.transforms.transform_identity`.
+        transform_sha256: what names the transform's code and settings, see `softlabels.views.transforms`.
     """
 
     transform: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from softlabels.errors import RequestError
+from softlabels.errors import PortInUseError, RequestError
 from softlabels_server.allocator import Hoard, keep_freed_memory
 from softlabels_server.connections import bounded_protocol
 from softlabels_server.settings import Settings
@@ -30,19 +31,19 @@ def listen(settings: Settings) -> socket.socket:
     """A socket that listens where the settings say.
 
     Raises:
-        RequestError: the address is taken, not this machine's, or not allowed.
+        PortInUseError: another process listens there.
+        RequestError: the address is not this machine's, or not allowed.
     """
     host, port = settings.host, settings.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise RequestError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; where another program has the port, "
-            "choose another with --port, or let --port 0 find a free one",
-            host=host,
-            port=port,
-        ) from error
+        reason = f"cannot listen on {host} port {port}: {error.strerror or error}"
+        if error.errno == errno.EADDRINUSE:
+            advice = "choose another port with --port, or let --port 0 find a free one"
+            raise PortInUseError(f"{reason}; {advice}", host=host, port=port) from error
+        raise RequestError(f"{reason}; give an address of this machine with --host", host=host, port=port) from error
 
 
 def url_of(listener: socket.socket) -> str:

@@ -23,7 +23,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
 
-from softlabels.errors import RequestError, ServerUnreachableError
+from softlabels.errors import RequestError, WorkerDiedError
 from softlabels_server.app import create_app
 from softlabels_server.catalog import StoreFolder
 from softlabels_server.running import make_server, set_up_logging
@@ -86,7 +86,7 @@ class Workers:
         """Run them until SIGINT or SIGTERM; replies under way are finished first, a second signal ends them at once.
 
         Raises:
-            ServerUnreachableError: a worker ended before all of them answered once.
+            WorkerDiedError: a worker ended before all of them answered once.
         """
         # Started now, because starting it unblocks SIGINT, which `_start` blocks.
         resource_tracker.ensure_running()
@@ -148,7 +148,7 @@ class Workers:
     def _bury(self, place: _Place, process: SpawnProcess) -> None:
         how = _ending(process.exitcode or 0)
         if not self._is_announced:
-            raise ServerUnreachableError(
+            raise WorkerDiedError(
                 f"worker {place.number} of {len(self._places)} {how} before it answered: what it printed above says "
                 "why; with --workers 1 the server runs in one process"
             )

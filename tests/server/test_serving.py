@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import urllib3
 
-from softlabels.errors import ServerUnreachableError
+from softlabels.errors import PortInUseError, WorkerDiedError
 from softlabels_server import Settings
 from softlabels_server.running import listen
 from softlabels_server.workers import Workers
@@ -294,12 +294,20 @@ class TestWorkers:
         settings = Settings(port=0, workers=2)
         with listen(settings) as listener:
             workers = Workers(root, settings, listener, announce=lambda: pytest.fail("it serves"), say=pytest.fail)
-            with pytest.raises(ServerUnreachableError, match=r"worker \d of 2 ended with exit code 1"):
+            with pytest.raises(WorkerDiedError, match=r"worker \d of 2 ended with exit code 1"):
                 workers.run()
         assert children_of(os.getpid()) == []
 
 
 class TestRefusals:
+    def test_a_port_in_use_has_an_error_of_its_own(self) -> None:
+        """Its code tells a script to take another port, which no other refusal does."""
+        with listen(Settings(port=0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(PortInUseError, match="--port 0") as caught:
+                listen(Settings(port=port))
+        assert (caught.value.code, caught.value.context["port"]) == ("port-in-use", port)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from softlabels.errors import MissingExtraError
+from softlabels.errors import MissingExtraError, WorkerDiedError
 
 try:
     from torch.utils.data import DataLoader, Dataset
@@ -17,6 +17,20 @@ except ImportError as error:
 from softlabels_client.data.distillation_batch import DistillationBatch
 from softlabels_client.data.prefetch import batches_ahead
 from softlabels_client.data.sampler_state import EpochProgress, Walk
+
+
+def _fetched(loader: DataLoader[Any]) -> Iterator[DistillationBatch]:
+    """Yield a loader's batches; a worker that ended becomes a `WorkerDiedError`."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        # torch has no class of its own for this: only the message tells it from other RuntimeErrors.
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise WorkerDiedError(
+            f"{error}: what it printed above says why; a worker that the system killed usually ran out of memory, so "
+            "try fewer workers, or none"
+        ) from error
 
 
 class Ordered(Protocol):
@@ -95,7 +109,7 @@ class StatefulLoader:
         self._order.begin_at(walked.place)
         if isinstance(self.dataset, ShowsEpochs):
             self.dataset.show_epoch(walked.place.epoch)
-        fetched = iter(self.loader)
+        fetched = _fetched(self.loader)
         for step, batch in enumerate(batches_ahead(fetched, size_of=_batch_bytes) if self._ahead else fetched):
             walked.took(step)
             yield batch

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import softlabels
-from softlabels.errors import MissingExtraError, RequestError
+from softlabels.errors import DivergenceError, MissingExtraError, RequestError
 
 try:
     import torch
@@ -100,7 +100,8 @@ def distill(
         ShapeMismatchError: the student's classes are not the store's.
         FingerprintMismatchError, UnknownIdError: the inputs are not those that the targets were computed for.
         CheckpointMismatchError: the checkpoints are of another training.
-        RequestError: settings that do not fit each other, or the loss is no number any more: the training diverged.
+        RequestError: settings that do not fit each other.
+        DivergenceError: the loss is no longer a finite number.
     """
     if evaluate is None and (settings.patience or settings.keep_best or settings.evaluate_every):
         raise RequestError("patience, keep_best and evaluate_every need something to evaluate on: pass `evaluate`")
@@ -288,7 +289,8 @@ class _Training:
 
 def _refuse_divergence(losses: Sequence[float], epoch: int) -> None:
     if not all(map(math.isfinite, losses)):
-        raise RequestError(
-            f"the loss is no number any more in epoch {epoch}: the training diverged; try a smaller learning_rate, and "
-            "look at the student's own inputs and outputs"
+        raise DivergenceError(
+            f"the loss is no longer a finite number in epoch {epoch}: the training diverged; try a smaller "
+            "learning_rate, and check the student's inputs and outputs",
+            epoch=epoch,
         )

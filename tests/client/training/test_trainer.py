@@ -15,7 +15,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 import softlabels
-from softlabels.errors import FingerprintMismatchError, RequestError, ShapeMismatchError
+from softlabels.errors import DivergenceError, FingerprintMismatchError, RequestError, ShapeMismatchError
 from softlabels.losses import distillation_loss
 from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client import DistillSettings, SoftTargetDataset, count_errors, distill, save_student
@@ -188,7 +188,7 @@ class TestDistill:
 
     def test_a_training_that_diverges_ends(self, dataset: SoftTargetDataset) -> None:
         """A loss that is no number is no result."""
-        with pytest.raises(RequestError, match="diverged"):
+        with pytest.raises(DivergenceError, match="diverged"):
             distill(student(), dataset, dataclasses.replace(SETTINGS, learning_rate=1e30))
 
     def test_other_data_ends_it_before_the_first_step(self, dataset: SoftTargetDataset) -> None:
