@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from benchmarks.encodings_sampling import importance_error, renormalised_error, sampled_error
 from benchmarks.encodings_table import HEADING, TIMED_ROWS, Measured, show, verdicts
 from softlabels.audit import Audit
-from softlabels.encodings import Encoding, TopK, draw_keys, make_encoding, row_bytes
-from softlabels.encodings.learning import learn_basis
+from softlabels.encodings import Encoding, TopK, make_encoding, rng_keys, row_bytes
+from softlabels.encodings.basis_learning import learn_basis
 from softlabels.encodings.sampled import sampled_within
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -77,7 +77,7 @@ def speeds(encoding: Encoding, rows: Rows, *, repeats: int) -> dict[str, float]:
     """Rows a second of encoding and decoding 256 rows, NumPy and torch, one thread."""
     batch = np.resize(rows, (TIMED_ROWS if rows.shape[1] <= 2048 else 16, rows.shape[1]))
     tensor = torch.from_numpy(batch)
-    keys = draw_keys("bench", np.arange(len(batch)))
+    keys = rng_keys("bench", np.arange(len(batch)))
     encoded = encoding.encode(batch, keys_B=keys)
     encoded_torch = encoding.encode_torch(tensor, keys_B=keys)
     actions: dict[str, Callable[[], object]] = {

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from softlabels.encodings import draw_keys, make_encoding
+from softlabels.encodings import make_encoding, rng_keys
 from softlabels.precompute.pipeline.device_step import figures_on_device
 
 ROWS, CLASSES, ROUNDS = 256, 1_000, 15
@@ -86,7 +86,7 @@ def main() -> None:
     images = images.contiguous(memory_format=torch.channels_last)
     logits = 4 * torch.randn(ROWS, CLASSES, device="cuda")
     logits -= logits.amax(dim=1, keepdim=True)
-    keys = draw_keys("bench", np.arange(ROWS))
+    keys = rng_keys("bench", np.arange(ROWS))
     encodings = {name: make_encoding(name, classes=CLASSES, params=params) for name, params in ENCODINGS}
     work: dict[str, Callable[[], object]] = {"forward": lambda: model(images)}
     for name, encoding in encodings.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings import Encoding, draw_keys
+from softlabels.encodings import Encoding, rng_keys
 
 Rows = NDArray[np.float32]
 
@@ -15,7 +15,7 @@ def sampled_error(encoding: Encoding, rows: Rows, p_BC: NDArray[np.float64], *, 
     direction_C = np.random.default_rng(1).choice([-1.0, 1.0], size=p_BC.shape[1])
     squares, along = [], []
     for repeat in range(max(8, repeats)):
-        keys = draw_keys("bench", np.arange(len(rows)), repeat)
+        keys = rng_keys("bench", np.arange(len(rows)), repeat)
         for start in range(0, len(rows), 16):
             part = slice(start, start + 16)
             encoded = encoding.encode(rows[part], keys_B=keys[part])

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.draws import mix
 from softlabels.softmath import kl_divergence, log_soften
+from softlabels.splitmix64 import splitmix64
 
 SIGNS = 16
 """Vectors of random signs that the mean error is multiplied by: its norm is then known within about 18%."""
@@ -32,7 +32,7 @@ BINS = (HIGHEST_EXPONENT - LOWEST_EXPONENT) * STEPS_PER_OCTAVE + 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowFigures:
+class ErrorSums:
     """What an audit needs of some rows, wherever it was computed.
 
     Attributes:
@@ -86,8 +86,8 @@ class Audit:
         error_BC = np.exp(log_soften(narrow, temperature=1.0)) - p_BC
         dropped = p_BC[np.isneginf(decoded_BC)] if dropped_mass_B is None else dropped_mass_B
         relative = {temperature: temperature / captured for temperature in self._kl}
-        self.absorb(
-            RowFigures(
+        self.add_sums(
+            ErrorSums(
                 rows=len(exact_BC),
                 top1_agreements=int((exact_BC.argmax(axis=1) == decoded_BC.argmax(axis=1)).sum()),
                 dropped_mass=float(dropped.sum(dtype=np.float64)),
@@ -105,7 +105,7 @@ class Audit:
         """What the error is measured at."""
         return tuple(self._kl)
 
-    def absorb(self, figures: RowFigures) -> None:
+    def add_sums(self, figures: ErrorSums) -> None:
         """Add rows whose figures were computed elsewhere, on the device that holds them."""
         self.rows += figures.rows
         self.top1_agreements += figures.top1_agreements
@@ -180,7 +180,7 @@ class Audit:
 @lru_cache(maxsize=4)
 def _signs(classes: int) -> NDArray[np.float64]:
     """±1, [classes, SIGNS]: bits of a hash of the class number, the same in every run."""
-    bits = mix(np.arange(classes, dtype=np.uint64))[:, None] >> np.arange(SIGNS, dtype=np.uint64)
+    bits = splitmix64(np.arange(classes, dtype=np.uint64))[:, None] >> np.arange(SIGNS, dtype=np.uint64)
     return 1.0 - 2.0 * (bits & np.uint64(1)).astype(np.float64)
 
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.draws import mix
 from softlabels.errors import BadIdsError, ShapeMismatchError
 from softlabels.ids import IdArray, as_ids
+from softlabels.splitmix64 import splitmix64
 
 UNLABELLED = -1
 """The hard label of a sample that has none."""
@@ -207,9 +207,9 @@ class FingerprintSum:
     """The fingerprint of a set of samples: independent of order, and mergeable over shards.
 
     Each (id, sample fingerprint) is mixed to 128 bits and the results are added modulo 2^64 in two lanes: an additive
-    set hash, proof against accident (its purpose), not against an adversary who may choose the samples. With `mix` the
-    finaliser of SplitMix64, f and g the fingerprint's halves as little-endian uint64, and k the mixed integer id or the
-    first 8 bytes of BLAKE2b of a string one: h = mix(f + mix(g ^ mix(k))), and the lanes are h and mix(g + mix(h ^ k)).
+    set hash, proof against accident (its purpose), not against an adversary who may choose the samples. With s =
+    `splitmix64`, f and g the fingerprint's halves as little-endian uint64, and k = s(id) of an integer id or the first
+    8 bytes of BLAKE2b of a string one: h = s(f + s(g ^ s(k))), and the lanes are h and s(g + s(h ^ k)).
     """
 
     def __init__(self, lanes: NDArray[np.uint64] | None = None, count: int = 0) -> None:
@@ -223,8 +223,8 @@ class FingerprintSum:
         halves = np.ascontiguousarray(fingerprints).view("<u8").astype(np.uint64)
         first, second, key = halves[:, 0], halves[:, 1], _id_keys(ids)
         with np.errstate(over="ignore"):
-            high = mix(first + mix(second ^ mix(key)))
-            low = mix(second + mix(high ^ key))
+            high = splitmix64(first + splitmix64(second ^ splitmix64(key)))
+            low = splitmix64(second + splitmix64(high ^ key))
             self._lanes += np.array([high.sum(dtype=np.uint64), low.sum(dtype=np.uint64)])
         self.count += len(ids)
 
@@ -253,7 +253,7 @@ class FingerprintSum:
 
 def _id_keys(ids: IdArray) -> NDArray[np.uint64]:
     if ids.dtype.kind != "U":
-        return mix(ids.astype(np.int64).view(np.uint64))
+        return splitmix64(ids.astype(np.int64).view(np.uint64))
     digests = b"".join(hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in ids)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.encodings.base import TARGETS, Encoding, Field, row_bytes
 from softlabels.encodings.basis import Basis
 from softlabels.encodings.dense import BF16, F16, F32
-from softlabels.encodings.draws import draw_keys
 from softlabels.encodings.hidden import HEAD_TYPES, Hidden, hidden_encoding
-from softlabels.encodings.protocol import TARGETS, Encoding, Field, row_bytes
 from softlabels.encodings.quantised import Quantised
 from softlabels.encodings.sampled import Sampled
 from softlabels.encodings.topk import TAIL_RULES, TopK
 from softlabels.errors import UnknownEncodingError
+from softlabels.splitmix64 import rng_keys
 
 __all__ = [
     "BF16",
@@ -34,9 +34,9 @@ __all__ = [
     "Quantised",
     "Sampled",
     "TopK",
-    "draw_keys",
     "hidden_encoding",
     "make_encoding",
+    "rng_keys",
     "row_bytes",
 ]
 

@@ -24,13 +24,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import Array, Ops
-from softlabels.encodings.fitting import weighted_fit
-from softlabels.encodings.levels import TABLE, UNITS, WIDEST, code_table, level_table, levels_of
-from softlabels.encodings.planes import BitPacking
-from softlabels.encodings.portable import largest, nearest_zero
-from softlabels.encodings.quantised import FLOOR, head_steps, id_bits, quantise
-from softlabels.encodings.rows import PackedRows, shifted_rows
+from softlabels.encodings.array_ops import Array, Ops, largest, nearest_zero
+from softlabels.encodings.base import PackedRows, shifted_rows
+from softlabels.encodings.bit_packing import BitPacking
+from softlabels.encodings.scalar_quantiser import (
+    FLOOR,
+    TABLE,
+    UNITS,
+    WIDEST,
+    code_table,
+    head_steps,
+    id_bits,
+    level_table,
+    levels_of,
+    quantise,
+)
 from softlabels.errors import UnknownEncodingError
 
 EXACT = 1 << 24
@@ -294,3 +302,22 @@ def largest_sum(basis_RC: NDArray[Any], mean_C: NDArray[Any], widths_R: NDArray[
 
 
 __all__ = ["EXACT", "UNITS", "Basis", "largest_sum"]
+
+
+def weighted_fit(ops: Ops, basis_RC: Array, y: Array, weights_BC: Array, q_BR: Array, steps: int) -> Array:
+    """Lessen Σ_c w_c (y - q B)²_c row by row from a first guess. Source: Hestenes and Stiefel 1952, with scaling."""
+    scale_R = (basis_RC * basis_RC).sum(-1) + 1e-20
+    rest = ((y - q_BR @ basis_RC) * weights_BC) @ basis_RC.T
+    scaled = rest / scale_R
+    direction = scaled
+    size_B1 = ops.sum(rest * scaled)
+    for _ in range(steps):
+        image = ((direction @ basis_RC) * weights_BC) @ basis_RC.T
+        length_B1 = size_B1 / (ops.sum(direction * image) + 1e-20)
+        q_BR = q_BR + length_B1 * direction
+        rest = rest - length_B1 * image
+        scaled = rest / scale_R
+        next_size_B1 = ops.sum(rest * scaled)
+        direction = scaled + (next_size_B1 / (size_B1 + 1e-20)) * direction
+        size_B1 = next_size_B1
+    return q_BR

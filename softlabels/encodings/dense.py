@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import NUMPY, Array, Ops, torch_ops
-from softlabels.encodings.protocol import NO_CONSTANTS, TARGETS, Field
-from softlabels.encodings.rows import check_shape
+from softlabels.encodings.array_ops import NUMPY, Array, Ops, torch_ops
+from softlabels.encodings.base import NO_CONSTANTS, TARGETS, Field, check_shape
 from softlabels.errors import EncodingError
 
 if TYPE_CHECKING:

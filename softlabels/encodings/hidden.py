@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import NUMPY, Array, Ops, torch_ops
+from softlabels.encodings.array_ops import NUMPY, Array, Ops, torch_ops
+from softlabels.encodings.base import TARGETS, Field
 from softlabels.encodings.dense import BF16, F16, F32
-from softlabels.encodings.protocol import TARGETS, Field
 from softlabels.errors import EncodingError, ShapeMismatchError, UnknownEncodingError
 
 if TYPE_CHECKING:

@@ -21,14 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import Array, Ops
-from softlabels.encodings.planes import BitPacking
-from softlabels.encodings.portable import nearest_zero
-from softlabels.encodings.rows import PackedRows, shifted_rows
+from softlabels.encodings.array_ops import Array, Ops, nearest_zero
+from softlabels.encodings.base import PackedRows, shifted_rows
+from softlabels.encodings.bit_packing import BitPacking
+from softlabels.encodings.scalar_quantiser import FLOOR, head_steps, id_bits, quantise
 from softlabels.errors import UnknownEncodingError
-
-FLOOR = 96.0
-"""Logits further below the maximum are kept as this far: e^(-96/4) of one class is 4e-11 at T = 4."""
 
 # Standard deviations below the mean of the rest where the range is cut; swept on rows of EfficientNet-Lite0 for the sum
 # of KL at T = 1 and T = 4. At 8 bits nothing is gained.
@@ -136,19 +133,3 @@ class Quantised(PackedRows):
         square_B1 = (ops.sum(wide * wide) - ops.sum(head * head)) / count
         spread_B1 = ops.clip(square_B1 - mean_B1 * mean_B1, 0.0, None) ** 0.5
         return ops.maximum(lowest_B1, ops.cast(mean_B1 - _LOADING[self.bits] * spread_B1, "f4"))
-
-
-def id_bits(classes: int) -> int:
-    """Bits that a class id takes."""
-    return max(1, (classes - 1).bit_length())
-
-
-def head_steps(ops: Ops, lo_B1: Array, bits: int) -> Array:
-    """The (negative) step of `bits`-bit codes that count from 0 down to `lo`."""
-    return lo_B1 * ops.constant(1.0 / ((1 << bits) - 1), "f4", lo_B1)
-
-
-def quantise(ops: Ops, z: Array, offset: Any, step_B1: Array, levels: int, *, kind: str = "u1") -> Array:
-    """Codes of (z - offset) / step, rounded and clipped to 0…levels; 0 where the step is 0."""
-    inverse = ops.where(step_B1 == 0, 0.0, 1.0 / ops.where(step_B1 == 0, 1.0, step_B1))
-    return ops.cast(ops.clip(ops.round((z - offset) * inverse), 0, levels), kind)

@@ -28,13 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import Array, Ops
-from softlabels.encodings.draws import uniforms
-from softlabels.encodings.planes import BitPacking
-from softlabels.encodings.portable import largest, natural_log
-from softlabels.encodings.quantised import id_bits
-from softlabels.encodings.rows import PackedRows, shifted_rows
+from softlabels.encodings.array_ops import Array, Ops, largest, natural_log
+from softlabels.encodings.base import PackedRows, shifted_rows
+from softlabels.encodings.bit_packing import BitPacking
+from softlabels.encodings.scalar_quantiser import id_bits
 from softlabels.errors import EncodingError, UnknownEncodingError
+from softlabels.splitmix64 import uniforms
 
 WHOLE = 65535
 """Units of a head's weight: the weight 1."""
@@ -98,7 +97,7 @@ class Sampled(PackedRows):
     def _pack(self, ops: Ops, logits_BC: Array, keys_B: NDArray[np.uint64] | None) -> Array:
         if keys_B is None:
             raise EncodingError(
-                "sampled rows need a key each, made from store, sample and view by draw_keys(): without it a resumed "
+                "sampled rows need a key each, made from store, sample and view by rng_keys(): without it a resumed "
                 "capture would not draw the same again",
                 rows=list(range(min(8, len(logits_BC)))),
             )

@@ -23,10 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import NUMPY, Array, Ops, torch_ops
-from softlabels.encodings.portable import natural_log, nearest_zero
-from softlabels.encodings.protocol import NO_CONSTANTS, Field
-from softlabels.encodings.rows import check_shape, shifted_rows
+from softlabels.encodings.array_ops import NUMPY, Array, Ops, natural_log, nearest_zero, torch_ops
+from softlabels.encodings.base import NO_CONSTANTS, Field, check_shape, shifted_rows
 from softlabels.errors import EncodingError, UnknownEncodingError
 
 if TYPE_CHECKING:

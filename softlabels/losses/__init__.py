@@ -12,10 +12,10 @@ logits, v the teacher's. Arithmetic is float32, or float64 for a float64 student
 
 from __future__ import annotations
 
-from softlabels.losses.batch import SoftTargetBatch
+from softlabels.losses.correlation import relation_loss
 from softlabels.losses.decoupled import decoupled_loss
-from softlabels.losses.matching import logit_matching_loss
-from softlabels.losses.named import (
+from softlabels.losses.distillation import distillation_loss, hard_loss, logit_matching_loss, soft_loss
+from softlabels.losses.loss_registry import (
     LOSS_NAMES,
     DecoupledLoss,
     DistillationLoss,
@@ -23,9 +23,8 @@ from softlabels.losses.named import (
     RelationLoss,
     make_loss,
 )
-from softlabels.losses.plain import distillation_loss, hard_loss, soft_loss
-from softlabels.losses.relations import relation_loss
-from softlabels.losses.standardised import Deviation, standardise_logits
+from softlabels.losses.standardisation import Deviation, standardise_logits
+from softlabels.losses.target_batch import SoftTargetBatch
 from softlabels.losses.terms import LossParts
 
 __all__ = [

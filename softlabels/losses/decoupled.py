@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from softlabels.errors import RequestError
-from softlabels.losses.batch import SoftTargetBatch
-from softlabels.losses.standardised import Deviation, standardised
+from softlabels.losses.standardisation import Deviation, standardised
+from softlabels.losses.target_batch import SoftTargetBatch
 from softlabels.losses.terms import LossParts, SoftRows, check_weight, hard_term, matched, soft_rows, weighted_sum
 from softlabels.softmath import UNLABELLED
 

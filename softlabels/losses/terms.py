@@ -20,7 +20,7 @@ from softlabels.errors import (
     ShapeMismatchError,
     TemperatureLockedError,
 )
-from softlabels.losses.batch import SoftTargetBatch, widened
+from softlabels.losses.target_batch import SoftTargetBatch, widened
 from softlabels.softmath import UNLABELLED
 
 

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, field
 
 from softlabels.documents import Document, parse_document
-from softlabels.encodings.requested import parse_encoding
+from softlabels.encodings.selection import parse_encoding
 from softlabels.errors import JobError
 from softlabels.transfer_sets import check_source
 
@@ -90,7 +90,7 @@ class TargetsTable(Document):
     Attributes:
         temperature: default temperature of batches, and the temperature at which an arithmetic mean is taken.
         mean: mean over the members of an ensemble.
-        encoding: encoding of the rows, a name or a table, see `softlabels.encodings.requested`.
+        encoding: encoding of the rows, a name or a table, see `softlabels.encodings.selection`.
         keep: `members` keeps every teacher's own rows, so that mean, weights and temperature can be chosen later.
         classes: file with the names of the store's classes, one per column, in order; the class list of the first
             teacher that has one when left out.

@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabels.encodings import draw_keys
+from softlabels.encodings import rng_keys
 from softlabels.errors import JobError
 from softlabels.ids import IdArray
 from softlabels.manifest import RowLayout, ViewSpec
@@ -43,7 +43,7 @@ from softlabels.precompute.job import ViewsTable
 from softlabels.store.sequences import SampleTable
 from softlabels.transfer_set import Samples, TransferSet, sample_fingerprints
 from softlabels.views import ViewTransform, view_seeds
-from softlabels.views.recorded import RecordedTransform
+from softlabels.views.transforms import RecordedTransform
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +53,7 @@ class RowBatch:
     Attributes:
         inputs: [B, ...], contiguous.
         ids: [R] the sample that each row belongs to: kept with the rows, and named when a row is to blame.
-        keys: [R] of `draw_keys`, for encodings that draw.
+        keys: [R] of `rng_keys`, for encodings that draw.
         labels: [R] int64, `UNLABELLED` where absent; None when no row has one.
         fingerprints: [R, 16]; None where the store keeps neither these nor ids a row, but once a sample (sequences).
         view_parameters: [R, parameters], where the store records them.
@@ -148,7 +148,7 @@ class SingleRows:
         return RowBatch(
             inputs=inputs,
             ids=taken.ids,
-            keys=draw_keys(self._store, taken.ids),
+            keys=rng_keys(self._store, taken.ids),
             labels=taken.labels,
             fingerprints=sample_fingerprints(inputs),
             kept_inputs=inputs,

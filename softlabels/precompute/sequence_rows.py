@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabels.encodings import draw_keys
+from softlabels.encodings import rng_keys
 from softlabels.errors import JobError, ShapeMismatchError, TeacherShapeError, TransferSetChangedError
 from softlabels.ids import IdArray
 from softlabels.manifest import RowLayout, ViewSpec
@@ -136,7 +136,7 @@ class SequenceRows:
         return SequenceBatch(
             inputs=inputs,
             ids=ids,
-            keys=draw_keys(self._store, ids, within),
+            keys=rng_keys(self._store, ids, within),
             labels=None if labels is None else labels[which, within],
             picked=None if len(which) == inputs.shape[0] * inputs.shape[1] else which * inputs.shape[1] + within,
         )

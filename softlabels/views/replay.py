@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from softlabels.errors import RequestError, ViewReplayError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest, ViewSpec
-from softlabels.views.recorded import RecordedTransform
-from softlabels.views.seeds import view_seeds
-from softlabels.views.transforms import ViewTransform
+from softlabels.views.transforms import RecordedTransform, ViewTransform, view_seeds
 
 
 class ViewReplay:

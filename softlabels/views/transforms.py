@@ -2,7 +2,7 @@
 
 A transform works on one sample at a time, on the host: a view must not depend on what else is in its batch, nor on the
 device that a trainer happens to have. Two kinds exist: those whose random numbers follow from a seed
-(`SeededTransform`) and those whose random numbers are written down and given back (`softlabels.views.recorded`).
+(`SeededTransform`) and those whose random numbers are written down and given back (`softlabels.views.transforms`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from softlabels.errors import JobError, SoftLabelsError
+from softlabels.ids import IdArray
 from softlabels.references import code_sha256, load_reference
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -140,8 +141,6 @@ def as_view_transform(transform: Any, *, arguments: Mapping[str, Any] | None = N
     if callable(getattr(transform, "draw", None)) and callable(getattr(transform, "view", None)):
         return cast(ViewTransform, transform)
     if type(transform).__module__.partition(".")[0] == "kornia":
-        from softlabels.views.recorded import RecordedTransform
-
         return RecordedTransform(transform, arguments=arguments)
     if not callable(transform):
         raise JobError(f"a {type(transform).__name__} makes no views: give a callable from a sample to a view")
@@ -240,3 +239,138 @@ def _takes_generator(transform: Callable[..., Any]) -> bool:
         return "generator" in inspect.signature(transform).parameters
     except (TypeError, ValueError):
         return False
+
+
+_EXACT = 1 << 53
+"""Whole numbers up to here are float64 exactly; float32 and bool always are."""
+
+
+class RecordedTransform:
+    """A kornia augmentation, or an `AugmentationSequential` of them, with the parameters of every view recorded.
+
+    Args:
+        augmentation: takes float tensors [1, channels, height, width]; the samples are [channels, height, width],
+            float or uint8, which becomes 0 … 1.
+        arguments: that it was made with; they count for its identity.
+    """
+
+    needs_main_thread = False
+
+    def __init__(self, augmentation: Any, *, arguments: Mapping[str, Any] | None = None) -> None:
+        if not hasattr(augmentation, "forward_parameters"):
+            raise JobError(
+                f"kornia's {type(augmentation).__name__} does not say what it draws, so its views cannot be recorded: "
+                "use an AugmentationSequential of augmentations"
+            )
+        self._augmentation = augmentation
+        self.identity = transform_identity(augmentation, arguments or {})
+        self.libraries = libraries_of(augmentation)
+        self._columns: tuple[str, ...] | None = None
+        self._like: Any = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the columns; known once a first view was drawn or `probe` was called."""
+        if self._columns is None:
+            raise JobError("what this augmentation draws is known when it has seen a sample: call `probe` first")
+        return self._columns
+
+    def probe(self, sample: Tensor) -> None:
+        """Find out what is drawn for a sample of this shape."""
+        if self._columns is None:
+            with seeded(0):
+                self._like = self._drawn(sample)
+            self._columns = tuple(name for name, _ in _leaves(self._like))
+
+    def draw(self, sample: Tensor, seed: int) -> NDArray[np.float64]:
+        """The parameters of the view with this seed, [parameters].
+
+        Raises:
+            JobError: another number of them than for the samples before, or numbers that float64 does not hold.
+        """
+        self.probe(sample)
+        with seeded(seed):
+            drawn = dict(_leaves(self._drawn(sample)))
+        if tuple(drawn) != self._columns:
+            raise JobError(
+                "this augmentation draws other parameters for another sample (random_apply, or inputs of several "
+                "sizes), which no store of equal rows holds: wrap it in a function, and its views are seeded instead"
+            )
+        return np.array([_exact(name, value) for name, value in drawn.items()], dtype=np.float64)
+
+    def view(self, sample: Tensor, *, seed: int, parameters: NDArray[np.float64]) -> Tensor:
+        """The view of a sample that these parameters make."""
+        self.probe(sample)
+        columns: tuple[str, ...] = self.parameters
+        given = _filled(self._like, dict(zip(columns, parameters.tolist(), strict=True)))
+        with torch.no_grad():
+            made: Tensor = self._augmentation(_as_image(sample)[None], params=given)
+        return made[0]
+
+    def _drawn(self, sample: Tensor) -> Any:
+        return self._augmentation.forward_parameters(torch.Size((1, *_as_image(sample).shape)))
+
+
+def _as_image(sample: Tensor) -> Tensor:
+    if sample.ndim != 3 or not (sample.is_floating_point() or sample.dtype == torch.uint8):
+        raise JobError(
+            f"kornia augments images [channels, height, width], float or uint8; a sample is {sample.dtype} "
+            f"{list(sample.shape)}: have the transfer set give such images"
+        )
+    return sample.float() / 255 if sample.dtype == torch.uint8 else sample
+
+
+def _leaves(drawn: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every single number of what kornia drew, by the name of its column."""
+    if isinstance(drawn, Tensor):
+        for place, value in enumerate(drawn.flatten().tolist()):
+            yield f"{path}.{place}", float(value)
+    elif isinstance(drawn, Mapping):
+        for name in sorted(drawn):
+            yield from _leaves(drawn[name], f"{path}/{name}" if path else str(name))
+    elif isinstance(drawn, list):
+        for item in drawn:
+            yield from _leaves(item.data, f"{path}/{item.name}" if path else str(item.name))
+    elif drawn is not None:
+        raise JobError(f"kornia drew a {type(drawn).__name__} for {path!r}, which no column of numbers holds")
+
+
+def _filled(like: Any, values: Mapping[str, float], path: str = "") -> Any:
+    """What kornia drew, with other numbers in the same places."""
+    if isinstance(like, Tensor):
+        numbers = [values[f"{path}.{place}"] for place in range(like.numel())]
+        return torch.tensor(numbers, dtype=torch.float64).to(like.dtype).reshape(like.shape)
+    if isinstance(like, Mapping):
+        return {name: _filled(like[name], values, f"{path}/{name}" if path else str(name)) for name in like}
+    if isinstance(like, list):
+        return [
+            item._replace(data=_filled(item.data, values, f"{path}/{item.name}" if path else str(item.name)))
+            for item in like
+        ]
+    return like
+
+
+def _exact(name: str, value: float) -> float:
+    if value.is_integer() and abs(value) > _EXACT:
+        raise JobError(
+            f"{name} is {value:g}, which float64 does not hold exactly: this augmentation cannot be recorded"
+        )
+    return value
+
+
+def view_seeds(key: str, ids: IdArray, views_B: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The seed of each view, by counter and not by sequence: a resumed or reordered run draws the same ones.
+
+    Args:
+        key: the store's `views.seed_key`.
+        ids: [B] sample ids.
+        views_B: [B] the views' numbers, from 0.
+    Returns:
+        uint64, shape [B], below 2^63 so that every library takes them: BLAKE2b of key, id and view.
+    """
+    seeds = np.empty(len(ids), dtype=np.uint64)
+    for row, (sample_id, view) in enumerate(zip(ids.tolist(), views_B.tolist(), strict=True)):
+        kind = "i" if isinstance(sample_id, int) else "s"
+        text = f"{key}\0{kind}{sample_id}\0{view}".encode()
+        seeds[row] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+    return seeds

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from softlabels.audit import Audit
-from softlabels.encodings import draw_keys, hidden_encoding, make_encoding
-from softlabels.encodings.learning import learn_basis
+from softlabels.encodings import hidden_encoding, make_encoding, rng_keys
+from softlabels.encodings.basis_learning import learn_basis
 from softlabels.manifest import Container, IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
 from softlabels.store.beginning import load_plan
@@ -141,7 +141,7 @@ def make_store(tmp_path: Path) -> MakeStore:
             labels=labels if labelled else None,
             fingerprints=sample_fingerprints(rng.integers(0, 256, size=(SAMPLES, 7), dtype=np.uint8)),
             encoding=codec,
-            encoded=codec.encode(logits, keys_B=draw_keys("small", found)),
+            encoded=codec.encode(logits, keys_B=rng_keys("small", found)),
         )
 
     return make

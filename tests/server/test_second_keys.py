@@ -11,7 +11,7 @@ import pytest
 import softlabels
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
-from softlabels.encodings.learning import learn_basis
+from softlabels.encodings.basis_learning import learn_basis
 from softlabels.errors import RequestError
 from softlabels.manifest import IdSpec, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.store import SampleTable, StoreWriter, plan_store

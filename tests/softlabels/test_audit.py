@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from softlabels.audit import Audit
-from softlabels.encodings import Sampled, TopK, draw_keys, make_encoding
+from softlabels.encodings import Sampled, TopK, make_encoding, rng_keys
 from softlabels.softmath import kl_divergence, log_soften
 
 RNG = np.random.default_rng(0)
@@ -72,7 +72,7 @@ class TestAudit:
         for encoding in (sampled, cut):
             audit = Audit()
             rows = np.repeat(ROWS[:1], 2_000, axis=0)
-            encoded = encoding.encode(rows, keys_B=draw_keys("audit", np.arange(2_000)))
+            encoded = encoding.encode(rows, keys_B=rng_keys("audit", np.arange(2_000)))
             audit.add(rows, encoding.decode(encoded), captured=1.0)
             ratios.append(audit.summary()["gradient"]["bias_ratio"])
         assert ratios[0] < 3
@@ -82,7 +82,7 @@ class TestAudit:
         """JSON has no infinity, and a mean that is infinite says nothing."""
         encoding = Sampled(classes=60, head=3, draws=4)
         audit = Audit((1.0,))
-        encoded = encoding.encode(ROWS, keys_B=draw_keys("audit", np.arange(len(ROWS))))
+        encoded = encoding.encode(ROWS, keys_B=rng_keys("audit", np.arange(len(ROWS))))
         audit.add(ROWS, encoding.decode(encoded), captured=1.0)
         found = Audit.from_json(json.loads(json.dumps(audit.to_json(), allow_nan=False))).summary()
         assert found["kl_nats"] == {}

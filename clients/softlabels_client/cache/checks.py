@@ -12,28 +12,13 @@ from numpy.typing import NDArray
 
 from softlabels.ids import IdArray, to_fixed_bytes, utf8
 from softlabels.manifest import Manifest
+from softlabels.splitmix64 import finalise, sequence
 
 Words = NDArray[np.uint64]
 
 _FOLD = np.uint64(32)
 _AT_ONCE = 8192
 """Words: 64 KiB, which the allocator also keeps for the next time."""
-
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-"""2⁶⁴ divided by the golden ratio: the stride of the SplitMix64 generator (Steele, Lea, Flood 2014)."""
-
-
-def mixed(words: Words) -> Words:
-    """Each word through SplitMix64's finisher, a bijection after which neighbours have nothing in common."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed_words: Words = words ^ (words >> np.uint64(31))
-    return mixed_words
-
-
-def stream_of(seed: int, count: int) -> Words:
-    """The first numbers of SplitMix64 from a seed; [count]. Files on disks hang on them: they never change."""
-    return mixed(np.uint64(seed) + _STEP * np.arange(1, count + 1, dtype=np.uint64))
 
 
 def seed_of(*parts: str) -> int:
@@ -51,12 +36,12 @@ class RowChecks:
 
     def __init__(self, words: int, seed: int) -> None:
         # Odd factors: no single changed word leaves the sum as it was.
-        self._factors = stream_of(seed, words) | np.uint64(1)
+        self._factors = sequence(seed, words) | np.uint64(1)
         self._seed = np.uint64(seed)
 
     def of(self, words_BW: Words, keys_B: Words) -> Words:
         """The checksums of these rows, [B], never 0: that is what a row has that was not kept."""
-        sums = mixed(keys_B ^ self._seed)
+        sums = finalise(keys_B ^ self._seed)
         # A few rows at a time: what was just folded is still in the processor's cache when it is summed.
         at_once = max(1, _AT_ONCE // len(self._factors))
         folded = np.empty((min(at_once, len(sums)), len(self._factors)), dtype=np.uint64)
@@ -82,7 +67,7 @@ class RowKeys:
     def __init__(self, manifest: Manifest) -> None:
         self._ids, self._layout = manifest.ids, manifest.layout
         width_words = -(-max(manifest.ids.width_bytes, 8) // 8)
-        self._factors = [stream_of(seed_of("row keys", which), width_words) | np.uint64(1) for which in ("1", "2")]
+        self._factors = [sequence(seed_of("row keys", which), width_words) | np.uint64(1) for which in ("1", "2")]
 
     @property
     def dense(self) -> bool:
@@ -113,8 +98,8 @@ class RowKeys:
             words_BW = to_fixed_bytes(ids, width_bytes=width).view("<u8")
         else:
             words_BW = ids.astype(np.int64, copy=False).view(np.uint64)[:, None]
-        first, second = (np.einsum("bw,w->b", mixed(words_BW), factors) for factors in self._factors)
+        first, second = (np.einsum("bw,w->b", finalise(words_BW), factors) for factors in self._factors)
         if views is not None:
-            first += stream_of(1, self._layout.views)[views]
-            second += stream_of(2, self._layout.views)[views]
-        return np.maximum(mixed(first), np.uint64(1)), mixed(second)
+            first += sequence(1, self._layout.views)[views]
+            second += sequence(2, self._layout.views)[views]
+        return np.maximum(finalise(first), np.uint64(1)), finalise(second)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabels.audit import RowFigures
+from softlabels.audit import ErrorSums
 from softlabels.encodings import Encoding, Hidden
 from softlabels.errors import EncodingError
 from softlabels.ids import IdArray
@@ -220,10 +220,10 @@ def pack_figures(
     return torch.cat([totals, torch.cat([kl_TB for _, kl_TB in pieces], dim=1).flatten()])
 
 
-def unpack_figures(packed: NDArray[np.float64], *, classes: int, temperatures: Sequence[float]) -> RowFigures:
+def unpack_figures(packed: NDArray[np.float64], *, classes: int, temperatures: Sequence[float]) -> ErrorSums:
     """The figures that `pack_figures` packed, on the host."""
     kl_TB = packed[_SUMS + classes :].reshape(len(temperatures), -1)
-    return RowFigures(
+    return ErrorSums(
         rows=kl_TB.shape[1],
         top1_agreements=int(packed[0]),
         dropped_mass=float(packed[1]),
@@ -235,7 +235,7 @@ def unpack_figures(packed: NDArray[np.float64], *, classes: int, temperatures: S
 
 def figures_on_device(
     exact_BC: Tensor, decoded_BC: Tensor, *, temperatures: Sequence[float], **known: Any
-) -> RowFigures:
+) -> ErrorSums:
     """The figures of these rows, of which only a few bytes a row leave the device; arguments as of `pack_figures`."""
     packed = pack_figures(exact_BC, decoded_BC, temperatures=temperatures, **known)
     return unpack_figures(packed.cpu().numpy(), classes=exact_BC.shape[1], temperatures=temperatures)

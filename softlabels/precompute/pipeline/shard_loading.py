@@ -110,7 +110,7 @@ class ShardWork:
                 self._done.synchronize()
             audit = Audit(self._temperatures)
             for packed in self._figures:
-                audit.absorb(
+                audit.add_sums(
                     unpack_figures(packed.numpy(), classes=self._plan.classes, temperatures=self._temperatures)
                 )
             rows_have_ids = self._plan.layout.kind != "sequences"

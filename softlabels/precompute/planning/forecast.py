@@ -17,9 +17,9 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from softlabels.audit import Audit
-from softlabels.encodings import Encoding, Hidden, TopK, draw_keys, row_bytes
-from softlabels.encodings.auto import Tried, choose_encoding
+from softlabels.encodings import Encoding, Hidden, TopK, rng_keys, row_bytes
 from softlabels.encodings.sampled import sampled_within
+from softlabels.encodings.selection import EncodingTrial, choose_encoding
 from softlabels.errors import EncodingError, TeacherError
 from softlabels.manifest import SAMPLE_ARRAYS, Manifest
 from softlabels.precompute.hidden_states import encoding_of_head, states_teacher
@@ -226,7 +226,7 @@ class Measuring:
             if encoding is not None:
                 yield self.option(encoding, rows_RC)
 
-    def _tried(self, tried: Tried, rows_RC: NDArray[np.float32]) -> Option:
+    def _tried(self, tried: EncodingTrial, rows_RC: NDArray[np.float32]) -> Option:
         """What has its errors already, with its time."""
         captured = self._plan.temperature.captured
         encoding_s = self._encoding_s(tried.encoding, rows_RC[:_ENCODED_ROWS], self.temperatures, captured)
@@ -329,7 +329,7 @@ class Measuring:
     ) -> float:
         """Seconds a row of encoding and audit, on the job's device."""
         rows = torch.from_numpy(np.ascontiguousarray(given)).to(self._device)
-        keys = draw_keys("plan", np.arange(len(given)))
+        keys = rng_keys("plan", np.arange(len(given)))
         chosen = audited(0, len(given), encoding.classes)
 
         def once() -> None:
@@ -374,7 +374,7 @@ def _audited(
     try:
         for start in range(0, len(given), step):
             part = slice(start, start + step)
-            encoded = encoding.encode(given[part], keys_B=draw_keys("plan", np.arange(len(given[part])) + start))
+            encoded = encoding.encode(given[part], keys_B=rng_keys("plan", np.arange(len(given[part])) + start))
             audit.add(
                 exact_RC[part], encoding.decode(encoded), captured=captured, dropped_mass_B=encoded.get("tail_mass")
             )

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
-from softlabels.encodings.requested import parse_encoding
+from softlabels.encodings.selection import parse_encoding
 from softlabels.errors import JobError
 from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.precompute.checks.teacher_checks import steady_answers

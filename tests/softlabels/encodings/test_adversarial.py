@@ -17,14 +17,14 @@ from softlabels.encodings import (
     Quantised,
     Sampled,
     TopK,
-    draw_keys,
     hidden_encoding,
     make_encoding,
+    rng_keys,
     row_bytes,
 )
+from softlabels.encodings.basis_learning import build_basis, spectrum_of
 from softlabels.encodings.hidden import KEPT_AS
-from softlabels.encodings.learning import build_basis, spectrum_of
-from softlabels.encodings.quantised import FLOOR
+from softlabels.encodings.scalar_quantiser import FLOOR
 from softlabels.errors import EncodingError
 
 CLASS_COUNTS = (2, 10, 1_000, 14_000, 21_841, 32_768, 65_536, 65_537, 131_073, 262_144)
@@ -135,7 +135,7 @@ class TestEveryEncoding:
     def test_a_row_is_kept_within_the_bound_or_refused(self, classes: int, kind: Callable[[int], Rows]) -> None:
         """NumPy encodes within what the encoding's page states; torch takes and refuses the same rows."""
         rows = shifted(kind(classes))
-        keys = draw_keys("adversarial", np.arange(len(rows)))
+        keys = rng_keys("adversarial", np.arange(len(rows)))
         for encoding in encodings(classes):
             # What is far below or impossible may be refused, anything tamer not.
             may_refuse = kind in (minus_infinity, huge, one_far_below)
@@ -156,7 +156,7 @@ class TestEveryEncoding:
     def test_rows_that_are_no_distributions_are_refused(self, classes: int, kind: Callable[[int], Rows]) -> None:
         """NaN and +inf, by row number, in both libraries."""
         rows = kind(classes)
-        keys = draw_keys("adversarial", np.arange(len(rows)))
+        keys = rng_keys("adversarial", np.arange(len(rows)))
         for encoding in encodings(classes):
             with pytest.raises(EncodingError) as refused:
                 encoding.encode(rows, keys_B=keys)

@@ -13,7 +13,7 @@ import softlabels
 from softlabels.audit import Audit
 from softlabels.encodings import Hidden, hidden_encoding, make_encoding, row_bytes
 from softlabels.encodings.hidden import KEPT_AS, KeptAs
-from softlabels.encodings.requested import parse_encoding
+from softlabels.encodings.selection import parse_encoding
 from softlabels.errors import EncodingError, ManifestError, ShapeMismatchError, UnknownEncodingError
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store

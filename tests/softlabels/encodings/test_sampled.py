@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from softlabels.encodings import Sampled, draw_keys, row_bytes
+from softlabels.encodings import Sampled, rng_keys, row_bytes
 from softlabels.encodings.sampled import expected_error, sampled_within
 from softlabels.errors import EncodingError, UnknownEncodingError
 
@@ -23,7 +23,7 @@ def long_tailed(classes: int) -> NDArray[np.float32]:
 def distributions(encoding: Sampled, row: NDArray[np.float32], repeats: int) -> NDArray[np.float64]:
     """q of the same row encoded under many keys."""
     rows = np.repeat(row, repeats, axis=0)
-    encoded = encoding.encode(rows, keys_B=draw_keys("test", np.arange(repeats)))
+    encoded = encoding.encode(rows, keys_B=rng_keys("test", np.arange(repeats)))
     return np.exp(encoding.decode(encoded).astype(np.float64))
 
 
@@ -56,7 +56,7 @@ class TestReproducible:
     def test_a_resumed_capture_draws_the_same(self) -> None:
         """Bytes depend on the row and its key, not on the batch that it comes in."""
         rows = np.random.default_rng(0).normal(0, 3, size=(40, 5000)).astype(np.float32)
-        keys = draw_keys("store", np.arange(40))
+        keys = rng_keys("store", np.arange(40))
         encoding = Sampled(classes=5000, head=4, draws=30)
         whole = encoding.encode(rows, keys_B=keys)["targets"]
         resumed = encoding.encode(rows[17:], keys_B=keys[17:])["targets"]
@@ -68,8 +68,8 @@ class TestReproducible:
         """A view's draws are its own."""
         row = long_tailed(5000)
         encoding = Sampled(classes=5000, head=4, draws=30)
-        first = encoding.encode(row, keys_B=draw_keys("store", np.array([1]), 0))["targets"]
-        second = encoding.encode(row, keys_B=draw_keys("store", np.array([1]), 1))["targets"]
+        first = encoding.encode(row, keys_B=rng_keys("store", np.array([1]), 0))["targets"]
+        second = encoding.encode(row, keys_B=rng_keys("store", np.array([1]), 1))["targets"]
         assert not np.array_equal(first, second)
 
     def test_without_keys_it_is_refused(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import softlabels
-from softlabels.encodings import draw_keys
+from softlabels.encodings import rng_keys
 from softlabels.errors import (
     BadIdsError,
     JobError,
@@ -181,7 +181,7 @@ class TestEncodings:
         other = job(tmp_path, encoding, name="other", run={"batch_size": 1})
         precompute(other, transfer_set=texts(), teachers=[teacher()])
         # Keys hang on the store's name, so the other store's are its own.
-        assert (draw_keys("a", np.array(["t", "t"]), np.array([0, 1])) != draw_keys("a", np.array(["t"]), 1)).any()
+        assert (rng_keys("a", np.array(["t", "t"]), np.array([0, 1])) != rng_keys("a", np.array(["t"]), 1)).any()
         store = softlabels.open(tmp_path / "store")
         assert verify(tmp_path / "store").sound
         constant = store.batch(["text-5"]).p()

@@ -29,7 +29,7 @@ def test_it_agrees_with_numpy(name: str, params: dict[str, object], captured: fl
     arrays = {key: tensor.numpy() for key, tensor in encoded.items()}
     tail = arrays.get("tail_mass")
     reference.add(logits_BC, encoding.decode(arrays), captured=captured, dropped_mass_B=tail)
-    ours.absorb(
+    ours.add_sums(
         figures_on_device(
             torch.from_numpy(logits_BC),
             encoding.decode_torch(encoded),
@@ -69,7 +69,7 @@ class TestHowManyRows:
         kept_BC = exact_BC.astype(np.float16).astype(np.float32)
         reference, ours = Audit((1.0,)), Audit((1.0,))
         reference.add(exact_BC, kept_BC, captured=1.0)
-        ours.absorb(
+        ours.add_sums(
             figures_on_device(torch.from_numpy(exact_BC), torch.from_numpy(kept_BC), temperatures=(1.0,), captured=1.0)
         )
         expected, found = reference.summary(), ours.summary()

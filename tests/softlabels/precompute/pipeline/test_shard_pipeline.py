@@ -142,7 +142,7 @@ class TestTheSameBytes:
                     captured=plan.temperature.captured,
                     dropped_mass_B=encoded.get("tail_mass"),
                 )
-                audit.absorb(figures)
+                audit.add_sums(figures)
                 parts.append({name: tensor.numpy() for name, tensor in encoded.items()})
             with writer.claim(shard) as claim:
                 claim.commit(

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softlabels.losses.batch import SoftTargetBatch
-from softlabels.losses.standardised import varies
+from softlabels.losses.standardisation import varies
+from softlabels.losses.target_batch import SoftTargetBatch
 from softlabels.losses.terms import LossParts, check_weight, hard_term, matched, soft_rows, weighted_sum
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from softlabels.errors import RequestError
-from softlabels.losses.batch import SoftTargetBatch
+from softlabels.losses.correlation import relation_loss
 from softlabels.losses.decoupled import decoupled_loss
-from softlabels.losses.plain import distillation_loss
-from softlabels.losses.relations import relation_loss
-from softlabels.losses.standardised import Deviation, check_deviation
+from softlabels.losses.distillation import distillation_loss
+from softlabels.losses.standardisation import Deviation, check_deviation
+from softlabels.losses.target_batch import SoftTargetBatch
 from softlabels.losses.terms import LossParts, check_weight
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from softlabels.encodings.arrays import NUMPY, torch_ops
-from softlabels.encodings.portable import largest, natural_log, nearest_zero
+from softlabels.encodings.array_ops import NUMPY, largest, natural_log, nearest_zero, torch_ops
 
 
 class TestNaturalLog:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from softlabels.errors import RequestError
-from softlabels.losses.batch import SoftTargetBatch
+from softlabels.losses.target_batch import SoftTargetBatch
 from softlabels.losses.terms import whole_logits
 
 Deviation = Literal["population", "sample"]

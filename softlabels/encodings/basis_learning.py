@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.encodings.base import row_bytes as bytes_of
 from softlabels.encodings.basis import EXACT, Basis, largest_sum
-from softlabels.encodings.levels import UNITS, WIDEST, distortion, levels_of
-from softlabels.encodings.planes import BitPacking
-from softlabels.encodings.protocol import row_bytes as bytes_of
+from softlabels.encodings.bit_packing import BitPacking
+from softlabels.encodings.scalar_quantiser import UNITS, WIDEST, distortion, levels_of
 from softlabels.errors import EncodingError
 from softlabels.softmath import kl_divergence, log_soften
 

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.arrays import Array, Ops
+from softlabels.encodings.array_ops import Array, Ops
 
 _PLANE_BITS = (8, 4, 2, 1)
 

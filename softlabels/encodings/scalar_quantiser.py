@@ -10,9 +10,15 @@ from __future__ import annotations
 
 from functools import cache
 from math import erf, exp, pi, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from softlabels.encodings.array_ops import Array, Ops
+
+FLOOR = 96.0
+"""Logits further below the maximum are kept as this far: e^(-96/4) of one class is 4e-11 at T = 4."""
 
 UNITS = 128
 """Steps of one standard deviation."""
@@ -85,3 +91,19 @@ def _cell_error(level: float, low: float, high: float) -> float:
     at_low = low * density(low) if np.isfinite(low) else 0.0
     at_high = high * density(high) if np.isfinite(high) else 0.0
     return mass + at_low - at_high - 2 * level * first + level * level * mass
+
+
+def id_bits(classes: int) -> int:
+    """Bits that a class id takes."""
+    return max(1, (classes - 1).bit_length())
+
+
+def head_steps(ops: Ops, lo_B1: Array, bits: int) -> Array:
+    """The (negative) step of `bits`-bit codes that count from 0 down to `lo`."""
+    return lo_B1 * ops.constant(1.0 / ((1 << bits) - 1), "f4", lo_B1)
+
+
+def quantise(ops: Ops, z: Array, offset: Any, step_B1: Array, levels: int, *, kind: str = "u1") -> Array:
+    """Codes of (z - offset) / step, rounded and clipped to 0…levels; 0 where the step is 0."""
+    inverse = ops.where(step_B1 == 0, 0.0, 1.0 / ops.where(step_B1 == 0, 1.0, step_B1))
+    return ops.cast(ops.clip(ops.round((z - offset) * inverse), 0, levels), kind)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softlabels.encodings.arrays import NUMPY, torch_ops
-from softlabels.encodings.planes import BitPacking
+from softlabels.encodings.array_ops import NUMPY, torch_ops
+from softlabels.encodings.bit_packing import BitPacking
 
 
 class TestBitPacking:

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 Array = NDArray[np.floating[Any]]
 
 PUBLISHED: dict[str, Any] = json.loads(
-    (Path(__file__).resolve().parents[1] / "fixtures" / "losses" / "published.json").read_text(encoding="utf-8")
+    (Path(__file__).resolve().parents[2] / "fixtures" / "losses" / "published.json").read_text(encoding="utf-8")
 )
 
 
