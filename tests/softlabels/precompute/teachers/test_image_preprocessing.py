@@ -79,8 +79,8 @@ class TestRefusals:
         ("table", "words"),
         [
             ({"rezise": 3}, "did you mean `resize`"),
-            ({"layout": "WHC"}, "must be one of 'HWC'"),
-            ({"crop": "big"}, "crop is 'big'"),
+            ({"layout": "WHC"}, "must be one of 'CHW', 'HW', 'HWC'"),
+            ({"crop": "big"}, r"got `str` .at `crop`"),
         ],
     )
     def test_keys_and_words(self, load, table: dict[str, Any], words: str) -> None:

@@ -132,7 +132,7 @@ class TestWhereFrom:
         """The nearest known one is named, and a wrong value is refused with those that are right."""
         with pytest.raises(JobError, match="did you mean `gguf_file`"):
             load("transformers:llama", arguments={"gguf_fil": "x"})
-        with pytest.raises(JobError, match="must be one of 'image-classification'"):
+        with pytest.raises(JobError, match="must be one of 'causal-lm', 'image-classification'"):
             load("transformers:llama", arguments={"task": "translation"})
 
     def test_code_that_comes_with_a_model(self, load, language: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -134,5 +134,5 @@ class TestExport:
         save_export(net, tmp_path / "net.pt2", batch)
         with pytest.raises(JobError, match="holds its own weights"):
             load("export:net.pt2", weights="net.safetensors")
-        with pytest.raises(JobError, match="unknown key"):
+        with pytest.raises(JobError, match="unknown field"):
             load("export:net.pt2", arguments={"hidden": 3})
