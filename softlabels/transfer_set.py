@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,18 +156,6 @@ class SequenceTransferSet:
             labels = np.array([UNLABELLED if item[1] is None else int(item[1]) for item in items], dtype=np.int64)
         ids = positions.astype(np.int64) if self.ids is None else self.ids[positions]
         return Samples(ids=ids, inputs=np.stack(inputs), labels=labels)
-
-
-@runtime_checkable
-class SupportsIdentity(Protocol):
-    """A transfer set that can tell cheaply whether it is still what it was: a job that goes on compares."""
-
-    def identity(self) -> Iterator[tuple[str, str]]:
-        """What the set is made of, always in the same order: names, mostly of files, and a few facts about each.
-
-        The facts are those that change when the contents do: size and time of modification, or a digest.
-        """
-        ...
 
 
 def sample_fingerprints(inputs: NDArray[Any]) -> NDArray[np.uint8]:

@@ -27,8 +27,7 @@ from softlabels.precompute.job import SequencesTable
 from softlabels.precompute.row_batches import RowBatch
 from softlabels.store.sequences import SampleTable
 from softlabels.transfer_set import FINGERPRINT_BYTES, UNLABELLED, Samples, TransferSet, sequence_fingerprints
-from softlabels.transfer_sets import examine_ids
-from softlabels.transfer_sets.ragged import SupportsLengths
+from softlabels.transfer_sets import SupportsLengths, examine_ids
 
 _READ_AT_ONCE = 64
 """Sequences that the pass before the run takes at a time."""

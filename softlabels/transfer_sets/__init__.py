@@ -1,8 +1,23 @@
-"""Transfer sets from where users have them: one file a source, and the short names that job files call them by."""
+"""Transfer sets read from where users keep them: one module for each source, and a registry of their short names."""
 
 from __future__ import annotations
 
-from softlabels.transfer_sets.sample_ids import SupportsIdSpec, examine_ids
-from softlabels.transfer_sets.sources import KINDS, check_source, load_transfer_set
+from softlabels.transfer_sets.sample_ids import examine_ids
+from softlabels.transfer_sets.sources import (
+    KINDS,
+    SupportsIdentity,
+    SupportsIdSpec,
+    SupportsLengths,
+    check_source,
+    load_transfer_set,
+)
 
-__all__ = ["KINDS", "SupportsIdSpec", "check_source", "examine_ids", "load_transfer_set"]
+__all__ = [
+    "KINDS",
+    "SupportsIdSpec",
+    "SupportsIdentity",
+    "SupportsLengths",
+    "check_source",
+    "examine_ids",
+    "load_transfer_set",
+]

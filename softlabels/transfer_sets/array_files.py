@@ -1,4 +1,7 @@
-"""How do arrays in files become a transfer set? Rows are read when they are asked for, and nothing is held."""
+"""Arrays in npy, Zarr and HDF5 files: rows are read when they are asked for, and nothing is kept in memory.
+
+Shapes: N samples, B of them in a batch.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,46 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import JobError, MissingExtraError, ShapeMismatchError, UnreadableSampleError
+from softlabels.errors import JobError, ShapeMismatchError, UnreadableSampleError
+from softlabels.extras import needs_extra
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
 from softlabels.transfer_set import Samples
 from softlabels.transfer_sets.sample_ids import examine_ids
-from softlabels.transfer_sets.source_files import existing, file_identities
+from softlabels.transfer_sets.source_files import existing_path, file_states
+from softlabels.transfer_sets.sources import Source
 
-_IDS_AT_ONCE = 1 << 16
+_IDS_PER_BLOCK = 1 << 16
 
 
-class Column(Protocol):
-    """An array in a file: how many rows it has, and some of them."""
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """An array in a file.
 
-    def __len__(self) -> int: ...
+    Attributes:
+        array: the library's own array, with a `shape`.
+        read: returns the rows at some positions, [B, ...], in their order; positions may repeat.
+    """
+
+    array: Any
+    read: Callable[[Any, NDArray[np.int64]], NDArray[Any]]
+
+    def __len__(self) -> int:
+        return int(self.array.shape[0])
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[Any]:
-        """The rows at these positions, [B, ...], in this order; positions may repeat."""
-        ...
+        """Return the rows at these positions."""
+        return self.read(self.array, positions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The arrays of a transfer set, of one length; labels and ids where there are any."""
+    """Arrays of one length that make a transfer set; None where there are no labels or ids."""
 
     inputs: Column
     labels: Column | None = None
@@ -43,15 +58,16 @@ class Columns:
 
 
 class StoredArrays:
-    """Samples whose inputs, labels and ids lie in arrays on disk. Safe under threads and after fork; pickling re-opens.
+    """Samples whose inputs, labels and ids are arrays on disk. Safe for threads and fork; pickling re-opens files.
 
     Args:
-        name: for people and manifests.
-        open_columns: opens the files; a function of a module with its arguments bound, so that it pickles.
-        files: what it opens, for `identity`; folders with all that is in them.
-        one_at_a_time: whether reading has to be taken in turns.
+        name: name for messages and manifests.
+        open_columns: opens the files; a module's function with its arguments bound, so that it can be pickled.
+        files: files that it opens, for `identity`; folders stand for all files in them.
+        one_at_a_time: whether reads have to be serialised.
+        spec: how a store keeps the ids, if known already; else every id is read once.
     Raises:
-        ShapeMismatchError: the arrays differ in length. BadIdsError: an id stands twice. JobError: no numbers.
+        ShapeMismatchError: the arrays differ in length. BadIdsError: an id occurs twice.
     """
 
     def __init__(
@@ -59,65 +75,58 @@ class StoredArrays:
         name: str,
         open_columns: Callable[[], Columns],
         files: Sequence[Path],
-        *,
         one_at_a_time: bool = False,
         spec: IdSpec | None = None,
     ) -> None:
-        self._name, self._open, self._files = name, open_columns, tuple(files)
-        self._one_at_a_time = one_at_a_time
+        self.name, self._open, self._files, self._one_at_a_time = name, open_columns, tuple(files), one_at_a_time
         self._lock = threading.RLock()
-        self._opened, self._opened_in = open_columns(), os.getpid()
+        self._opened, self._pid = open_columns(), os.getpid()
         lengths = {key: len(column) for key, column in vars(self._opened).items() if column is not None}
         self._count = lengths["inputs"]
         if len(set(lengths.values())) > 1:
             raise ShapeMismatchError(f"the arrays of {name!r} differ in length: {lengths}")
-        self._spec = spec or self._examined()
+        self._spec = spec or self._examine()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self._name, self._open, self._files, self._one_at_a_time, self._spec)
-
-    @property
-    def name(self) -> str:
-        """A short name for people and manifests."""
-        return self._name
+        return type(self), (self.name, self._open, self._files, self._one_at_a_time, self._spec)
 
     def __len__(self) -> int:
         return self._count
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """The samples at these positions, in this order; positions may repeat.
+        """Return the samples at these positions, in this order; positions may repeat.
 
         Raises:
-            UnreadableSampleError: a file cannot be read there. JobError: labels that are no whole numbers.
+            UnreadableSampleError: a file cannot be read. JobError: labels are not integers.
         """
         columns = self._columns()
         try:
             if self._one_at_a_time:
                 with self._lock:
-                    return self._taken(columns, positions)
-            return self._taken(columns, positions)
+                    return self._take(columns, positions)
+            return self._take(columns, positions)
         except OSError as error:
             raise UnreadableSampleError(
-                f"samples {int(positions.min())} to {int(positions.max())} of {self._name!r} cannot be read ({error}): "
-                f"look at {', '.join(map(str, self._files[:3]))}"
+                f"samples {int(positions.min())} to {int(positions.max())} of {self.name!r} cannot be read ({error}): "
+                f"check {', '.join(map(str, self._files[:3]))}"
             ) from error
 
     def id_spec(self) -> IdSpec:
-        """How a store keeps the ids."""
+        """Return how a store keeps the ids."""
         return self._spec
 
     def identity(self) -> Iterator[tuple[str, str]]:
-        """Size and time of modification of each file."""
-        return file_identities(self._files)
+        """Yield size and modification time of each file."""
+        return file_states(self._files)
 
-    def _taken(self, columns: Columns, positions: NDArray[np.int64]) -> Samples:
+    def _take(self, columns: Columns, positions: NDArray[np.int64]) -> Samples:
         labels = None if columns.labels is None else columns.labels.rows(positions)
         if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1):
             raise JobError(
-                f"labels of {self._name!r} are {labels.dtype}{list(labels.shape[1:])} a sample: one whole number is "
-                "meant, -1 where there is none"
+                f"labels of {self.name!r} are {labels.dtype}{list(labels.shape[1:])} a sample, not one integer; use -1 "
+                "for no label"
             )
-        ids = positions.astype(np.int64) if columns.ids is None else id_array(columns.ids.rows(positions))
+        ids = positions.astype(np.int64) if columns.ids is None else _as_ids(columns.ids.rows(positions))
         return Samples(
             ids=ids,
             inputs=columns.inputs.rows(positions),
@@ -125,117 +134,137 @@ class StoredArrays:
         )
 
     def _columns(self) -> Columns:
-        if self._opened_in != os.getpid():  # open files, and the locks of their libraries, do not survive a fork well
+        if self._pid != os.getpid():  # open files and the locks of their libraries do not survive a fork
             self._lock = threading.RLock()
-            self._opened, self._opened_in = self._open(), os.getpid()
+            self._opened, self._pid = self._open(), os.getpid()
         return self._opened
 
-    def _examined(self) -> IdSpec:
+    def _examine(self) -> IdSpec:
         ids = self._opened.ids
         if ids is None:
             return IdSpec(kind="int", dense_start=0)
         blocks = (
-            id_array(ids.rows(np.arange(start, min(start + _IDS_AT_ONCE, self._count), dtype=np.int64)))
-            for start in range(0, self._count, _IDS_AT_ONCE)
+            _as_ids(ids.rows(np.arange(start, min(start + _IDS_PER_BLOCK, self._count), dtype=np.int64)))
+            for start in range(0, self._count, _IDS_PER_BLOCK)
         )
-        return examine_ids(blocks, self._count, self._name)
+        return examine_ids(blocks, self._count, self.name)
 
 
-class SlicedColumn:
-    """An array that gives slices of itself: consecutive rows by one slice, all others run by run.
+class NpySource(Source, frozen=True, kw_only=True):
+    """Samples in .npy files, mapped into memory.
 
-    Args:
-        array: with `len`, and rows by slices.
+    Attributes:
+        inputs: file with the inputs, [N, ...]; with `dtype` and `shape`, numbers without a header.
+        labels: file with integers [N], -1 for none; unlabelled when left out.
+        ids: file with integers or strings [N]; positions when left out.
+        dtype, shape: type and shape of one sample in a file without a header, such as "<f4" and [3, 32, 32].
+        name: by default the name of the inputs' file.
     """
 
-    def __init__(self, array: Any) -> None:
-        self._array = array
+    inputs: str
+    labels: str | None = None
+    ids: str | None = None
+    dtype: str | None = None
+    shape: list[int] | None = None
 
-    def __len__(self) -> int:
-        return len(self._array)
+    def __post_init__(self) -> None:
+        if (self.dtype is None) != (self.shape is None):
+            raise ValueError(
+                "a file without a header needs both `dtype` and `shape` of one sample; a .npy file neither"
+            )
 
-    def rows(self, positions: NDArray[np.int64]) -> NDArray[Any]:
-        """The rows at these positions, [B, ...], in this order; positions may repeat."""
-        wanted, back = np.unique(positions, return_inverse=True)
-        cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
-        runs = [np.asarray(self._array[int(run[0]) : int(run[-1]) + 1]) for run in np.split(wanted, cuts) if len(run)]
-        found: NDArray[Any] = np.concatenate(runs) if runs else np.asarray(self._array[:0])
-        return found if np.array_equal(wanted, positions) else found[back.reshape(-1)]
-
-
-def id_array(kept: NDArray[Any]) -> IdArray:
-    """Ids as files keep them: integers, strings of any kind, or UTF-8 bytes. Raises BadIdsError: anything else."""
-    if kept.dtype.kind == "S":
-        return as_ids(np.char.decode(kept, "utf-8"))
-    if kept.dtype.kind in "OT":
-        return as_ids([entry.decode() if isinstance(entry, bytes) else entry for entry in kept.tolist()])
-    return as_ids(kept)
+    def load(self, base: Path | None) -> StoredArrays:
+        """Return the samples. Raises JobError or DataUnavailableError: a file is missing or holds no such array."""
+        named = {"inputs": self.inputs, "labels": self.labels, "ids": self.ids}
+        paths = {
+            key: existing_path(path, base, what=f"file of {key}") for key, path in named.items() if path is not None
+        }
+        sample = None if self.dtype is None else (self.dtype, tuple(self.shape or ()))
+        return StoredArrays(self.name or paths["inputs"].stem, partial(_open_npy, paths, sample), tuple(paths.values()))
 
 
-def _again(
-    name: str, open_columns: Callable[[], Columns], files: tuple[Path, ...], one_at_a_time: bool, spec: IdSpec
-) -> StoredArrays:
-    return StoredArrays(name, open_columns, files, one_at_a_time=one_at_a_time, spec=spec)
+class _NamedArrays(Source, frozen=True, kw_only=True):
+    """Samples in named arrays of one file or folder.
 
-
-# MERGED from softlabels.transfer_sets.array_files: How do .npy files, or raw arrays in files, become a transfer set? Mapped into memory, row by row.
-
-
-class MappedColumn:
-    """An array that is mapped into memory."""
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self._array = array
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    def rows(self, positions: NDArray[np.int64]) -> NDArray[Any]:
-        """The rows at these positions, [B, ...], in this order; positions may repeat."""
-        return np.asarray(self._array[positions])
-
-
-def npy_arrays(
-    inputs: str,
-    labels: str | None = None,
-    ids: str | None = None,
-    dtype: str | None = None,
-    shape: list[int] | None = None,
-    name: str | None = None,
-    base: Path | None = None,
-) -> StoredArrays:
-    """Samples in .npy files.
-
-    Args:
-        inputs: the file with the inputs, [N, ...]; with `dtype` and `shape`, numbers without any header.
-        labels: the file with whole numbers [N], -1 for none; unlabelled when left out.
-        ids: the file with integers or strings [N]; positions when left out.
-        dtype, shape: of one sample in a file without a header, such as "<f4" and [3, 32, 32].
-        name: of the transfer set; the inputs' file's when left out.
-        base: the folder that relative paths start from.
-    Raises:
-        JobError, DataUnavailableError: a file that is missing or holds no such array.
+    Attributes:
+        path: the file or folder; its name is the transfer set's by default.
+        inputs: array of inputs, [N, ...], by its path in the file: "train/images".
+        labels: array of integers [N], -1 for none; unlabelled when left out.
+        ids: array of integers or strings [N]; positions when left out.
     """
-    if (dtype is None) != (shape is None):
-        raise JobError("a file without a header needs both `dtype` and `shape` of one sample; a .npy file neither")
-    paths = {
-        key: existing(path, base, what=f"file of {key}")
-        for key, path in (("inputs", inputs), ("labels", labels), ("ids", ids))
-        if path is not None
-    }
-    form = None if dtype is None else (dtype, tuple(shape or ()))
-    return StoredArrays(name or paths["inputs"].stem, partial(_open_npy, paths, form), tuple(paths.values()))
+
+    path: str
+    inputs: str = "inputs"
+    labels: str | None = None
+    ids: str | None = None
+
+    def _keys(self) -> dict[str, str]:
+        keys = {"inputs": self.inputs, "labels": self.labels, "ids": self.ids}
+        return {key: array for key, array in keys.items() if array is not None}
 
 
-def _open_npy(paths: dict[str, Path], form: tuple[str, tuple[int, ...]] | None) -> Columns:
-    columns = {key: MappedColumn(_mapped(path, form if key == "inputs" else None)) for key, path in paths.items()}
-    return Columns(**columns)
+class Hdf5Source(_NamedArrays, frozen=True, kw_only=True):
+    """Samples in data sets of an HDF5 file; arguments as for Zarr."""
+
+    def load(self, base: Path | None) -> StoredArrays:
+        """Return the samples.
+
+        Raises:
+            JobError, DataUnavailableError: no such file or data set. MissingExtraError: h5py is not installed.
+        """
+        file = existing_path(self.path, base, what="HDF5 file")
+        # h5py holds a lock of its own around every call, so threads gain nothing.
+        return StoredArrays(
+            self.name or file.stem, partial(_open_hdf5, file, self._keys()), (file,), one_at_a_time=True
+        )
 
 
-def _mapped(path: Path, form: tuple[str, tuple[int, ...]] | None) -> NDArray[Any]:
+class ZarrSource(_NamedArrays, frozen=True, kw_only=True):
+    """Samples in arrays of a Zarr group, format 2 or 3."""
+
+    def load(self, base: Path | None) -> StoredArrays:
+        """Return the samples.
+
+        Raises:
+            JobError, DataUnavailableError: no such group or array. MissingExtraError: zarr is not installed.
+        """
+        folder = existing_path(self.path, base, what="Zarr group")
+        return StoredArrays(self.name or folder.stem, partial(_open_zarr, folder, self._keys()), (folder,))
+
+
+def _open_npy(paths: dict[str, Path], sample: tuple[str, tuple[int, ...]] | None) -> Columns:
+    arrays = {key: _mapped(path, sample if key == "inputs" else None) for key, path in paths.items()}
+    return Columns(**{key: Column(array=array, read=_read_mapped) for key, array in arrays.items()})
+
+
+def _open_hdf5(path: Path, keys: dict[str, str]) -> Columns:
+    with needs_extra("store", "reading HDF5 files"):
+        import h5py
     try:
-        if form is not None:
-            dtype = np.dtype((form[0], form[1]))
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise JobError(f"{path} cannot be opened as an HDF5 file: {error}") from error
+    return Columns(
+        **{key: Column(array=_dataset(h5py, file, name, path), read=_read_hdf5) for key, name in keys.items()}
+    )
+
+
+def _open_zarr(folder: Path, keys: dict[str, str]) -> Columns:
+    with needs_extra("store", "reading Zarr groups"):
+        import zarr
+    try:
+        group = zarr.open_group(folder, mode="r")
+    except (OSError, ValueError, KeyError) as error:
+        raise JobError(f"{folder} cannot be opened as a Zarr group: {error}") from error
+    return Columns(
+        **{key: Column(array=_zarr_array(zarr, group, name, folder), read=_read_zarr) for key, name in keys.items()}
+    )
+
+
+def _mapped(path: Path, sample: tuple[str, tuple[int, ...]] | None) -> NDArray[Any]:
+    try:
+        if sample is not None:
+            dtype = np.dtype(sample)
             if dtype.hasobject or path.stat().st_size % dtype.itemsize:
                 raise ValueError(f"{path.stat().st_size} bytes are not a whole number of samples of {dtype.itemsize}")
             return np.memmap(path, dtype=dtype, mode="r")
@@ -249,49 +278,6 @@ def _mapped(path: Path, form: tuple[str, tuple[int, ...]] | None) -> NDArray[Any
     return array
 
 
-# MERGED from softlabels.transfer_sets.array_files: How do HDF5 data sets become a transfer set? Rows are read when they are asked for.
-
-
-def hdf5_arrays(
-    path: str,
-    inputs: str = "inputs",
-    labels: str | None = None,
-    ids: str | None = None,
-    name: str | None = None,
-    base: Path | None = None,
-) -> StoredArrays:
-    """Samples in data sets of an HDF5 file.
-
-    Args:
-        path: the file.
-        inputs: the data set with the inputs, [N, ...], by its path in the file: "train/images".
-        labels: the data set with whole numbers [N], -1 for none; unlabelled when left out.
-        ids: the data set with integers or strings [N]; positions when left out.
-        name: of the transfer set; the file's when left out.
-        base: the folder that relative paths start from.
-    Raises:
-        JobError, DataUnavailableError: no such file or data set. MissingExtraError: no h5py.
-    """
-    file = existing(path, base, what="HDF5 file")
-    keys = {"inputs": inputs, "labels": labels, "ids": ids}
-    chosen = {key: array for key, array in keys.items() if array is not None}
-    return StoredArrays(name or file.stem, partial(_open_hdf5, file, chosen), (file,), one_at_a_time=True)
-
-
-def _open_hdf5(path: Path, keys: dict[str, str]) -> Columns:
-    try:
-        import h5py
-    except ImportError as error:
-        raise MissingExtraError(
-            "reading HDF5 needs h5py, which is not installed: `pip install softlabels[store]`", extra="store"
-        ) from error
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise JobError(f"{path} cannot be opened as an HDF5 file: {error}") from error
-    return Columns(**{key: SlicedColumn(_dataset(h5py, file, name, path)) for key, name in keys.items()})
-
-
 def _dataset(h5py: Any, file: Any, name: str, path: Path) -> Any:
     if name not in file:
         known: list[str] = []
@@ -303,69 +289,7 @@ def _dataset(h5py: Any, file: Any, name: str, path: Path) -> Any:
     return found
 
 
-# MERGED from softlabels.transfer_sets.array_files: How do Zarr arrays become a transfer set? Chunks are read when rows of theirs are asked for.
-
-
-class ZarrColumn:
-    """A Zarr array: consecutive rows by a slice, others so that each chunk is read once."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def __len__(self) -> int:
-        return int(self._array.shape[0])
-
-    def rows(self, positions: NDArray[np.int64]) -> NDArray[Any]:
-        """The rows at these positions, [B, ...], in this order; positions may repeat."""
-        wanted, back = np.unique(positions, return_inverse=True)
-        if len(wanted) and wanted[-1] - wanted[0] == len(wanted) - 1:
-            found = np.asarray(self._array[int(wanted[0]) : int(wanted[-1]) + 1])
-        else:
-            found = np.asarray(self._array.oindex[wanted])
-        return found if np.array_equal(wanted, positions) else found[back.reshape(-1)]
-
-
-def zarr_arrays(
-    path: str,
-    inputs: str = "inputs",
-    labels: str | None = None,
-    ids: str | None = None,
-    name: str | None = None,
-    base: Path | None = None,
-) -> StoredArrays:
-    """Samples in arrays of a Zarr group, format 2 or 3.
-
-    Args:
-        path: the group's folder.
-        inputs: the array with the inputs, [N, ...], by its path in the group: "train/images".
-        labels: the array with whole numbers [N], -1 for none; unlabelled when left out.
-        ids: the array with integers or strings [N]; positions when left out.
-        name: of the transfer set; the folder's when left out.
-        base: the folder that relative paths start from.
-    Raises:
-        JobError, DataUnavailableError: no such group or array. MissingExtraError: no zarr.
-    """
-    folder = existing(path, base, what="Zarr group")
-    keys = {"inputs": inputs, "labels": labels, "ids": ids}
-    chosen = {key: array for key, array in keys.items() if array is not None}
-    return StoredArrays(name or folder.stem, partial(_open_zarr, folder, chosen), (folder,))
-
-
-def _open_zarr(folder: Path, keys: dict[str, str]) -> Columns:
-    try:
-        import zarr
-    except ImportError as error:
-        raise MissingExtraError(
-            "reading Zarr needs zarr, which is not installed: `pip install softlabels[store]`", extra="store"
-        ) from error
-    try:
-        group = zarr.open_group(folder, mode="r")
-    except (OSError, ValueError, KeyError) as error:
-        raise JobError(f"{folder} cannot be opened as a Zarr group: {error}") from error
-    return Columns(**{key: ZarrColumn(_array(zarr, group, array, folder)) for key, array in keys.items()})
-
-
-def _array(zarr: Any, group: Any, path: str, folder: Path) -> Any:
+def _zarr_array(zarr: Any, group: Any, path: str, folder: Path) -> Any:
     try:
         found = group[path]
     except KeyError as error:
@@ -374,3 +298,35 @@ def _array(zarr: Any, group: Any, path: str, folder: Path) -> Any:
     if not isinstance(found, zarr.Array) or not found.shape:
         raise JobError(f"{path!r} of Zarr group {folder} is no array of samples")
     return found
+
+
+def _read_mapped(array: Any, positions: NDArray[np.int64]) -> NDArray[Any]:
+    return np.asarray(array[positions])
+
+
+def _read_hdf5(array: Any, positions: NDArray[np.int64]) -> NDArray[Any]:
+    # Runs of consecutive rows are read as slices, because h5py's own fancy indexing is slow for long lists.
+    wanted, back = np.unique(positions, return_inverse=True)
+    cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
+    runs = [np.asarray(array[int(run[0]) : int(run[-1]) + 1]) for run in np.split(wanted, cuts) if len(run)]
+    found: NDArray[Any] = np.concatenate(runs) if runs else np.asarray(array[:0])
+    return found if np.array_equal(wanted, positions) else found[back.reshape(-1)]
+
+
+def _read_zarr(array: Any, positions: NDArray[np.int64]) -> NDArray[Any]:
+    # Consecutive rows by a slice; for others `oindex` reads each chunk once.
+    wanted, back = np.unique(positions, return_inverse=True)
+    if len(wanted) and wanted[-1] - wanted[0] == len(wanted) - 1:
+        found = np.asarray(array[int(wanted[0]) : int(wanted[-1]) + 1])
+    else:
+        found = np.asarray(array.oindex[wanted])
+    return found if np.array_equal(wanted, positions) else found[back.reshape(-1)]
+
+
+def _as_ids(stored: NDArray[Any]) -> IdArray:
+    """Return ids as files store them: integers, strings of any kind, or UTF-8 bytes. Raises BadIdsError otherwise."""
+    if stored.dtype.kind == "S":
+        return as_ids(np.char.decode(stored, "utf-8"))
+    if stored.dtype.kind in "OT":
+        return as_ids([entry.decode() if isinstance(entry, bytes) else entry for entry in stored.tolist()])
+    return as_ids(stored)

@@ -1,4 +1,4 @@
-"""How do pictures in folders become a transfer set? By their relative paths, labelled by folder or by a table."""
+"""Image folders: ids are relative paths; labels are the first folder of each path, or columns of a CSV file."""
 
 from __future__ import annotations
 
@@ -13,109 +13,121 @@ from numpy.typing import NDArray
 from softlabels.errors import DataUnavailableError, JobError
 from softlabels.manifest import IdSpec
 from softlabels.transfer_set import UNLABELLED, Samples
-from softlabels.transfer_sets.images import EXTENSIONS, Decoder, picture_form
-from softlabels.transfer_sets.sample_ids import PackedNames
-from softlabels.transfer_sets.source_files import existing, file_facts, walk
+from softlabels.transfer_sets.images import EXTENSIONS, ImageDecoder, ImageSource
+from softlabels.transfer_sets.sample_ids import PackedStrings
+from softlabels.transfer_sets.source_files import existing_path, file_state, list_files
 
 
 class ImageFolder:
-    """Pictures below a folder; a sample's id is its path relative to it, with `/` on every system. Pickles.
+    """Images below a folder. Ids are paths relative to it, with `/` on every system. Can be pickled.
 
     Args:
-        folder: where they lie.
-        paths: of the pictures, relative to it.
-        labels: [N], `UNLABELLED` where there is none; None when no picture has one.
-        decoder: brings them to one shape.
-        name: for people and manifests.
+        folder: top folder.
+        paths: paths of the images, relative to `folder`.
+        labels: [N], `UNLABELLED` where absent; None when no image has one.
+        decoder: brings images to one shape.
+        name: name for messages and manifests.
     """
 
     def __init__(
-        self, folder: Path, paths: PackedNames, labels: NDArray[np.int64] | None, decoder: Decoder, name: str
+        self, folder: Path, paths: PackedStrings, labels: NDArray[np.int64] | None, decoder: ImageDecoder, name: str
     ) -> None:
-        self._folder, self._paths, self._labels, self._decoder, self._name = folder, paths, labels, decoder, name
-
-    @property
-    def name(self) -> str:
-        """A short name for people and manifests."""
-        return self._name
+        self._folder, self._paths, self._labels, self._decoder, self.name = folder, paths, labels, decoder, name
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """The samples at these positions, decoded, in this order; positions may repeat.
+        """Return the samples at these positions, decoded, in this order; positions may repeat.
 
         Raises:
-            UnreadableSampleError, ShapeMismatchError: see `Decoder.batch`; the file is named.
+            UnreadableSampleError, ShapeMismatchError: see `ImageDecoder.decode_batch`; the file is named.
         """
         ids = self._paths.take(positions)
-        # Opened in the decoder's threads, so that slow disks are read side by side too.
+        # Files are opened in the decoder's threads, so that slow disks serve several at a time.
         files = [(partial(Path, self._folder, path), path) for path in ids.tolist()]
         labels = None if self._labels is None else self._labels[positions]
-        return Samples(ids=ids, inputs=self._decoder.batch(files), labels=labels)
+        return Samples(ids=ids, inputs=self._decoder.decode_batch(files), labels=labels)
 
     def id_spec(self) -> IdSpec:
-        """How a store keeps the paths."""
+        """Return how a store keeps the paths."""
         return self._paths.id_spec()
 
     def identity(self) -> Iterator[tuple[str, str]]:
-        """Each picture's path, size and time of modification, as they are now."""
-        for path in _pictures_in(self._folder):
-            yield path, file_facts(self._folder / path)
+        """Yield path, size and modification time of each image as they are now."""
+        for path in _images_in(self._folder):
+            yield path, file_state(self._folder / path)
 
 
-def image_folder(
-    path: str,
-    size: int | list[int] | None = None,
-    resize: int | None = None,
-    mode: str = "RGB",
-    layout: str = "chw",
-    labels: str | None = "folder",
-    file_column: str | None = None,
-    label_column: str | None = None,
-    first_label: int = 0,
-    classes: list[str] | None = None,
-    threads: int | None = None,
-    name: str | None = None,
-    base: Path | None = None,
-) -> ImageFolder:
-    """Pictures in a folder and its sub-folders.
+class ImageFolderSource(ImageSource, frozen=True, kw_only=True):
+    """Images in a folder and its subfolders.
 
-    Args:
-        path: the folder.
-        size, resize, mode, layout: see `PictureForm`; pictures of several sizes need a `size`.
-        labels: "folder" takes the first folder of each path for its class (pictures beside these folders have none);
-            "none" leaves all unlabelled; else a CSV file with a header, relative to the folder or to the job file.
-        file_column, label_column: of the CSV: the first two when left out. A file may be named without its extension.
-        first_label: the number of the first class in the CSV; 1 where classes are counted from one.
-        classes: their names in the teachers' order; sorted names of folders when left out.
-        threads: that decode; one a core when left out.
-        name: of the transfer set; the folder's when left out.
-        base: the folder that relative paths start from.
-    Raises:
-        JobError, DataUnavailableError: no picture, or labels that fit no picture. MissingExtraError: no Pillow.
+    Attributes:
+        path: the folder; its name is the transfer set's by default.
+        labels: "folder" for the first folder of each path (images at the top are unlabelled); "none"; or a CSV file
+            with a header, relative to the folder or to the job file.
+        file_column, label_column: columns of the CSV file, by default its first two. A file may be named without its
+            extension.
+        first_label: number of the first class in the CSV file, 1 where classes are counted from one.
+        classes: class names in the order of the teachers' outputs; by default the sorted names of folders.
     """
-    folder = existing(path, base, what="folder of pictures")
-    decoder = Decoder(picture_form(size, resize, mode, layout), threads)
-    paths = PackedNames(_pictures_in(folder))
-    if len(paths) == 0:
-        raise DataUnavailableError(f"{folder} holds no picture: known are {', '.join(sorted(EXTENSIONS))}")
-    if labels == "folder":
-        found = _labels_of_folders(paths, classes)
-    elif labels in (None, "none"):
-        found = None
-    else:
-        table = folder / str(labels)
-        table = table if table.is_file() else existing(str(labels), base, what="table of labels")
-        found = _labels_of_table(table, paths, (file_column, label_column), first_label, classes)
-    return ImageFolder(folder, paths, found, decoder, name or folder.resolve().name)
+
+    path: str
+    labels: str | None = "folder"
+    file_column: str | None = None
+    label_column: str | None = None
+    first_label: int = 0
+    classes: list[str] | None = None
+
+    def load(self, base: Path | None) -> ImageFolder:
+        """Return the images below the folder.
+
+        Raises:
+            DataUnavailableError: no image there. JobError: labels that fit no image.
+            MissingExtraError: Pillow is not installed.
+        """
+        folder = existing_path(self.path, base, what="folder of images")
+        decoder = self.decoder()
+        paths = PackedStrings(_images_in(folder))
+        if len(paths) == 0:
+            raise DataUnavailableError(f"{folder} holds no image; known are {', '.join(sorted(EXTENSIONS))}")
+        return ImageFolder(
+            folder, paths, self._labels_of(paths, folder, base), decoder, self.name or folder.resolve().name
+        )
+
+    def _labels_of(self, paths: PackedStrings, folder: Path, base: Path | None) -> NDArray[np.int64] | None:
+        if self.labels in (None, "none"):
+            return None
+        if self.labels == "folder":
+            return _labels_by_folder(paths, self.classes)
+        assert self.labels is not None
+        table = folder / self.labels
+        table = table if table.is_file() else existing_path(self.labels, base, what="table of labels")
+        return self._labels_by_table(table, paths)
+
+    def _labels_by_table(self, table: Path, paths: PackedStrings) -> NDArray[np.int64]:
+        known: dict[str, int] = {}
+        for position, path in enumerate(paths):
+            known[path] = position
+            known.setdefault(path.rpartition(".")[0], position)
+        labels = np.full(len(paths), UNLABELLED, dtype=np.int64)
+        numbers = None if self.classes is None else {entry: label for label, entry in enumerate(self.classes)}
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            file_column, label_column = _columns(table, rows.fieldnames or [], (self.file_column, self.label_column))
+            for row in rows:
+                where = f"{table}, line {rows.line_num}"
+                if row[file_column] not in known:
+                    raise JobError(f"{where}: there is no image {row[file_column]!r}")
+                labels[known[row[file_column]]] = _label(row[label_column], self.first_label, numbers, where)
+        return labels
 
 
-def _pictures_in(folder: Path) -> Iterator[str]:
-    return (path for path in walk(folder) if "." + path.rpartition(".")[2].lower() in EXTENSIONS)
+def _images_in(folder: Path) -> Iterator[str]:
+    return (path for path in list_files(folder) if "." + path.rpartition(".")[2].lower() in EXTENSIONS)
 
 
-def _labels_of_folders(paths: PackedNames, classes: list[str] | None) -> NDArray[np.int64] | None:
+def _labels_by_folder(paths: PackedStrings, classes: list[str] | None) -> NDArray[np.int64] | None:
     folders = {path.partition("/")[0] for path in paths if "/" in path}
     if not folders:
         return None
@@ -124,37 +136,14 @@ def _labels_of_folders(paths: PackedNames, classes: list[str] | None) -> NDArray
     if unknown:
         raise JobError(f"folder {unknown[0]!r} is none of the `classes`, which are {', '.join(names[:20])}")
     number = {folder: label for label, folder in enumerate(names)}
-    firsts = (path.partition("/") for path in paths)
-    labels = (number[first] if slash else UNLABELLED for first, slash, _ in firsts)
+    split_paths = (path.partition("/") for path in paths)
+    labels = (number[first] if slash else UNLABELLED for first, slash, _ in split_paths)
     return np.fromiter(labels, dtype=np.int64, count=len(paths))
-
-
-def _labels_of_table(
-    table: Path,
-    paths: PackedNames,
-    columns: tuple[str | None, str | None],
-    first_label: int,
-    classes: list[str] | None,
-) -> NDArray[np.int64]:
-    known: dict[str, int] = {}
-    for position, path in enumerate(paths):
-        known[path] = position
-        known.setdefault(path.rpartition(".")[0], position)
-    labels = np.full(len(paths), UNLABELLED, dtype=np.int64)
-    numbers = None if classes is None else {entry: label for label, entry in enumerate(classes)}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        of_file, of_label = _columns(table, rows.fieldnames or [], columns)
-        for row in rows:
-            if row[of_file] not in known:
-                raise JobError(f"{table}, line {rows.line_num}: there is no picture {row[of_file]!r}")
-            labels[known[row[of_file]]] = _label(row[of_label], first_label, numbers, f"{table}, line {rows.line_num}")
-    return labels
 
 
 def _columns(table: Path, header: Sequence[str], wanted: tuple[str | None, str | None]) -> list[str]:
     header = list(header)
-    found = [name or (header[place] if place < len(header) else "") for place, name in enumerate(wanted)]
+    found = [name or (header[index] if index < len(header) else "") for index, name in enumerate(wanted)]
     for name in found:
         if name not in header:
             raise JobError(f"{table} has no column {name!r}: it has {', '.join(header) or 'none'}")
@@ -171,7 +160,7 @@ def _label(text: str | None, first_label: int, numbers: Mapping[str, int] | None
     try:
         label = int(text) - first_label
     except ValueError as error:
-        raise JobError(f"{where}: label {text!r} is no whole number; name the `classes` in their order") from error
+        raise JobError(f"{where}: label {text!r} is not an integer; list the `classes` in their order") from error
     if label < 0:
-        raise JobError(f"{where}: label {text} lies before `first_label`, {first_label}")
+        raise JobError(f"{where}: label {text} is below `first_label`, {first_label}")
     return label

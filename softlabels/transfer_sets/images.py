@@ -1,4 +1,7 @@
-"""How does a picture file become pixels of one shape? Decoded, resized, cut out of its middle, always alike."""
+"""Image decoding: files or bytes to uint8 arrays of one shape, resized and centre-cropped as torchvision does it.
+
+Shapes: B images, H height, W width, C channels.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,39 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import JobError, MissingExtraError, ShapeMismatchError, UnreadableSampleError
+from softlabels.errors import ShapeMismatchError, UnreadableSampleError
+from softlabels.extras import needs_extra
+from softlabels.transfer_sets.sources import Source
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-"""What is taken for a picture, in small letters."""
+"""Files that count as images, in lower case."""
 
-MODES = ("RGB", "L")
-LAYOUTS = ("chw", "hwc")
+MAX_THREADS = 16
+"""Upper bound of the default number of decoding threads."""
+
+Pixels = Annotated[int, msgspec.Meta(ge=1)]
+# Not tuple[Pixels, Pixels]: msgspec 0.23 crashes the interpreter on a bounded int in a union with a fixed tuple.
+Size = Pixels | Annotated[list[Pixels], msgspec.Meta(min_length=2, max_length=2)]
+
+ReadImage = Callable[[], Path | bytes]
+"""Returns an image's file, or the contents of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureForm:
-    """What pictures are brought to.
+class ImageFormat:
+    """Shape and layout that images are brought to.
 
     Attributes:
-        size: height and width of what is cut out of the middle; None takes pictures as they are, all of one shape.
-        resize: the shorter side before that; None takes the least that the cut needs.
-        mode: "RGB", or "L" for one channel of grey.
-        layout: "chw" [channels, height, width], or "hwc"; a grey picture has a channel axis too.
+        size: (height, width) of the centre crop; None keeps images as they are, all of one shape.
+        resize: length of the shorter side before the crop; None takes the least that covers the crop.
+        mode: "RGB", or "L" for one grey channel.
+        layout: "chw" [channels, height, width], or "hwc"; grey images have a channel axis too.
     """
 
     size: tuple[int, int] | None = None
@@ -40,45 +53,44 @@ class PictureForm:
     layout: Literal["chw", "hwc"] = "chw"
 
     def decode(self, source: Path | bytes, name: str) -> NDArray[np.uint8]:
-        """The pixels of a picture, uint8 in the form's shape.
+        """Return the pixels of an image.
 
         Args:
-            source: its file, or the file's contents.
-            name: for messages.
+            source: the file, or its contents.
+            name: name for messages.
         Raises:
-            UnreadableSampleError: corrupt, cut, too large, or not to be had in 8 bits a channel.
+            UnreadableSampleError: corrupt, truncated, too large, or more than 8 bits a channel.
         """
-        image_module = _pillow()
+        pil_image = _pillow()
         try:
-            with image_module.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return self.pixels(image, name)
+            with pil_image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return self._pixels(image, name)
         except UnreadableSampleError:
             raise
-        except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, pil_image.DecompressionBombError) as error:
             raise UnreadableSampleError(
-                f"picture {name!r} cannot be decoded ({error}): restore it, or take it out of the transfer set",
+                f"image {name!r} cannot be decoded ({error}): restore it, or remove it from the transfer set",
                 sample=name,
             ) from error
 
-    def pixels(self, image: Any, name: str) -> NDArray[np.uint8]:
-        """As `decode`, of a picture that Pillow has opened."""
+    def _pixels(self, image: Any, name: str) -> NDArray[np.uint8]:
         if image.mode.startswith(("I", "F")):
             raise UnreadableSampleError(
-                f"picture {name!r} has more than 8 bits a channel (mode {image.mode}), which would be cut: keep such "
-                "pictures as arrays, in npy, Zarr or HDF5",
+                f"image {name!r} has more than 8 bits a channel (mode {image.mode}), which would be lost: keep such "
+                "images as arrays, in npy, Zarr or HDF5",
                 sample=name,
             )
         if "transparency" in image.info:
             image = image.convert("RGBA")
-        image = self._cut(image if image.mode == self.mode else image.convert(self.mode))
+        image = self._resize_and_crop(image if image.mode == self.mode else image.convert(self.mode))
         pixels_HWC: NDArray[np.uint8] = np.asarray(image).reshape(image.height, image.width, -1)
         return pixels_HWC if self.layout == "hwc" else np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
 
-    def _cut(self, image: Any) -> Any:
+    def _resize_and_crop(self, image: Any) -> Any:
         if self.size is None:
             return image
         height, width = self.size
-        # Sides and corners are rounded as torchvision's Resize and CenterCrop do, which most networks were tested with.
+        # Rounded as torchvision's Resize and CenterCrop do, which most networks were evaluated with.
         if self.resize is None:
             scale = max(height / image.height, width / image.width)
             new = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
@@ -92,83 +104,94 @@ class PictureForm:
         return image.crop((left, top, left + width, top + height))
 
 
-def picture_form(size: int | list[int] | None, resize: int | None, mode: str, layout: str) -> PictureForm:
-    """The form that a job's arguments describe.
-
-    Raises:
-        JobError: they contradict each other.
-    """
-    if mode not in MODES or layout not in LAYOUTS:
-        raise JobError(f"mode is {mode!r} and layout {layout!r}: choose of {MODES} and {LAYOUTS}")
-    sides = [size] * 2 if isinstance(size, int) else size
-    if sides is not None and (len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides)):
-        raise JobError(f"size is {size!r}: give one number of pixels, or [height, width]")
-    if resize is not None and (sides is None or resize < max(sides)):
-        raise JobError(
-            f"resize is {resize}: it is what the shorter side becomes before a `size` is cut out, so it needs a size "
-            f"that is no larger (here {size})"
-        )
-    as_tuple = None if sides is None else (sides[0], sides[1])
-    return PictureForm(size=as_tuple, resize=resize, mode=mode, layout=layout)  # type: ignore[arg-type]
-
-
-class Decoder:
-    """Decodes many pictures at once, in threads of its own: Pillow lets them run side by side. Pickles.
+class ImageDecoder:
+    """Decodes batches of images in threads of its own, since Pillow releases the GIL. Can be pickled.
 
     Args:
-        form: what the pictures are brought to.
-        threads: how many; as many as the machine has cores, up to 16, when None.
+        image_format: format that images are brought to.
+        threads: number of threads; one a core, up to `MAX_THREADS`, when None.
+    Raises:
+        MissingExtraError: Pillow is not installed.
     """
 
-    def __init__(self, form: PictureForm, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise JobError(f"threads is {threads}: at least one has to decode")
-        self.form = form
-        self._threads = threads or min(16, os.cpu_count() or 1)
+    def __init__(self, image_format: ImageFormat, threads: int | None = None) -> None:
+        self.image_format = image_format
+        self._threads = threads or min(MAX_THREADS, os.cpu_count() or 1)
         self._pool: ThreadPoolExecutor | None = None
-        self._pool_of: int | None = None
+        self._pool_pid: int | None = None
         self._lock = threading.Lock()
         _pillow()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.form, self._threads)
+        return type(self), (self.image_format, self._threads)
 
-    def batch(self, sources: Sequence[tuple[Callable[[], Path | bytes], str]]) -> NDArray[np.uint8]:
-        """Pictures as one array, [B, ...].
+    def decode_batch(self, sources: Sequence[tuple[ReadImage, str]]) -> NDArray[np.uint8]:
+        """Return images as one array, [B, ...].
 
         Args:
-            sources: for each, what gives its file or contents, and its name.
+            sources: a reader and a name for each image; readers are called in the threads.
         Raises:
-            UnreadableSampleError: one cannot be decoded. ShapeMismatchError: they differ in size, and no size is given.
+            UnreadableSampleError: an image cannot be decoded.
+            ShapeMismatchError: images differ in size and the format has none.
         """
-        pictures = list(self._map(sources))
-        for (_, name), pixels in zip(sources, pictures, strict=True):
-            if pixels.shape != pictures[0].shape:
+        images = list(self._map(sources))
+        for (_, name), pixels in zip(sources, images, strict=True):
+            if pixels.shape != images[0].shape:
                 raise ShapeMismatchError(
-                    f"pictures {sources[0][1]!r} and {name!r} have the shapes {pictures[0].shape} and {pixels.shape}: "
-                    "give a `size`, and each is resized and cut to it"
+                    f"images {sources[0][1]!r} and {name!r} have the shapes {images[0].shape} and {pixels.shape}: "
+                    "give a `size` to resize and crop them to"
                 )
-        return np.stack(pictures) if pictures else np.empty((0, *(self.form.size or (0, 0))), np.uint8)
+        return np.stack(images) if images else np.empty((0, *(self.image_format.size or (0, 0))), np.uint8)
 
-    def _map(self, sources: Sequence[tuple[Callable[[], Path | bytes], str]]) -> Any:
+    def _map(self, sources: Sequence[tuple[ReadImage, str]]) -> Any:
         if self._threads == 1 or len(sources) < 2:
-            return (self.form.decode(read(), name) for read, name in sources)
-        return self._executor().map(lambda source: self.form.decode(source[0](), source[1]), sources)
+            return (self.image_format.decode(read(), name) for read, name in sources)
+        return self._executor().map(lambda source: self.image_format.decode(source[0](), source[1]), sources)
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
-            # Threads do not survive a fork: a child starts its own.
-            if self._pool is None or self._pool_of != os.getpid():
+            # Threads do not survive a fork: a child process starts its own.
+            if self._pool is None or self._pool_pid != os.getpid():
                 self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
-                self._pool_of = os.getpid()
+                self._pool_pid = os.getpid()
             return self._pool
 
 
+class ImageSource(Source, frozen=True, kw_only=True):
+    """Arguments that all sources of images share.
+
+    Attributes:
+        size: height and width of the centre crop, one number or [height, width]; needed if images differ in size.
+        resize, mode, layout: see `ImageFormat`.
+        threads: decoding threads; one a core, up to 16, when left out.
+    """
+
+    size: Size | None = None
+    resize: Pixels | None = None
+    mode: Literal["RGB", "L"] = "RGB"
+    layout: Literal["chw", "hwc"] = "chw"
+    threads: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        sides = self._sides()
+        if self.resize is not None and (sides is None or self.resize < max(sides)):
+            raise ValueError(
+                f"`resize` is {self.resize}, the shorter side before a centre crop, so it needs a `size` that is no "
+                f"larger; `size` is {self.size}"
+            )
+
+    def decoder(self) -> ImageDecoder:
+        """Return a decoder for these arguments. Raises MissingExtraError if Pillow is not installed."""
+        image_format = ImageFormat(size=self._sides(), resize=self.resize, mode=self.mode, layout=self.layout)
+        return ImageDecoder(image_format, self.threads)
+
+    def _sides(self) -> tuple[int, int] | None:
+        if self.size is None:
+            return None
+        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
+
+
 def _pillow() -> Any:
-    try:
+    with needs_extra("images", "decoding images"):
         from PIL import Image
-    except ImportError as error:
-        raise MissingExtraError(
-            "decoding pictures needs Pillow, which is not installed: `pip install softlabels[images]`", extra="images"
-        ) from error
     return Image

@@ -1,10 +1,9 @@
-"""How are many names kept in little memory, and a name that stands twice found?"""
+"""Sample ids of a transfer set: compact storage of strings, and the search for duplicates."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,32 +12,24 @@ from softlabels.errors import BadIdsError
 from softlabels.ids import MAX_STRING_ID_BYTES, IdArray, utf8
 from softlabels.manifest import IdSpec
 
-MOST_CHECKED_IDS = 1 << 24
-"""Ids among which repeats are looked for before a job begins, in 128 MiB; of more, when the store is finished."""
+MAX_CHECKED_IDS = 1 << 24
+"""Largest number of ids that is searched for duplicates before a job begins (128 MiB of hashes). The store finds
+duplicates among more ids when it is finished."""
 
 
-@runtime_checkable
-class SupportsIdSpec(Protocol):
-    """A transfer set that can tell, before any sample is read, how a store is to keep its ids."""
-
-    def id_spec(self) -> IdSpec:
-        """How a store keeps the ids."""
-        ...
-
-
-class PackedNames:
-    """Names by position: their UTF-8 end to end, and where each begins, which takes a third of a list of strings.
+class PackedStrings:
+    """Strings by position: all UTF-8 bytes in one buffer beside their offsets, a third of the memory of a list.
 
     Args:
-        names: in their order.
+        strings: in their order.
     Raises:
-        BadIdsError: a name that is empty, no UTF-8, or too long to be an id.
+        BadIdsError: a string that is empty, not UTF-8, or too long to be an id.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, strings: Iterable[str]) -> None:
         text, ends = bytearray(), [0]
-        for name in names:
-            text += _encoded(name)
+        for string in strings:
+            text += _encoded(string)
             ends.append(len(text))
         self._text = bytes(text)
         self._ends = np.array(ends, dtype=np.int64)
@@ -47,46 +38,45 @@ class PackedNames:
         return len(self._ends) - 1
 
     def __getitem__(self, position: int) -> str:
-        return self._text[self._ends[position] : self._ends[position + 1]].decode()
+        return self._bytes_at(position).decode()
 
     def __iter__(self) -> Iterator[str]:
         return (self[position] for position in range(len(self)))
 
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.str_]:
-        """The names at these positions, [B]."""
+        """Return the strings at these positions, [B]."""
         return np.array([self[position] for position in positions.tolist()], dtype=np.str_)
 
     def id_spec(self) -> IdSpec:
-        """How a store keeps these names as ids."""
+        """Return how a store keeps these strings as ids."""
         return IdSpec(kind="str", width_bytes=max(1, int(np.diff(self._ends).max(initial=0))))
 
-    def hashes(self) -> NDArray[np.uint64]:
-        """64 bits of a hash of each, [N]."""
-        found = np.empty(len(self), dtype="<u8")
+    def find_duplicate(self) -> str | None:
+        """Return a string that occurs more than once, None if all differ."""
+        hashes = np.empty(len(self), dtype="<u8")
         for position in range(len(self)):
-            name = self._text[self._ends[position] : self._ends[position + 1]]
-            found[position] = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-        return found
-
-    def repeated(self) -> str | None:
-        """A name that stands twice, None where there is none."""
-        pair = _equal_pair(self.hashes())
+            digest = hashlib.blake2b(self._bytes_at(position), digest_size=8).digest()
+            hashes[position] = int.from_bytes(digest, "little")
+        pair = _equal_pair(hashes)
         if pair is None:
             return None
         first, second = (self[position] for position in pair)
-        # Of 10^7 names, two different ones share 64 bits with a chance of 10^-5: then every one is looked at.
-        return first if first == second else _first_repeat(self)
+        # Different strings may share a 64-bit hash (chance 1e-5 among 10^7): only then is every string compared.
+        return first if first == second else _first_duplicate(self)
+
+    def _bytes_at(self, position: int) -> bytes:
+        return self._text[self._ends[position] : self._ends[position + 1]]
 
 
 def examine_ids(blocks: Iterable[IdArray], count: int, name: str) -> IdSpec:
-    """How a store keeps these ids, of which none stands twice.
+    """Return how a store keeps these ids, after a search for duplicates.
 
     Args:
-        blocks: all of them, in order, a block at a time.
-        count: how many there are.
-        name: of the transfer set, for messages.
+        blocks: all ids in order, some at a time.
+        count: total number of ids.
+        name: name of the transfer set, for messages.
     Raises:
-        BadIdsError: an id stands twice (named), or some are integers and some strings.
+        BadIdsError: an id occurs twice (named), or some ids are integers and some strings.
     """
     pieces: list[IdArray] = []
     previous: int | None = None
@@ -101,54 +91,54 @@ def examine_ids(blocks: Iterable[IdArray], count: int, name: str) -> IdSpec:
             start = int(block[0]) if previous is None else start
             joins = previous is None or int(block[0]) == previous + 1
             dense, previous = dense and joins and bool((np.diff(block) == 1).all()), int(block[-1])
-        if count <= MOST_CHECKED_IDS:
+        if count <= MAX_CHECKED_IDS:
             pieces.append(block)
     if not dense and pieces:
-        _refuse_repeats(pieces, name)
+        _refuse_duplicates(pieces, name)
     if "U" in kinds:
         return IdSpec(kind="str", width_bytes=width)
     return IdSpec(kind="int", dense_start=start if dense else None)
 
 
-def _refuse_repeats(pieces: list[IdArray], name: str) -> None:
-    twice: object = None
+def _refuse_duplicates(pieces: list[IdArray], name: str) -> None:
+    duplicate: object = None
     if pieces[0].dtype.kind == "U":
-        twice = PackedNames(text for piece in pieces for text in piece.tolist()).repeated()
+        duplicate = PackedStrings(text for piece in pieces for text in piece.tolist()).find_duplicate()
     else:
         ids = np.concatenate(pieces).astype(np.int64, copy=False)
         pair = _equal_pair(ids)
-        twice = None if pair is None else int(ids[pair[0]])
-    if twice is not None:
+        duplicate = None if pair is None else int(ids[pair[0]])
+    if duplicate is not None:
         raise BadIdsError(
-            f"sample id {twice!r} stands twice in transfer set {name!r}: each sample needs an id of its own, or a "
-            "student would get the targets of another one",
-            id=twice,
+            f"sample id {duplicate!r} occurs twice in transfer set {name!r}: each sample needs an id of its own, or a "
+            "student would get the targets of another sample",
+            id=duplicate,
         )
 
 
-def _encoded(name: str) -> bytes:
+def _encoded(string: str) -> bytes:
     try:
-        text = name.encode()
+        text = string.encode()
     except UnicodeEncodeError as error:
-        raise BadIdsError(f"{name!r} is no UTF-8, so it cannot be a sample id: rename it") from error
+        raise BadIdsError(f"{string!r} is not UTF-8, so it cannot be a sample id: rename it") from error
     if not 0 < len(text) <= MAX_STRING_ID_BYTES or b"\0" in text:
         raise BadIdsError(
-            f"{name[:80]!r} cannot be a sample id: it takes 1 to {MAX_STRING_ID_BYTES} bytes of UTF-8 without NUL"
+            f"{string[:80]!r} cannot be a sample id: ids have 1 to {MAX_STRING_ID_BYTES} bytes of UTF-8 without NUL"
         )
     return text
 
 
 def _equal_pair(values: NDArray[np.int64] | NDArray[np.uint64]) -> tuple[int, int] | None:
-    """The positions of two values that are equal."""
+    """Return the positions of two equal values."""
     order = np.argsort(values, kind="stable")
     inside = np.flatnonzero(values[order[1:]] == values[order[:-1]])
     return None if len(inside) == 0 else (int(order[inside[0]]), int(order[inside[0] + 1]))
 
 
-def _first_repeat(names: PackedNames) -> str | None:
+def _first_duplicate(strings: PackedStrings) -> str | None:
     seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
+    for string in strings:
+        if string in seen:
+            return string
+        seen.add(string)
     return None

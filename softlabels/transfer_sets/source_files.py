@@ -1,4 +1,4 @@
-"""Which files is a transfer set made of, and are they still what they were?"""
+"""Files of a transfer set: path patterns, recursive listing, and the state that shows whether a file has changed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,69 +15,72 @@ from softlabels.errors import DataUnavailableError, JobError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-MOST_FILES_OF_A_PATTERN = 1_000_000
-"""More files than any pattern in braces is meant to name."""
+MAX_FILES_PER_PATTERN = 1_000_000
+"""More files than any brace pattern is meant to name; a typing error must not fill the memory."""
 
 
-def rooted(path: str | Path, base: Path | None) -> Path:
-    """A path of a job file: relative to its folder, `~` being the home."""
+def resolve_path(path: str | Path, base: Path | None) -> Path:
+    """Return a path of a job file, relative to its folder; `~` is the home folder."""
     return Path(base or Path.cwd()) / Path(path).expanduser()
 
 
-def existing(path: str | Path, base: Path | None, *, what: str) -> Path:
-    """A path of a job file that leads to something.
-
-    Raises:
-        DataUnavailableError: it leads nowhere.
-    """
-    found = rooted(path, base)
+def existing_path(path: str | Path, base: Path | None, *, what: str) -> Path:
+    """Return `resolve_path(path, base)`. Raises DataUnavailableError if nothing exists there."""
+    found = resolve_path(path, base)
     if not found.exists():
         raise DataUnavailableError(f"there is no {what} {found}: relative paths start from the job file's folder")
     return found
 
 
-def matching(patterns: str | Sequence[str], base: Path | None, *, what: str) -> list[Path]:
-    """The files that patterns name, sorted within each: `*`, `?`, `**` and `{000..146}`, `{train,val}`; a folder's own.
+def match_files(patterns: str | Sequence[str], base: Path | None, *, what: str) -> list[Path]:
+    """Return the files that patterns name, sorted within each pattern.
 
+    Args:
+        patterns: with `*`, `?`, `**`, `{000..146}` and `{train,val}`.
+        base: folder that relative patterns start from.
+        what: description for messages.
     Raises:
-        DataUnavailableError: a pattern names none. JobError: one names a file again, or has too long a range.
+        DataUnavailableError: a pattern names no file. JobError: a file is named twice, or a range is too long.
     """
     found: list[Path] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for text in _unbraced(str(rooted(pattern, base))):
+        for text in _expand_braces(str(resolve_path(pattern, base))):
             paths = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else [text]
             files = [Path(path) for path in paths if os.path.isfile(path)]
             if not files:
-                raise DataUnavailableError(f"{what}: {text!r} names no file; relative paths start from the job file's")
+                raise DataUnavailableError(
+                    f"{what}: {text!r} names no file; relative paths start from the job file's folder"
+                )
             found += files
-    twice = sorted({str(path) for path in found if found.count(path) > 1}) if len(found) < 1000 else []
-    if twice or len(set(found)) < len(found):
-        raise JobError(f"{what}: {twice[0] if twice else 'a file'} is named twice, so its samples would be too")
+    repeated = next((path for path, count in Counter(found).items() if count > 1), None)
+    if repeated is not None:
+        raise JobError(f"{what}: {repeated} is named twice, so its samples would occur twice")
     return found
 
 
-def file_facts(path: Path) -> str:
-    """Size and time of modification of a file: what changes, but by malice, when its contents do."""
+def file_state(path: Path) -> str:
+    """Return size and modification time of a file. Resumed jobs compare this text with the stored one."""
     state = path.stat()
     return f"{state.st_size} bytes, {state.st_mtime_ns} ns"
 
 
-def file_identities(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """Names and facts of files, and of those in folders among them, in an order that does not change."""
+def file_states(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """Yield (name, `file_state`) of files, and of all files in folders among them, in a fixed order."""
     for path in paths:
         if path.is_dir():
-            for inner in walk(path):
-                yield inner, file_facts(path / inner)
+            for inner in list_files(path):
+                yield inner, file_state(path / inner)
         else:
-            yield path.name, file_facts(path)
+            yield path.name, file_state(path)
 
 
-def walk(folder: Path) -> Iterator[str]:
-    """Paths of all files below a folder, relative to it with `/`, sorted; what begins with a dot is left out."""
+def list_files(folder: Path) -> Iterator[str]:
+    """Yield the paths of all files below a folder, relative to it with `/`, sorted; hidden files are left out."""
     stack = [""]
     while stack:
         inner = stack.pop()
         with os.scandir(folder / inner) as entries:
+            # macOS puts a __MACOSX folder of metadata into every zip archive that it makes.
             listed = sorted(
                 (entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith((".", "__MACOSX"))
             )
@@ -85,12 +89,12 @@ def walk(folder: Path) -> Iterator[str]:
         stack += [prefix + name for name, is_folder in reversed(listed) if is_folder]
 
 
-def _unbraced(pattern: str) -> list[str]:
-    """A pattern without braces for each that one with braces stands for: the last brace counts fastest."""
-    parts = _BRACES.split(pattern)  # plain text and what stands in braces, by turns
+def _expand_braces(pattern: str) -> list[str]:
+    """Return the patterns without braces that `pattern` stands for; the last brace varies fastest."""
+    parts = _BRACES.split(pattern)  # literal text and contents of braces alternate
     choices = [[part] if number % 2 == 0 else _choices(part, pattern) for number, part in enumerate(parts)]
-    if math.prod(map(len, choices)) > MOST_FILES_OF_A_PATTERN:
-        raise JobError(f"{pattern!r} stands for more than {MOST_FILES_OF_A_PATTERN:,} files")
+    if math.prod(map(len, choices)) > MAX_FILES_PER_PATTERN:
+        raise JobError(f"{pattern!r} stands for more than {MAX_FILES_PER_PATTERN:,} files")
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
@@ -99,6 +103,6 @@ def _choices(text: str, pattern: str) -> list[str]:
     if span is None:
         return text.split(",")
     first, last = int(span[1]), int(span[2])
-    if last - first >= MOST_FILES_OF_A_PATTERN:
-        raise JobError(f"{pattern!r} stands for more than {MOST_FILES_OF_A_PATTERN:,} files")
+    if last - first >= MAX_FILES_PER_PATTERN:
+        raise JobError(f"{pattern!r} stands for more than {MAX_FILES_PER_PATTERN:,} files")
     return [f"{number:0{len(span[1])}d}" for number in range(first, last + 1)]

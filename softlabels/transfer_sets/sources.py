@@ -1,100 +1,136 @@
-"""How does the `[transfer_set]` table of a job become a transfer set?"""
+"""Registry of transfer-set sources: short names of job files, and loading by short name or by reference."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.documents import Document, parse_document
 from softlabels.errors import JobError
+from softlabels.manifest import IdSpec
 from softlabels.references import load_reference
 from softlabels.transfer_set import TransferSet
 
 KINDS: Mapping[str, str] = {
-    "image_folder": "softlabels.transfer_sets.image_folder:image_folder",
-    "torch": "softlabels.transfer_sets.torch_dataset:torch_dataset",
-    "webdataset": "softlabels.transfer_sets.webdataset_tars:webdataset",
-    "huggingface": "softlabels.transfer_sets.huggingface_datasets:huggingface",
-    "parquet": "softlabels.transfer_sets.parquet:parquet",
-    "zarr": "softlabels.transfer_sets.array_files:zarr_arrays",
-    "hdf5": "softlabels.transfer_sets.array_files:hdf5_arrays",
-    "npy": "softlabels.transfer_sets.array_files:npy_arrays",
-    "text": "softlabels.transfer_sets.text_files:text",
+    "image_folder": "softlabels.transfer_sets.image_folder:ImageFolderSource",
+    "torch": "softlabels.transfer_sets.torch_dataset:TorchSource",
+    "webdataset": "softlabels.transfer_sets.webdataset_tars:WebDatasetSource",
+    "huggingface": "softlabels.transfer_sets.huggingface_datasets:HuggingFaceSource",
+    "parquet": "softlabels.transfer_sets.parquet:ParquetSource",
+    "zarr": "softlabels.transfer_sets.array_files:ZarrSource",
+    "hdf5": "softlabels.transfer_sets.array_files:Hdf5Source",
+    "npy": "softlabels.transfer_sets.array_files:NpySource",
+    "text": "softlabels.transfer_sets.text_files:TextSource",
 }
-"""What a job file may call a source, and what makes it; all else is a reference with a colon."""
+"""Short names for `source` in a job file, and the class of their arguments. Stored plans hold the short names, so these
+never change; the classes are imported on use, because each needs a library of its own."""
 
-BASE = "base"
-"""The argument of the built-in kinds that is no key of a job: the folder that its relative paths start from."""
+
+class Source(Document, frozen=True, kw_only=True):
+    """Arguments of a built-in source, as `[transfer_set.arguments]` of a job gives them.
+
+    Attributes:
+        name: name of the transfer set in messages and in the manifest; each source has a default.
+    """
+
+    name: str | None = None
+
+    def load(self, base: Path | None) -> TransferSet:
+        """Return the transfer set; relative paths start from `base`, or from the working folder when None."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class SupportsIdSpec(Protocol):
+    """A transfer set that knows how a store is to keep its ids before any sample is read."""
+
+    def id_spec(self) -> IdSpec:
+        """Return kind and width of the ids."""
+        ...
+
+
+@runtime_checkable
+class SupportsIdentity(Protocol):
+    """A transfer set that can tell cheaply whether it has changed; a resumed job compares."""
+
+    def identity(self) -> Iterator[tuple[str, str]]:
+        """Yield (name, state) pairs in a fixed order: mostly files, each with its size and time of modification."""
+        ...
+
+
+@runtime_checkable
+class SupportsLengths(Protocol):
+    """A transfer set whose samples are sequences of different lengths."""
+
+    def lengths(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of positions of each of these samples, [B], without reading the samples."""
+        ...
 
 
 def check_source(source: str) -> str:
-    """The source, if it is a reference or a kind that is known.
+    """Return `source`, which must be a short name or a reference.
 
     Raises:
-        JobError: it is neither; the nearest kind is named.
+        JobError: neither; the nearest short name is suggested.
     """
     if ":" in source or source in KINDS:
         return source
-    near = get_close_matches(source, list(KINDS), n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`? Known are" if near else "known are"
     raise JobError(
-        f"transfer set source {source!r} is unknown: {hint} {', '.join(KINDS)}, and references such as "
-        "'package.module:name' and 'file.py:name'",
+        f"transfer set source {source!r} is unknown{_suggestion(source, KINDS)}; use one of {', '.join(KINDS)}, or a "
+        "reference such as 'package.module:name' or 'file.py:name'",
         source=source,
     )
 
 
 def load_transfer_set(source: str, arguments: Mapping[str, Any], *, base: Path | None = None) -> TransferSet:
-    """The transfer set that a source gives for these arguments.
+    """Return the transfer set that a source makes of these arguments.
 
     Args:
-        source: a kind, or a reference to a callable or to a transfer set.
-        arguments: for what the source names, by name.
-        base: the folder that relative paths start from, usually the job file's.
+        source: one of `KINDS`, or a reference to a transfer set or to a callable that returns one.
+        arguments: keyword arguments of the source.
+        base: folder that relative paths start from, usually the job file's.
     Raises:
-        JobError: an argument that is unknown, missing or of the wrong type, or something that is no transfer set; and
-        all that the source raises. ReferenceLoadError: the reference leads nowhere.
+        JobError: an argument is unknown, missing or of the wrong type, or the result is no transfer set.
+        ReferenceLoadError: the reference cannot be resolved. Sources raise more of their own.
     """
-    built_in = check_source(source) in KINDS
-    make = load_reference(KINDS.get(source, source), base=base)
-    if not callable(make):
-        found = make
-    else:
-        _check_arguments(make, arguments, f"transfer set {source}", built_in=built_in)
-        found = make(**arguments, **({BASE: base} if built_in else {}))
+    what = f"transfer set {check_source(source)}"
+    found = load_reference(KINDS.get(source, source), base=base)
+    if source in KINDS:
+        settings: Source = parse_document(dict(arguments), found, what=what, error=JobError)
+        return settings.load(base)
+    if callable(found):
+        _check_arguments(found, arguments, what)
+        found = found(**arguments)
     if not all(hasattr(found, name) for name in ("name", "take", "__len__")):
-        raise JobError(f"transfer set {source} gives a {type(found).__name__}, not a TransferSet (name, __len__, take)")
+        raise JobError(f"{what} returns a {type(found).__name__}, not a TransferSet (name, __len__, take)")
     return found  # type: ignore[no-any-return]
 
 
-def _check_arguments(make: Callable[..., Any], arguments: Mapping[str, Any], what: str, *, built_in: bool) -> None:
+def _check_arguments(make: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> None:
     try:
-        parameters = inspect.signature(make).parameters
-    except (TypeError, ValueError):  # some callables written in C say nothing of theirs
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):  # some callables written in C have no signature
         return
-    keys = {p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    keys -= {BASE} if built_in else set()
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in arguments:
-        if key not in keys and not takes_any:
-            near = get_close_matches(key, sorted(keys), n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(sorted(keys)) or 'none'}"
-            raise JobError(f"{what} has no argument `{key}`: {hint}", key=key)
-    missing = [key for key in keys if parameters[key].default is inspect.Parameter.empty and key not in arguments]
-    if missing:
-        raise JobError(f"{what} lacks the argument `{sorted(missing)[0]}`: give it under `arguments`")
-    if built_in:
-        hints = get_type_hints(make)
-        for key, value in arguments.items():
-            _check_type(value, hints[key], f"{what}: `{key}`")
+    parameters = signature.parameters.values()
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for key in arguments:
+            if key not in known:
+                raise JobError(
+                    f"{what} has no argument `{key}`{_suggestion(key, known)}; it takes {signature}", key=key
+                )
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise JobError(f"{what}: {error}; give it under `arguments`") from error
 
 
-def _check_type(value: Any, hint: Any, where: str) -> None:
-    kinds = tuple(get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
-    fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-    if not fits:
-        names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise JobError(f"{where} is {value!r}, it must be a {names}")
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f": did you mean `{near[0]}`?" if near else ""

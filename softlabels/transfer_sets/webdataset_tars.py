@@ -1,4 +1,4 @@
-"""Where do the samples of webdataset tars lie? An index of their headers, made once."""
+"""WebDataset tars: an index of member offsets, made once from the headers, then random access to inputs and labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,177 +17,123 @@ from numpy.typing import NDArray
 from softlabels.errors import JobError, ShapeMismatchError, UnreadableSampleError
 from softlabels.manifest import IdSpec
 from softlabels.transfer_set import UNLABELLED, Samples
-from softlabels.transfer_sets.images import EXTENSIONS, Decoder, picture_form
-from softlabels.transfer_sets.sample_ids import PackedNames
-from softlabels.transfer_sets.source_files import file_identities, matching
+from softlabels.transfer_sets.images import EXTENSIONS, ImageDecoder, ImageSource
+from softlabels.transfer_sets.sample_ids import PackedStrings
+from softlabels.transfer_sets.source_files import file_states, match_files
 
 ABSENT = -1
-"""Where the label of a sample lies that has none."""
+"""Offset of the label of a sample that has none."""
 
 _BLOCK_BYTES = 512
-"""What headers and contents of a tar are multiples of (POSIX.1-1988, ustar)."""
+"""Headers and contents of a tar are multiples of it (POSIX.1-1988, ustar)."""
+
+_IMAGES = tuple(sorted(extension[1:] for extension in EXTENSIONS))
+_PICKLES = frozenset({"pth", "pt", "pyd", "pkl", "pickle"})
+
+ReadLabel = Callable[[bytes], int]
 
 
 class TarIndex:
-    """Where each sample's input and label lie in the tars: five numbers and a key a sample.
+    """Offsets and sizes of each sample's input and label in the tars: five integers and a key a sample.
 
     Args:
-        paths: of the tars, in order.
-        inputs: what the input's member may be called after the key; the first that a tar has, where several do.
-        label: what the label's member is called; None where labels are not wanted.
+        paths: the tars, in order.
+        inputs: extensions that an input may have; the first that a sample has is taken.
+        label: extension of the label; None where labels are not wanted.
     Raises:
-        JobError: a tar that is compressed or damaged, or a sample without an input.
+        JobError: a tar is compressed or damaged, or a sample has no input.
     """
 
     def __init__(self, paths: Sequence[Path], inputs: Sequence[str], label: str | None) -> None:
-        self.paths = tuple(paths)
+        self.paths, self._inputs, self._label = tuple(paths), inputs, label
         self._columns = {name: array("q") for name in ("shard", "input", "input_size", "label", "label_size")}
-        self.as_npy = array("b")
-        self.keys = [PackedNames(self._index(shard, path, inputs, label)) for shard, path in enumerate(self.paths)]
+        self.is_npy = array("b")
+        self.keys = [PackedStrings(self._index(shard, path)) for shard, path in enumerate(self.paths)]
         found = {name: np.array(column, dtype=np.int64) for name, column in self._columns.items()}
         self.shard, self.input_at, self.input_size = found["shard"], found["input"], found["input_size"]
         self.label_at, self.label_size = found["label"], found["label_size"]
         self._columns.clear()
 
-    def _index(self, shard: int, path: Path, inputs: Sequence[str], label: str | None) -> Iterator[str]:
-        """The keys of a tar's samples; a sample is members with one key that follow each other."""
+    def _index(self, shard: int, path: Path) -> Iterator[str]:
+        """Yield the keys of a tar's samples; consecutive members with one key are one sample."""
         key, parts = None, dict[str, tuple[int, int]]()
         for member_key, extension, offset, size in _members(path):
             if member_key != key and key is not None:
-                yield self._add(shard, path, key, parts, inputs, label)
+                yield self._add(shard, path, key, parts)
             if member_key != key:
                 key, parts = member_key, {}
             parts[extension] = (offset, size)
         if key is not None:
-            yield self._add(shard, path, key, parts, inputs, label)
+            yield self._add(shard, path, key, parts)
 
-    def _add(
-        self,
-        shard: int,
-        path: Path,
-        key: str,
-        parts: dict[str, tuple[int, int]],
-        inputs: Sequence[str],
-        label: str | None,
-    ) -> str:
-        chosen = next((extension for extension in inputs if extension in parts), None)
+    def _add(self, shard: int, path: Path, key: str, parts: dict[str, tuple[int, int]]) -> str:
+        chosen = next((extension for extension in self._inputs if extension in parts), None)
         if chosen is None:
             raise JobError(
                 f"sample {key!r} of {path} has no input: its members are {', '.join(sorted(parts))}, and an input is "
-                f"one of {', '.join(inputs)}; name it by `input`"
+                f"one of {', '.join(self._inputs)}; name it by `input`"
             )
-        at, size = parts[chosen]
-        label_at, label_size = parts.get(label or "", (ABSENT, 0))
-        for name, value in zip(self._columns, (shard, at, size, label_at, label_size), strict=True):
+        row = (shard, *parts[chosen], *parts.get(self._label or "", (ABSENT, 0)))
+        for name, value in zip(self._columns, row, strict=True):
             self._columns[name].append(value)
-        self.as_npy.append(chosen.endswith("npy"))
+        self.is_npy.append(chosen.endswith("npy"))
         return key
 
 
-def _members(path: Path) -> Iterator[tuple[str, str, int, int]]:
-    """Key, extension, offset and size of each file in a tar, by its headers alone."""
-    end = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else every header of a large tar is kept
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if not member.isreg() or not stem or not dot:
-                    continue
-                if member.offset_data + member.size > end:
-                    raise tarfile.ReadError(f"it ends within {member.name!r}")
-                yield folder + slash + stem, extension.lower(), member.offset_data, member.size
-            _refuse_other_end(path, tar.offset)
-    except tarfile.TarError as error:
-        raise JobError(
-            f"{path} cannot be read as an uncompressed tar ({error}): samples of it are read in any order, so unpack a "
-            "compressed one first, and fetch a damaged one again"
-        ) from error
-
-
-def _refuse_other_end(path: Path, offset: int) -> None:
-    """Let a tar pass whose headers end with zeros and nothing behind them.
-
-    The standard library takes a header that is damaged or cut for the end: samples behind it would be lost silently.
-    """
-    with path.open("rb") as file:
-        file.seek(offset)
-        if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
-            raise tarfile.ReadError(f"there is neither a header nor the end at byte {offset}")
-        while more := file.read(1 << 16):
-            if any(more):
-                raise tarfile.ReadError("something follows its end: tars that were joined must stay files of their own")
-
-
-# MERGED from softlabels.transfer_sets.webdataset_tars: How do webdataset tars become a transfer set? Members are read at their places and decoded, in any order.
-
-
-_PICTURES = tuple(sorted(extension[1:] for extension in EXTENSIONS))
-
-
 class WebDataset:
-    """Samples in webdataset tars, by position. Safe under threads; pickles with its index.
+    """Samples in WebDataset tars by position. Safe for use from several threads; pickles with its index.
 
     Args:
-        index: where they lie.
-        ids: of the samples, in the index's order.
-        label: reads a label of a member's contents; None where no sample has one.
-        decoder: brings pictures to one shape.
-        name: for people and manifests.
+        index: offsets of the samples.
+        ids: ids in the order of the index.
+        read_label: parses the contents of a label's member; None where no sample has one.
+        decoder: brings images to one shape; None where all inputs are npy.
+        name: name for messages and manifests.
     """
 
     def __init__(
-        self,
-        index: TarIndex,
-        ids: PackedNames,
-        label: Callable[[bytes], int] | None,
-        decoder: Decoder | None,
-        name: str,
+        self, index: TarIndex, ids: PackedStrings, read_label: ReadLabel | None, decoder: ImageDecoder | None, name: str
     ) -> None:
-        self._index, self._ids, self._label, self._decoder, self._name = index, ids, label, decoder, name
-
-    @property
-    def name(self) -> str:
-        """A short name for people and manifests."""
-        return self._name
+        self._index, self._ids, self._read_label, self._decoder, self.name = index, ids, read_label, decoder, name
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """The samples at these positions, decoded, in this order; positions may repeat.
+        """Return the samples at these positions, decoded, in this order; positions may repeat.
 
         Raises:
-            UnreadableSampleError: a member that is cut or cannot be decoded. ShapeMismatchError: of several shapes.
+            UnreadableSampleError: a member is truncated or cannot be decoded.
+            ShapeMismatchError: samples differ in shape.
         """
         ids, index = self._ids.take(positions), self._index
         contents: list[bytes] = [b""] * len(positions)
         labels = np.full(len(positions), UNLABELLED, dtype=np.int64)
         for shard in np.unique(index.shard[positions]).tolist():
             with index.paths[shard].open("rb") as file:
-                for place in np.flatnonzero(index.shard[positions] == shard).tolist():
-                    sample = int(positions[place])
-                    what = f"{ids[place]} of {index.paths[shard]}"
-                    contents[place] = _read(file, index.input_at[sample], index.input_size[sample], what)
-                    if self._label is not None and index.label_at[sample] != ABSENT:
+                for row in np.flatnonzero(index.shard[positions] == shard).tolist():
+                    sample = int(positions[row])
+                    what = f"{ids[row]} of {index.paths[shard]}"
+                    contents[row] = _read(file, index.input_at[sample], index.input_size[sample], what)
+                    if self._read_label is not None and index.label_at[sample] != ABSENT:
                         text = _read(file, index.label_at[sample], index.label_size[sample], what)
-                        labels[place] = _labelled(self._label, text, what)
+                        labels[row] = _parsed(self._read_label, text, what)
         inputs = self._decoded(contents, ids.tolist(), positions)
-        return Samples(ids=ids, inputs=inputs, labels=None if self._label is None else labels)
+        return Samples(ids=ids, inputs=inputs, labels=None if self._read_label is None else labels)
 
     def id_spec(self) -> IdSpec:
-        """How a store keeps the keys."""
+        """Return how a store keeps the keys."""
         return self._ids.id_spec()
 
     def identity(self) -> Iterator[tuple[str, str]]:
-        """Size and time of modification of each tar."""
-        return file_identities(self._index.paths)
+        """Yield size and modification time of each tar."""
+        return file_states(self._index.paths)
 
     def _decoded(self, contents: list[bytes], ids: list[str], positions: NDArray[np.int64]) -> NDArray[Any]:
-        if self._decoder is not None and not any(self._index.as_npy[position] for position in positions.tolist()):
-            return self._decoder.batch([(partial(bytes, body), name) for body, name in zip(contents, ids, strict=True)])
-        arrays = [_array(body, name) for body, name in zip(contents, ids, strict=True)]
+        named = list(zip(contents, ids, strict=True))
+        if self._decoder is not None and not any(self._index.is_npy[position] for position in positions.tolist()):
+            return self._decoder.decode_batch([(partial(bytes, body), name) for body, name in named])
+        arrays = [_array(body, name) for body, name in named]
         for found, name in zip(arrays, ids, strict=True):
             if (found.shape, found.dtype) != (arrays[0].shape, arrays[0].dtype):
                 raise ShapeMismatchError(
@@ -197,83 +143,120 @@ class WebDataset:
         return np.stack(arrays)
 
 
-def webdataset(
-    shards: str | list[str],
-    input: str | None = None,
-    label: str | None = None,
-    ids: str | None = None,
-    size: int | list[int] | None = None,
-    resize: int | None = None,
-    mode: str = "RGB",
-    layout: str = "chw",
-    threads: int | None = None,
-    name: str | None = None,
-    base: Path | None = None,
-) -> WebDataset:
-    """Samples in tars as the webdataset library writes them: members whose names begin alike belong together.
+class WebDatasetSource(ImageSource, frozen=True, kw_only=True):
+    """Samples in tars as the webdataset library writes them: members whose names share a stem are one sample.
 
-    Args:
-        shards: paths of uncompressed tars: a list, or with `*` and `{000..146}`.
-        input: what an input's member is called after the key, such as "jpg;png" or "npy"; any picture, or npy, when
-            left out.
-        label: "cls" for a text with a number, "json:KEY" for a number in a JSON object, "none"; when left out, cls
+    Attributes:
+        shards: uncompressed tars: a path, a list of paths, or with `*` and `{000..146}`.
+        input: extensions of the input, such as "jpg;png" or "npy"; by default any image, or npy.
+        label: "cls" for a member with an integer, "json:KEY" for an integer in a JSON object, "none"; by default cls
             where there is any. A sample without that member is unlabelled.
-        ids: "key", or "shard/key" for the tar's name before it; when left out, the latter where a key stands in
-            several tars.
-        size, resize, mode, layout, threads: of pictures, as `image_folder` takes them.
-        name: of the transfer set; the first tar's folder when left out.
-        base: the folder that relative paths start from.
-    Raises:
-        JobError, DataUnavailableError: no such tar, one that is compressed or damaged, a key that stands twice in it.
+        ids: "key", or "shard/key" to put the tar's name first; by default the latter where a key occurs in several
+            tars.
+        name: by default the name of the first tar's folder.
     """
-    paths = matching(shards, base, what="webdataset shards")
-    wanted = tuple(input.lower().lstrip(".").split(";")) if input else (*_PICTURES, "npy")
-    refused = sorted({"pth", "pt", "pyd", "pkl", "pickle"} & set(wanted))
-    if refused:
-        raise JobError(f"members called .{refused[0]} hold pickles, which run code when they are read: use npy")
-    if ids not in (None, "key", "shard/key"):
-        raise JobError(f"ids is {ids!r}: choose 'key' or 'shard/key'")
-    kind, _, entry = (label or "cls").partition(":")
-    if kind not in ("cls", "json", "none") or (kind == "json") != bool(entry):
-        raise JobError(f"label is {label!r}: choose 'cls', 'json:KEY' or 'none'")
-    index = TarIndex(paths, wanted, None if kind == "none" else kind)
-    if len(index.shard) == 0:
-        raise JobError(f"the tars hold no sample: {paths[0]} is the first of {len(paths)}")
-    is_labelled = bool((index.label_at != ABSENT).any())
-    if label not in (None, "none") and not is_labelled:
-        raise JobError(f"no sample has a member .{kind} for its label; write label = 'none' if that is meant")
-    decoder = None if all(index.as_npy) else Decoder(picture_form(size, resize, mode, layout), threads)
-    read_label: Callable[[bytes], int] | None = partial(_json_label, entry) if kind == "json" else int
-    title = name or paths[0].resolve().parent.name
-    read_label = read_label if is_labelled else None
-    names = _ids(index, ids, title)
-    index.keys.clear()  # from here on they are the ids
-    return WebDataset(index, names, label=read_label, decoder=decoder, name=title)
+
+    shards: str | list[str]
+    input: str | None = None
+    label: str | None = None
+    ids: Literal["key", "shard/key"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pickled = sorted(_PICKLES & set(self._extensions()))
+        if pickled:
+            raise ValueError(f"members called .{pickled[0]} hold pickles, which run code when they are read: use npy")
+        kind, _, key = self._label_kind()
+        if kind not in ("cls", "json", "none") or (kind == "json") != bool(key):
+            raise ValueError(f"`label` is {self.label!r}: choose 'cls', 'json:KEY' or 'none'")
+
+    def load(self, base: Path | None) -> WebDataset:
+        """Return the samples of the tars.
+
+        Raises:
+            DataUnavailableError: there is no such tar. MissingExtraError: Pillow is not installed.
+            JobError: a tar is compressed or damaged, a key occurs twice in it, or no sample has the label asked for.
+        """
+        paths = match_files(self.shards, base, what="webdataset shards")
+        kind, _, key = self._label_kind()
+        index = TarIndex(paths, self._extensions(), None if kind == "none" else kind)
+        if len(index.shard) == 0:
+            raise JobError(f"the tars hold no sample: {paths[0]} is the first of {len(paths)}")
+        is_labelled = bool((index.label_at != ABSENT).any())
+        if self.label not in (None, "none") and not is_labelled:
+            raise JobError(f"no sample has a member .{kind} for its label; write label = 'none' if that is meant")
+        read_label: ReadLabel | None = partial(_json_label, key) if kind == "json" else int
+        name = self.name or paths[0].resolve().parent.name
+        ids = _ids(index, self.ids, name)
+        index.keys.clear()  # `ids` holds the same strings
+        decoder = None if all(index.is_npy) else self.decoder()
+        return WebDataset(index, ids, read_label if is_labelled else None, decoder, name)
+
+    def _extensions(self) -> tuple[str, ...]:
+        return tuple(self.input.lower().lstrip(".").split(";")) if self.input else (*_IMAGES, "npy")
+
+    def _label_kind(self) -> tuple[str, str, str]:
+        return (self.label or "cls").partition(":")
 
 
-def _ids(index: TarIndex, style: str | None, name: str) -> PackedNames:
+def _members(path: Path) -> Iterator[tuple[str, str, int, int]]:
+    """Yield key, extension, offset and size of each file in a tar; only headers are read."""
+    end = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
+                folder, slash, base = member.name.rpartition("/")
+                stem, dot, extension = base.partition(".")
+                if not member.isreg() or not stem or not dot:
+                    continue
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError(f"it ends within {member.name!r}")
+                yield folder + slash + stem, extension.lower(), member.offset_data, member.size
+            _check_end(path, tar.offset)
+    except tarfile.TarError as error:
+        raise JobError(
+            f"{path} cannot be read as an uncompressed tar ({error}): samples are read in any order, so decompress the "
+            "tar first, or fetch a damaged one again"
+        ) from error
+
+
+def _check_end(path: Path, offset: int) -> None:
+    # tarfile takes a damaged or truncated header for the end of the archive: samples behind it would be lost silently.
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
+            raise tarfile.ReadError(f"there is neither a header nor the end at byte {offset}")
+        while more := file.read(1 << 16):
+            if any(more):
+                raise tarfile.ReadError("something follows its end: concatenated tars must be split into files again")
+
+
+def _ids(index: TarIndex, style: str | None, name: str) -> PackedStrings:
     if style != "shard/key":
-        names = PackedNames(key for keys in index.keys for key in keys)
-        twice = names.repeated()
-        if twice is None:
-            return names
+        ids = PackedStrings(key for keys in index.keys for key in keys)
+        duplicate = ids.find_duplicate()
+        if duplicate is None:
+            return ids
         if style == "key":
-            raise JobError(f"key {twice!r} of {name!r} stands twice: let ids be 'shard/key'", id=twice)
+            raise JobError(f"key {duplicate!r} of {name!r} occurs twice: set ids = 'shard/key'", id=duplicate)
     stems = [path.stem for path in index.paths]
     if len(set(stems)) < len(stems):
         stems = [f"{path.parent.name}/{path.stem}" for path in index.paths]
-    names = PackedNames(f"{stem}/{key}" for stem, keys in zip(stems, index.keys, strict=True) for key in keys)
-    twice = names.repeated()
-    if twice is not None:
-        raise JobError(f"sample {twice!r} stands twice in {name!r}: each needs a key of its own in its tar", id=twice)
-    return names
+    ids = PackedStrings(f"{stem}/{key}" for stem, keys in zip(stems, index.keys, strict=True) for key in keys)
+    duplicate = ids.find_duplicate()
+    if duplicate is not None:
+        raise JobError(
+            f"sample {duplicate!r} occurs twice in {name!r}: each needs a key of its own in its tar", id=duplicate
+        )
+    return ids
 
 
 def _read(file: Any, offset: Any, size: Any, what: str) -> bytes:
     file.seek(int(offset))
     found: bytes = file.read(int(size))
     if len(found) != size:
-        raise UnreadableSampleError(f"sample {what} is cut: {len(found)} of {size} bytes; fetch the tar again")
+        raise UnreadableSampleError(f"sample {what} is truncated: {len(found)} of {size} bytes; fetch the tar again")
     return found
 
 
@@ -281,14 +264,14 @@ def _array(body: bytes, name: str) -> NDArray[Any]:
     try:
         return np.asarray(np.load(io.BytesIO(body), allow_pickle=False))
     except (ValueError, EOFError, OSError) as error:
-        raise UnreadableSampleError(f"sample {name!r} is no array in npy form: {error}", sample=name) from error
+        raise UnreadableSampleError(f"sample {name!r} is no array in npy format: {error}", sample=name) from error
 
 
-def _labelled(read: Callable[[bytes], int], text: bytes, what: str) -> int:
+def _parsed(read: ReadLabel, text: bytes, what: str) -> int:
     try:
         return read(text)
     except (ValueError, KeyError, TypeError) as error:
-        raise UnreadableSampleError(f"the label of sample {what} is {text[:80]!r}, no whole number") from error
+        raise UnreadableSampleError(f"the label of sample {what} is {text[:80]!r}, not an integer") from error
 
 
 def _json_label(key: str, text: bytes) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from softlabels.errors import TransferSetChangedError
 from softlabels.store.files import write_atomically
-from softlabels.transfer_set import SupportsIdentity, TransferSet
+from softlabels.transfer_set import TransferSet
+from softlabels.transfer_sets import SupportsIdentity
 
 NOTE = "transfer_set.tsv.gz"
 """Beside a store's plan: a line for each file of the transfer set, with its size and time. No part of the store."""

@@ -23,8 +23,8 @@ from softlabels.precompute.teachers import Teacher, align_classes, class_list_of
 from softlabels.softmath import Mean, check_temperature
 from softlabels.store.planning import kept_inputs, plan_store
 from softlabels.transfer_set import ArrayTransferSet, TransferSet
+from softlabels.transfer_sets import SupportsIdSpec, examine_ids
 from softlabels.transfer_sets import load_transfer_set as load_source
-from softlabels.transfer_sets.sample_ids import SupportsIdSpec, examine_ids
 from softlabels.views import load_view_transform
 
 PILOT_ROWS = 4096

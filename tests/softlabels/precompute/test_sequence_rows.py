@@ -25,7 +25,7 @@ from softlabels.precompute.job import Job, SequencesTable, job_from_json
 from softlabels.precompute.sequence_rows import SequenceRows
 from softlabels.store.verify import verify
 from softlabels.transfer_set import ArrayTransferSet, Samples, sequence_fingerprints
-from softlabels.transfer_sets.ragged import PADDING, RaggedTransferSet, padded
+from softlabels.transfer_sets.ragged import PADDING, RaggedTransferSet, pad_sequences
 
 VOCABULARY, FEATURES = 300, 8
 LENGTHS = (7, 1, 0, 20, 3, 12, 12, 5)
@@ -315,7 +315,7 @@ class TestRefusals:
     def test_unsigned_tokens_leave_no_padding(self) -> None:
         """A number that stands for padding must be free."""
         with pytest.raises(ShapeMismatchError, match="signed"):
-            padded([np.zeros(2, np.uint16), np.zeros(3, np.uint16)])
+            pad_sequences([np.zeros(2, np.uint16), np.zeros(3, np.uint16)])
 
     def test_views_and_sequences_in_one_job(self, tmp_path: Path) -> None:
         """A sample's rows are one or the other."""

@@ -86,7 +86,7 @@ class TestArrays:
         """Before anything is computed."""
         ids = np.arange(50)
         ids[33] = 8
-        with pytest.raises(BadIdsError, match="8 stands twice"):
+        with pytest.raises(BadIdsError, match="8 occurs twice"):
             load(tmp_path, kind, **keep(tmp_path, kind, inputs=ROWS, ids=ids))
 
     def test_arrays_of_several_lengths(self, tmp_path: Path, kind: str) -> None:
@@ -98,7 +98,7 @@ class TestArrays:
         """Floats and rows of labels are refused."""
         for labels in (np.arange(50) / 2, np.zeros((50, 2), dtype=np.int64)):
             arguments = keep(tmp_path, kind, inputs=ROWS, labels=labels)
-            with pytest.raises(JobError, match="one whole number is meant"):
+            with pytest.raises(JobError, match="not one integer"):
                 load(tmp_path, kind, **arguments).take(np.array([0]))
 
     def test_another_process_opens_its_own(self, tmp_path: Path, kind: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -21,7 +20,7 @@ PICTURES = {"size", "resize", "mode", "layout", "threads"}
 
 def parameters(kind: str) -> set[str]:
     """The arguments of a kind, but for what every kind takes."""
-    return set(inspect.signature(load_reference(KINDS[kind])).parameters) - {"base", "name"}
+    return set(load_reference(KINDS[kind]).__struct_fields__) - {"name"}
 
 
 @pytest.mark.parametrize("block", BLOCKS)

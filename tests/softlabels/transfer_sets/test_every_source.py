@@ -19,8 +19,8 @@ from softlabels.errors import JobError, MissingExtraError
 from softlabels.precompute import precompute
 from softlabels.precompute.job import job_from_json
 from softlabels.store.verify import verify
-from softlabels.transfer_set import SupportsIdentity, TransferSet, transfer_set_fingerprint
-from softlabels.transfer_sets import KINDS, SupportsIdSpec, load_transfer_set
+from softlabels.transfer_set import TransferSet, transfer_set_fingerprint
+from softlabels.transfer_sets import KINDS, SupportsIdentity, SupportsIdSpec, load_transfer_set
 
 
 def loaded(source: Any, **changes: Any) -> TransferSet:
@@ -93,7 +93,7 @@ class TestEverySource:
         """With the nearest that there is."""
         with pytest.raises(JobError, match="did you mean `name`"):
             loaded(source, nam="x")
-        with pytest.raises(JobError, match="has no argument `base`"):
+        with pytest.raises(JobError, match="unknown field `base`"):
             loaded(source, base="x")
 
 

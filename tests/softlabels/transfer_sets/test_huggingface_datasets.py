@@ -78,17 +78,17 @@ class TestColumns:
         hf.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
         assert everything(load(tmp_path, input="x")).labels.tolist() == [1, 0, 1]
         assert everything(load(tmp_path, input="x", label="none")).labels is None
-        with pytest.raises(JobError, match="no whole numbers"):
+        with pytest.raises(JobError, match="not integers"):
             everything(load(tmp_path, input="x", label="t"))
 
     def test_columns_that_are_not_there(self, tmp_path: Path) -> None:
         """With those that are."""
         hf.Dataset.from_dict({"x": [1.0], "text": ["a"]}).save_to_disk(str(tmp_path / "saved"))
-        with pytest.raises(JobError, match="no column of pictures: name the `input` among x, text"):
+        with pytest.raises(JobError, match="no column of images: name the `input` among x, text"):
             load(tmp_path)
         with pytest.raises(JobError, match="no column 'pixels': it has x, text"):
             load(tmp_path, input="pixels")
-        with pytest.raises(JobError, match="neither numbers nor pictures"):
+        with pytest.raises(JobError, match="neither numbers nor images"):
             everything(load(tmp_path, input="text"))
 
 
@@ -132,7 +132,7 @@ class TestRefusals:
     def test_an_id_that_stands_twice(self, tmp_path: Path) -> None:
         """It is named before anything is computed."""
         hf.Dataset.from_dict({"x": [1.0] * 4, "key": ["a", "b", "c", "b"]}).save_to_disk(str(tmp_path / "saved"))
-        with pytest.raises(BadIdsError, match="'b' stands twice"):
+        with pytest.raises(BadIdsError, match="'b' occurs twice"):
             load(tmp_path, input="x", id="key")
 
     def test_a_corrupt_picture_is_named_by_its_id(self, tmp_path: Path) -> None:

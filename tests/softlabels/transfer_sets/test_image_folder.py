@@ -152,10 +152,10 @@ class TestLabels:
     @pytest.mark.parametrize(
         ("lines", "arguments", "words"),
         [
-            ("file,label\nnowhere.png,1\n", {}, "line 2: there is no picture 'nowhere.png'"),
-            ("file,label\nfree.png,cat\n", {}, "'cat' is no whole number"),
+            ("file,label\nnowhere.png,1\n", {}, "line 2: there is no image 'nowhere.png'"),
+            ("file,label\nfree.png,cat\n", {}, "'cat' is not an integer"),
             ("file,label\nfree.png,cat\n", {"classes": ["dog"]}, "'cat' is none of the `classes`"),
-            ("file,label\nfree.png,0\n", {"first_label": 1}, "lies before `first_label`"),
+            ("file,label\nfree.png,0\n", {"first_label": 1}, "is below `first_label`"),
             ("file,label\nfree.png,0\n", {"label_column": "class"}, "has no column 'class': it has file, label"),
             ("", {}, "has no column"),
         ],
@@ -199,15 +199,15 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ({"size": 0}, "give one number of pixels"),
-            ({"size": [3]}, "give one number of pixels"),
-            ({"size": "224"}, "it must be a int or list"),
-            ({"size": True}, "it must be a int or list"),
-            ({"resize": 20}, "needs a size"),
+            ({"size": 0}, "at .size"),
+            ({"size": [3]}, "at .size"),
+            ({"size": "224"}, "expected .int | array | null"),
+            ({"size": True}, "expected .int | array | null"),
+            ({"resize": 20}, "needs a `size`"),
             ({"size": 24, "resize": 20}, "no larger"),
-            ({"mode": "CMYK"}, "choose of"),
-            ({"layout": "nhwc"}, "choose of"),
-            ({"threads": 0}, "at least one"),
+            ({"mode": "CMYK"}, "it must be one of"),
+            ({"layout": "nhwc"}, "it must be one of"),
+            ({"threads": 0}, "at .threads."),
         ],
     )
     def test_arguments_that_cannot_be(self, tmp_path: Path, arguments: dict[str, Any], words: str) -> None:

@@ -62,7 +62,7 @@ class TestInputs:
         rows = np.arange(24, dtype="<i2").reshape(4, 2, 3)
         keep(tmp_path / "a.parquet", {"x": [row.tobytes() for row in rows]})
         np.testing.assert_array_equal(everything(load(tmp_path, dtype="<i2", shape=[2, 3])).inputs, rows)
-        with pytest.raises(UnreadableSampleError, match="12 bytes, 16 were said"):
+        with pytest.raises(UnreadableSampleError, match="12 bytes; `dtype` and `shape` make 16"):
             everything(load(tmp_path, dtype="<i2", shape=[2, 4]))
 
     @pytest.mark.parametrize("wrapped", [False, True])
@@ -79,7 +79,7 @@ class TestInputs:
         np.testing.assert_array_equal(everything(data).inputs, pixels)
         broken = {"bytes": b"x", "path": None} if wrapped else b"x"
         keep(tmp_path / "a.parquet", {"x": [files[0], broken, files[2]], "key": ["a", "b", "c"]})
-        with pytest.raises(UnreadableSampleError, match="picture 'b'"):
+        with pytest.raises(UnreadableSampleError, match="image 'b'"):
             everything(load(tmp_path, id="key"))
 
 
@@ -103,7 +103,7 @@ class TestRowGroups:
         assert read == [(0, ["x"]), (0, ["x"]), (3, ["x"])]
         data.take(np.array([1, 77]))
         assert len(read) == 3
-        monkeypatch.setattr(module, "MOST_HELD_BYTES", 1)
+        monkeypatch.setattr(module, "MAX_CACHED_BYTES", 1)
         data.take(np.array([15]))
         data.take(np.array([16]))
         data.take(np.array([0]))
@@ -129,7 +129,7 @@ class TestRefusals:
             ({"x": [[1.0], [1.0, 2.0]]}, ShapeMismatchError, "differ in length"),
             ({"x": [[1.0], None]}, UnreadableSampleError, "sample 1 has no input"),
             ({"x": [[1], [None]]}, UnreadableSampleError, "a null among its numbers"),
-            ({"x": ["a", "b"]}, JobError, "neither numbers nor pictures"),
+            ({"x": ["a", "b"]}, JobError, "neither numbers nor images"),
             ({"y": [1.0, 2.0]}, JobError, "no column 'x': it has y"),
             ({"x": pa.array([], type=pa.float32())}, JobError, "holds no row"),
         ],
@@ -144,11 +144,11 @@ class TestRefusals:
         """Repeated ids over two files, floats, labels that are text."""
         keep(tmp_path / "a.parquet", {"x": [1.0, 2.0], "key": [5, 6], "label": ["a", "b"], "half": [0.5, 1.5]})
         keep(tmp_path / "b.parquet", {"x": [1.0, 2.0], "key": [7, 5], "label": ["a", "b"], "half": [0.5, 1.5]})
-        with pytest.raises(BadIdsError, match="5 stands twice"):
+        with pytest.raises(BadIdsError, match="5 occurs twice"):
             load(tmp_path, id="key")
         with pytest.raises(BadIdsError, match="float"):
             load(tmp_path, id="half")
-        with pytest.raises(JobError, match="no whole numbers"):
+        with pytest.raises(JobError, match="not integers"):
             everything(load(tmp_path, label="label"))
 
     def test_files_that_cannot_be(self, tmp_path: Path) -> None:

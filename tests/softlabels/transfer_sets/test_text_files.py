@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from softlabels.errors import DataUnavailableError, JobError
-from softlabels.transfer_set import SupportsIdentity
-from softlabels.transfer_sets import SupportsIdSpec, load_transfer_set
-from softlabels.transfer_sets.ragged import PADDING, SupportsLengths
+from softlabels.transfer_sets import SupportsIdentity, SupportsIdSpec, SupportsLengths, load_transfer_set
+from softlabels.transfer_sets.ragged import PADDING
 from softlabels.transfer_sets.text_files import TokenWindows
 
 
@@ -27,7 +26,7 @@ def windows(folder: Path, texts: dict[str, str], **more: Any) -> TokenWindows:
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    settings = {"length": 4, "beginning": None, "windows": None, "name": "t", **more}
+    settings = {"length": 4, "first_token": None, "max_windows": None, "name": "t", **more}
     return TokenWindows([folder / name for name in texts], characters, **settings)
 
 
@@ -56,19 +55,21 @@ class TestTokenWindows:
             return lambda block: blocks.append(block) or characters()(block)  # type: ignore[func-returns-value]
 
         (tmp_path / "long.txt").write_text(text)
-        data = TokenWindows([tmp_path / "long.txt"], counting, length=1000, beginning=None, windows=None, name="long")
+        data = TokenWindows(
+            [tmp_path / "long.txt"], counting, length=1000, first_token=None, max_windows=None, name="long"
+        )
         assert "".join(spelled(data).values()) == text
         assert len(blocks) > 2
         assert all(block.endswith("\n") for block in blocks)
 
     def test_only_so_many_windows(self, tmp_path: Path) -> None:
         """Later files are not even read."""
-        data = windows(tmp_path, {"a.txt": "abcdefghij", "b.txt": "xyz"}, windows=2)
+        data = windows(tmp_path, {"a.txt": "abcdefghij", "b.txt": "xyz"}, max_windows=2)
         assert list(spelled(data)) == ["a.txt:0", "a.txt:4"]
 
     def test_a_token_to_begin_with(self, tmp_path: Path) -> None:
         """It is part of the window's length, and no part of the offsets."""
-        data = windows(tmp_path, {"a.txt": "abcde"}, beginning=35)
+        data = windows(tmp_path, {"a.txt": "abcde"}, first_token=35)
         assert spelled(data) == {"a.txt:0": "#abc", "a.txt:3": "#de"}
 
     def test_files_of_one_name(self, tmp_path: Path) -> None:
@@ -91,8 +92,8 @@ class TestTokenWindows:
         with pytest.raises(JobError, match="no token"):
             windows(tmp_path, {"a.txt": ""})
         (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
-        with pytest.raises(JobError, match="no UTF-8"):
-            TokenWindows([tmp_path / "b.txt"], characters, length=4, beginning=None, windows=None, name="b")
+        with pytest.raises(JobError, match="not UTF-8"):
+            TokenWindows([tmp_path / "b.txt"], characters, length=4, first_token=None, max_windows=None, name="b")
 
 
 class TestText:

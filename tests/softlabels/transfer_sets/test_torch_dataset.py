@@ -131,7 +131,7 @@ class TestRefusals:
 
     def test_one_that_augments_at_random(self, load: Any) -> None:
         """Teacher and student would see different inputs."""
-        with pytest.raises(JobError, match="another input the second time"):
+        with pytest.raises(JobError, match="another input when item"):
             load("Augmented")
 
     def test_items_of_several_shapes(self, load: Any) -> None:

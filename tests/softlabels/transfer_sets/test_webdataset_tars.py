@@ -119,7 +119,7 @@ class TestIds:
         for shard in ("left", "right"):
             tar(tmp_path / f"{shard}.tar", [{"__key__": f"{n}", "npy": vector(n)} for n in range(2)])
         assert everything(load(tmp_path)).ids.tolist() == ["left/0", "left/1", "right/0", "right/1"]
-        with pytest.raises(JobError, match=r"key '[01]' of .* stands twice"):
+        with pytest.raises(JobError, match=r"key '[01]' of .* occurs twice"):
             load(tmp_path, ids="key")
         (tmp_path / "right.tar").unlink()
         assert everything(load(tmp_path)).ids.tolist() == ["0", "1"]
@@ -136,7 +136,7 @@ class TestIds:
         """Two samples cannot share an id."""
         files = [(f"{name}.npy", npy(vector(1))) for name in ("a", "b", "a")]
         members(tmp_path / "0.tar", files)
-        with pytest.raises((JobError, BadIdsError), match="'0/a' stands twice"):
+        with pytest.raises((JobError, BadIdsError), match="'0/a' occurs twice"):
             load(tmp_path)
 
 
@@ -220,7 +220,7 @@ class TestRefusals:
         data = load(tmp_path)
         path = tmp_path / "0.tar"
         path.write_bytes(path.read_bytes()[:1600])
-        with pytest.raises(UnreadableSampleError, match="is cut"):
+        with pytest.raises(UnreadableSampleError, match="is truncated"):
             everything(data)
 
     def test_samples_without_an_input(self, tmp_path: Path) -> None:

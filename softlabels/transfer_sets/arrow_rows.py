@@ -1,0 +1,159 @@
+"""Samples in rows of Arrow tables: what Parquet files and Hugging Face data sets share.
+
+Shapes: B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.errors import JobError, ShapeMismatchError, UnreadableSampleError
+from softlabels.ids import IdArray, as_ids
+from softlabels.manifest import IdSpec
+from softlabels.transfer_set import UNLABELLED, Samples
+from softlabels.transfer_sets.images import ImageDecoder
+from softlabels.transfer_sets.sample_ids import examine_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrowColumns:
+    """Names of the columns that make a sample.
+
+    Attributes:
+        inputs: one column, or several with a number each.
+        label, id: None where there is none.
+    """
+
+    inputs: tuple[str, ...]
+    label: str | None = None
+    id: str | None = None
+
+    def names(self) -> list[str]:
+        """Return all names, each once."""
+        return list(dict.fromkeys(name for name in (*self.inputs, self.label, self.id) if name is not None))
+
+
+class ArrowRows:
+    """A transfer set over Arrow tables; subclasses give the rows.
+
+    Args:
+        columns: columns of input, label and id.
+        decoder: decodes images; None where inputs are no images.
+        name: name for messages and manifests.
+    """
+
+    def __init__(self, columns: ArrowColumns, decoder: ImageDecoder | None, name: str) -> None:
+        self._columns, self._decoder, self.name = columns, decoder, name
+        self._spec = IdSpec(kind="int", dense_start=0)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def take(self, positions: NDArray[np.int64]) -> Samples:
+        """Return the samples at these positions, in this order; positions may repeat.
+
+        Raises:
+            UnreadableSampleError: a file or an image cannot be read, or an input is null.
+            ShapeMismatchError: inputs differ in shape. JobError: the columns hold neither numbers nor images.
+        """
+        rows, columns = self._rows(positions), self._columns
+        ids: IdArray = positions.astype(np.int64)
+        if columns.id is not None:
+            ids = as_ids(rows.column(columns.id).to_pylist())
+        labels = None if columns.label is None else label_array(rows.column(columns.label), columns.label)
+        return Samples(ids=ids, inputs=self._inputs(rows, ids), labels=labels)
+
+    def id_spec(self) -> IdSpec:
+        """Return how a store keeps the ids."""
+        return self._spec
+
+    def _rows(self, positions: NDArray[np.int64]) -> Any:
+        """Return the rows at these positions as one pyarrow table, in this order."""
+        raise NotImplementedError
+
+    def _inputs(self, rows: Any, ids: IdArray) -> NDArray[Any]:
+        columns = [rows.column(name).combine_chunks() for name in self._columns.inputs]
+        for name, column in zip(self._columns.inputs, columns, strict=True):
+            refuse_nulls(column, name, ids)
+        if self._decoder is None:
+            return self._arrays(columns, ids)
+        named = zip(columns[0].to_pylist(), ids.tolist(), strict=True)
+        return self._decoder.decode_batch([(partial(image_bytes, value), str(name)) for value, name in named])
+
+    def _arrays(self, columns: list[Any], ids: IdArray) -> NDArray[Any]:
+        """Return inputs that are no images, [B, ...]."""
+        parts = [numbers(column, name) for name, column in zip(self._columns.inputs, columns, strict=True)]
+        return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
+
+    def _examine(self, blocks: Iterable[Any]) -> None:
+        """Note how a store keeps the ids. Raises BadIdsError: an id occurs twice."""
+        self._spec = examine_ids((as_ids(block.to_pylist()) for block in blocks), len(self), self.name)
+
+
+def numbers(column: Any, name: str) -> NDArray[Any]:
+    """Return a pyarrow array of numbers, or of lists of them nested to any depth, as one NumPy array.
+
+    Raises:
+        ShapeMismatchError: lists differ in length. UnreadableSampleError: a null. JobError: no numbers.
+    """
+    import pyarrow as pa
+
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.storage
+    shape = [len(column)]
+    while (
+        pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
+    ):
+        flat = column.flatten()
+        each = len(flat) // len(column) if len(column) else 0
+        fixed = pa.types.is_fixed_size_list(column.type)
+        if column.null_count or (not fixed and not bool((column.value_lengths().to_numpy() == each).all())):
+            raise ShapeMismatchError(
+                f"lists of column {name!r} differ in length: a transfer set has samples of one shape"
+            )
+        shape.append(each)
+        column = flat
+    if column.null_count:
+        raise UnreadableSampleError(f"column {name!r} has a null among its numbers")
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise JobError(f"column {name!r} holds {column.type}, which is neither numbers nor images")
+    found: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    return found.reshape(shape)
+
+
+def label_array(column: Any, name: str) -> NDArray[np.int64]:
+    """Return a column of labels, [B]; null is unlabelled. Raises JobError if they are not integers."""
+    import pyarrow as pa
+
+    if not (pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
+        raise JobError(f"labels of column {name!r} are {column.type}, not integers; use -1 or null for no label")
+    return np.array([UNLABELLED if value is None else value for value in column.to_pylist()], dtype=np.int64)
+
+
+def refuse_nulls(column: Any, name: str, ids: IdArray) -> None:
+    """Raise UnreadableSampleError unless the column has a value for each of these samples."""
+    if column.null_count:
+        absent = ids.tolist()[int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])]
+        raise UnreadableSampleError(f"sample {absent!r} has no input: its {name!r} is null", sample=absent)
+
+
+def image_bytes(value: Any) -> bytes:
+    """Return the contents of an image file: bytes, or a struct with bytes or a path, as `datasets` stores it."""
+    if not isinstance(value, dict):
+        return bytes(value)
+    found, path = value.get("bytes"), value.get("path")
+    if found is not None:
+        return bytes(found)
+    if path is None:
+        raise UnreadableSampleError("an image's row holds neither bytes nor a path")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableSampleError(f"image {path} cannot be read: {error}", sample=str(path)) from error
