@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from softlabels_client.data.dataset import SoftTargetDataset
-    from softlabels_client.training.trainer import DistillResult
+    from softlabels_client.training.trainer import DistillResult, Evaluate
 
 _DESCRIPTION = """\
 Train a student on the soft targets of a store, near or far, without ever loading a teacher. Inputs are paired with
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
     from softlabels_client.data.dataset import SoftTargetDataset
     from softlabels_client.data.view_dataset import ViewDataset
     from softlabels_client.training.checkpoint import save_student
-    from softlabels_client.training.step import count_errors
+    from softlabels_client.training.step import measure_errors
 
     with open_store(options.store, token=options.token, timeout_s=options.timeout, cache=options.cache) as store:
         inputs = _transfer_set("--inputs", options.inputs, options.inputs_args) if options.inputs else None
@@ -169,7 +169,7 @@ def run(options: argparse.Namespace) -> int:
         dataset = kind(inputs, store, temperature=options.temperature, check=options.check)
         name = dataset.samples.name
         print(f"{store!r}\n{len(dataset)} samples of {name!r}, temperature {dataset.temperature:g}", flush=True)
-        evaluate = None if test is None else partial(count_errors, samples=test)
+        evaluate = None if test is None else partial(measure_errors, samples=test)
         result = _trained(student, dataset, settings, evaluate, options)
         facts = {"softlabels.store": store.digest, "softlabels.temperature": repr(dataset.temperature)}
     save_student(student, options.out, metadata=facts)
@@ -192,7 +192,7 @@ def _trained(
     student: nn.Module,
     dataset: SoftTargetDataset,
     settings: DistillSettings,
-    evaluate: Callable[[nn.Module], float] | None,
+    evaluate: Evaluate | None,
     options: argparse.Namespace,
 ) -> DistillResult:
     from softlabels.progress import track

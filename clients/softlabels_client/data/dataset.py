@@ -95,7 +95,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
         self.samples = StoreInputs(store, ids) if inputs is None else as_transfer_set(inputs, ids)
         self.store = store
         self.temperature = wanted
-        self._check = check
+        self.check = check
         self._seen = np.zeros(len(self.samples), dtype=np.bool_)
 
     def __len__(self) -> int:
@@ -129,7 +129,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
     def checks(self, positions: NDArray[np.int64] | None = None) -> bool:
         """Whether the samples at these positions, or any of all, have yet to be compared with their fingerprints."""
         seen = self._seen if positions is None else self._seen[positions]
-        return self._check == "always" or (self._check == "first" and not seen.all())
+        return self.check == "always" or (self.check == "first" and not seen.all())
 
     def pair(self, samples: Samples, targets: SoftTargets, positions: NDArray[np.int64]) -> DistillationBatch:
         """One batch of samples and the targets that were fetched for their ids, in this order.
@@ -142,7 +142,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
             FingerprintMismatchError: an input is not the one that the targets of its id were computed for.
         """
         if targets.fingerprints is not None:
-            rows = slice(None) if self._check == "always" else np.flatnonzero(~self._seen[positions])
+            rows = slice(None) if self.check == "always" else np.flatnonzero(~self._seen[positions])
             # An input that comes from the store and fails was damaged on its way, or there.
             self._refuse_other_inputs(samples.inputs[rows], samples.ids[rows], targets.fingerprints[rows])
             self._seen[positions] = True

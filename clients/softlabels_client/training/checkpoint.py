@@ -1,107 +1,97 @@
-"""Where does an interrupted training go on? Checkpoints in a folder: safetensors files that are whole or not there.
+"""Checkpoints of a training and a student's weights as safetensors files, each written whole or not at all.
 
-A checkpoint is one file, `step-000000001200.safetensors`: every tensor of the training's state (the student's weights
-under `state/student/`), and in its metadata `softlabels.checkpoint`, the form, `document`, the rest of the state as
-JSON, and `blake2b`, a checksum over both.
+A checkpoint is one file, `step-000000001200.safetensors`. It holds every tensor of the training's state (the student's
+weights under `state/student/`). Its metadata hold `softlabels.checkpoint`, the format; `document`, the rest of the
+state as JSON; and `blake2b`, a checksum over both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from softlabels.errors import (
-    ChecksumError,
-    ConflictError,
-    FormatVersionError,
-    ManifestError,
-    MissingExtraError,
-    RequestError,
-)
+from softlabels.errors import ChecksumError, ConflictError, FormatVersionError, ManifestError, RequestError
+from softlabels.extras import needs_extra
 
-try:
+with needs_extra("torch", "saving a student or a checkpoint"):
     import torch
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-    from torch import Tensor
-except ImportError as error:
-    raise MissingExtraError(
-        "keeping checkpoints needs torch and safetensors, which are not installed: `pip install softlabels[torch]`",
-        extra="torch",
-    ) from error
+    from safetensors.torch import save_file, save_model
+    from torch import Tensor, nn
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+FORMAT = "softlabels-checkpoint/2"
+READABLE = ("softlabels-checkpoint/1", FORMAT)
+"""Format 2 added the sums for the accuracy and left out the loader's state."""
 
-from softlabels.errors import MissingExtraError
+PARTIAL = ".partial"
+"""Suffix of a file that is still being written."""
 
-FORMAT = "softlabels-checkpoint/1"
+TENSOR, TUPLE, DICT = "tensor", "tuple", "dict"
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
 
 
 class CheckpointFolder:
-    """A training's checkpoints, for one training at a time.
+    """The checkpoints of one training.
 
     Args:
-        path: the folder; made where it is missing, its parent must be there.
-        every: steps between checkpoints; None for one after each epoch. There is always one at the end.
-        keep: how many are kept, the newest; older ones are removed.
-        resume: go on where the newest stands. Without it, a folder that holds checkpoints is refused.
+        path: folder; made if it does not exist, but its parent must.
+        every: optimizer steps between checkpoints; None writes one after each epoch. There is always one at the end.
+        keep: newest checkpoints to keep; older ones are removed.
+        resume: continue from the newest checkpoint. Without it, a folder that holds checkpoints is refused.
     Raises:
-        RequestError: a number out of range, or there is no parent.
-        ConflictError: the folder holds checkpoints, and nobody said `resume`.
+        RequestError: a number out of range, or the parent folder does not exist.
+        ConflictError: the folder holds checkpoints and `resume` is False.
     """
 
     def __init__(self, path: str | Path, *, every: int | None = None, keep: int = 3, resume: bool = False) -> None:
         for name, value in (("every", 1 if every is None else every), ("keep", keep)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RequestError(f"{name} is {value!r}; it is a whole number of 1 or more")
+                raise RequestError(f"{name} is {value!r}; it must be an integer of 1 or more")
         self.path, self.every, self.resume = Path(path), every, resume
         self._keep = keep
         if not self.path.parent.is_dir():
-            raise RequestError(f"there is no folder {str(self.path.parent)!r} to keep checkpoints in: make it first")
+            raise RequestError(f"there is no folder {str(self.path.parent)!r} for the checkpoints: make it first")
         self.path.mkdir(exist_ok=True)
-        for partial in self.path.glob(f".*{PARTIAL}"):  # of a process that was killed while it wrote
+        for partial in self.path.glob(f".*{PARTIAL}"):  # left by a process that was killed while it wrote
             partial.unlink(missing_ok=True)
         if self.steps and not resume:
             raise ConflictError(
-                f"{str(self.path)!r} holds checkpoints of a training, the newest at step {self.steps[-1]}: say that it "
-                "is to be resumed, or choose another folder"
+                f"{str(self.path)!r} holds checkpoints of a training, the newest at step {self.steps[-1]}: resume it, "
+                "or choose another folder"
             )
 
     @property
     def steps(self) -> list[int]:
-        """After how many steps there is a checkpoint, the newest last."""
+        """Steps that there is a checkpoint of, in increasing order."""
         return sorted(int(found[1]) for entry in self.path.iterdir() if (found := _NAME.fullmatch(entry.name)))
 
     def write(self, step: int, state: Any) -> Path:
-        """Keep a state, a tree as `softlabels_client.training.checkpoint` says; then remove what is too old.
+        """Write a checkpoint, then remove the oldest ones beyond `keep`.
 
+        Args:
+            step: optimizer steps done.
+            state: a tree as `pack` takes it.
         Raises:
-            RequestError: the state holds what cannot be kept. OSError: the disk is full.
+            RequestError: the state holds something that a checkpoint cannot. OSError: the disk is full.
         """
         packed, tensors = pack(state)
         document = json.dumps(packed)
         metadata = {"softlabels.checkpoint": FORMAT, "document": document, "blake2b": _checksum(document, tensors)}
         path = self._path(step)
-        with whole_file(path) as partial:
+        with atomic_path(path) as partial:
             save_file(tensors, partial, metadata=metadata)
         for old in self.steps[: -self._keep]:
             self._path(old).unlink(missing_ok=True)
         return path
 
     def newest(self) -> Any:
-        """The state that was kept last, None where there is none.
-
-        Raises:
-            ChecksumError, ManifestError: the file is damaged; without it the one before would be taken.
-            FormatVersionError: a newer softlabels wrote it.
-        """
+        """Return the state of the newest checkpoint, or None without any; raises as `read_checkpoint`."""
         return read_checkpoint(self._path(self.steps[-1])) if self.steps else None
 
     def _path(self, step: int) -> Path:
@@ -109,15 +99,20 @@ class CheckpointFolder:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The state in a checkpoint's file; raises as `CheckpointFolder.newest` does."""
-    advice = f"{path} is damaged: remove it, and the training goes on from the checkpoint before, or from its beginning"
+    """Return the state in a checkpoint file.
+
+    Raises:
+        ChecksumError, ManifestError: the file is damaged.
+        FormatVersionError: a version of softlabels with another checkpoint format wrote it.
+    """
+    advice = f"{path} is damaged: remove it to resume from the checkpoint before it, or from the beginning"
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("softlabels.checkpoint") != FORMAT:
+            if metadata.get("softlabels.checkpoint") not in READABLE:
                 raise FormatVersionError(
-                    f"{path} is of the form {metadata.get('softlabels.checkpoint')!r}, this softlabels knows "
-                    f"{FORMAT!r}: upgrade, or choose another folder"
+                    f"{path} has the format {metadata.get('softlabels.checkpoint')!r}; this version of softlabels "
+                    f"reads {' and '.join(map(repr, READABLE))}: upgrade softlabels, or choose another folder"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -128,43 +123,42 @@ def read_checkpoint(path: Path) -> Any:
     return unpack(json.loads(document), tensors)
 
 
-def _checksum(document: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(document.encode(), digest_size=16)
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def save_student(student: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Save a student's weights as safetensors: the whole file or nothing, even if interrupted.
 
-
-try:
-    import torch
-    from torch import Tensor
-except ImportError as error:
-    raise MissingExtraError(
-        "keeping a training's state needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
-    ) from error
-
-TENSOR, TUPLE, DICT = "tensor", "tuple", "dict"
+    Args:
+        student: its weights; tied weights are saved once.
+        path: file to write; an existing one is replaced.
+        metadata: strings to store with the weights.
+    Raises:
+        OSError: the folder does not exist, or the disk is full.
+    """
+    with atomic_path(Path(path)) as partial:
+        save_model(student, str(partial), metadata=dict(metadata or {}))
 
 
 def pack(tree: Any, *, path: str = "state") -> tuple[Any, dict[str, Tensor]]:
-    """A tree as JSON and tensors.
+    """Split a tree into JSON and tensors.
 
+    Args:
+        tree: tensors, numbers, strings, None, lists, tuples and dictionaries with string or integer keys, as every
+            `state_dict` of torch is.
+        path: name of the tree, the prefix of its tensors' names.
     Returns:
-        What `json.dumps` takes, and the tensors by the names that stand in it: copies in the host's memory, so that
-        they stay what they are while the training goes on.
+        What `json.dumps` takes, and the tensors by the names that it refers to: copies on the host, so that the
+        training may go on while they are written.
     Raises:
-        RequestError: something that is none of these things, named by its path.
+        RequestError: the tree holds something else; the message names its path.
     """
     tensors: dict[str, Tensor] = {}
-    return _packed(tree, path, tensors), tensors
+    return _pack(tree, path, tensors), tensors
 
 
 def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree that `pack` was given.
+    """Return the tree that `pack` split: floats equal to the bit, tuples as tuples.
 
     Raises:
-        ManifestError: what was kept is no such tree.
+        ManifestError: the document refers to a tensor or a type that does not exist.
     """
     if isinstance(document, list):
         return [unpack(entry, tensors) for entry in document]
@@ -177,42 +171,42 @@ def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tuple(unpack(entry, tensors) for entry in value)
     if kind == DICT:
         return {key: unpack(entry, tensors) for key, entry in value}
-    raise ManifestError(f"a kept state names the {kind} {value!r}, which is not there")
+    raise ManifestError(f"the saved state refers to the {kind} {value!r}, which does not exist")
 
 
-def _packed(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     if isinstance(tree, Tensor):
-        _refuse_unkeepable(tree, path)
+        if tree.layout != torch.strided or tree.is_complex():
+            raise RequestError(f"{path} is a {tree.layout} tensor of {tree.dtype}: a checkpoint holds dense real ones")
         tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
         return {TENSOR: path}
     if isinstance(tree, list | tuple):
-        entries = [_packed(entry, f"{path}/{number}", tensors) for number, entry in enumerate(tree)]
+        entries = [_pack(entry, f"{path}/{number}", tensors) for number, entry in enumerate(tree)]
         return entries if isinstance(tree, list) else {TUPLE: entries}
     if isinstance(tree, Mapping) and all(isinstance(key, int | str) for key in tree):
-        return {DICT: [[key, _packed(entry, f"{path}/{key}", tensors)] for key, entry in tree.items()]}
+        return {DICT: [[key, _pack(entry, f"{path}/{key}", tensors)] for key, entry in tree.items()]}
     raise RequestError(
-        f"{path} is a {type(tree).__name__}: a checkpoint keeps tensors, numbers, words, lists, tuples and "
+        f"{path} is a {type(tree).__name__}: a checkpoint holds tensors, numbers, strings, lists, tuples and "
         "dictionaries, so a training with this state cannot be resumed exactly"
     )
 
 
-def _refuse_unkeepable(tensor: Tensor, path: str) -> None:
-    if tensor.layout != torch.strided or tensor.is_complex():
-        raise RequestError(f"{path} is a {tensor.layout} tensor of {tensor.dtype}: a checkpoint keeps dense real ones")
-
-
-PARTIAL = ".partial"
-"""Ending of a file that is still being written."""
+def _checksum(document: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(document.encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give the block a place to write to; what it wrote is at `path` once it ends well, and nowhere otherwise.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there replaces `path` once the context ends well.
 
     Raises:
-        OSError: the folder does not exist, or the disk is full; what was at `path` before is still there.
+        OSError: the folder does not exist, or the disk is full; an existing file at `path` is unchanged.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -224,31 +218,6 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(folder)  # without it the rename could be lost in a power cut
     finally:
         os.close(folder)
-
-
-try:
-    from safetensors.torch import save_model
-    from torch import nn
-except ImportError as error:
-    raise MissingExtraError(
-        "keeping a student's weights needs torch and safetensors, which are not installed: `pip install "
-        "softlabels[torch]`",
-        extra="torch",
-    ) from error
-
-
-def save_student(student: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Keep a student's weights as safetensors: the whole file or none, whatever is interrupted.
-
-    Args:
-        student: tied weights are kept once.
-        path: replaced where it exists.
-        metadata: short facts to keep with the weights.
-    Raises:
-        OSError: the folder does not exist, or the disk is full.
-    """
-    with whole_file(Path(path)) as partial:
-        save_model(student, str(partial), metadata=dict(metadata or {}))

@@ -1,33 +1,31 @@
-"""Which optimiser moves the student's weights, and how fast at each step?"""
+"""Optimizer and learning-rate schedule of a student's training, made from its settings."""
 
 from __future__ import annotations
 
-from softlabels.errors import MissingExtraError, ReferenceLoadError, SoftLabelsError
+import math
 
-try:
+from softlabels.errors import ReferenceLoadError, SoftLabelsError
+from softlabels.extras import needs_extra
+from softlabels.references import load_reference
+from softlabels_client.training.settings import OPTIMIZERS, DistillSettings
+
+with needs_extra("torch", "training a student"):
     import torch
     from torch import nn
-except ImportError as error:
-    raise MissingExtraError(
-        "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
-    ) from error
+    from torch.optim.lr_scheduler import LambdaLR
 
-import math
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
-
-from softlabels.references import load_reference
-from softlabels_client.training.settings import DistillSettings
+ONE_CYCLE_WARM_UP = 0.2
+"""Fraction of all steps in which a one-cycle schedule rises to its peak."""
 
 
 def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.Optimizer:
-    """The optimiser that the settings name, over all of the student's parameters.
+    """Return the optimizer that the settings name, over all of the student's parameters.
 
     Raises:
-        ReferenceLoadError: it cannot be made of these arguments, or what the reference makes is no optimiser.
+        ReferenceLoadError: it does not accept these arguments, or the reference does not return an optimizer.
     """
     arguments = {"lr": settings.learning_rate, **settings.optimizer_args}
-    if settings.weight_decay or settings.optimizer in ("sgd", "adamw", "adam"):
+    if settings.weight_decay or settings.optimizer in OPTIMIZERS:
         arguments["weight_decay"] = settings.weight_decay
     if settings.optimizer == "sgd":
         arguments = {"momentum": settings.momentum, "nesterov": settings.momentum > 0, **arguments}
@@ -37,66 +35,65 @@ def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim
         made = make(student.parameters(), **arguments)
     except SoftLabelsError:
         raise
-    except Exception as error:  # whatever an optimiser, or a user's function, raises
+    except Exception as error:  # whatever an optimizer or a user's function raises
         raise ReferenceLoadError(
-            f"optimizer {settings.optimizer!r} cannot be made of the parameters and {arguments}: "
+            f"optimizer {settings.optimizer!r} cannot be made from the parameters and {arguments}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(made, torch.optim.Optimizer):
         raise ReferenceLoadError(
-            f"optimizer {settings.optimizer!r} made a {type(made).__name__}, no torch.optim.Optimizer"
+            f"optimizer {settings.optimizer!r} returned a {type(made).__name__}, not a torch.optim.Optimizer"
         )
     for group in made.param_groups:
-        group["initial_lr"] = group["lr"]  # groups of a maker's own keep their ratios to each other
+        group["initial_lr"] = group["lr"]  # the peak rate; groups with rates of their own keep their ratios
     return made
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Make the next step use `factor` times each group's own peak rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, settings: DistillSettings, *, steps_per_epoch: int, done_steps: int = 0
+) -> LambdaLR:
+    """Return the learning-rate scheduler, to be stepped after every optimizer step.
+
+    The rate is a pure function of the step, so a resumed training needs no state of the scheduler. `OneCycleLR` cannot
+    combine a linear rise with a cosine decay, and `SequentialLR` cannot begin one between two steps.
+
+    Args:
+        optimizer: from `make_optimizer`; its current rates are set.
+        settings: see `DistillSettings.schedule`.
+        steps_per_epoch: optimizer steps per epoch.
+        done_steps: optimizer steps that a resumed training has done.
+    """
+
+    def factor(step: int) -> float:
+        return rate_factor(settings, step, steps_per_epoch)
+
+    # GradScaler skips a step whose gradients overflow, often the first one, and the scheduler would warn that it was
+    # stepped before the optimizer (https://github.com/pytorch/pytorch/issues/44511).
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    return LambdaLR(optimizer, factor, last_epoch=done_steps - 1)
 
 
-def rate_factor(settings: DistillSettings, step: int, steps_an_epoch: int) -> float:
-    """The factor on the peak learning rate at a step, counted from 0."""
-    done_share = step / (settings.epochs * steps_an_epoch)
-    own_warm_up = ONE_CYCLE_WARM_UP if settings.schedule == "one_cycle" else 0.0
-    warm_up = own_warm_up if settings.warm_up is None else settings.warm_up
-    if settings.schedule == "step":
-        fallen = stepped(step // steps_an_epoch, settings.step_epochs, settings.step_factor)
-        return fallen * warmed_up(done_share, warm_up, constant)
-    return warmed_up(done_share, warm_up, constant if settings.schedule == "constant" else cosine)
+def rate_factor(settings: DistillSettings, step: int, steps_per_epoch: int) -> float:
+    """Return the factor on the peak learning rate at a step, counted from 0."""
+    done = step / (settings.epochs * steps_per_epoch)
+    default_warm_up = ONE_CYCLE_WARM_UP if settings.schedule == "one_cycle" else 0.0
+    warm_up = default_warm_up if settings.warm_up is None else settings.warm_up
+    if settings.schedule in ("one_cycle", "cosine"):
+        return one_cycle(done, warm_up)
+    rise = done / warm_up if done < warm_up else 1.0
+    if settings.schedule == "constant":
+        return rise
+    done_epochs = step // steps_per_epoch
+    return math.prod(settings.step_factor for epoch in settings.step_epochs if done_epochs >= epoch) * rise
 
 
-Schedule: TypeAlias = Callable[[float], float]
-"""The factor on the peak rate after a share of all steps."""
+def one_cycle(done: float, warm_up: float = ONE_CYCLE_WARM_UP) -> float:
+    """Return the factor on the peak rate after a fraction of all steps: a linear rise from 0, then a cosine to 0.
 
-ONE_CYCLE_WARM_UP = 0.2
-"""Share of all steps in which a one-cycle schedule rises to its peak."""
-
-
-def one_cycle(done_share: float) -> float:
-    """The factor after `done_share` of all steps: a linear rise for a fifth of them, then a cosine's fall to 0."""
-    return warmed_up(done_share, ONE_CYCLE_WARM_UP, cosine)
-
-
-def cosine(done_share: float) -> float:
-    """The factor after `done_share` of all steps: from 1 to 0 along half a cosine."""
-    return 0.5 * (1.0 + math.cos(math.pi * done_share))
-
-
-def constant(done_share: float) -> float:
-    """The factor is 1 all along."""
-    return 1.0
-
-
-def warmed_up(done_share: float, warm_up: float, rest: Schedule) -> float:
-    """The factor of a schedule that begins after a linear rise from 0, for a share `warm_up` of all steps."""
-    if done_share < warm_up:
-        return done_share / warm_up
-    return rest((done_share - warm_up) / (1.0 - warm_up))
-
-
-def stepped(done_epochs: int, at_epochs: Sequence[int], factor: float) -> float:
-    """The factor after so many whole epochs: one multiplication by `factor` for each of `at_epochs` that is reached."""
-    return math.prod(factor for epoch in at_epochs if done_epochs >= epoch)
+    Args:
+        done: fraction of all steps, 0 … 1.
+        warm_up: fraction in which the rate rises, 0 … 1.
+    """
+    if done < warm_up:
+        return done / warm_up
+    return 0.5 * (1.0 + math.cos(math.pi * ((done - warm_up) / (1.0 - warm_up))))

@@ -1,4 +1,4 @@
-"""How does a student learn from soft targets? One plain loop: fetch, forward, distillation loss, step.
+"""The student's trainer: one plain loop of fetch, forward, distillation loss, backward and optimizer step.
 
 Legend: B rows, C classes.
 """
@@ -8,67 +8,78 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 import softlabels
-from softlabels.errors import DivergenceError, MissingExtraError, RequestError
-
-try:
-    import torch
-    from torch import nn
-except ImportError as error:
-    raise MissingExtraError(
-        "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
-    ) from error
-
+from softlabels.errors import DivergenceError, RequestError
+from softlabels.extras import needs_extra
 from softlabels.progress import QUIET, Progress
 from softlabels_client.data.dataset import SoftTargetDataset, data_loader
-from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.data.loader import StatefulLoader
+from softlabels_client.data.stream_dataset import SoftTargetStream, stream_loader
 from softlabels_client.training.checkpoint import CheckpointFolder
-from softlabels_client.training.optimization import rate_factor
+from softlabels_client.training.optimization import make_optimizer, make_scheduler
 from softlabels_client.training.settings import DistillSettings
-from softlabels_client.training.step import Learner
-from softlabels_client.training.training_log import Figures, Logbook, PairRecord, TrainingLog
+from softlabels_client.training.step import ErrorCount, batch_sums
+from softlabels_client.training.training_log import LogRow, PairRecord, TrainingLog, TrainingLogs
 from softlabels_client.training.training_state import (
     TrainingState,
+    check_same_training,
     copied_weights,
-    draw_states,
-    refuse_other_training,
+    load_optimizer,
+    load_student,
+    rng_states,
     seeded,
-    set_draw_states,
+    set_rng_states,
+    student_tree,
     training_identity,
 )
 
-Evaluate = Callable[[nn.Module], float]
-"""How bad a student is, in eval mode and without gradients: `count_errors`, or any figure that should fall."""
+with needs_extra("torch", "training a student"):
+    import torch
+    from torch import nn
+
+    from softlabels.losses import make_loss
+
+Evaluate = Callable[[nn.Module], float | ErrorCount]
+"""Returns a figure that should fall, or counted errors; called in eval mode without gradients."""
+
+_MIXED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillResult:
-    """What came of a training.
+    """Outcome of a training.
 
     Attributes:
-        losses: mean of the whole loss over each epoch's rows, as the student was while it learnt them.
-        divergences: mean KL(target, student) at T over each epoch's rows, nats: 0 when the targets are learnt.
-        errors: what `evaluate` returned, each time; empty without it.
-        final_errors: of the student as it is now: the lowest of them where the best weights were kept, else the last.
-        steps: of the optimiser.
-        stopped_early: whether evaluations had ceased to improve.
-        resumed_at: the step of the checkpoint that this process went on from; None where it began.
-        seconds: of the whole training, evaluation and earlier processes included.
+        losses: mean training loss of each epoch.
+        divergences: mean KL(target, student) at T of each epoch, nats; 0 when the targets are learned exactly.
+        accuracies: percent of each epoch's labelled training samples predicted correctly; None without labels.
+        errors: results of all evaluations; empty without `evaluate`.
+        final_errors: result for the final weights: the lowest if the best weights were kept, else the last.
+        test_samples: labelled test samples, if the evaluation counted errors.
+        steps: optimizer steps.
+        stopped_early: whether early stopping ended the training.
+        resumed_at: step of the checkpoint that this process resumed from; None if it started from the beginning.
+        seconds: duration of the training, earlier processes and evaluation included.
+        samples_per_second: training rate of this process, evaluation and checkpoints included.
     """
 
     losses: tuple[float, ...]
     divergences: tuple[float, ...]
+    accuracies: tuple[float | None, ...]
     errors: tuple[float, ...]
     final_errors: float | None
+    test_samples: int | None
     steps: int
     stopped_early: bool
     resumed_at: int | None
     seconds: float
+    samples_per_second: float
 
 
 def distill(
@@ -82,62 +93,259 @@ def distill(
     logs: Sequence[TrainingLog] = (),
     record: PairRecord | None = None,
 ) -> DistillResult:
-    """Train `student` in place on the data set's soft targets; the same arguments give the same weights on one machine.
+    """Train `student` in place on the data set's soft targets.
 
-    With checkpoints that holds for a training that was killed at any moment and resumed, too. One process trains; under
-    several ranks use a framework's trainer.
+    The same arguments give the same weights on the same machine, also if the training is killed at any moment and
+    resumed from its checkpoints. This is one process; to train with several ranks, use a framework's trainer.
 
     Args:
-        student: maps a batch of inputs to logits_BC, one a class of the store.
+        student: maps a batch of inputs to logits_BC, one logit per class of the store.
         dataset: inputs paired with targets, which carry the temperature.
-        settings: see there.
+        settings: how to train.
         evaluate: called after each epoch, or every `evaluate_every` steps.
-        progress: advanced by the rows of each step.
-        checkpoints: where the training is kept, and taken up again.
-        logs: where figures go.
-        record: which pairs were learnt.
+        progress: advanced by the samples of each batch.
+        checkpoints: where to save the training and resume it from.
+        logs: destinations of metrics.
+        record: destination of the (sample, target) pairs trained on.
     Raises:
-        ShapeMismatchError: the student's classes are not the store's.
+        ShapeMismatchError: the student's outputs are not the store's classes.
         FingerprintMismatchError, UnknownIdError: the inputs are not those that the targets were computed for.
-        CheckpointMismatchError: the checkpoints are of another training.
-        RequestError: settings that do not fit each other.
-        DivergenceError: the loss is no longer a finite number.
+        CheckpointMismatchError: the checkpoints belong to another training.
+        RequestError: settings that contradict each other.
+        DivergenceError: the loss is no longer finite.
     """
     if evaluate is None and (settings.patience or settings.keep_best or settings.evaluate_every):
         raise RequestError("patience, keep_best and evaluate_every need something to evaluate on: pass `evaluate`")
-    learner = Learner(student, settings)
-    training = _Training(
-        learner,
-        dataset,
-        settings,
-        evaluate=evaluate,
-        progress=progress,
-        checkpoints=checkpoints,
-        logbook=Logbook(logs, record),
-    )
-    with seeded(settings.seed, learner.device):
-        training.take_up()
-        training.learn()
-    return training.result()
+    trainer = _Trainer(student, dataset, settings, evaluate, progress, checkpoints, TrainingLogs(logs, record))
+    with seeded(settings.seed, trainer.device):
+        trainer.resume()
+        trainer.train()
+    return trainer.result()
 
 
-class _Training:
-    """One course through the epochs: what comes when, and where it goes on after a break."""
+class _Trainer:
+    """One training; the arguments are those of `distill`."""
 
     def __init__(
         self,
-        learner: Learner,
+        student: nn.Module,
         dataset: SoftTargetDataset,
         settings: DistillSettings,
-        *,
         evaluate: Evaluate | None,
         progress: Progress,
         checkpoints: CheckpointFolder | None,
-        logbook: Logbook,
+        logs: TrainingLogs,
     ) -> None:
-        self._learner, self._dataset, self._settings = learner, dataset, settings
-        self._evaluate, self._progress, self._checkpoints, self._logbook = evaluate, progress, checkpoints, logbook
-        self._loader = data_loader(
+        self.settings, self.dataset, self.evaluate = settings, dataset, evaluate
+        self.progress, self.checkpoints, self.logs = progress, checkpoints, logs
+        self.device = _device(settings.device)
+        self.student = student.to(self.device)
+        self.identity = training_identity(student, dataset, settings)
+        weights = {} if settings.hard_weight is None else {"hard_weight": settings.hard_weight}
+        self.loss = make_loss(settings.loss, **{**weights, **settings.loss_args})
+        self.optimizer = make_optimizer(student, settings)
+        self.optimizer.zero_grad()  # the caller may have left gradients on the student
+        self.mixed = _MIXED.get(settings.precision)
+        # Scales the loss so that float16 gradients do not underflow, and skips a step whose gradients overflow.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.mixed is torch.float16)
+        self.loader = _loader(dataset, settings)
+        self.state = TrainingState.initial(self.device)
+        self.rows_per_step = settings.batch_size * settings.accumulate
+        self.resumed_at: int | None = None
+        self.started_s = time.monotonic()
+
+    def resume(self) -> None:
+        """Load the newest checkpoint, if there is one."""
+        if self.checkpoints is not None and (saved := self.checkpoints.newest()) is not None:
+            check_same_training(saved["training"], self.identity, where=str(self.checkpoints.path))
+            load_student(self.student, saved)
+            load_optimizer(self.optimizer, saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            set_rng_states(saved["draws"], self.device)
+            self.state = TrainingState.from_tree(saved["state"], self.device)
+            # The identity above covers the loader's order; only the position in it is new.
+            progress = {"epoch": self.state.epoch, "cursor": self.state.cursor}
+            self.loader.load_state_dict({**self.loader.state_dict(), **progress})
+            self.resumed_at = self.state.step
+        steps_per_epoch = -(-len(self.dataset) // self.rows_per_step)
+        self.scheduler = make_scheduler(
+            self.optimizer, self.settings, steps_per_epoch=steps_per_epoch, done_steps=self.state.step
+        )
+        self.first_sample = self.logged_sample = self.samples
+        self.logged_s = self.started_s
+
+    def train(self) -> None:
+        """Train until the last epoch ends or early stopping does."""
+        state, settings, student = self.state, self.settings, self.student
+        with self.logs.opened(state.step):
+            while not self.finished:
+                student.train()
+                self.loader.set_epoch(state.epoch)
+                with contextlib.closing(iter(self.loader)) as batches:
+                    for batch in batches:
+                        self.logs.add_pairs(state.step + 1, state.epoch + 1, batch)
+                        # A step has the same number of rows each time, but for the last one of an epoch.
+                        step_start = state.cursor - state.cursor % self.rows_per_step
+                        step_end = min(step_start + self.rows_per_step, len(self.dataset))
+                        on_device = batch.to(self.device, non_blocking=True)
+                        with torch.autocast(self.device.type, self.mixed, enabled=self.mixed is not None):
+                            logits_BC = student(on_device.inputs)
+                        loss = self.loss.parts(logits_BC, on_device.targets)
+                        share = len(batch) / (step_end - step_start)
+                        self.scaler.scale(loss.total * share).backward()  # type: ignore[no-untyped-call]
+                        state.sums += batch_sums(loss, logits_BC, on_device.targets)
+                        state.cursor += len(batch)
+                        self.progress.advance(len(batch))
+                        if state.cursor < step_end:
+                            continue  # accumulate the gradients of further batches
+                        if settings.max_gradient_norm is not None:
+                            self.scaler.unscale_(self.optimizer)
+                            nn.utils.clip_grad_norm_(student.parameters(), settings.max_gradient_norm)
+                        self.scaler.step(self.optimizer)
+                        self.scaler.update()
+                        self.optimizer.zero_grad()
+                        self.after_step(epoch_over=state.cursor == len(self.dataset))
+                        if state.stopped:
+                            break
+
+    def after_step(self, *, epoch_over: bool) -> None:
+        """Count the step, then evaluate, log and write a checkpoint where they are due."""
+        state, settings = self.state, self.settings
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        self.scheduler.step()
+        state.step += 1
+        is_last = epoch_over and state.epoch + 1 == settings.epochs
+        evaluates = self.evaluate is not None and (is_last or self.is_due(settings.evaluate_every, epoch_over))
+        logs = epoch_over or evaluates or (settings.log_every is not None and state.step % settings.log_every == 0)
+        samples = self.samples
+        # Read from the device only when needed, and before the end of an epoch resets them.
+        means = state.means_since_last_row(samples) if logs else (0.0, 0.0, None)
+        if epoch_over:
+            self.check_finite()
+            state.end_epoch(len(self.dataset))
+        errors = self.evaluated() if evaluates else None
+        if logs:
+            self.log(samples, learning_rate, means, errors)
+        if self.checkpoints is not None and (self.finished or self.is_due(self.checkpoints.every, epoch_over)):
+            self.save(self.checkpoints)
+
+    def evaluated(self) -> float:
+        """Evaluate the student, keep its weights if they are the best so far, and return the figure."""
+        assert self.evaluate is not None
+        state, settings = self.state, self.settings
+        self.student.eval()
+        with torch.no_grad():
+            result = self.evaluate(self.student)
+        self.student.train()
+        state.test_samples = result.samples if isinstance(result, ErrorCount) else None
+        errors = float(result.errors if isinstance(result, ErrorCount) else result)
+        if math.isnan(errors):
+            raise RequestError(f"the evaluation after step {state.step} returned NaN: correct it, or the student")
+        if state.add_evaluation(errors, settings) and (settings.keep_best or settings.patience is not None):
+            state.best_weights = copied_weights(self.student)
+        return errors
+
+    def log(
+        self, samples: int, learning_rate: float, means: tuple[float, float, float | None], errors: float | None
+    ) -> None:
+        """Add a row to the logs, and the newest figures to the progress display."""
+        state, now_s = self.state, time.monotonic()
+        loss, divergence, accuracy = means
+        tested = None if errors is None or not state.test_samples else ErrorCount(int(errors), state.test_samples)
+        row = LogRow(
+            step=state.step,
+            epoch=-(-samples // len(self.dataset)),
+            samples=samples,
+            learning_rate=learning_rate,
+            loss=loss,
+            divergence=divergence,
+            errors=errors,
+            seconds=round(self.seconds, 3),
+            accuracy=accuracy,
+            test_accuracy=None if tested is None else tested.accuracy,
+            samples_per_second=round((samples - self.logged_sample) / max(now_s - self.logged_s, 1e-9), 1),
+        )
+        self.logged_sample, self.logged_s = samples, now_s
+        self.logs.add(row)
+        told = "" if accuracy is None else f", accuracy {accuracy:.1f}%"
+        told += f", errors {state.errors[-1]:g}" if state.errors else ""
+        self.progress.note(f"epoch {row.epoch} of {self.settings.epochs}, KL {divergence:.4f} nats{told}")
+
+    def save(self, checkpoints: CheckpointFolder) -> None:
+        """Write a checkpoint."""
+        self.check_finite()
+        self.logs.sync()  # a checkpoint must not be newer than rows that a power cut could take
+        checkpoints.write(
+            self.state.step,
+            {
+                **student_tree(self.student),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "training": self.identity,
+                "state": {**self.state.tree(), "seconds": self.seconds},
+                "draws": rng_states(self.device),
+                "written_by": {"softlabels": softlabels.__version__, "torch": torch.__version__},
+            },
+        )
+
+    def result(self) -> DistillResult:
+        """Return the outcome; the student gets its best weights if they were kept."""
+        state = self.state
+        final = state.errors[-1] if state.errors else None
+        if state.best_weights is not None:
+            self.student.load_state_dict(state.best_weights)
+            final = state.best_errors
+        return DistillResult(
+            losses=tuple(state.losses),
+            divergences=tuple(state.divergences),
+            accuracies=tuple(state.accuracies),
+            errors=tuple(state.errors),
+            final_errors=final,
+            test_samples=state.test_samples,
+            steps=state.step,
+            stopped_early=state.stopped,
+            resumed_at=self.resumed_at,
+            seconds=self.seconds,
+            samples_per_second=(self.samples - self.first_sample) / max(time.monotonic() - self.started_s, 1e-9),
+        )
+
+    def check_finite(self) -> None:
+        """Raise unless the loss is finite."""
+        if not torch.isfinite(self.state.sums).all():
+            raise DivergenceError(
+                f"the loss is not finite in epoch {self.state.epoch + 1}: the training diverged; try a smaller "
+                "learning_rate, and check the student's inputs and outputs"
+            )
+
+    def is_due(self, every: int | None, epoch_over: bool) -> bool:
+        """Return whether something due every so many steps, or every epoch if None, is due after this step."""
+        return epoch_over if every is None else self.state.step % every == 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training is over."""
+        return self.state.stopped or self.state.epoch == self.settings.epochs
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on, over all epochs."""
+        return self.state.epoch * len(self.dataset) + self.state.cursor
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the training, earlier processes included."""
+        return self.state.seconds + time.monotonic() - self.started_s
+
+
+def _loader(dataset: SoftTargetDataset, settings: DistillSettings) -> StatefulLoader:
+    """Return a loader that streams each epoch where it can, and requests each batch where it cannot.
+
+    Both give the same batches in the same order. A stream visits the samples of the store in the store's order, so the
+    inputs must be these samples in that order. A slow link is filled by a stream alone: one request per batch waits for
+    a round trip each time.
+    """
+    if not _has_the_stores_order(dataset):
+        return data_loader(
             dataset,
             batch_size=settings.batch_size,
             seed=settings.seed,
@@ -146,151 +354,33 @@ class _Training:
             world_size=1,
             ahead=True,
         )
-        self._rows_a_step = settings.batch_size * settings.accumulate
-        self._steps_an_epoch = -(-len(dataset) // self._rows_a_step)
-        self._state = TrainingState.beginning(learner.device)
-        self._resumed_at: int | None = None
-        self._started_s = time.monotonic()
-
-    def take_up(self) -> None:
-        """Go on from the newest checkpoint, where there is one and it is of this training."""
-        if self._checkpoints is None or (kept := self._checkpoints.newest()) is None:
-            return
-        refuse_other_training(kept["training"], self._identity, where=str(self._checkpoints.path))
-        self._learner.load(kept)
-        set_draw_states(kept["draws"], self._learner.device)
-        self._state = TrainingState.from_tree(kept["state"], self._learner.device)
-        self._loader.load_state_dict(kept["place"])
-        self._resumed_at = self._state.step
-
-    def learn(self) -> None:
-        """Learn what is left of every epoch."""
-        with self._logbook.opened(self._state.step):
-            while not self._over:
-                self._learner.student.train()
-                self._loader.set_epoch(self._state.epoch)
-                with contextlib.closing(iter(self._loader)) as batches:
-                    self._learn_from(batches)
-
-    def result(self) -> DistillResult:
-        """What came of it; the student has its best weights where those were kept."""
-        state = self._state
-        final = state.errors[-1] if state.errors else None
-        if state.best_weights is not None:
-            self._learner.student.load_state_dict(state.best_weights)
-            final = state.best_errors
-        return DistillResult(
-            losses=tuple(state.losses),
-            divergences=tuple(state.divergences),
-            errors=tuple(state.errors),
-            final_errors=final,
-            steps=state.step,
-            stopped_early=state.stopped,
-            resumed_at=self._resumed_at,
-            seconds=self._seconds,
-        )
-
-    @property
-    def _over(self) -> bool:
-        return self._state.stopped or self._state.epoch == self._settings.epochs
-
-    @property
-    def _seconds(self) -> float:
-        return self._state.seconds + time.monotonic() - self._started_s
-
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        return training_identity(self._learner.student, self._dataset, self._settings)
-
-    def _learn_from(self, batches: Iterator[DistillationBatch]) -> None:
-        """Learn from the batches that an epoch has left."""
-        state, rows_an_epoch = self._state, len(self._dataset)
-        for batch in batches:
-            self._logbook.add_pairs(state.step + 1, state.epoch + 1, batch)
-            # Steps begin at multiples of a full step's rows; at an epoch's end alone one has fewer.
-            begun = state.cursor // self._rows_a_step * self._rows_a_step
-            rows_of_the_step = min(self._rows_a_step, rows_an_epoch - begun)
-            # Summed on the device: reading a figure at each step would make the host wait for it.
-            state.sums += len(batch) * self._learner.backward(batch, len(batch) / rows_of_the_step)
-            state.cursor += len(batch)
-            self._progress.advance(len(batch))
-            if state.cursor - begun == rows_of_the_step:
-                self._learner.step(rate_factor(self._settings, state.step, self._steps_an_epoch))
-                self._after_step(epoch_over=state.cursor == rows_an_epoch)
-            if state.stopped:
-                return
-
-    def _after_step(self, *, epoch_over: bool) -> None:
-        """Count the step; evaluate, log and keep what is due after it."""
-        state, settings = self._state, self._settings
-        state.step += 1
-        last = epoch_over and state.epoch + 1 == settings.epochs
-        evaluates = self._evaluate is not None and (last or self._due(settings.evaluate_every, epoch_over))
-        logs = epoch_over or evaluates or (settings.log_every is not None and state.step % settings.log_every == 0)
-        samples = state.epoch * len(self._dataset) + state.cursor
-        means = state.means_since_last_row(samples) if logs else (0.0, 0.0)
-        if epoch_over:
-            _refuse_divergence(state.end_epoch(len(self._dataset)), state.epoch)
-        errors = self._evaluated() if evaluates else None
-        if logs:
-            self._log(samples, *means, errors)
-        if self._checkpoints is not None and (self._over or self._due(self._checkpoints.every, epoch_over)):
-            self._keep(self._checkpoints)
-
-    def _due(self, every: int | None, epoch_over: bool) -> bool:
-        return epoch_over if every is None else self._state.step % every == 0
-
-    def _evaluated(self) -> float:
-        assert self._evaluate is not None
-        state, settings, student = self._state, self._settings, self._learner.student
-        student.eval()
-        with torch.no_grad():
-            errors = float(self._evaluate(student))
-        student.train()
-        if math.isnan(errors):
-            raise RequestError(f"the evaluation after step {state.step} gave no number: mend it, or the student")
-        if state.judge(errors, settings) and (settings.keep_best or settings.patience is not None):
-            state.best_weights = copied_weights(student)
-        return errors
-
-    def _log(self, samples: int, loss: float, divergence: float, errors: float | None) -> None:
-        state = self._state
-        epoch = -(-samples // len(self._dataset))
-        self._logbook.add(
-            Figures(
-                step=state.step,
-                epoch=epoch,
-                samples=samples,
-                learning_rate=self._learner.learning_rate,
-                loss=loss,
-                divergence=divergence,
-                errors=errors,
-                seconds=round(self._seconds, 3),
-            )
-        )
-        told = f", errors {state.errors[-1]:g}" if state.errors else ""
-        self._progress.note(f"epoch {epoch} of {self._settings.epochs}, loss {loss:.4f}{told}")
-
-    def _keep(self, checkpoints: CheckpointFolder) -> None:
-        _refuse_divergence(self._state.sums.tolist(), self._state.epoch + 1)
-        self._logbook.sync()  # a checkpoint must not know of a row that a power cut could take
-        checkpoints.write(
-            self._state.step,
-            {
-                **self._learner.tree(),
-                "training": self._identity,
-                "state": {**self._state.tree(), "seconds": self._seconds},
-                "place": self._loader.state_dict(),
-                "draws": draw_states(self._learner.device),
-                "written_by": {"softlabels": softlabels.__version__, "torch": torch.__version__},
-            },
-        )
+    stream = SoftTargetStream(
+        dataset.store,
+        dataset.samples,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        temperature=dataset.temperature,
+        check=dataset.check,
+        rank=0,
+        world_size=1,
+    )
+    return stream_loader(stream, workers=settings.workers, ahead=True)
 
 
-def _refuse_divergence(losses: Sequence[float], epoch: int) -> None:
-    if not all(map(math.isfinite, losses)):
-        raise DivergenceError(
-            f"the loss is no longer a finite number in epoch {epoch}: the training diverged; try a smaller "
-            "learning_rate, and check the student's inputs and outputs",
-            epoch=epoch,
-        )
+def _has_the_stores_order(dataset: SoftTargetDataset) -> bool:
+    """Return whether position i of the data set is row i of the store."""
+    # Subclasses make other batches of other requests: views of the samples, or whatever a user's class does.
+    ids: Any = getattr(dataset.samples, "ids", None)
+    if type(dataset) is not SoftTargetDataset or ids is None or len(ids) != len(dataset.store):
+        return False
+    return dataset.store.manifest.finished and np.array_equal(np.asarray(ids), dataset.store.ids())
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"device is {name!r}; choose 'auto', 'cpu', 'cuda' or another that torch knows") from error

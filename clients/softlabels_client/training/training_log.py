@@ -1,7 +1,7 @@
-"""What does a training leave behind for people? Figures as CSV or for TensorBoard, and which pairs it learnt from.
+"""Logs of a training: metrics as CSV or for TensorBoard, and a record of the (sample, target) pairs trained on.
 
-Every log can be taken up again: whatever it holds of steps after a checkpoint was lost with the process that wrote it,
-and is written anew.
+Every log can be resumed: rows of steps after the checkpoint, which were lost with the process that wrote them, are
+removed and written again.
 """
 
 from __future__ import annotations
@@ -16,24 +16,29 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
-from softlabels.errors import MissingExtraError
+from softlabels.extras import needs_extra
 from softlabels_client.data.distillation_batch import DistillationBatch
 
 _DIGEST_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class LogRow:
     """One row of a training's log.
 
     Attributes:
-        step: optimiser's steps done.
-        epoch: counted from 1.
-        samples: learnt from, in all epochs together.
-        learning_rate: of the last step, of the optimiser's first group.
-        loss, divergence: means over the rows since the log's row before; the whole loss, and KL(target, student) at T.
-        errors: what the evaluation at this step returned; None where there was none.
-        seconds: of the training so far, over all its processes.
+        step: optimizer steps done.
+        epoch: epoch, from 1.
+        samples: samples trained on, over all epochs.
+        learning_rate: rate of the last step, of the optimizer's first parameter group.
+        loss: mean training loss since the row before.
+        divergence: mean KL(target, student) at T since the row before, in nats.
+        errors: result of the evaluation at this step; None without one.
+        seconds: duration of the training so far, over all its processes.
+        accuracy: percent of labelled training samples since the row before that the student predicted correctly, in
+            training mode; None without labels.
+        test_accuracy: percent of labelled test samples predicted correctly; None unless the evaluation counted errors.
+        samples_per_second: training rate since the row before, evaluation and checkpoints included.
     """
 
     step: int
@@ -44,34 +49,37 @@ class Figures:
     divergence: float
     errors: float | None
     seconds: float
+    accuracy: float | None
+    test_accuracy: float | None
+    samples_per_second: float
 
 
 class TrainingLog(Protocol):
-    """Where figures go."""
+    """Destination of a training's metrics."""
 
     def begin(self, step: int) -> None:
-        """Be ready for what comes after this step; forget what is there of later ones."""
+        """Open the log to continue after this step; rows of later steps are removed."""
         ...
 
-    def add(self, figures: Figures) -> None:
-        """One more row."""
+    def add(self, row: LogRow) -> None:
+        """Append a row."""
         ...
 
     def sync(self) -> None:
-        """Make durable what was added: a checkpoint is about to be written."""
+        """Make all rows durable, before a checkpoint is written."""
         ...
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Close the log."""
         ...
 
 
-class SteppedCsv:
-    """A CSV file whose first column is the step, and which can be cut after one.
+class ResumableCsv:
+    """A CSV file whose first column is the step, and which can be truncated after a given step.
 
     Args:
-        path: made where it is missing; its folder must be there.
-        columns: of the header; the first is `step`.
+        path: file; its folder must exist.
+        columns: header; the first column is `step`.
     """
 
     def __init__(self, path: str | Path, columns: tuple[str, ...]) -> None:
@@ -79,22 +87,22 @@ class SteppedCsv:
         self._file: io.TextIOWrapper | None = None
 
     def begin(self, step: int) -> None:
-        """Open the file, with nothing in it of later steps than this.
+        """Open the file and remove rows of later steps than this.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         self.close()
-        kept = self._kept_bytes(step)
-        self._file = self._path.open("r+" if kept else "w", encoding="utf-8", newline="")
-        self._file.seek(kept)
+        size_bytes = self._bytes_up_to(step)
+        self._file = self._path.open("r+" if size_bytes else "w", encoding="utf-8", newline="")
+        self._file.seek(size_bytes)
         self._file.truncate()
         self._writer = csv.writer(self._file, lineterminator="\n")
-        if not kept:
+        if not size_bytes:
             self._writer.writerow(self._columns)
 
     def write(self, *rows: tuple[object, ...]) -> None:
-        """Add rows; they are with the operating system when this returns."""
+        """Append rows and hand them to the operating system."""
         assert self._file is not None, "begin comes first"
         self._writer.writerows(rows)
         self._file.flush()
@@ -110,11 +118,11 @@ class SteppedCsv:
             self._file.close()
             self._file = None
 
-    def _kept_bytes(self, step: int) -> int:
-        """How much of the file is of steps up to this one: whole lines under this very header."""
-        kept = 0
+    def _bytes_up_to(self, step: int) -> int:
+        """Return the size of the leading whole lines, under this very header, of steps up to `step`."""
+        size_bytes = 0
         if step == 0 or not self._path.exists():
-            return kept
+            return size_bytes
         with self._path.open("rb") as lines:
             for number, line in enumerate(lines):
                 first = line.partition(b",")[0]
@@ -122,135 +130,100 @@ class SteppedCsv:
                     break
                 if number and not (line.endswith(b"\n") and first.isdigit() and int(first) <= step):
                     break
-                kept += len(line)
-        return kept
+                size_bytes += len(line)
+        return size_bytes
 
 
-class CsvLog:
-    """The figures as a CSV file, a column each.
+class CsvLog(ResumableCsv):
+    """Metrics as a CSV file with the columns of `LogRow`.
 
     Args:
-        path: the file; a new training replaces it.
+        path: file; a new training replaces it.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._file = SteppedCsv(path, tuple(field.name for field in fields(Figures)))
+        super().__init__(path, tuple(field.name for field in fields(LogRow)))
 
-    def begin(self, step: int) -> None:
-        """See `TrainingLog`."""
-        self._file.begin(step)
-
-    def add(self, figures: Figures) -> None:
-        """See `TrainingLog`."""
-        self._file.write(tuple("" if value is None else repr(value) for value in asdict(figures).values()))
-
-    def sync(self) -> None:
-        """See `TrainingLog`."""
-        self._file.sync()
-
-    def close(self) -> None:
-        """See `TrainingLog`."""
-        self._file.close()
+    def add(self, row: LogRow) -> None:
+        """Append a row; floats are written so that they are read back to the bit."""
+        self.write(tuple("" if value is None else repr(value) for value in asdict(row).values()))
 
 
 class TensorBoardLog:
-    """The figures as scalars for TensorBoard, by step.
+    """Metrics as TensorBoard scalars by step.
 
     Args:
-        folder: where its files go.
+        folder: log folder.
     Raises:
         MissingExtraError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        try:
+        with needs_extra("tensorboard", "a TensorBoard log"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingExtraError(
-                "a log for TensorBoard needs tensorboard, which is not installed: `pip install "
-                "softlabels[tensorboard]`; a CSV log needs nothing",
-                extra="tensorboard",
-            ) from error
         self._make, self._folder = SummaryWriter, str(folder)
         self._writer: SummaryWriter | None = None
 
     def begin(self, step: int) -> None:
-        """See `TrainingLog`; TensorBoard is told to hide what is there of later steps."""
+        """Open the log; TensorBoard hides events of later steps than this."""
         self._writer = self._make(self._folder, purge_step=step + 1 if step else None)
 
-    def add(self, figures: Figures) -> None:
-        """See `TrainingLog`."""
+    def add(self, row: LogRow) -> None:
+        """Append a row."""
         assert self._writer is not None, "begin comes first"
-        for name, value in asdict(figures).items():
+        for name, value in asdict(row).items():
             if name not in ("step", "samples") and value is not None:
-                self._writer.add_scalar(f"distill/{name}", value, figures.step)
+                self._writer.add_scalar(f"distill/{name}", value, row.step)
 
     def sync(self) -> None:
-        """See `TrainingLog`."""
+        """Write all events to the file."""
         assert self._writer is not None, "begin comes first"
         self._writer.flush()
 
     def close(self) -> None:
-        """See `TrainingLog`."""
+        """Close the log."""
         if self._writer is not None:
             self._writer.close()
 
 
-class PairRecord:
-    """Which target each sample was learnt with: a CSV file with a row for each sample of each epoch.
+class PairRecord(ResumableCsv):
+    """A CSV file with a row for each sample of each epoch: evidence that it was trained on with its own target.
 
-    The columns are the step, the epoch, the sample's id and a BLAKE2b digest of its target's row as the loss sees it:
-    proof, for whoever needs it, that every sample was seen once an epoch with its own target.
+    The columns are the step, the epoch, the sample's id, and a BLAKE2b digest of its target as the loss sees it.
 
     Args:
-        path: the file; a new training replaces it.
+        path: file; a new training replaces it.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._file = SteppedCsv(path, ("step", "epoch", "id", "target"))
-
-    def begin(self, step: int) -> None:
-        """Be ready for what comes after this step; forget what is there of later ones."""
-        self._file.begin(step)
+        super().__init__(path, ("step", "epoch", "id", "target"))
 
     def add(self, step: int, epoch: int, batch: DistillationBatch) -> None:
-        """A batch that goes into this step of this epoch, both counted from 1; its targets still with the host."""
-        rows = batch.targets.logits_BC.numpy()
-        self._file.write(
-            *(
-                (step, epoch, key, target_digest(row.tobytes()))
-                for key, row in zip(batch.ids.tolist(), rows, strict=True)
-            )
-        )
-
-    def sync(self) -> None:
-        """Make it durable."""
-        self._file.sync()
-
-    def close(self) -> None:
-        """Nothing more comes."""
-        self._file.close()
+        """Append a batch of this step and epoch, both from 1; its targets must still be on the host."""
+        rows = zip(batch.ids.tolist(), batch.targets.logits_BC.numpy(), strict=True)
+        self.write(*((step, epoch, key, target_digest(row.tobytes())) for key, row in rows))
 
 
 def target_digest(row: bytes) -> str:
-    """The digest that a `PairRecord` has of a target's row of float32 logits: 16 hex digits."""
+    """Return the digest that a `PairRecord` holds of a target's float32 logits: 16 hex digits."""
     return hashlib.blake2b(row, digest_size=_DIGEST_BYTES).hexdigest()
 
 
-class Logbook:
-    """All that one training leaves behind, opened, made durable and closed together.
+class TrainingLogs:
+    """All logs of one training, opened, synced and closed together.
 
     Args:
-        logs: where figures go.
-        record: where pairs go, if anywhere.
+        logs: destinations of metrics.
+        record: destination of pairs, if any.
     """
 
     def __init__(self, logs: Sequence[TrainingLog], record: PairRecord | None) -> None:
         self._logs, self._record = (*logs,), record
+        self._all: list[TrainingLog | PairRecord] = [*logs, *([] if record is None else [record])]
 
     @contextlib.contextmanager
     def opened(self, step: int) -> Iterator[None]:
-        """Ready for what comes after this step, and closed in the end."""
+        """Open every log to continue after this step, and close them in the end."""
         try:
             for log in self._all:
                 log.begin(step)
@@ -259,21 +232,17 @@ class Logbook:
             for log in self._all:
                 log.close()
 
-    def add(self, figures: Figures) -> None:
-        """A row for every log."""
+    def add(self, row: LogRow) -> None:
+        """Append a row to every log."""
         for log in self._logs:
-            log.add(figures)
+            log.add(row)
 
     def add_pairs(self, step: int, epoch: int, batch: DistillationBatch) -> None:
-        """The pairs of a batch, see `PairRecord.add`."""
+        """Append a batch to the record of pairs, if there is one; see `PairRecord.add`."""
         if self._record is not None:
             self._record.add(step, epoch, batch)
 
     def sync(self) -> None:
-        """Make all of it durable."""
+        """Make all logs durable."""
         for log in self._all:
             log.sync()
-
-    @property
-    def _all(self) -> list[TrainingLog | PairRecord]:
-        return [*self._logs, *([] if self._record is None else [self._record])]

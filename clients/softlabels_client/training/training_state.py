@@ -1,56 +1,54 @@
-"""How far is a training, and what does it take to go on from there as if nothing had happened?"""
+"""State of a training for exact resume: progress, student, optimizer, random generators and what the training is of."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from softlabels.errors import CheckpointMismatchError, MissingExtraError
-
-try:
-    import torch
-    from torch import Tensor, nn
-except ImportError as error:
-    raise MissingExtraError(
-        "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
-    ) from error
-
-import contextlib
-import random
-from collections.abc import Iterator
-
 import numpy as np
 
-from softlabels.errors import MissingExtraError
+from softlabels.errors import CheckpointMismatchError
+from softlabels.extras import needs_extra
 from softlabels_client.data.dataset import SoftTargetDataset
-from softlabels_client.data.sampler import data_identity
+from softlabels_client.data.sampler import identity_of
 from softlabels_client.training.settings import DistillSettings
 
-FREE = ("device", "workers")
-"""Settings that a resumed training may change; with another device its weights are no longer the same to the bit."""
+with needs_extra("torch", "training a student"):
+    import torch
+    from torch import Tensor, nn
+
+CHANGEABLE = ("device", "workers")
+"""Settings that may change on resume; on another device the weights are no longer the same to the bit."""
+
+_NUMPY_SEEDS = 2**32
+"""`numpy.random.seed` takes seeds below this."""
 
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """How far a training is; all of it is in a checkpoint.
+    """Progress of a training; a checkpoint holds all of it.
 
     Attributes:
-        step: optimiser's steps done.
-        epoch: which is being learnt, from 0.
-        cursor: samples of it that were learnt.
-        sums: [2] over the epoch's rows so far, of the loss and of the divergence; on the device.
-        logged_sums: what they were at the log's last row, if that was in this epoch.
-        logged_samples: learnt then, in all epochs together.
-        losses, divergences: of the epochs that are over.
-        errors: of every evaluation.
-        best_errors: the lowest of them.
-        best_weights: the student's then, in the host's memory; None where they are not to be kept.
-        stale: evaluations since.
-        stopped: whether it ended early.
-        seconds: spent before this process took it up.
+        step: optimizer steps done.
+        epoch: current epoch, from 0.
+        cursor: samples of the current epoch that were trained on.
+        sums: [4] over the epoch's rows so far, on the device; see `softlabels_client.training.step.batch_sums`.
+        logged_sums: `sums` at the last row of the log, if that was in this epoch.
+        logged_samples: samples trained on at the last row of the log, over all epochs.
+        losses, divergences, accuracies: means over each finished epoch.
+        errors: results of all evaluations.
+        test_samples: labelled samples of the last evaluation, if it counted errors.
+        best_errors: lowest of `errors`.
+        best_weights: the student's `state_dict` at that evaluation, on the host; None unless they are to be kept.
+        stale: evaluations since the best one.
+        stopped: whether early stopping ended the training.
+        seconds: time spent by earlier processes.
     """
 
     sums: Tensor
@@ -61,7 +59,9 @@ class TrainingState:
     logged_samples: int = 0
     losses: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
+    accuracies: list[float | None] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
+    test_samples: int | None = None
     best_errors: float | None = None
     best_weights: dict[str, Any] | None = None
     stale: int = 0
@@ -69,15 +69,15 @@ class TrainingState:
     seconds: float = 0.0
 
     @classmethod
-    def beginning(cls, device: torch.device) -> TrainingState:
-        """Nothing is done yet."""
+    def initial(cls, device: torch.device) -> TrainingState:
+        """Return the state before the first step."""
         # On a CPU float64 costs nothing; some accelerators have none.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
-        zeros = torch.zeros(2, dtype=dtype, device=device)
+        zeros = torch.zeros(4, dtype=dtype, device=device)
         return cls(sums=zeros, logged_sums=zeros.clone())
 
-    def judge(self, errors: float, settings: DistillSettings) -> bool:
-        """Remember an evaluation, and whether the training stops for it; True where it is the best so far."""
+    def add_evaluation(self, errors: float, settings: DistillSettings) -> bool:
+        """Record an evaluation and decide on early stopping; return whether it is the best so far."""
         self.errors.append(errors)
         if self.best_errors is None or errors < self.best_errors - settings.min_delta:
             self.best_errors, self.stale = errors, 0
@@ -86,37 +86,47 @@ class TrainingState:
         self.stopped = settings.patience is not None and self.stale >= settings.patience
         return False
 
-    def means_since_last_row(self, samples: int) -> tuple[float, float]:
-        """Loss and divergence over the rows since the log's last row, given how many samples were learnt in all."""
-        loss, divergence = ((self.sums - self.logged_sums) / (samples - self.logged_samples)).tolist()
+    def means_since_last_row(self, samples: int) -> tuple[float, float, float | None]:
+        """Return mean loss, KL and accuracy since the last row of the log, after `samples` samples in all."""
+        means = _means(self.sums - self.logged_sums, samples - self.logged_samples)
         self.logged_sums.copy_(self.sums)
         self.logged_samples = samples
-        return loss, divergence
+        return means
 
-    def end_epoch(self, samples: int) -> tuple[float, float]:
-        """Begin the next epoch; the mean loss and divergence of the one that is over, which had so many samples."""
-        loss, divergence = (self.sums / samples).tolist()
+    def end_epoch(self, samples: int) -> None:
+        """Record the means of an epoch of `samples` samples and begin the next one."""
+        loss, divergence, accuracy = _means(self.sums, samples)
         self.losses.append(loss)
         self.divergences.append(divergence)
+        self.accuracies.append(accuracy)
         self.epoch, self.cursor = self.epoch + 1, 0
         self.sums.zero_()
         self.logged_sums.zero_()
-        return loss, divergence
 
     def tree(self) -> dict[str, Any]:
-        """As `softlabels_client.training.checkpoint` keeps it."""
+        """Return the state as `softlabels_client.training.checkpoint` stores it."""
         return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any], device: torch.device) -> TrainingState:
-        """What `tree` gave."""
-        fresh = cls.beginning(device)
-        sums = {name: tree[name].to(fresh.sums) for name in ("sums", "logged_sums")}
-        return cls(**{**tree, **sums})
+        """Return the state that `tree` described, in a checkpoint of format 1 or 2."""
+        state = cls.initial(device)
+        for name in ("sums", "logged_sums"):
+            # Format 1 has the sums of loss and KL alone, and no accuracies.
+            getattr(state, name)[: len(tree[name])] = tree[name].to(state.sums)
+        accuracies = tree.get("accuracies", [None] * len(tree["losses"]))
+        return cls(**{**tree, "accuracies": accuracies, "sums": state.sums, "logged_sums": state.logged_sums})
+
+
+def _means(sums: Tensor, samples: int) -> tuple[float, float, float | None]:
+    """Return mean loss, mean KL, and the accuracy in percent; None without labelled samples."""
+    loss, divergence = (sums[:2] / samples).tolist()
+    correct, labelled = sums[2:].tolist()
+    return loss, divergence, 100.0 * correct / labelled if labelled else None
 
 
 def student_tree(student: nn.Module) -> dict[str, Any]:
-    """The student's weights, and buffers that its `state_dict` leaves out: a forward pass may change those, too."""
+    """Return the student's weights and its non-persistent buffers: a forward pass may change those too."""
     weights = student.state_dict()
     hidden = {name: buffer for name, buffer in student.named_buffers() if name not in weights}
     return {"student": weights, "hidden_buffers": hidden}
@@ -124,7 +134,7 @@ def student_tree(student: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_student(student: nn.Module, tree: dict[str, Any]) -> None:
-    """Give the student what `student_tree` found."""
+    """Load what `student_tree` returned."""
     student.load_state_dict(tree["student"])
     for name, buffer in student.named_buffers():
         if name in tree["hidden_buffers"]:
@@ -132,18 +142,18 @@ def load_student(student: nn.Module, tree: dict[str, Any]) -> None:
 
 
 def copied_weights(student: nn.Module) -> dict[str, Any]:
-    """The student's `state_dict`, copied to the host's memory."""
+    """Return a copy of the student's `state_dict` in the host's memory."""
     return {
         name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
         for name, value in student.state_dict().items()
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
-    """Give the optimiser its state, each tensor in the type that it had."""
-    optimizer.load_state_dict(kept)
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load an optimizer's state, each tensor in the type that it had."""
+    optimizer.load_state_dict(saved)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, entries in kept["state"].items():
+    for number, entries in saved["state"].items():
         loaded = optimizer.state[parameters[number]]
         for name, value in entries.items():
             # torch casts state to the parameter's type, which for a half-precision one would round what was exact.
@@ -151,74 +161,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> No
                 loaded[name] = value.to(loaded[name].device)
 
 
-def training_identity(student: nn.Module, dataset: SoftTargetDataset, settings: DistillSettings) -> dict[str, Any]:
-    """What a training is of: a checkpoint of another one is refused."""
-    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE}
-    weights = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in student.state_dict().items()}
-    return {
-        "store": dataset.store.digest,
-        "temperature": dataset.temperature,
-        "inputs": f"{dataset.samples.name} with ids {data_identity(dataset.samples)}",
-        "samples": len(dataset),
-        **chosen,
-        # Rates of dropout and the like stand in a module's own words; addresses in them mean nothing.
-        "modules": re.sub(r" at 0x[0-9a-f]+", "", repr(student)).splitlines(),
-        **{f"weights {name!r}": text for name, text in weights.items()},
-    }
-
-
-def refuse_other_training(kept: dict[str, Any], here: dict[str, Any], *, where: str) -> None:
-    """Let a checkpoint pass that is of this very training.
-
-    Raises:
-        CheckpointMismatchError: it is of another; the message names what differs.
-    """
-    differing = [name for name in {**kept, **here} if kept.get(name) != here.get(name)]
-    if not differing:
-        return
-    told = [_difference(name, kept.get(name), here.get(name)) for name in differing[:5]]
-    more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
-    raise CheckpointMismatchError(
-        f"the checkpoints in {where} are of another training: {'; '.join(told)}{more}. Going on from them would give a "
-        "student of neither: pass the same arguments as then, or choose another folder",
-        differing=differing,
-    )
-
-
-def _difference(name: str, kept: Any, here: Any) -> str:
-    if name == "modules":
-        lines = zip_longest(kept or [], here or [], fillvalue="nothing")
-        kept, here = next((a.strip(), b.strip()) for a, b in lines if a != b)
-        name = "the student"
-    return f"{name} is {kept} there and {here} here"
-
-
-try:
-    import torch
-except ImportError as error:
-    raise MissingExtraError(
-        "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
-    ) from error
-
-_NUMPY_SEEDS = 2**32
-"""What `numpy.random.seed` takes is below this."""
-
-
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed every global generator, which dropout and the like draw from, and give their states back afterwards."""
-    before = draw_states(device)
+    """Seed the global generators of Python, NumPy and torch inside the context and restore them afterwards."""
+    before = rng_states(device)
     try:
         random.seed(seed)
         np.random.seed(seed % _NUMPY_SEEDS)
         torch.manual_seed(seed)
         yield
     finally:
-        set_draw_states(before, device)
+        set_rng_states(before, device)
 
 
-def draw_states(device: torch.device) -> dict[str, Any]:
-    """Where every global generator stands, as a tree that `softlabels_client.training.checkpoint` keeps."""
+def rng_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of all global generators as a tree that a checkpoint can hold."""
     numpys = np.random.get_state(legacy=False)
     assert isinstance(numpys, dict)
     key = numpys["state"]["key"].tolist()
@@ -232,11 +189,53 @@ def draw_states(device: torch.device) -> dict[str, Any]:
     return states
 
 
-def set_draw_states(states: dict[str, Any], device: torch.device) -> None:
-    """Put every generator where it stood; that of another kind of device than then is left alone."""
+def set_rng_states(states: dict[str, Any], device: torch.device) -> None:
+    """Restore what `rng_states` returned; a generator of another kind of device keeps its state."""
     random.setstate(states["python"])
     numpys = states["numpy"]
     np.random.set_state({**numpys, "state": {**numpys["state"], "key": np.array(numpys["state"]["key"], np.uint32)}})
     torch.set_rng_state(states["torch"])
     if device.type in states and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states[device.type], device)
+
+
+def training_identity(student: nn.Module, dataset: SoftTargetDataset, settings: DistillSettings) -> dict[str, Any]:
+    """Return what identifies a training; a checkpoint with another identity is refused."""
+    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in CHANGEABLE}
+    weights = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in student.state_dict().items()}
+    return {
+        "store": dataset.store.digest,
+        "temperature": dataset.temperature,
+        "inputs": f"{dataset.samples.name} with ids {identity_of(dataset.samples)}",
+        "samples": len(dataset),
+        **chosen,
+        # A module's text tells its dropout rate and the like; memory addresses in it differ from run to run.
+        "modules": re.sub(r" at 0x[0-9a-f]+", "", repr(student)).splitlines(),
+        **{f"weights {name!r}": text for name, text in weights.items()},
+    }
+
+
+def check_same_training(saved: dict[str, Any], current: dict[str, Any], *, where: str) -> None:
+    """Raise unless a checkpoint's identity is the current one.
+
+    Raises:
+        CheckpointMismatchError: it is a checkpoint of another training; the message names what differs.
+    """
+    differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    if not differing:
+        return
+    told = [_difference(name, saved.get(name), current.get(name)) for name in differing[:5]]
+    more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
+    raise CheckpointMismatchError(
+        f"the checkpoints in {where} belong to another training: {'; '.join(told)}{more}. Resuming from them would "
+        "train a student of neither: pass the same arguments as before, or choose another folder",
+        differing=differing,
+    )
+
+
+def _difference(name: str, saved: Any, current: Any) -> str:
+    if name == "modules":
+        lines = zip_longest(saved or [], current or [], fillvalue="nothing")
+        saved, current = next((a.strip(), b.strip()) for a, b in lines if a != b)
+        name = "the student"
+    return f"{name} is {saved} there and {current} here"

@@ -19,7 +19,7 @@ from softlabels.errors import DivergenceError, FingerprintMismatchError, Request
 from softlabels.losses import distillation_loss
 from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client import DistillSettings, SoftTargetDataset, count_errors, distill, save_student
-from softlabels_client.training.optimization import one_cycle
+from softlabels_client.training.optimization import one_cycle, rate_factor
 
 SETTINGS = DistillSettings(epochs=3, batch_size=32, learning_rate=0.05, device="cpu")
 

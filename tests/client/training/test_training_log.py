@@ -10,12 +10,12 @@ import pytest
 
 from softlabels.errors import MissingExtraError
 from softlabels_client import CsvLog, TensorBoardLog
-from softlabels_client.training.training_log import Figures, SteppedCsv
+from softlabels_client.training.training_log import LogRow, ResumableCsv
 
 
-def figures(step: int, errors: float | None = None) -> Figures:
+def figures(step: int, errors: float | None = None) -> LogRow:
     """A row."""
-    return Figures(
+    return LogRow(
         step=step,
         epoch=1 + step // 10,
         samples=32 * step,
@@ -51,7 +51,7 @@ class TestCsvLog:
         assert [line.partition(",")[0] for line in (tmp_path / "log.csv").read_text().splitlines()] == ["step", "6"]
 
 
-class TestSteppedCsv:
+class TestResumableCsv:
     @pytest.mark.parametrize(
         ("before", "step", "kept"),
         [
@@ -71,7 +71,7 @@ class TestSteppedCsv:
         """Later steps, half lines and other files' contents; then the training goes on."""
         path = tmp_path / "x.csv"
         path.write_text(before)
-        file = SteppedCsv(path, ("step", "x"))
+        file = ResumableCsv(path, ("step", "x"))
         file.begin(step)
         file.write((9, "z"))
         file.close()
