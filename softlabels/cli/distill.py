@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,12 +225,15 @@ def _tell(result: DistillResult, test: TransferSet | None) -> None:
     if result.resumed_at is not None:
         print(f"resumed at step {result.resumed_at} of {result.steps}")
     if result.losses:
-        divergence = result.divergences[-1]
-        print(f"loss {result.losses[-1]:.4f}, KL to the targets {divergence:.4f} nats, {result.seconds:.1f} s")
+        accuracy = result.accuracies[-1]
+        told = "" if accuracy is None else f", accuracy on the training samples {accuracy:.2f}%"
+        rate = f"{result.samples_per_second:,.0f} samples/s, {result.seconds:.1f} s"
+        print(f"KL to the targets {result.divergences[-1]:.4f} nats{told}, {rate}")
     if result.stopped_early:
         print(f"ended at step {result.steps}: the errors had ceased to fall")
     if test is not None and result.final_errors is not None:
-        print(f"{result.final_errors:.0f} errors on the {len(test)} samples of {test.name!r}")
+        accuracy = 100 * (1 - result.final_errors / (result.test_samples or len(test)))
+        print(f"{result.final_errors:.0f} errors on the {len(test)} samples of {test.name!r}, accuracy {accuracy:.2f}%")
 
 
 def _settings(options: argparse.Namespace) -> DistillSettings:

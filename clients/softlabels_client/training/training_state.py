@@ -16,7 +16,7 @@ import numpy as np
 from softlabels.errors import CheckpointMismatchError
 from softlabels.extras import needs_extra
 from softlabels_client.data.dataset import SoftTargetDataset
-from softlabels_client.data.sampler import identity_of
+from softlabels_client.data.sampler import data_identity
 from softlabels_client.training.settings import DistillSettings
 
 with needs_extra("torch", "training a student"):
@@ -206,7 +206,7 @@ def training_identity(student: nn.Module, dataset: SoftTargetDataset, settings: 
     return {
         "store": dataset.store.digest,
         "temperature": dataset.temperature,
-        "inputs": f"{dataset.samples.name} with ids {identity_of(dataset.samples)}",
+        "inputs": f"{dataset.samples.name} with ids {data_identity(dataset.samples)}",
         "samples": len(dataset),
         **chosen,
         # A module's text tells its dropout rate and the like; memory addresses in it differ from run to run.

@@ -19,7 +19,7 @@ from softlabels.errors import DivergenceError, FingerprintMismatchError, Request
 from softlabels.losses import distillation_loss
 from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client import DistillSettings, SoftTargetDataset, count_errors, distill, save_student
-from softlabels_client.training.optimization import one_cycle, rate_factor
+from softlabels_client.training.optimization import one_cycle
 
 SETTINGS = DistillSettings(epochs=3, batch_size=32, learning_rate=0.05, device="cpu")
 
@@ -208,7 +208,7 @@ class TestDistill:
 class TestOneCycle:
     def test_it_rises_then_falls_to_nothing(self) -> None:
         """From 0 over 1 after a fifth of the steps to 0."""
-        assert [one_cycle(share) for share in (0.0, 0.1, 0.2)] == [0.0, 0.5, 1.0]
+        assert [one_cycle(done) for done in (0.0, 0.1, 0.2)] == [0.0, 0.5, 1.0]
         assert one_cycle(0.6) == pytest.approx(0.5)
         assert one_cycle(1.0) == pytest.approx(0.0)
 

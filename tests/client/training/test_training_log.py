@@ -24,6 +24,9 @@ def figures(step: int, errors: float | None = None) -> LogRow:
         divergence=0.25,
         errors=errors,
         seconds=2.5,
+        accuracy=50.0,
+        test_accuracy=None if errors is None else 100.0 - errors,
+        samples_per_second=1000.0,
     )
 
 
@@ -93,7 +96,9 @@ class TestTensorBoardLog:
         again.close()
         read = events.EventAccumulator(str(tmp_path))
         read.Reload()
-        assert {"distill/loss", "distill/divergence", "distill/errors"} <= set(read.Tags()["scalars"])
+        assert {"distill/loss", "distill/divergence", "distill/errors", "distill/accuracy"} <= set(
+            read.Tags()["scalars"]
+        )
         assert [(entry.step, entry.value) for entry in read.Scalars("distill/errors")] == [(5, 5), (10, 10), (20, 20)]
 
     def test_without_tensorboard_the_extra_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
