@@ -47,7 +47,7 @@ def parse_document(value: Any, kind: type[D], *, what: str, error: type[SoftLabe
     """
     try:
         return msgspec.convert(value, kind, strict=True)
-    except (msgspec.ValidationError, OverflowError, RecursionError) as problem:
+    except (msgspec.ValidationError, OverflowError, RecursionError, UnicodeEncodeError) as problem:
         raise error(f"{what}: {_explain(str(problem), kind)}") from problem
 
 

@@ -1,4 +1,4 @@
-"""Which stores are served: the folders below one root, opened when first asked for and again when replaced."""
+"""Catalog of served stores: the folders below one root, opened on first use and reopened when replaced."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from softlabels.encodings import Encoding
 from softlabels.errors import DamageError, ManifestError, SoftLabelsError, UnknownStoreError
 from softlabels.manifest import STORE_NAME, Manifest
 from softlabels.store.rows import MANIFEST, PLAN, LocalRows
-from softlabels_server.pacing import Pace
+from softlabels_server.fast_path.executor_policy import ExecutorPolicy
 
 Signature: TypeAlias = tuple[str, int, int, int]
-"""File, inode, size and modification time (ns) of what a store says of itself: another signature, another version."""
+"""Name, inode, size and modification time (ns) of a store's manifest file; another signature is a new version."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedStore:
-    """One version of one store, open.
+    """One open version of a store.
 
     Attributes:
-        name: what it is called in URLs: the name of its folder.
-        path: of its folder.
-        digest: names this version.
-        signature: of the manifest file that it was opened from.
-        pace: how fast its rows come.
-        forms: headers of replies, by what they hold.
+        name: name in URLs, which is the name of its folder.
+        path: its folder.
+        digest: identifies this version.
+        signature: signature of the manifest file that it was opened from.
+        executor_policy: where its gathers run.
+        layouts: reply layouts by their arrays, temperature and decoding.
     """
 
     name: str
@@ -40,24 +40,28 @@ class ServedStore:
     encoding: Encoding
     digest: str
     signature: Signature
-    pace: Pace = field(default_factory=Pace)
-    forms: dict[Any, Any] = field(default_factory=dict)
+    executor_policy: ExecutorPolicy = field(default_factory=ExecutorPolicy)
+    layouts: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def has_row_offsets(self) -> bool:
+        """Whether replies carry `row_offsets`, since a sample may have any number of rows (sequences)."""
+        return self.manifest.layout.kind == "sequences"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BrokenStore:
-    """A store that is there but cannot be opened: listed with the reason, for leaving it out would call it missing."""
+    """A store that exists but cannot be opened: listed with the reason, since leaving it out would call it missing."""
 
     name: str
     error: SoftLabelsError
 
 
 class StoreFolder:
-    """The stores directly below a folder, or the one store that the folder itself is.
+    """The stores directly below a folder, or the folder itself where it is a store.
 
-    A store is called what its folder is called, so that copying or renaming a folder is all it takes to publish one.
-    The root given as a store itself is called the same way. Links that lead out of the root are not followed. Safe
-    under threads.
+    A store is named after its folder, so that copying or renaming a folder publishes it. Links that lead out of the
+    root are not followed. Thread-safe.
 
     Args:
         root: the folder.
@@ -76,10 +80,10 @@ class StoreFolder:
             )
         self._opened: dict[str, ServedStore] = {}
         self._lock = threading.Lock()
-        self._own_name = self._name_of_root() if _signature(self.root) is not None else None
+        self._own_name = self._root_name() if _signature(self.root) is not None else None
 
     def names(self) -> list[str]:
-        """Names of the stores there are now, sorted; whether each can be opened shows when it is.
+        """Return the names of the stores that exist now, sorted, whether or not they can be opened.
 
         Raises:
             DamageError: the folder cannot be listed.
@@ -90,12 +94,12 @@ class StoreFolder:
             entries = os.listdir(self.root)
         except OSError as error:
             raise DamageError(
-                f"the folder of the stores cannot be listed: {error.strerror}; it was there before"
+                f"the folder of the stores cannot be listed: {error.strerror}; it could be when the server started"
             ) from error
-        return sorted(entry for entry in entries if self._is_there(entry))
+        return sorted(entry for entry in entries if self._exists(entry))
 
     def __iter__(self) -> Iterator[ServedStore | BrokenStore]:
-        """Every store there is now, opened, or why it cannot be."""
+        """Yield every store that exists now, opened, or the reason why it cannot be."""
         for name in self.names():
             try:
                 yield self.get(name)
@@ -105,27 +109,27 @@ class StoreFolder:
                 yield BrokenStore(name=name, error=error)
 
     def opened(self, name: str) -> ServedStore | None:
-        """The store, if it is open and unchanged on disk: one look at a file's status, so fit for an event loop."""
+        """Return the store if it is open and unchanged on disk: one `stat`, fast enough for an event loop."""
         store = self._opened.get(name)
         return store if store is not None and store.signature == _signature(store.path) else None
 
     def get(self, name: str) -> ServedStore:
-        """The store of this name, in the version that lies on disk now.
+        """Return the store of this name, in the version that is on disk now.
 
         Raises:
-            UnknownStoreError: none of that name.
-            ManifestError, FormatVersionError: it cannot be believed or understood.
+            UnknownStoreError: no store of that name.
+            ManifestError, FormatVersionError: its manifest is damaged or of a newer format.
         """
         with self._lock:
             store = self.opened(name)
             if store is None:
-                # A replaced version is not closed: replies under way still read it. It goes with the last of them.
+                # A replaced version is not closed: replies under way still read it, and it is freed with the last.
                 self._opened.pop(name, None)
                 store = self._opened[name] = self._open(name)
             return store
 
     def close(self) -> None:
-        """Let go of every store."""
+        """Close every store."""
         with self._lock:
             for store in self._opened.values():
                 store.rows.close()
@@ -135,15 +139,15 @@ class StoreFolder:
         signature = self._signature_of(name)
         if signature is None:
             near = get_close_matches(name, self.names(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/stores lists those there are"
-            raise UnknownStoreError(f"there is no store {name[:128]!r} here{hint}", name=name[:128])
+            hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/stores lists the stores"
+            raise UnknownStoreError(f"there is no store {name[:128]!r} on this server{hint}", name=name[:128])
         path = self.root if self._own_name is not None else self.root / name
         try:
             rows = LocalRows(path)
         except SoftLabelsError:
             raise
         except OSError as error:
-            raise ManifestError(f"store {name!r} is there but cannot be read: {error.strerror}") from error
+            raise ManifestError(f"store {name!r} exists but cannot be read: {error.strerror}") from error
         return ServedStore(
             name=name,
             path=path,
@@ -164,23 +168,23 @@ class StoreFolder:
             return None
         return _signature(path)
 
-    def _is_there(self, name: str) -> bool:
+    def _exists(self, name: str) -> bool:
         try:
             return self._signature_of(name) is not None
         except ManifestError:
-            return True  # listed as what cannot be read, rather than taken for nothing
+            return True  # listed as unreadable: an I/O failure must not look like a missing store
 
-    def _name_of_root(self) -> str:
+    def _root_name(self) -> str:
         name = self.root.name
-        # A folder like `/` or `my store` cannot be a path segment; the name that its maker gave it can.
+        # A folder name such as `/` or `my store` cannot be a URL segment; the name in the manifest can.
         return name if STORE_NAME.fullmatch(name) else LocalRows(self.root).manifest.name
 
 
 def _signature(folder: Path) -> Signature | None:
-    """What tells one version of a store from the next, None where there is no store.
+    """Return the signature of the store in a folder, or None where there is no store.
 
     Raises:
-        ManifestError: whether there is one cannot be seen.
+        ManifestError: the folder cannot be read.
     """
     for file in (MANIFEST, PLAN):
         try:
@@ -188,6 +192,6 @@ def _signature(folder: Path) -> Signature | None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise ManifestError(f"folder {folder.name!r} cannot be looked into: {error.strerror}") from error
+            raise ManifestError(f"folder {folder.name!r} cannot be read: {error.strerror}") from error
         return file, status.st_ino, status.st_size, status.st_mtime_ns
     return None

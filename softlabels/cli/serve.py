@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     """Serve until told to stop; 0 then."""
     try:
         from softlabels_server import StoreFolder
-        from softlabels_server.running import listen, set_up_logging, url_of
+        from softlabels_server.process.server import listen, set_up_logging, url_of
     except MissingExtraError:
         raise
     except ImportError as error:
@@ -93,8 +93,8 @@ def run(options: argparse.Namespace) -> int:
 def _serve(stores: StoreFolder, settings: Settings, listener: socket, announcement: str) -> None:
     """Answer on the listener, in this process or in workers, until told to stop."""
     from softlabels_server import create_app
-    from softlabels_server.running import make_server
-    from softlabels_server.workers import Workers
+    from softlabels_server.process.server import make_server
+    from softlabels_server.process.workers import WorkerSupervisor
 
     def announce() -> None:
         print(announcement, flush=True)
@@ -104,7 +104,7 @@ def _serve(stores: StoreFolder, settings: Settings, listener: socket, announceme
         return
     # Every worker maps the stores itself; what this process opened was for the announcement.
     stores.close()
-    Workers(
+    WorkerSupervisor(
         stores.root,
         settings,
         listener,

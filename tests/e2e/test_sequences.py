@@ -20,7 +20,7 @@ from softlabels.transfer_set import sequence_fingerprints
 from softlabels.transfer_sets.ragged import RaggedTransferSet
 from softlabels_client import SoftTargetDataset
 from softlabels_server import Settings, StoreFolder, create_app
-from softlabels_server.running import listen, make_server, url_of
+from softlabels_server.process.server import listen, make_server, url_of
 
 VOCABULARY, WIDTH = 49_152, 16
 LENGTHS = (20, 5, 31)

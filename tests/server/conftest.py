@@ -27,7 +27,7 @@ from softlabels.store import StoreWriter, plan_store
 from softlabels.transfer_set import sample_fingerprints
 from softlabels.wire import checksum_of
 from softlabels_server import Settings, StoreFolder, create_app
-from softlabels_server.running import listen, make_server, url_of
+from softlabels_server.process.server import listen, make_server, url_of
 
 ROWS, CLASSES, SHARD = 100, 7, 32
 

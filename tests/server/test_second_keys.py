@@ -103,7 +103,7 @@ def url(folder: Path) -> Any:
     import time
 
     from softlabels_server import Settings, StoreFolder, create_app
-    from softlabels_server.running import listen, make_server, url_of
+    from softlabels_server.process.server import listen, make_server, url_of
 
     settings = Settings(port=0)
     listener = listen(settings)

@@ -1,0 +1,1 @@
+"""The HTTP interface: routes, request and reply formats, problem details and the OpenAPI document."""

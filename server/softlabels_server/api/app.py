@@ -1,0 +1,106 @@
+"""The FastAPI application: routes, problem details, OpenAPI document and bearer token put together."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from softlabels import __version__
+from softlabels.errors import UnauthorizedError
+from softlabels_server.api import batch, epochs, openapi, problems, stores
+from softlabels_server.catalog import StoreFolder
+from softlabels_server.settings import Settings
+
+OPEN_PATHS = frozenset({"/health"})
+"""Paths that need no token, for load balancers."""
+
+
+class SoftLabelsApp(FastAPI):
+    """FastAPI application whose OpenAPI document also describes the plain ASGI routes.
+
+    Args:
+        with_token: whether requests must carry a bearer token.
+        options: keyword arguments of FastAPI.
+    """
+
+    def __init__(self, *, with_token: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._with_token = with_token
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document, built once."""
+        if self.openapi_schema is None:
+            self.openapi_schema = openapi.complete(super().openapi(), with_token=self._with_token)
+        return self.openapi_schema
+
+
+def create_app(store_folder: StoreFolder, settings: Settings) -> FastAPI:
+    """Return an application that serves these stores and closes them on shutdown.
+
+    Args:
+        store_folder: stores to serve.
+        settings: limits of requests and replies, and the token; address and connection timeouts are used by
+            `softlabels_server.process.server`.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        store_folder.close()
+
+    app = SoftLabelsApp(
+        title="softlabels",
+        version=__version__,
+        summary="Soft targets, computed once by a teacher ensemble, for any number of students.",
+        # FastAPI's documentation pages load scripts from a CDN and stay blank on a closed network.
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        with_token=settings.token is not None,
+    )
+    app.include_router(stores.make_router(store_folder))
+    app.router.routes += [
+        batch.make_route(store_folder, settings),
+        epochs.make_route(store_folder, settings),
+        stores.make_constants_route(store_folder),
+    ]
+    problems.install(app)
+    if settings.token is not None:
+        app.add_middleware(BearerToken, token=settings.token)
+    return app
+
+
+class BearerToken:
+    """ASGI middleware that answers 401 to requests without the bearer token (RFC 6750).
+
+    Args:
+        app: application to protect.
+        token: the secret.
+    """
+
+    def __init__(self, app: ASGIApp, *, token: str) -> None:
+        self._app = app
+        self._token = token.encode("ascii")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 401."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._has_token(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        refusal = UnauthorizedError(
+            "this server requires a bearer token, and the request carries none or a wrong one: pass it to "
+            "softlabels.open(..., token=...), or send the header `Authorization: Bearer TOKEN`"
+        )
+        reply = problems.reply_to(refusal, headers={"WWW-Authenticate": 'Bearer realm="softlabels"'})
+        await reply(scope, receive, send)
+
+    def _has_token(self, headers: Headers) -> bool:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        # In constant time, so that the duration of a refusal reveals nothing about the secret.
+        return scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode("latin-1"), self._token)

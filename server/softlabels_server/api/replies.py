@@ -1,0 +1,188 @@
+"""Reply formats: safetensors, Arrow, .npy and JSON, chosen by `Accept` and sent as buffers of known length."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from softlabels.errors import BatchTooLargeError, RequestError
+from softlabels.ids import from_fixed_bytes
+from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS
+from softlabels.wire import MEDIA_TYPE
+from softlabels_server.fast_path.safetensors_header import as_buffer, reply_headers
+
+Format: TypeAlias = Literal["safetensors", "arrow", "npy", "json"]
+
+MEDIA_TYPES: dict[Format, str] = {
+    "safetensors": MEDIA_TYPE,
+    "arrow": "application/vnd.apache.arrow.stream",
+    "npy": "application/x-npy",
+    "json": "application/json",
+}
+"""Formats in the server's order of preference, which decides where a client accepts several equally."""
+
+MAX_JSON_NUMBERS = 1_000_000
+"""JSON is meant for people: a number takes ten times its bytes and thousands of times its encoding time."""
+
+
+class BufferedReply:
+    """ASGI reply of several buffers, sent without being joined.
+
+    The transport keeps the buffers after they are sent, so they must not be written again.
+
+    Args:
+        buffers: body, in order.
+        media_type: media type of the body.
+        digest: version of the store.
+    """
+
+    def __init__(self, buffers: Sequence[bytes | memoryview], *, media_type: str, digest: str) -> None:
+        self._buffers = buffers
+        self._headers = reply_headers(sum(map(len, buffers)), digest=digest, media_type=media_type)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the header, then one message per buffer."""
+        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        last = len(self._buffers) - 1
+        for position, buffer in enumerate(self._buffers):
+            await send({"type": "http.response.body", "body": buffer, "more_body": position < last})
+
+
+def accepted_format(accept: str | None) -> Format:
+    """Return the format of the reply.
+
+    Args:
+        accept: value of the `Accept` header, None where there is none.
+    Raises:
+        HTTPException: 406, no format of this server is acceptable.
+    Source: RFC 9110, section 12.5.1.
+    """
+    if not accept or accept == MEDIA_TYPE:
+        return "safetensors"
+    ranges = [_media_range(part) for part in accept.split(",") if part.strip()]
+    weights = {name: _weight(media_type, ranges) for name, media_type in MEDIA_TYPES.items()}
+    best = max(weights, key=lambda name: weights[name])  # the first of equals: the server's preference
+    if weights[best] <= 0:
+        raise HTTPException(406, f"it accepts only {accept[:128]!r}; available: {', '.join(MEDIA_TYPES.values())}")
+    return best
+
+
+def encode_arrays(
+    reply_format: Format, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+) -> list[bytes | memoryview]:
+    """Return arrays and metadata as buffers in any format but safetensors, which `ReplyLayout` writes.
+
+    Raises:
+        RequestError: several arrays for `.npy`, which holds one. BatchTooLargeError: too many numbers for JSON.
+        HTTPException: 406, Arrow without pyarrow.
+    """
+    if reply_format == "json":
+        return [_json(arrays, metadata)]
+    if reply_format == "npy":
+        return _npy(arrays)
+    assert reply_format == "arrow", "safetensors replies are written by ReplyLayout"
+    return [_arrow(arrays, metadata)]
+
+
+def _media_range(part: str) -> tuple[str, float]:
+    """Return one entry of an `Accept` header as media range and quality."""
+    media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                return media_range, min(max(float(value), 0.0), 1.0)
+            except ValueError:
+                return media_range, 0.0
+    return media_range, 1.0
+
+
+def _weight(media_type: str, ranges: list[tuple[str, float]]) -> float:
+    """Return the quality of the most specific range that covers a type; 0 where none does."""
+    specificity = {media_type: 3, media_type.partition("/")[0] + "/*": 2, "*/*": 1}
+    found = [(specificity[media_range], quality) for media_range, quality in ranges if media_range in specificity]
+    return max(found)[1] if found else 0.0
+
+
+def _json(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    numbers = sum(array.size for array in arrays.values())
+    if numbers > MAX_JSON_NUMBERS:
+        raise BatchTooLargeError(
+            f"{numbers} numbers are more than the {MAX_JSON_NUMBERS} that are written as JSON: ask for fewer rows, "
+            f"or for {MEDIA_TYPE}",
+            most=MAX_JSON_NUMBERS,
+        )
+    shown = {name: _nested(from_fixed_bytes(a) if _is_text(name, a) else a) for name, a in arrays.items()}
+    return json.dumps({"metadata": dict(metadata), "arrays": shown}, allow_nan=False).encode()
+
+
+def _nested(array: NDArray[Any]) -> Any:
+    values = array.tolist()
+    if array.dtype.kind != "f" or bool(np.isfinite(array).all()):
+        return values
+    return _without_infinities(values)
+
+
+def _without_infinities(value: Any) -> Any:
+    """Return nested lists with null for infinity, which JSON cannot express: the log-probability of a class at 0."""
+    if isinstance(value, list):
+        return [_without_infinities(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def _npy(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
+    names = [name for name in arrays if name != IDS] or [IDS]
+    if len(names) != 1:
+        raise RequestError(
+            f"a .npy file holds one array, and this reply would have {', '.join(names)}: name one in `fields`, or ask "
+            f"for {MEDIA_TYPE}"
+        )
+    array = np.ascontiguousarray(arrays[names[0]])
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return [header.getvalue(), as_buffer(array)]
+
+
+def _arrow(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> memoryview:
+    try:
+        pa: Any = importlib.import_module("pyarrow")
+    except ImportError as error:
+        raise HTTPException(
+            406,
+            f"{MEDIA_TYPES['arrow']} needs pyarrow, which this server does not have: its operator can "
+            "`pip install 'softlabels[arrow]'`",
+        ) from error
+    offsets = arrays.get(ROW_OFFSETS)
+    columns: dict[str, Any] = {}
+    for name, array in arrays.items():
+        if name != ROW_OFFSETS:
+            column = pa.array(from_fixed_bytes(array).tolist()) if _is_text(name, array) else _column(pa, array)
+            once_a_sample = offsets is None or name in (IDS, FINGERPRINTS)
+            columns[name] = column if once_a_sample else pa.LargeListArray.from_arrays(pa.array(offsets), column)
+    batch = pa.record_batch(columns).replace_schema_metadata(dict(metadata))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return memoryview(sink.getvalue())
+
+
+def _is_text(name: str, array: NDArray[Any]) -> bool:
+    """Return whether an array holds string ids, as fixed-width UTF-8."""
+    return name == IDS and array.ndim == 2
+
+
+def _column(pa: Any, array: NDArray[Any]) -> Any:
+    """Return an array of any shape as an Arrow column: each axis after the first nests one fixed-size list."""
+    column = pa.array(np.ascontiguousarray(array).reshape(-1))
+    for extent in reversed(array.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, extent)
+    return column

@@ -1,0 +1,350 @@
+"""Requests: typed models of bodies and query strings, sample ids as arrays, and version tags in headers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from softlabels.documents import Document, parse_document
+from softlabels.errors import BadIdsError, BatchTooLargeError, EmptyBatchError, RequestError, UnknownIdError
+from softlabels.ids import IdArray, as_ids
+from softlabels.manifest import Manifest
+from softlabels.order import Remainder
+from softlabels_server.fast_path.response_plan import COLUMN_WIDTHS, split_columns
+from softlabels_server.settings import Settings
+
+TARGETS = "targets"
+"""In `fields`: every array of the store's encoding."""
+
+_LISTS = frozenset({"fields", "columns"})
+_NUMBERS = frozenset({"seed", "rank", "world_size", "batch_size", "cursor", "block", "view"})
+
+Int64: TypeAlias = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Count: TypeAlias = Annotated[int, Meta(ge=0)]
+Span: TypeAlias = Annotated[list[Int64], Meta(min_length=2, max_length=2)]
+
+Q = TypeVar("Q", bound="RowOptions")
+
+
+class RowOptions(Document, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a batch and an epoch stream can be asked for beside their ids. Keys of JSON bodies and query strings.
+
+    The OpenAPI document describes these models; what depends on the store is checked in `api.batch`.
+    """
+
+    fields: Annotated[
+        list[str] | None,
+        Meta(
+            description="Arrays to return beside the ids: `targets` stands for every array of the store's encoding, "
+            "other names for the array of that name. Default: targets, and labels where the store keeps them."
+        ),
+    ] = None
+    # `Any`, since a wrong temperature has an error code of its own, `bad-temperature`.
+    temperature: Annotated[
+        Any,
+        Meta(
+            description="Temperature that the reply is tempered for, above 0; default: the store's. Encoded rows "
+            "travel unchanged: it is checked against the store and returned in the metadata.",
+            extra_json_schema={"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]},
+        ),
+    ] = None
+    transfer_set: Annotated[
+        str | None,
+        Meta(
+            description="Fingerprint of the client's own transfer set: the reply is 409 `fingerprint-mismatch` if the "
+            "targets were computed for another."
+        ),
+    ] = None
+    digest: Annotated[
+        str | None,
+        Meta(
+            description="Version of the store that the client holds: the reply is 412 `store-changed` if the store "
+            "is at another version."
+        ),
+    ] = None
+
+
+class BatchOptions(RowOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a batch can be asked for beside its ids."""
+
+    decode: Annotated[
+        Literal["logits", "p"] | None,
+        Meta(
+            description="Have the server decode the targets at that temperature, to float32: `logits`, whose softmax "
+            "is the target, or its probabilities `p`. Default: encoded rows, decoded on the student's device."
+        ),
+    ] = None
+
+
+class BatchRequest(BatchOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """JSON body of a batch request."""
+
+    # `Any`, since wrong ids have an error code of their own, `bad-ids`.
+    ids: Annotated[
+        list[Any],
+        Meta(
+            description="Sample ids, all integers or all strings as the store has them; repeats are allowed.",
+            extra_json_schema={
+                "minItems": 1,
+                "items": {"anyOf": [{"type": "integer", "format": "int64"}, {"type": "string"}]},
+            },
+        ),
+    ]
+    views: Annotated[
+        list[Int64] | None, Meta(description="View of each sample, one for each id, where the store keeps views.")
+    ] = None
+    spans: Annotated[
+        list[Span] | None,
+        Meta(description="First row and the row after the last of each sample, for sequences; default: whole samples."),
+    ] = None
+
+
+class BatchQuery(BatchOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Query string of a batch request with binary ids."""
+
+    columns: Annotated[
+        list[Literal["ids", "views", "spans"]],
+        Meta(
+            description="Columns of the body, int64, one after the other: `ids`, then `views` or `spans` (two numbers "
+            "a sample). Default: ids alone."
+        ),
+    ] = msgspec.field(default_factory=lambda: ["ids"])
+
+    def __post_init__(self) -> None:
+        """Refuse columns in another order or repeated ones."""
+        if self.columns[0] != "ids" or len(set(self.columns)) != len(self.columns):
+            raise ValueError("columns must begin with ids and name each column once, as columns=ids,views")
+
+
+class EpochQuery(RowOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Query string of an epoch request. `softlabels.epochs.EpochConfig` checks what depends on other values."""
+
+    seed: Annotated[Count, Meta(description="training seed, 0 … 2⁶⁴ − 1")]
+    batch_size: Annotated[Count, Meta(description="samples in a batch, at least 1")]
+    rank: Annotated[Count, Meta(description="rank of the client among `world_size`")] = 0
+    world_size: Annotated[Count, Meta(description="number of ranks that share the epoch")] = 1
+    cursor: Annotated[
+        Count, Meta(description="samples that all ranks together have taken; the stream starts there")
+    ] = 0
+    shuffle: Annotated[bool, Meta(description="`false` for the store's own order")] = True
+    block: Annotated[Count | None, Meta(description="shuffle blocks of this many consecutive samples")] = None
+    remainder: Annotated[Remainder, Meta(description="what becomes of the samples that do not fill a last step")] = (
+        "split"
+    )
+    view: Annotated[
+        Count | None, Meta(description="view of every sample; default: the epoch number modulo the number of views")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSelection:
+    """Samples of a batch, from either kind of body.
+
+    Attributes:
+        ids: [B], at least one; repeats are allowed.
+        views: [B], view of each sample, for stores that keep views.
+        spans: [B, 2], row ranges of sequences; None for whole ones.
+        options: everything else that the client asks for.
+    """
+
+    ids: IdArray
+    views: NDArray[np.int64] | None = None
+    spans: NDArray[np.int64] | None = None
+    options: BatchOptions = field(default_factory=BatchOptions)
+
+
+def from_json(body: bytes, manifest: Manifest, settings: Settings) -> BatchSelection:
+    """Return the selection in a JSON body.
+
+    Raises:
+        RequestError: not a JSON object, or a key missing, unknown or of the wrong type.
+        EmptyBatchError, BatchTooLargeError, BadIdsError, UnknownIdError.
+    """
+    try:
+        # Not decoded by msgspec: it refuses NaN as no JSON, and a client is helped more by the error of a temperature.
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f'the body is not JSON ({error}); send an object such as {{"ids": [0, 1, 2]}}') from error
+    request = parse_document(document, BatchRequest, what="request body", error=RequestError)
+    count = len(request.ids)
+    for name, values in (("views", request.views), ("spans", request.spans)):
+        if values is not None and len(values) != count:
+            raise RequestError(f"request body: `{name}` has {len(values)} entries for {count} ids: give one per id")
+    return BatchSelection(
+        ids=_checked_ids(request.ids, manifest, settings),
+        views=None if request.views is None else np.array(request.views, dtype=np.int64),
+        spans=None if request.spans is None else np.array(request.spans, dtype=np.int64).reshape(count, 2),
+        options=request,
+    )
+
+
+def from_binary(body: bytes, query: str, settings: Settings) -> BatchSelection:
+    """Return the selection in a body of little-endian int64 columns and a query string with the options.
+
+    Raises:
+        RequestError: a query parameter is unknown, repeated or of the wrong type.
+        EmptyBatchError, BatchTooLargeError, BadIdsError.
+    """
+    options = parse_query(read_query(query), BatchQuery)
+    columns = tuple(options.columns)
+    sample_bytes = 8 * sum(COLUMN_WIDTHS[name] for name in columns)
+    if len(body) % sample_bytes:
+        raise BadIdsError(
+            f"{len(body)} bytes are not a whole number of samples: send int64, little-endian, {sample_bytes} bytes a "
+            f"sample for the columns {','.join(columns)}"
+        )
+    count = len(body) // sample_bytes
+    _check_count(count, settings)
+    return BatchSelection(**split_columns(body, columns, count), options=options)
+
+
+def read_query(query: str) -> dict[str, str]:
+    """Return the parameters of a query string. Raises RequestError if one is repeated."""
+    pairs = parse_qsl(query, keep_blank_values=True)
+    parameters = dict(pairs)
+    if len(parameters) != len(pairs):
+        raise RequestError("a query parameter is repeated: give each once, fields as fields=targets,labels")
+    return parameters
+
+
+def parse_query(parameters: Mapping[str, str], kind: type[Q]) -> Q:
+    """Return query parameters as a typed model, with lists separated by commas.
+
+    Raises:
+        RequestError: a parameter is unknown or of the wrong type.
+    """
+    document: dict[str, Any] = dict(parameters)
+    for name, text in parameters.items():
+        if name in _LISTS:
+            document[name] = text.split(",")
+        elif name in _NUMBERS and text.isascii() and text.isdecimal() and len(text) <= 20:
+            document[name] = int(text)
+        elif name == "shuffle" and text in ("true", "false"):
+            document[name] = text == "true"
+        elif name == "temperature":
+            with contextlib.suppress(ValueError):  # as text it is refused as a temperature, with that error's code
+                document[name] = float(text)
+    return parse_document(document, kind, what="query", error=RequestError)
+
+
+def too_large(count: int, most: int, what: str = "ids") -> BatchTooLargeError:
+    """Return the error for more ids or rows than one reply may hold."""
+    return BatchTooLargeError(
+        f"{count} {what} are more than the {most} that this server answers at once: ask in smaller batches", most=most
+    )
+
+
+def short(value: object) -> str:
+    """Return a caller's value in a form that fits a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+async def read_body(receive: Receive, headers: Headers, *, max_bytes: int, timeout_s: float) -> bytes:
+    """Return the request's body. uvicorn limits neither its size nor its time.
+
+    Raises:
+        BatchTooLargeError: it is larger than `max_bytes`, by its header or in fact.
+        HTTPException: 408, incomplete after `timeout_s`.
+        ClientDisconnect: the client went away.
+    """
+    announced = headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _body_too_large(max_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _receive_all(receive, max_bytes)
+    except TimeoutError as error:
+        late = f"its body was incomplete after {timeout_s:g} s"
+        # Closed, since the rest of this body could not be told from the next request.
+        raise HTTPException(408, late, headers={"Connection": "close"}) from error
+
+
+def etag_of(digest: str) -> str:
+    """Return the strong entity tag of a version (RFC 9110, section 8.8.3)."""
+    return f'"{digest}"'
+
+
+def names_digest(header: str | None, digest: str) -> bool:
+    """Return whether an If-Match or If-None-Match header names this version; False without one (RFC 9110, 13.1).
+
+    A weak tag, which a cache on the way may have made of ours, names the version too, since versions with one digest
+    have the same bytes.
+    """
+    if header is None:
+        return False
+    tags = {tag.strip().removeprefix("W/") for tag in header.split(",")}
+    return "*" in tags or etag_of(digest) in tags
+
+
+async def _receive_all(receive: Receive, max_bytes: int) -> bytes:
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        piece = message.get("body", b"")
+        size += len(piece)
+        if size > max_bytes:
+            raise _body_too_large(max_bytes)
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _body_too_large(max_bytes: int) -> BatchTooLargeError:
+    return BatchTooLargeError(
+        f"the request's body is larger than {max_bytes} bytes: ask in smaller batches", most=max_bytes
+    )
+
+
+def _check_count(count: int, settings: Settings) -> None:
+    """Raise if a batch is empty or larger than the server answers at once."""
+    if count == 0:
+        raise EmptyBatchError("a batch needs at least one id: an empty one usually means a mistake in the sampler")
+    if count > settings.max_batch_ids:
+        raise too_large(count, settings.max_batch_ids)
+
+
+def _checked_ids(values: list[Any], manifest: Manifest, settings: Settings) -> IdArray:
+    _check_count(len(values), settings)
+    kinds = set(map(type, values))
+    if bool in kinds:
+        raise BadIdsError("true and false are not sample ids: ids are integers or strings")
+    if kinds == {str}:
+        _check_text_ids(values, manifest)
+    return as_ids(values)
+
+
+def _check_text_ids(values: list[str], manifest: Manifest) -> None:
+    spec = manifest.ids
+    if spec.kind != "str":
+        raise BadIdsError(f"sample ids of {manifest.name!r} are integers, not strings")
+    # Before they become an array, in which every entry takes as much memory as the longest.
+    longest = max(values, key=len)
+    if len(longest) > spec.width_bytes:
+        raise UnknownIdError(f"{manifest.name!r} holds no sample {short(longest)}", ids=[longest[:128]], missing=1)
+    text = "".join(values)
+    if "\0" in text:
+        raise BadIdsError("a sample id holds a NUL character, which no store keeps")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadIdsError(
+            f"a sample id is not valid Unicode ({error.reason}): half a surrogate pair has no UTF-8"
+        ) from error

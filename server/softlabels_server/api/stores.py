@@ -1,0 +1,149 @@
+"""Routes about the server and its stores: /health, /v1/stores, /v1/stores/{name} and /v1/stores/{name}/constants."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Request, Response
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from softlabels import __version__, wire
+from softlabels.problem_details import to_problem
+from softlabels_server.api.batch import opened
+from softlabels_server.api.openapi import NOT_FOUND, PROBLEMS
+from softlabels_server.api.requests import etag_of, names_digest
+from softlabels_server.catalog import BrokenStore, ServedStore, StoreFolder
+from softlabels_server.fast_path.safetensors_header import DIGEST_HEADER
+
+CONSTANTS_PATH = "/v1/stores/{name}/constants"
+CONSTANTS_FORMAT = "softlabels-constants/1"
+
+
+class Health(BaseModel):
+    """State of the server."""
+
+    status: str = Field(description="`ok` whenever the server answers")
+    version: str = Field(description="version of softlabels that serves")
+    stores: int = Field(description="number of stores now")
+
+
+class StoreSummary(BaseModel):
+    """Entry of the store list."""
+
+    name: str = Field(description="name in URLs")
+    rows: int = Field(description="number of rows of the finished store")
+    classes: int = Field(description="number of classes")
+    encoding: str = Field(description="name of the row encoding, such as `f16`")
+    digest: str = Field(description="digest that identifies this version of the store")
+    finished: bool = Field(description="whether all rows are present; committed rows of an unfinished store are served")
+    url: str = Field(description="argument for `softlabels.open`")
+
+
+class UnreadableStore(BaseModel):
+    """Entry of a store that exists but cannot be opened."""
+
+    name: str = Field(description="name in URLs")
+    problem: dict[str, Any] = Field(description="reason, as problem details")
+
+
+class StoreList(BaseModel):
+    """Every store of this server."""
+
+    stores: list[StoreSummary | UnreadableStore]
+
+
+class StoreDescription(BaseModel):
+    """Manifest and version of a store."""
+
+    name: str = Field(description="name in URLs")
+    digest: str = Field(description="digest that identifies this version of the store; also the ETag")
+    finished: bool = Field(description="whether all rows are present")
+    manifest: dict[str, Any] = Field(description="manifest of the store, or its plan while it is unfinished")
+
+
+def make_router(stores: StoreFolder) -> APIRouter:
+    """Return the JSON routes over these stores."""
+    router = APIRouter()
+
+    @router.get("/health", summary="State of the server", tags=["server"])
+    def health() -> Health:
+        return Health(status="ok", version=__version__, stores=len(stores.names()))
+
+    @router.get("/v1/stores", summary="List the stores", tags=["stores"], responses=PROBLEMS)
+    def list_stores(request: Request) -> StoreList:
+        return StoreList(stores=[_entry(store, base=str(request.base_url)) for store in stores])
+
+    @router.get(
+        "/v1/stores/{name}",
+        summary="Describe a store",
+        tags=["stores"],
+        responses={304: {"description": "The client's copy is of this version"}, 404: NOT_FOUND, **PROBLEMS},
+        response_model=StoreDescription,
+    )
+    def describe_store(
+        response: Response,
+        name: Annotated[str, Path(description="name of the store")],
+        if_none_match: Annotated[str | None, Header(description="ETag of the client's copy")] = None,
+    ) -> Any:
+        store = stores.get(name)
+        headers = {"ETag": etag_of(store.digest), "Cache-Control": "no-cache"}
+        if names_digest(if_none_match, store.digest):
+            return Response(status_code=304, headers=headers)
+        response.headers.update(headers)
+        manifest = store.manifest
+        return StoreDescription(
+            name=store.name, digest=store.digest, finished=manifest.finished, manifest=manifest.to_json()
+        )
+
+    return router
+
+
+class ConstantsEndpoint:
+    """Answers with the arrays that a store's encoding learned; with a file of no arrays for most encodings.
+
+    Args:
+        stores: stores to serve.
+    """
+
+    def __init__(self, stores: StoreFolder) -> None:
+        self._stores = stores
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the arrays, or 304 to a client that holds those of this version."""
+        store = await opened(self._stores, scope)
+        headers = {"ETag": etag_of(store.digest), "Cache-Control": "no-cache", DIGEST_HEADER: store.digest}
+        if names_digest(Headers(scope=scope).get("if-none-match"), store.digest):
+            reply = Response(status_code=304, headers=headers)
+        else:
+            body = await run_in_threadpool(_constants_file, store)
+            reply = Response(body, media_type=wire.MEDIA_TYPE, headers=headers)
+        await reply(scope, receive, send)
+
+
+def make_constants_route(stores: StoreFolder) -> Route:
+    """Return the constants route over these stores."""
+    return Route(CONSTANTS_PATH, ConstantsEndpoint(stores), methods=["GET"], name="constants")
+
+
+def _constants_file(store: ServedStore) -> bytes:
+    metadata = {"format": CONSTANTS_FORMAT, "store": store.name, "digest": store.digest}
+    return wire.to_bytes(store.encoding.constants, metadata)
+
+
+def _entry(store: ServedStore | BrokenStore, *, base: str) -> StoreSummary | UnreadableStore:
+    if isinstance(store, BrokenStore):
+        return UnreadableStore(name=store.name, problem=to_problem(store.error))
+    manifest = store.manifest
+    return StoreSummary(
+        name=store.name,
+        rows=manifest.rows,
+        classes=manifest.classes,
+        encoding=manifest.encoding.name,
+        digest=store.digest,
+        finished=manifest.finished,
+        url=f"{base.rstrip('/')}/{store.name}",
+    )

@@ -1,0 +1,211 @@
+"""HTTP protocol: uvicorn's, with limits on request headers and a fast path for repeated batch requests.
+
+A request whose head is, byte for byte, one with a response plan is answered here, straight onto the socket, without a
+task or the ASGI application. Every other request, and any that a plan cannot answer, goes to the application; so does
+the first request with a given head, which is where all checks are made, the token's among them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from numpy.typing import NDArray
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from softlabels_server.fast_path.response_plan import (
+    EXTENSION as PLANS_EXTENSION,
+)
+from softlabels_server.fast_path.response_plan import (
+    MAX_HEAD_BYTES,
+    MAX_RESPONSE_PLANS,
+    ResponsePlan,
+    ResponsePlans,
+)
+from softlabels_server.fast_path.safetensors_header import as_buffer
+from softlabels_server.fast_path.socket_writer import EXTENSION as SOCKET_EXTENSION
+from softlabels_server.fast_path.socket_writer import SocketAccess
+
+MAX_HEADER_BYTES = 64 << 10
+"""The limit of h11, uvicorn's other parser; real request headers are far smaller."""
+
+
+class HeaderLimits(asyncio.Protocol):
+    """Closes a connection whose request header takes too long or is too large. A base class before uvicorn's protocol.
+
+    uvicorn 0.54 has neither limit: a connection that sends half a header, or nothing, is held for ever, and httptools
+    takes headers of any size. Bodies are limited in `api.requests.read_body`, idle connections by uvicorn's keep-alive.
+    """
+
+    header_timeout_s: float
+    cycle: Any  # uvicorn's RequestResponseCycle: the request under way or just answered, None before the first
+    transport: asyncio.Transport
+    _deadline: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start the timeout of the first request."""
+        super().connection_made(transport)
+        self._await_header()
+
+    def data_received(self, data: bytes) -> None:
+        """Pass bytes on, then check whether they completed a header."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.stop_waiting_for_header()
+            return
+        self._await_header()
+        self._header_bytes += len(data)
+        if self._header_bytes > MAX_HEADER_BYTES:
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Cancel the timeout."""
+        self.stop_waiting_for_header()
+        super().connection_lost(exc)
+
+    def stop_waiting_for_header(self) -> None:
+        """Cancel the timeout: a whole request has arrived."""
+        self._header_bytes = 0
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _await_header(self) -> None:
+        if self._deadline is None:
+            loop = asyncio.get_running_loop()
+            self._deadline = loop.call_later(self.header_timeout_s, self.transport.close)
+
+
+class FastPathProtocol(asyncio.Protocol):
+    """Answers requests that have a response plan. A base class before uvicorn's `HttpToolsProtocol`."""
+
+    response_plans: ResponsePlans
+    transport: asyncio.Transport
+    cycle: Any
+    scope: Any
+    server_state: Any
+    loop: asyncio.AbstractEventLoop
+    timeout_keep_alive: float
+    timeout_keep_alive_task: asyncio.TimerHandle | None
+    expect_100_continue: bool
+    flow: Any
+    stop_waiting_for_header: Callable[[], None]
+    _head: bytes | None = None
+    _in_message = False
+    _answered_s = 0.0
+    _descriptor = -1
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note whether bytes may be written to the socket directly, which TLS rules out."""
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and transport.get_extra_info("ssl_object") is None and not isinstance(sock, ssl.SSLSocket):
+            self._descriptor = sock.fileno()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the descriptor, whose number may name another file from now on."""
+        self._descriptor = -1
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Answer a request that has a response plan, or pass the bytes on."""
+        if self._descriptor >= 0 and self._is_between_requests():
+            end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
+            if end > 4:
+                head = data[:end]
+                plan = self.response_plans.get(head)
+                if plan is not None and len(data) == end + plan.body_bytes and self._answer(plan, data, end):
+                    return
+                self._head = head
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        """Let the application keep a plan for the request that begins, if its head came in one piece."""
+        super().on_message_begin()  # type: ignore[misc]
+        self._in_message = True
+        head, self._head = self._head, None
+        self.scope["extensions"] = {} if head is None else {PLANS_EXTENSION: partial(self._keep, head, self.scope)}
+
+    def on_message_complete(self) -> None:
+        """Note that the next bytes are another request's."""
+        super().on_message_complete()  # type: ignore[misc]
+        self._in_message = False
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, counting requests answered here, which do not move uvicorn's timer."""
+        left_s = self._answered_s + self.timeout_keep_alive - self.loop.time()
+        if left_s > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(left_s, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()  # type: ignore[misc]
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """Give the application access to the socket; the request may be one of several that came together."""
+        if self._descriptor >= 0:
+            cycle.scope["extensions"][SOCKET_EXTENSION] = SocketAccess(cycle, self._descriptor)
+        super()._start_asgi_task(cycle, app)  # type: ignore[misc]
+
+    def _is_between_requests(self) -> bool:
+        # While the transport has bytes to send, a reply written to the socket would overtake them, and a client that
+        # sends requests without reading replies must be paused, which uvicorn does.
+        cycle, transport = self.cycle, self.transport
+        return (
+            not self._in_message
+            and (cycle is None or cycle.response_complete)
+            and not transport.get_write_buffer_size()
+            and not transport.is_closing()
+        )
+
+    def _keep(self, head: bytes, scope: Any, make: Callable[[], ResponsePlan]) -> None:
+        cycle = self.cycle
+        if cycle.scope is not scope or not cycle.keep_alive or self.expect_100_continue:
+            return
+        if len(self.response_plans) >= MAX_RESPONSE_PLANS:
+            self.response_plans.clear()
+        self.response_plans[head] = make()
+
+    def _answer(self, plan: ResponsePlan, data: bytes, body_begin: int) -> bool:
+        arrays = plan.answer(memoryview(data)[body_begin:])
+        if arrays is None:
+            return False
+        self.stop_waiting_for_header()
+        date = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
+        self._send([b"HTTP/1.1 200 OK\r\n" + date + plan.head + plan.layout.header, *arrays])
+        self.server_state.total_requests += 1
+        self._answered_s = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        return True
+
+    def _send(self, buffers: Sequence[bytes | NDArray[Any]]) -> None:
+        """Write to the socket what it takes at once, without copying, and the rest through the transport."""
+        try:
+            sent = os.writev(self._descriptor, buffers)  # type: ignore[arg-type]
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.transport.abort()  # the client is gone; `connection_lost` follows
+            return
+        for buffer in buffers:
+            size = len(buffer) if isinstance(buffer, bytes) else buffer.nbytes
+            if sent < size:
+                view = memoryview(buffer) if isinstance(buffer, bytes) else as_buffer(buffer)
+                self.transport.write(view[sent:])
+            sent = max(0, sent - size)
+
+
+def make_protocol(*, header_timeout_s: float) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol with header limits and, where httptools is installed, the fast path.
+
+    h11, the parser that uvicorn falls back to, has no message callbacks for the fast path to hook into.
+    """
+    parses_in_c = hasattr(AutoHTTPProtocol, "on_message_begin")
+    bases = (FastPathProtocol, HeaderLimits, AutoHTTPProtocol) if parses_in_c else (HeaderLimits, AutoHTTPProtocol)
+    return type("SoftLabelsProtocol", bases, {"header_timeout_s": header_timeout_s, "response_plans": {}})

@@ -1,0 +1,221 @@
+"""Streaming replies: a thread gathers chunks and writes them to the socket; a slow reader is waited for in the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Scope, Send
+
+from softlabels_server.fast_path.safetensors_header import as_buffer
+
+EXTENSION = "softlabels.socket_access"
+"""ASGI scope extension: the `SocketAccess` of this request."""
+
+WRITABLE_TIMEOUT_MS = 20
+"""How long a thread waits for room in the socket. Slower readers are waited for in the event loop, where a thousand of
+them cost nothing."""
+
+SMALL_CHUNK_BYTES, LARGE_CHUNK_BYTES = 64 << 10, 1 << 20
+"""Chunk sizes: small bounds the memory held for a reader that stops; large is gathered at the lowest cost a byte while
+still fitting a core's cache when the socket takes it."""
+
+FAST_READER_BYTES = 8 << 20
+"""A reader that took this much without a pause is reading: the kernel's socket buffers hold less."""
+
+Chunk: TypeAlias = Sequence[bytes | NDArray[Any]]
+
+
+class SocketAccess:
+    """What the application may do with the connection while its reply is under way.
+
+    Args:
+        cycle: uvicorn's request-response cycle; the protocol itself may already read the next request.
+        descriptor: file descriptor of the connection's socket.
+    """
+
+    def __init__(self, cycle: Any, descriptor: int) -> None:
+        self._cycle, self._descriptor = cycle, descriptor
+        self._transport: asyncio.Transport = cycle.transport
+
+    def duplicate_descriptor(self) -> int:
+        """Return a descriptor of the socket that the caller must close.
+
+        A copy, because the number may name another file as soon as the transport closes its own descriptor.
+        """
+        return os.dup(self._descriptor)
+
+    def account(self, size_bytes: int) -> None:
+        """Subtract body bytes that bypassed uvicorn, which compares what it sent with the announced length."""
+        self._cycle.expected_content_length -= size_bytes
+        assert self._cycle.expected_content_length >= 0, "more bytes than the reply announced"
+
+    def write(self, buffers: Sequence[memoryview]) -> None:
+        """Send body bytes through the transport."""
+        self.account(sum(map(len, buffers)))
+        for buffer in buffers:
+            self._transport.write(buffer)
+
+    async def drain(self) -> bool:
+        """Wait until the transport has sent everything; return False where the client is gone."""
+        if self._transport.get_write_buffer_size():
+            # With a limit of 0 the transport calls `pause_writing` now, and `resume_writing` only when it is empty.
+            self._transport.set_write_buffer_limits(high=0)
+            await self._cycle.flow.drain()
+            if not self.is_closed():
+                self._transport.set_write_buffer_limits()
+        return not self.is_closed()
+
+    def is_closed(self) -> bool:
+        """Return whether the client is gone."""
+        return bool(self._cycle.disconnected or self._transport.is_closing())
+
+    def abort(self) -> None:
+        """Close the connection in the middle of the reply, so that the client notices."""
+        self._transport.abort()
+        # uvicorn learns of it only in the next loop iteration; until then it would log an error of the application.
+        self._cycle.disconnected = True
+
+
+class AdaptiveChunkSize:
+    """Size of the next chunk, by how much the reader took without a pause."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Target size of the next chunk."""
+        return LARGE_CHUNK_BYTES if self._taken >= FAST_READER_BYTES else SMALL_CHUNK_BYTES
+
+    def took(self, size_bytes: int) -> None:
+        """Note that the reader took this much."""
+        self._taken += size_bytes
+
+    def paused(self) -> None:
+        """Note that the reader took nothing for a while."""
+        self._taken = 0
+
+
+class ThreadedWriter:
+    """Writes a stream to the socket from a thread, and through the event loop while the reader is slow."""
+
+    def __init__(self, access: SocketAccess) -> None:
+        self._access = access
+
+    async def send_all(self, chunks: Iterator[Chunk], size: AdaptiveChunkSize, *, stall_timeout_s: float) -> bool:
+        """Send all chunks; return False where the client is gone or took longer than the timeout for one.
+
+        Raises: what gathering a chunk raises; the connection is then closed.
+        """
+        access = self._access
+        if not await access.drain():
+            return False
+        descriptor = access.duplicate_descriptor()
+        writer = ChunkWriter(descriptor, chunks, size, access.is_closed)
+        try:
+            while (left := await run_in_threadpool(writer.run)) is not None:
+                access.account(writer.take_count())
+                if access.is_closed():
+                    return False
+                access.write(left)
+                async with asyncio.timeout(stall_timeout_s):
+                    if not await access.drain():
+                        return False
+            access.account(writer.take_count())
+            return True
+        except TimeoutError:
+            return False  # the reader stopped; it can resume at its cursor
+        finally:
+            os.close(descriptor)
+
+    def abort(self) -> None:
+        """Close the connection in the middle of the reply."""
+        self._access.abort()
+
+
+class ChunkWriter:
+    """Gathers chunks and writes them to a socket, in a thread.
+
+    Args:
+        descriptor: non-blocking socket.
+        chunks: buffers to write; each chunk is gathered when it is asked for.
+        size: is told how much the reader took.
+        is_closed: whether to stop.
+    """
+
+    def __init__(
+        self, descriptor: int, chunks: Iterator[Chunk], size: AdaptiveChunkSize, is_closed: Callable[[], bool]
+    ) -> None:
+        self._descriptor, self._chunks, self._size, self._is_closed = descriptor, chunks, size, is_closed
+        self._written = 0
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def run(self) -> list[memoryview] | None:
+        """Write until done (None) or until the socket had no room for a while; return what is left of that chunk."""
+        for chunk in self._chunks:
+            left = [as_view(buffer) for buffer in chunk]
+            while left:
+                try:
+                    count = os.writev(self._descriptor, left)
+                except BlockingIOError:
+                    if self._is_closed() or not self._poll.poll(WRITABLE_TIMEOUT_MS):
+                        self._size.paused()
+                        # Copied, so that a waiting reader holds only what it has not read, not whole arrays.
+                        return [memoryview(bytes(buffer)) for buffer in left]
+                    continue
+                except OSError:
+                    return left  # the client is gone, as the event loop will find
+                self._written += count
+                self._size.took(count)
+                left = _skip(left, count)
+        return None
+
+    def take_count(self) -> int:
+        """Return the number of bytes written since the last call."""
+        count, self._written = self._written, 0
+        return count
+
+
+class AsgiWriter:
+    """Sends a stream as ASGI messages, for servers without `SocketAccess` (TLS, h11, test clients)."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    async def send_all(self, chunks: Iterator[Chunk], size: AdaptiveChunkSize, *, stall_timeout_s: float) -> bool:
+        """Send all chunks; ASGI does not say whether the client is still there. Raises what gathering raises."""
+        while (chunk := await run_in_threadpool(next, chunks, None)) is not None:
+            async with asyncio.timeout(stall_timeout_s):
+                for buffer in chunk:
+                    await self._send({"type": "http.response.body", "body": as_view(buffer), "more_body": True})
+        return True
+
+    def abort(self) -> None:
+        """Do nothing: the server itself closes the connection of a reply that is incomplete when the app returns."""
+
+
+def writer_for(scope: Scope, send: Send) -> ThreadedWriter | AsgiWriter:
+    """Return the fastest writer for a reply to this request."""
+    access: SocketAccess | None = scope.get("extensions", {}).get(EXTENSION)
+    return AsgiWriter(send) if access is None else ThreadedWriter(access)
+
+
+def as_view(buffer: bytes | NDArray[Any]) -> memoryview:
+    """Return the bytes of either."""
+    return memoryview(buffer) if isinstance(buffer, bytes) else as_buffer(buffer)
+
+
+def _skip(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """Return what is left of buffers after `count` written bytes."""
+    for number, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[number + 1 :]]
+        count -= len(buffer)
+    return []

@@ -1,0 +1,1 @@
+"""Serving processes: one server process, the supervisor of several, and their memory."""

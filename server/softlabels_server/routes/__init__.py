@@ -1,1 +1,0 @@
-"""The routes, one file each: what HTTP asks, and who answers."""

@@ -1,0 +1,109 @@
+"""What a batch request is read as, whatever bytes come."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softlabels.errors import SoftLabelsError
+from softlabels_server import Settings, StoreFolder
+from softlabels_server.api.batch import plan_batch
+from softlabels_server.api.requests import BatchRequest, BatchSelection, from_binary, from_json
+from softlabels_server.catalog import ServedStore
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+REQUESTS = st.fixed_dictionaries(
+    {"ids": st.lists(st.integers(-5, 120) | st.text(max_size=3), max_size=5) | ANY_JSON},
+    optional={
+        "fields": st.lists(st.sampled_from(["targets", "labels", "ids", "x"])) | ANY_JSON,
+        "temperature": st.floats() | ANY_JSON,
+        "transfer_set": ANY_JSON,
+        "digest": ANY_JSON,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def served(stores: Any) -> dict[str, ServedStore]:
+    """One store of integer ids, one of strings."""
+    folder = StoreFolder(stores.root)
+    return {name: folder.get(name) for name in ("dense", "named")}
+
+
+def blames_the_caller(error: SoftLabelsError) -> bool:
+    """Whether its status says that the request is at fault, and not the server."""
+    return 400 <= error.status < 500
+
+
+def answer(body: bytes, store: ServedStore) -> int | SoftLabelsError:
+    """How many rows the reply has, or why there is none."""
+    try:
+        request = from_json(body, store.manifest, Settings())
+        buffers = plan_batch(store, request, Settings()).buffers()
+    except SoftLabelsError as error:
+        return error
+    return len(request.ids) if sum(map(len, buffers)) > 0 else -1
+
+
+class TestJson:
+    @given(document=REQUESTS | ANY_JSON, name=st.sampled_from(["dense", "named"]))
+    def test_any_json_is_answered_or_refused(self, served: dict[str, ServedStore], document: Any, name: str) -> None:
+        """Nothing but the product's own errors comes out, and none of the kind that blames the server."""
+        found = answer(json.dumps(document).encode(), served[name])
+        assert blames_the_caller(found) if isinstance(found, SoftLabelsError) else found == len(document["ids"])
+
+    @given(body=st.binary(max_size=64) | st.text(alphabet='{}[]":,ids 0123.eE-NaN\\u', max_size=64).map(str.encode))
+    def test_any_bytes_are_answered_or_refused(self, served: dict[str, ServedStore], body: bytes) -> None:
+        """Also those that are no JSON."""
+        found = answer(body, served["dense"])
+        assert blames_the_caller(found) if isinstance(found, SoftLabelsError) else found > 0
+
+    def test_what_is_left_out_is_left_open(self, served: dict[str, ServedStore]) -> None:
+        """Only ids are needed."""
+        request = from_json(b'{"ids": [2, 1]}', served["dense"].manifest, Settings())
+        assert request.ids.tolist() == [2, 1]
+        assert request.options == BatchRequest(ids=[2, 1])
+
+
+class TestBinary:
+    @given(
+        body=st.binary(max_size=40), query=st.text(max_size=30) | st.sampled_from(["fields=targets", "temperature=2"])
+    )
+    def test_any_bytes_are_read_or_refused(self, body: bytes, query: str) -> None:
+        """Body and query string."""
+        try:
+            found: BatchSelection | SoftLabelsError = from_binary(body, query, Settings())
+        except SoftLabelsError as error:
+            found = error
+        assert blames_the_caller(found) if isinstance(found, SoftLabelsError) else found.ids.tobytes() == body
+
+    def test_the_query_says_the_rest(self) -> None:
+        """Fields apart by commas, the temperature as a number, digests as they are."""
+        request = from_binary(bytes(8), "fields=targets,ids&temperature=2.5&transfer_set=a-1&digest=b", Settings())
+        assert request.ids.tolist() == [0]
+        assert request.options.fields == ["targets", "ids"]
+        assert (request.options.temperature, request.options.transfer_set, request.options.digest) == (2.5, "a-1", "b")
+
+
+class TestPlan:
+    def test_the_size_is_known_beforehand(self, served: dict[str, ServedStore]) -> None:
+        """`reply_bytes` is what the arrays come to, without their checksum."""
+        plan = plan_batch(served["dense"], BatchSelection(ids=np.arange(5)), Settings())
+        assert plan.reply_bytes == 5 * (7 * 4 + 4 + 8)
+        *_, checksum = buffers = plan.buffers()
+        assert sum(map(len, buffers[1:])) == plan.reply_bytes + len(checksum)
+
+    def test_rows_are_not_joined_into_one_piece(self, served: dict[str, ServedStore]) -> None:
+        """One buffer a field behind the header, and the checksum, so that nothing is copied before it is sent."""
+        header, *arrays = plan_batch(served["dense"], BatchSelection(ids=np.arange(5)), Settings()).buffers()
+        assert isinstance(header, bytes)
+        assert [type(buffer) for buffer in arrays] == [memoryview] * 4
