@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.base import TARGETS, Encoding, Field, row_bytes
+from softlabels.encodings.base import TARGETS, Encoding, Field, RowKind, row_bytes
 from softlabels.encodings.basis import Basis
 from softlabels.encodings.dense import BF16, F16, F32
 from softlabels.encodings.hidden import HEAD_TYPES, Hidden, hidden_encoding
@@ -32,6 +32,7 @@ __all__ = [
     "Field",
     "Hidden",
     "Quantised",
+    "RowKind",
     "Sampled",
     "TopK",
     "hidden_encoding",

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 TARGETS = "targets"
 """The array that holds rows kept in one array: dense logits, or packed bytes."""
 
-NO_CONSTANTS: Mapping[str, NDArray[Any]] = {}
+RowKind: TypeAlias = Literal["logits", "hidden_states"]
+"""What an encoding takes as a row: the logits themselves, or hidden states that a stored head turns into logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,11 @@ class Encoding(Protocol):
         ...
 
     @property
+    def row_kind(self) -> RowKind:
+        """What a row is that `encode` takes. Only logits have a mean over an ensemble."""
+        ...
+
+    @property
     def retemperable(self) -> bool:
         """Whether decoded rows may be brought to another temperature.
 
@@ -108,6 +114,45 @@ class Encoding(Protocol):
         """`decode` on the tensors' own device, to the same bits."""
         ...
 
+    def decode_rows(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Decode to rows of the kind that `encode` takes, which is cheaper than `decode` for hidden states."""
+        ...
+
+    def logits_of(self, rows_BW: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        """Return the logits that rows of this kind stand for: the rows themselves, unless they are hidden states."""
+        ...
+
+    def logits_of_torch(self, rows_BW: Tensor) -> Tensor:
+        """`logits_of` on the tensor's own device."""
+        ...
+
+
+class LogitsEncoding(ABC):
+    """The members of `Encoding` that are alike in all encodings whose rows are logits and that learn no arrays."""
+
+    row_kind: ClassVar[RowKind] = "logits"
+
+    @property
+    def constants(self) -> Mapping[str, NDArray[Any]]:
+        """No arrays: nothing is learnt."""
+        return {}
+
+    @abstractmethod
+    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Decode rows."""
+
+    def decode_rows(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Decode rows: the logits themselves."""
+        return self.decode(encoded)
+
+    def logits_of(self, rows_BW: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        """Return the rows: they are logits."""
+        return rows_BW
+
+    def logits_of_torch(self, rows_BW: Tensor) -> Tensor:
+        """Return the rows: they are logits."""
+        return rows_BW
+
 
 def row_bytes(encoding: Encoding) -> int:
     """Bytes that one row takes in all arrays together."""
@@ -119,7 +164,7 @@ def row_bytes(encoding: Encoding) -> int:
 _BLOCK_ENTRIES = 1 << 16
 
 
-class PackedRows(ABC):
+class PackedRows(LogitsEncoding):
     """An encoding whose row is one run of bytes in the array `targets`, written once over `Ops`.
 
     A subclass says how long a row is, and encodes and decodes arrays of either library.
@@ -143,11 +188,6 @@ class PackedRows(ABC):
     def __getstate__(self) -> dict[str, Any]:
         # What was derived stays behind: it may live on a device that the other process has not.
         return {field.name: getattr(self, field.name) for field in fields(cast("DataclassInstance", self))}
-
-    @property
-    def constants(self) -> Mapping[str, NDArray[Any]]:
-        """Nothing learnt."""
-        return NO_CONSTANTS
 
     @property
     def fields(self) -> Mapping[str, Field]:

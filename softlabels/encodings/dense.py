@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings.array_ops import NUMPY, Array, Ops, torch_ops
-from softlabels.encodings.base import NO_CONSTANTS, TARGETS, Field, check_shape
+from softlabels.encodings.base import TARGETS, Field, LogitsEncoding, check_shape
 from softlabels.errors import EncodingError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _BF16_INFINITY = 0x7F80
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Dense:
+class _Dense(LogitsEncoding):
     classes: int
 
     name: ClassVar[str]
@@ -36,11 +36,6 @@ class _Dense:
     def params(self) -> Mapping[str, Any]:
         """Dense encodings have no parameters."""
         return {}
-
-    @property
-    def constants(self) -> Mapping[str, NDArray[Any]]:
-        """Nothing learnt."""
-        return NO_CONSTANTS
 
     @property
     def fields(self) -> Mapping[str, Field]:

@@ -22,13 +22,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings.array_ops import NUMPY, Array, Ops, torch_ops
-from softlabels.encodings.base import TARGETS, Field
+from softlabels.encodings.base import TARGETS, Field, RowKind
 from softlabels.encodings.dense import BF16, F16, F32
 from softlabels.errors import EncodingError, ShapeMismatchError, UnknownEncodingError
 
@@ -58,6 +58,8 @@ class Hidden:
         head_CD: float32, float16, or the bits of bfloat16.
         bias_C: float32; None where the head has none.
     """
+
+    row_kind: ClassVar[RowKind] = "hidden_states"
 
     classes: int
     kept_as: KeptAs = "f16"
@@ -124,15 +126,15 @@ class Hidden:
 
     def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """logits_BC, each row's largest 0; leading dimensions are kept."""
-        return self.logits(self.hidden(encoded))
+        return self.logits_of(self.decode_rows(encoded))
 
-    def hidden(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def decode_rows(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The hidden states as kept, [B, D] float32: for those who bring a student's own head, or few classes of it."""
         if self.kept_as != "q8":
             return self._dense.decode(encoded)
         return np.asarray(encoded[TARGETS]).astype(np.float32) * np.asarray(encoded[SCALES], dtype=np.float32)
 
-    def logits(self, hidden_BD: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    def logits_of(self, hidden_BD: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
         """What the head makes of hidden states, each row's largest 0."""
         z = np.asarray(hidden_BD, dtype=np.float32) @ self._head_DC
         if self.bias_C is not None:
@@ -161,11 +163,11 @@ class Hidden:
     def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
         """`decode` on the tensors' own device."""
         if self.kept_as != "q8":
-            return self.logits_torch(self._dense.decode_torch(encoded))
-        return self.logits_torch(encoded[TARGETS].float() * encoded[SCALES])
+            return self.logits_of_torch(self._dense.decode_torch(encoded))
+        return self.logits_of_torch(encoded[TARGETS].float() * encoded[SCALES])
 
-    def logits_torch(self, hidden_BD: Tensor) -> Tensor:
-        """`logits` on the tensor's own device."""
+    def logits_of_torch(self, hidden_BD: Tensor) -> Tensor:
+        """`logits_of` on the tensor's own device."""
         import torch
 
         head_CD, bias_C = self._on(hidden_BD.device)

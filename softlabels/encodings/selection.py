@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.audit import Audit
-from softlabels.encodings import ENCODING_NAMES, Encoding, TopK, make_encoding, row_bytes
+from softlabels.encodings import ENCODING_NAMES, Encoding, RowKind, TopK, make_encoding, row_bytes
 from softlabels.encodings.basis_learning import MIN_PILOT_ROWS, learn_basis
 from softlabels.encodings.sampled import sampled_within
 from softlabels.encodings.topk import TAIL_RULES
@@ -206,9 +206,9 @@ class EncodingRequest:
         return self.name in ("topk", "sampled")
 
     @property
-    def of_hidden_states(self) -> bool:
-        """Whether rows are hidden states, so that it is made from a teacher's head, see `hidden_encoding`."""
-        return self.name == "hidden"
+    def row_kind(self) -> RowKind:
+        """What its rows are. An encoding of hidden states is made from a teacher's head, see `hidden_encoding`."""
+        return "hidden_states" if self.name == "hidden" else "logits"
 
     def make(
         self,
@@ -227,7 +227,7 @@ class EncodingRequest:
             UnknownEncodingError: parameters that do not go with the class count.
             EncodingError: a pilot is needed and there is none, or nothing meets the budget on it.
         """
-        if self.of_hidden_states:
+        if self.row_kind == "hidden_states":
             raise EncodingError("hidden states need the head of the teacher that they are of: see `hidden_encoding`")
         if self.needs_pilot and pilot_BC is None:
             raise EncodingError(f"encoding {self.name!r} is made from a pilot of real rows: run one first", rows=[])
@@ -264,7 +264,7 @@ def parse_encoding(given: object, *, classes: int | None = None) -> EncodingRequ
         UnknownEncodingError: names the unknown name or key and the nearest known one.
     """
     requested = _read(given)
-    if requested.of_hidden_states:  # names and values, checked with the smallest head
+    if requested.row_kind == "hidden_states":  # names and values, checked with the smallest head
         make_encoding(
             "hidden", classes=1, params=requested.params, constants={"head": np.zeros((1, 1), dtype=np.float32)}
         )

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings.array_ops import NUMPY, Array, Ops, natural_log, nearest_zero, torch_ops
-from softlabels.encodings.base import NO_CONSTANTS, Field, check_shape, shifted_rows
+from softlabels.encodings.base import Field, LogitsEncoding, check_shape, shifted_rows
 from softlabels.errors import EncodingError, UnknownEncodingError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ CLASS_IDS, VALUES, TAIL_MASS = "class_ids", "values", "tail_mass"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK:
+class TopK(LogitsEncoding):
     """The k largest of each row.
 
     Attributes:
@@ -67,11 +67,6 @@ class TopK:
     def params(self) -> Mapping[str, Any]:
         """`k` and `tail`."""
         return {"k": self.k, "tail": self.tail}
-
-    @property
-    def constants(self) -> Mapping[str, NDArray[Any]]:
-        """Nothing learnt."""
-        return NO_CONSTANTS
 
     @property
     def retemperable(self) -> bool:

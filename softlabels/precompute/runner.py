@@ -14,7 +14,6 @@ from softlabels.encodings import Encoding
 from softlabels.errors import UnknownStoreError
 from softlabels.manifest import Manifest
 from softlabels.precompute.checks.data_snapshot import note_files, refuse_changed
-from softlabels.precompute.hidden_states import asked
 from softlabels.precompute.job import Job, job_from_json
 from softlabels.precompute.pipeline.device import Lanes
 from softlabels.precompute.pipeline.device_step import DevicePass
@@ -81,7 +80,7 @@ def precompute(
     note_files(job.store_path, data)
     kept.write(writer)
     if writer.missing_shards():
-        plain_pass = DevicePass(plan, maker, asked(members, encoding), encoding=encoding, lanes=Lanes(device))
+        plain_pass = DevicePass(plan, maker, members, encoding=encoding, lanes=Lanes(device))
         _compute(job, writer, maker, plain_pass, kept, show=show, metrics=metrics)
     if writer.missing_shards():
         return plan

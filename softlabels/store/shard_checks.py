@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings import Encoding, Hidden
+from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError, UnknownIdError
 from softlabels.ids import IdArray, from_fixed_bytes
 from softlabels.manifest import Manifest
@@ -228,15 +228,15 @@ def _senseless_logits(
     encoded = {name: arrays[name] for name in encoding.fields}
     if members is not None:
         encoded = {name: array.reshape(-1, *array.shape[2:]) for name, array in encoded.items()}
-    if isinstance(encoding, Hidden):
+    rows_RW = encoding.decode_rows(encoded)
+    if encoding.row_kind == "hidden_states":
         # The head is verified and finite; every class of every row would take a teacher's time to make.
-        no_numbers_R: NDArray[np.bool_] = np.asarray(~np.isfinite(encoding.hidden(encoded)).all(axis=1))
+        no_numbers_R: NDArray[np.bool_] = np.asarray(~np.isfinite(rows_RW).all(axis=1))
         if no_numbers_R.any():
             yield next(iter(encoding.fields)), no_numbers_R, "NaN or Inf"
         return
-    logits_RC = encoding.decode(encoded)
-    largest_R = logits_RC.max(axis=1)
-    no_logits_R = np.isnan(logits_RC).any(axis=1) | ~np.isfinite(largest_R)
+    largest_R = rows_RW.max(axis=1)
+    no_logits_R = np.isnan(rows_RW).any(axis=1) | ~np.isfinite(largest_R)
     # Truncated and sampled rows are log-probabilities, and learnt ones approximate: both keep their own maximum.
     exact = encoding.retemperable and not encoding.constants
     unshifted_R = ~no_logits_R & ((np.abs(largest_R) if exact else largest_R) > ROW_MAX_TOLERANCE)

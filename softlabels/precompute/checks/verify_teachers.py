@@ -6,7 +6,7 @@ Legend: R rows of a batch, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabels.encodings import Hidden
+from softlabels.encodings import make_encoding
 from softlabels.errors import JobError
 from softlabels.manifest import RowLayout
-from softlabels.precompute.hidden_states import asked
 from softlabels.precompute.job import Job
 from softlabels.precompute.pipeline.inference import ask, rows_to_keep
 from softlabels.precompute.planning.prepared_job import choose_device, load_teachers, load_transfer_set, row_maker
@@ -131,7 +130,7 @@ class _Check:
 
     def __init__(self, rows: LocalRows, maker: RowMaker, teachers: Sequence[Teacher], device: torch.device) -> None:
         self._rows, self._maker, self._device = rows, maker, device
-        self._live, self._asked = list(teachers), asked(teachers, rows.encoding)
+        self._teachers = list(teachers)
         self.cosines: list[float] = []
 
     def batches(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[tuple[RowBatch, _Place]]:
@@ -155,11 +154,12 @@ class _Check:
         """What differs in a batch, with the rows' numbers in the store."""
         kept, other_R = self._kept(batch, place)
         found = [_fault(int(row), "its input is not the one that the teachers saw") for row in place.number_R[other_R]]
-        answers = ask(self._asked, batch, self._maker, self._device)
-        fresh = rows_to_keep(answers, self._asked, self._rows.manifest)
+        kind = self._rows.encoding.row_kind
+        answers = ask(self._teachers, batch, self._maker, self._device, row_kind=kind)
+        fresh = rows_to_keep(answers, self._teachers, self._rows.manifest, row_kind=kind)
         cosine_R = np.concatenate([self._cosines(kept, fresh, batch, part) for part in self._parts(batch)])
-        if isinstance(self._rows.encoding, Hidden):
-            cosine_R = np.minimum(cosine_R, self._head_cosines(self._rows.encoding, fresh, batch))
+        if kind == "hidden_states":
+            cosine_R = np.minimum(cosine_R, self._head_cosines(fresh, batch))
         self.cosines += cosine_R.tolist()
         found += [
             _fault(row, f"the teachers say something else by now (cosine {cosine:.6f})")
@@ -202,16 +202,19 @@ class _Check:
         before = torch.from_numpy(encoding.decode(flat)).to(again.device)
         return _cosine(before, again).reshape(-1, several).amin(dim=1).cpu().numpy()
 
-    def _head_cosines(self, encoding: Hidden, hidden_RD: Tensor, batch: RowBatch) -> NDArray[np.float64]:
+    def _head_cosines(self, hidden_RD: Tensor, batch: RowBatch) -> NDArray[np.float64]:
         """Of what the store's head and what the teacher itself makes of the same hidden states."""
-        (answer,) = ask(self._live, batch, self._maker, self._device)
-        head, half = self._live[0].head(), answer.dtype != torch.float32
-        pieces = []
+        (answer,) = ask(self._teachers, batch, self._maker, self._device)
+        head, half = self._teachers[0].head(), answer.dtype != torch.float32
+        encoding, pieces = self._rows.encoding, []
+        if half:
+            # In half precision a teacher rounds its logits, so the heads are compared, before any scale or cap.
+            params = {**encoding.params, "scale": 1.0, "softcap": 0.0}
+            classes, constants = encoding.classes, encoding.constants
+            encoding = make_encoding(encoding.name, classes=classes, params=params, constants=constants)
         for part in self._parts(batch):
-            # In half precision a teacher rounds its logits; what its head stands for is told by the head itself.
             live = head.logits(hidden_RD[part].to(head.weight_CD.dtype)).float() if half else answer[part]
-            plain = replace(encoding, scale=1.0, softcap=0.0) if half else encoding
-            pieces.append(_cosine(plain.logits_torch(hidden_RD[part]), live))
+            pieces.append(_cosine(encoding.logits_of_torch(hidden_RD[part]), live))
         return torch.cat(pieces).cpu().numpy()
 
     def _parts(self, batch: RowBatch) -> list[slice]:

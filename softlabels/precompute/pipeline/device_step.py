@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabels.audit import ErrorSums
-from softlabels.encodings import Encoding, Hidden
+from softlabels.encodings import Encoding
 from softlabels.errors import EncodingError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
@@ -97,7 +97,7 @@ class DevicePass:
         with torch.inference_mode():
             uploaded = self.lanes.upload(inputs)
             with self.lanes.forward():
-                answers = answers_of(self.teachers, uploaded, batch, self._maker)
+                answers = answers_of(self.teachers, uploaded, batch, self._maker, row_kind=self._encoding.row_kind)
         return Started(batch=batch, answers=answers, mark=self.lanes.mark())
 
     def finish(self, started: Started, landing: Landing) -> None:
@@ -109,7 +109,7 @@ class DevicePass:
         batch = started.batch
         with torch.inference_mode(), self.lanes.beside(started.mark, started.answers):
             refuse_non_finite(started.answers, self.teachers, batch.ids)
-            kept_RC = rows_to_keep(started.answers, self.teachers, self.plan)
+            kept_RC = rows_to_keep(started.answers, self.teachers, self.plan, row_kind=self._encoding.row_kind)
             encoded = self._encode(kept_RC, batch)
             first_row = landing.land(batch, encoded)
             figures = self._figures(kept_RC, encoded, first_row)
@@ -129,11 +129,9 @@ class DevicePass:
     def _figures(self, kept_RC: Tensor, encoded: dict[str, Tensor], first_row: int) -> Tensor | None:
         members = self.plan.members or 1
         chosen = audited(first_row * members, len(kept_RC), self.plan.classes)
-        exact_AC = kept_RC[chosen]
+        exact_AC = self._encoding.logits_of_torch(kept_RC[chosen])
         if len(exact_AC) == 0:
             return None
-        if isinstance(self._encoding, Hidden):  # what is kept are hidden states; what they stand for are their logits
-            exact_AC = self._encoding.logits_torch(exact_AC)
         measured = encoded if len(exact_AC) == len(kept_RC) else {k: v[chosen].contiguous() for k, v in encoded.items()}
         return pack_figures(
             exact_AC,

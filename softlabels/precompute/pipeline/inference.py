@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from softlabels.encodings import RowKind
 from softlabels.ensemble import Combined, combine
 from softlabels.errors import NonFiniteLogitsError, TeacherError, TeacherShapeError
 from softlabels.ids import IdArray
@@ -29,14 +30,16 @@ _SHOWN = 5
 """How many sample ids a message spells out."""
 
 
-def answers_of(teachers: Sequence[Teacher], inputs: Tensor, batch: RowBatch, maker: RowMaker) -> list[Tensor]:
+def answers_of(
+    teachers: Sequence[Teacher], inputs: Tensor, batch: RowBatch, maker: RowMaker, *, row_kind: RowKind = "logits"
+) -> list[Tensor]:
     """Every teacher's rows of a batch whose inputs are on the device, [R, C] each; the device is not waited for.
 
     Raises:
         TeacherError: a teacher fails, or answers another number of rows. TeacherShapeError: no [rows, classes].
     """
     prepared = maker.prepare(inputs, batch)
-    answers = [maker.pick(teacher.logits(prepared), batch) for teacher in teachers]
+    answers = [maker.pick(_rows_of(teacher, prepared, row_kind), batch) for teacher in teachers]
     for teacher, answer in zip(teachers, answers, strict=True):
         if answer.ndim != 2:
             raise TeacherShapeError(
@@ -50,6 +53,10 @@ def answers_of(teachers: Sequence[Teacher], inputs: Tensor, batch: RowBatch, mak
                 "row of logits for each"
             )
     return answers
+
+
+def _rows_of(teacher: Teacher, inputs: Tensor, row_kind: RowKind) -> Tensor:
+    return teacher.logits(inputs) if row_kind == "logits" else teacher.hidden(inputs).float()
 
 
 def refuse_non_finite(answers: Sequence[Tensor], teachers: Sequence[Teacher], ids: IdArray) -> None:
@@ -74,14 +81,21 @@ def refuse_non_finite(answers: Sequence[Tensor], teachers: Sequence[Teacher], id
             )
 
 
-def ask(teachers: Sequence[Teacher], batch: RowBatch, maker: RowMaker, device: torch.device) -> list[Tensor]:
+def ask(
+    teachers: Sequence[Teacher],
+    batch: RowBatch,
+    maker: RowMaker,
+    device: torch.device,
+    *,
+    row_kind: RowKind = "logits",
+) -> list[Tensor]:
     """Every teacher's sound rows of a batch, [R, C] each.
 
     Raises:
         NonFiniteLogitsError, TeacherError: as `refuse_non_finite` and `answers_of`.
     """
     inputs = host_tensor(batch.inputs).to(device)
-    answers = answers_of(teachers, inputs, batch, maker)
+    answers = answers_of(teachers, inputs, batch, maker, row_kind=row_kind)
     refuse_non_finite(answers, teachers, batch.ids)
     return answers
 
@@ -102,15 +116,17 @@ def averaged(answers: Sequence[Tensor], teachers: Sequence[Teacher], mean: Mean,
     )
 
 
-def rows_to_keep(answers: Sequence[Tensor], teachers: Sequence[Teacher], plan: Manifest) -> Tensor:
+def rows_to_keep(
+    answers: Sequence[Tensor], teachers: Sequence[Teacher], plan: Manifest, *, row_kind: RowKind = "logits"
+) -> Tensor:
     """logits tempered as the plan captures them, each row's largest 0.
 
     Returns:
         [R, C] of the members' mean; where every member is kept, [R · M, C] with a row's members side by side; the one
-        teacher's answers as they are, [R, width], where they are hidden states (`hidden_states.asked`).
+        teacher's answers as they are, [R, width], where they are hidden states.
     """
     spec = plan.temperature
-    if plan.encoding.name == "hidden":
+    if row_kind == "hidden_states":
         return answers[0]
     if plan.members is not None:
         each = [combine([answer], mean="none", temperature=1.0).logits_BC for answer in answers]

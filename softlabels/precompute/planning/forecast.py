@@ -17,12 +17,12 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from softlabels.audit import Audit
-from softlabels.encodings import Encoding, Hidden, TopK, rng_keys, row_bytes
+from softlabels.encodings import Encoding, RowKind, TopK, rng_keys, row_bytes
 from softlabels.encodings.sampled import sampled_within
 from softlabels.encodings.selection import EncodingTrial, choose_encoding
 from softlabels.errors import EncodingError, TeacherError
 from softlabels.manifest import SAMPLE_ARRAYS, Manifest
-from softlabels.precompute.hidden_states import encoding_of_head, states_teacher
+from softlabels.precompute.hidden_states import encoding_of_head
 from softlabels.precompute.job import Job
 from softlabels.precompute.pipeline.device_step import audited, pack_figures
 from softlabels.precompute.pipeline.inference import ask, audit_temperatures, averaged
@@ -208,7 +208,7 @@ class Measuring:
         self._job, self._plan, self._maker, self._device = job, plan, maker, device
         self._teachers, self._members = list(teachers), plan.members or 1
         self.temperatures = audit_temperatures(plan)
-        self.teachers_s = self._asking_s(self._teachers, averages=True)
+        self.teachers_s = self._asking_s(row_kind="logits")
         self._states_s: float | None = None
 
     def options(self, rows_RC: NDArray[np.float32]) -> Iterator[Option]:
@@ -248,12 +248,11 @@ class Measuring:
         spec = self._plan.temperature
         degree = spec.captured if encoding.retemperable else spec.default
         temperatures = self.temperatures if encoding.retemperable else (degree,)
-        if isinstance(encoding, Hidden):
-            given, exact_RC = self._hidden_rows(encoding)
-            asking_s = self._asking_states_s()
+        if encoding.row_kind == "hidden_states":
+            given, asking_s = self._hidden_rows(encoding.classes), self._asking_states_s()
         else:
-            given = exact_RC = rows_RC * np.float32(spec.captured / degree)
-            asking_s = self.teachers_s
+            given, asking_s = rows_RC * np.float32(spec.captured / degree), self.teachers_s
+        exact_RC = encoding.logits_of(given)
         summary = _audited(encoding, given[:_ENCODED_ROWS], exact_RC[:_ENCODED_ROWS], temperatures, degree)
         timed = given[: self._rows_of_a_pass(encoding.classes) if as_in_a_run else _ENCODED_ROWS]
         encoding_s = self._encoding_s(encoding, timed, temperatures, degree)
@@ -284,36 +283,37 @@ class Measuring:
             yield TopK(classes=classes, k=k)
             yield sampled_within(size, classes=classes, p_BC=p_RC)
 
-    def _of_hidden_states(self, kept_as: str) -> Hidden | None:
+    def _of_hidden_states(self, kept_as: str) -> Encoding | None:
         """Hidden states of the only teacher, where its head is known and makes its logits."""
         if len(self._teachers) > 1:
             return None
         batch = next(self._batches())
         try:
-            (hidden_RD,) = ask([states_teacher(self._teachers[0])], batch, self._maker, self._device)
+            (hidden_RD,) = ask(self._teachers, batch, self._maker, self._device, row_kind="hidden_states")
             (logits_RC,) = ask(self._teachers, batch, self._maker, self._device)
             return encoding_of_head(self._teachers[0], {"kept_as": kept_as}, logits_RC=logits_RC, hidden_RD=hidden_RD)
         except TeacherError:
             return None  # no head, or something behind it: then it is no option
 
-    def _hidden_rows(self, encoding: Hidden) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Hidden states of a batch, and the logits that they stand for."""
-        (hidden_RD,) = ask([states_teacher(self._teachers[0])], next(self._batches()), self._maker, self._device)
-        rows = hidden_RD[: self._rows_of_a_pass(encoding.classes)].cpu().numpy()
-        return rows, encoding.logits(rows)
+    def _hidden_rows(self, classes: int) -> NDArray[np.float32]:
+        """Hidden states of a batch."""
+        batch = next(self._batches())
+        (hidden_RD,) = ask(self._teachers, batch, self._maker, self._device, row_kind="hidden_states")
+        hidden: NDArray[np.float32] = hidden_RD[: self._rows_of_a_pass(classes)].cpu().numpy()
+        return hidden
 
     def _asking_states_s(self) -> float:
         if self._states_s is None:
-            self._states_s = self._asking_s([states_teacher(self._teachers[0])], averages=False)
+            self._states_s = self._asking_s(row_kind="hidden_states")
         return self._states_s
 
-    def _asking_s(self, teachers: Sequence[Teacher], *, averages: bool) -> float:
+    def _asking_s(self, *, row_kind: RowKind) -> float:
         """Seconds a row, of batches as the run has them."""
         rows, began_s, spent_s, first = 0, time.perf_counter(), 0.0, 0.0
         for number, batch in enumerate(self._batches()):
-            answers = ask(teachers, batch, self._maker, self._device)
-            if averages:
-                averaged(answers, teachers, self._plan.mean, self._plan.temperature.default)
+            answers = ask(self._teachers, batch, self._maker, self._device, row_kind=row_kind)
+            if row_kind == "logits":
+                averaged(answers, self._teachers, self._plan.mean, self._plan.temperature.default)
             _wait(self._device)
             now_s = time.perf_counter()
             if number == 0:  # it warms up; it counts where there is no other
@@ -334,7 +334,7 @@ class Measuring:
 
         def once() -> None:
             encoded = encoding.encode_torch(rows, keys_B=keys)
-            exact = rows[chosen] if not isinstance(encoding, Hidden) else encoding.logits_torch(rows[chosen])
+            exact = encoding.logits_of_torch(rows[chosen])
             some = {name: array[chosen].contiguous() for name, array in encoded.items()}
             pack_figures(exact, encoding.decode_torch(some), temperatures=temperatures, captured=captured).cpu()
 
@@ -364,7 +364,7 @@ def _constant_bytes(encoding: Encoding) -> int:
 def _audited(
     encoding: Encoding,
     given: NDArray[np.float32],
-    exact_RC: NDArray[np.float32],
+    exact_RC: NDArray[np.floating[Any]],
     temperatures: tuple[float, ...],
     captured: float,
 ) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from softlabels.encodings.selection import parse_encoding
 from softlabels.errors import JobError
 from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.precompute.checks.teacher_checks import steady_answers
-from softlabels.precompute.hidden_states import encoding_of_head, refuse_ensembles, states_teacher
+from softlabels.precompute.hidden_states import encoding_of_head, refuse_ensembles
 from softlabels.precompute.job import Job
 from softlabels.precompute.pipeline.inference import ask, averaged, computing, pilot_rows
 from softlabels.precompute.row_batches import RowBatch, RowMaker, SingleRows, ViewRows
@@ -99,9 +99,9 @@ def plan_job(
     classes = combined.logits_BC.shape[1]
     requested = parse_encoding(job.targets.encoding, classes=classes)
     keep_members = job.targets.keep == "members"
-    if requested.of_hidden_states:
+    if requested.row_kind == "hidden_states":
         refuse_ensembles(teachers, job.targets.keep)
-        (hidden_RD,) = ask([states_teacher(teachers[0])], first, maker, device)
+        (hidden_RD,) = ask(teachers, first, maker, device, row_kind="hidden_states")
         made = encoding_of_head(teachers[0], requested.params, logits_RC=answers[0], hidden_RD=hidden_RD)
         encoding = encoding or made
     locked = (combined.locked and not keep_members) or requested.locked

@@ -106,6 +106,7 @@ class Teacher:
             self._answer(inputs)
         except _Caught:
             if caught:
+                self._refuse_training_mode()
                 return caught[0]
         finally:
             hook.remove()

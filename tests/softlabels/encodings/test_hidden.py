@@ -164,7 +164,7 @@ class TestRefusals:
 
     def test_a_job_that_says_something_else(self) -> None:
         """Unknown keys and kinds are named when the job is read."""
-        assert parse_encoding({"name": "hidden", "kept_as": "q8"}).of_hidden_states
+        assert parse_encoding({"name": "hidden", "kept_as": "q8"}).row_kind == "hidden_states"
         with pytest.raises(UnknownEncodingError, match="kept_as"):
             parse_encoding({"name": "hidden", "kept": "q8"})
         with pytest.raises(UnknownEncodingError, match="q4"):
