@@ -24,7 +24,8 @@ MAX_DOCUMENT_BYTES = 16 << 20
 Number: TypeAlias = int | float
 """A JSON number as it was written: `float` would turn 4 into 4.0, whose canonical bytes and digest are others."""
 
-Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
+"""64 hex digits; the length is bounded as well because `$` also matches before a line feed at the end."""
 
 D = TypeVar("D")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
 from softlabels.errors import ManifestError, UnknownStoreError

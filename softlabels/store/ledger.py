@@ -16,7 +16,7 @@ from typing import Any
 
 from softlabels.documents import MAX_DOCUMENT_BYTES, as_json, canonical_json, open_sealed, seal
 from softlabels.errors import ManifestError, ShardClaimedError, TruncatedError
-from softlabels.manifest import check_path, check_whole
+from softlabels.manifest import STORE_NAME
 from softlabels.store.confined import read_confined
 from softlabels.store.files import TEMPORARY, make_folder, write_atomically
 from softlabels.store.geometry import Part
@@ -219,3 +219,17 @@ def _part(*, path: str, offset: int, stride: int, rows: int, checksums: str, siz
 
 def _record(*, size: int, sha256: str) -> FileRecord:
     return FileRecord(size=check_whole(size, "size"), sha256=str(sha256))
+
+
+def check_path(path: str) -> str:
+    """Return the path if it stays inside a store's folder; raise ValueError otherwise."""
+    if not all(STORE_NAME.fullmatch(segment) for segment in path.split("/")):
+        raise ValueError(f"path {path!r} leaves the store or is hidden")
+    return path
+
+
+def check_whole(value: Any, label: str) -> int:
+    """Return an integer from 0 to 2⁶²; raise ValueError for anything else."""
+    if type(value) is not int or not 0 <= value <= 1 << 62:
+        raise ValueError(f"{label} is {value!r}, not an integer from 0 to 2^62")
+    return value

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 import softlabels
 from softlabels.cli import main
@@ -36,7 +37,7 @@ def pixels() -> np.ndarray:
 def with_inputs(made: Any, inputs: np.ndarray) -> Any:
     """A planned store that keeps these inputs too."""
     spec = kept_inputs(inputs)
-    plan = replace(made.plan, arrays={**made.plan.arrays, "inputs": spec})
+    plan = structs.replace(made.plan, arrays={**made.plan.arrays, "inputs": spec})
     return replace(made, plan=plan, fingerprints=sample_fingerprints(inputs))
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import zarr
+from msgspec.structs import replace
 
 from softlabels.ids import to_fixed_bytes
 from softlabels.store import LocalRows

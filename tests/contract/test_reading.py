@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 import softlabels
 from softlabels.encodings import ENCODING_NAMES
@@ -301,8 +302,8 @@ class TestProcesses:
 def _cut(made: Any, *, samples: int) -> Any:
     """The same store with its first samples only."""
     plan = made.plan
-    layout = replace(plan.layout, samples=samples, rows=samples)
-    plan = replace(plan, layout=layout, shards=replace(plan.shards, count=1))
+    layout = structs.replace(plan.layout, samples=samples, rows=samples)
+    plan = structs.replace(plan, layout=layout, shards=structs.replace(plan.shards, count=1))
     arrays = {name: array[:samples] for name, array in made.encoded.items()}
     return replace(
         made,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 import softlabels
@@ -217,10 +218,9 @@ class TestChecks:
 
         class WithoutFingerprints:
             def __init__(self) -> None:
-                import dataclasses
 
                 arrays = {name: spec for name, spec in store.manifest.arrays.items() if name != "fingerprints"}
-                self.manifest = dataclasses.replace(store.manifest, arrays=arrays)
+                self.manifest = structs.replace(store.manifest, arrays=arrays)
 
         with pytest.raises(UnknownFieldError, match="check='never'"):
             SoftTargetDataset(tiny_inputs, WithoutFingerprints())  # type: ignore[arg-type]

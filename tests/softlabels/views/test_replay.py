@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 import softlabels
 from softlabels.errors import FingerprintMismatchError, JobError, RequestError, ViewReplayError
@@ -301,4 +302,4 @@ class TestTransforms:
 def with_views(manifest: Manifest, **changes: Any) -> Manifest:
     """The manifest with another account of its views."""
     assert isinstance(manifest.views, ViewSpec)
-    return dataclasses.replace(manifest, views=dataclasses.replace(manifest.views, **changes))
+    return structs.replace(manifest, views=structs.replace(manifest.views, **changes))
