@@ -1,52 +1,49 @@
-"""What can go wrong: one tree of errors, each with a stable code and an HTTP status.
+"""The error tree: every class with a stable code and an HTTP status.
 
-    SoftLabelsError                        anything this product raises on purpose
-    ├── RequestError                       the caller asked for something that cannot be: change the call
-    │   ├── EmptyBatchError                    a batch of no ids
-    │   ├── BatchTooLargeError                 more ids than one reply may hold
-    │   ├── UnknownFieldError                  a field that the store does not keep
-    │   ├── BadIdsError                        ids of the wrong kind, shape or type
-    │   ├── TemperatureError                   a temperature that is not a finite positive number
-    │   ├── UnauthorizedError                  the server asks for a token and this is none, or another
-    │   ├── TemperatureLockedError             these targets exist only at the temperatures they were captured at
-    │   └── ShapeMismatchError                 two arrays that must agree in shape do not
-    ├── NotFoundError                      the caller asked for something that is not there: change the name
-    │   ├── UnknownStoreError                  no store of that name or at that place
-    │   └── UnknownIdError                     a sample id that the store does not hold
-    ├── ConflictError                      both sides are sound but do not belong together: find out which is right
-    │   ├── FingerprintMismatchError           the targets were computed for other data
-    │   ├── ClassListMismatchError             the classes have other names, or another order
-    │   ├── ViewReplayError                    a view cannot be made again as the teacher saw it
-    │   ├── StoreChangedError                  the store is not the version that the caller holds
-    │   ├── RowsNotCommittedError              the store is unfinished and these rows are not there yet
-    │   ├── StoreExistsError                   a store stands there already
-    │   ├── ShardClaimedError                  another writer holds this shard
-    │   ├── CheckpointMismatchError            a training's checkpoints are of another training
-    │   └── ShardConflictError                 a shard was committed before with other contents
-    ├── DamageError                        bytes are not what was written: verify, repair, resume
-    │   ├── ChecksumError                      a chunk's checksum fails
-    │   ├── TruncatedError                     a file or reply ends too early or is missing
-    │   ├── ManifestError                      a manifest or receipt that cannot be read or believed
-    │   └── WireError                          a reply that is not what the wire format says
-    ├── FormatVersionError                 written by a newer softlabels: upgrade
-    ├── JobError                           a job that cannot run as written: mend the job file
-    │   ├── ReferenceLoadError                 a `module:name` reference that cannot be loaded
-    │   ├── DataUnavailableError               a data set that cannot be had here
-    │   ├── UnreadableSampleError              a sample of the transfer set that cannot be read
-    │   └── TransferSetChangedError            the transfer set is not the one that the job began with
-    ├── TeacherError                       a teacher that gives no sound targets: mend the teacher
-    │   ├── TeacherShapeError                  its output has the wrong shape
-    │   └── NonFiniteLogitsError               its output holds NaN or Inf
-    ├── EncodingError                      a distribution that this encoding cannot hold within its bound
-    ├── UnknownEncodingError               no encoding of that name
-    ├── MissingExtraError                  an optional dependency is not installed: pip install it
-    ├── DivergenceError                    a training's loss is no longer a finite number: lower the learning rate
-    ├── PortInUseError                     another process listens on this port: choose another
-    ├── WorkerDiedError                    a worker process ended before its work was done: see what it printed
-    └── ServerUnreachableError             no usable answer from the server after every retry
-
-Codes are append-only: clients match on them. The server turns an error into RFC 9457 problem details by
-`to_problem`, the client turns those back into the same class by `from_problem`.
+SoftLabelsError                        everything that softlabels raises on purpose
+├── RequestError                       the call asks for something impossible: change the call
+│   ├── EmptyBatchError                    a batch of no ids
+│   ├── BatchTooLargeError                 more ids than one reply may hold
+│   ├── UnknownFieldError                  a field that the store does not keep
+│   ├── BadIdsError                        ids of the wrong kind, shape or type
+│   ├── TemperatureError                   a temperature that is not a finite positive number
+│   ├── UnauthorizedError                  the server needs a token, and this is none or another
+│   ├── TemperatureLockedError             these targets exist only at the temperatures they were captured at
+│   └── ShapeMismatchError                 two arrays that must agree in shape do not
+├── NotFoundError                      the call names something that does not exist: change the name
+│   ├── UnknownStoreError                  no store of that name or at that path
+│   └── UnknownIdError                     a sample id that is not in the store
+├── ConflictError                      both sides are valid but do not belong together: find out which is right
+│   ├── FingerprintMismatchError           the targets were computed for other data
+│   ├── ClassListMismatchError             the classes have other names, or another order
+│   ├── ViewReplayError                    a view cannot be replayed as the teacher saw it
+│   ├── StoreChangedError                  the store is not the version that the caller holds
+│   ├── RowsNotCommittedError              the store is unfinished and these rows are not there yet
+│   ├── StoreExistsError                   a store exists there already
+│   ├── ShardClaimedError                  another writer holds this shard
+│   ├── CheckpointMismatchError            checkpoints that belong to another training
+│   └── ShardConflictError                 a shard was committed before with other contents
+├── DamageError                        bytes are not what was written: verify, repair, resume
+│   ├── ChecksumError                      a chunk's checksum fails
+│   ├── TruncatedError                     a file or reply ends too early or is missing
+│   ├── ManifestError                      a manifest or receipt that is unreadable or contradicts itself
+│   └── WireError                          a reply that is not what the wire format says
+├── FormatVersionError                 written by a newer softlabels: upgrade
+├── JobError                           a job that cannot run as written: correct the job file
+│   ├── ReferenceLoadError                 a `module:name` reference that cannot be loaded
+│   ├── DataUnavailableError               a data set that cannot be had here
+│   ├── UnreadableSampleError              a sample of the transfer set that cannot be read
+│   └── TransferSetChangedError            the transfer set is not the one that the job began with
+├── TeacherError                       a teacher with invalid outputs: correct the teacher
+│   ├── TeacherShapeError                  its output has the wrong shape
+│   └── NonFiniteLogitsError               its output holds NaN or Inf
+├── EncodingError                      a distribution that this encoding cannot represent within its bound
+├── UnknownEncodingError               no encoding of that name
+├── MissingExtraError                  an optional dependency is not installed: pip install it
+├── DivergenceError                    a training's loss is no longer a finite number: lower the learning rate
+├── PortInUseError                     another process listens on this port: choose another
+├── WorkerDiedError                    a worker process ended before its work was done: see what it printed
+└── ServerUnreachableError             no usable answer from the server after every retry
 """
 
 from __future__ import annotations
@@ -56,14 +53,14 @@ from typing import Any, ClassVar
 
 
 class SoftLabelsError(Exception):
-    """Anything this product raises on purpose.
+    """Everything that softlabels raises on purpose.
 
     Args:
-        message: what is wrong, why it matters and what to do, in plain words.
-        context: JSON-able facts for programs (ids, temperatures, paths); they travel with the error over HTTP.
+        message: what is wrong, why it matters and what to do.
+        context: JSON-able values for programs (ids, temperatures, paths); sent with the error over HTTP.
     """
 
-    code: ClassVar[str] = "error"
+    code: ClassVar[str] = "error"  # append-only: clients match on codes
     status: ClassVar[int] = 500
     title: ClassVar[str] = "softlabels failed"
 
@@ -72,16 +69,13 @@ class SoftLabelsError(Exception):
         self.message = message
         self.context: dict[str, Any] = context
 
-    def __str__(self) -> str:
-        return self.message
-
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions cross process borders (DataLoader workers); keyword context would be lost by the default.
         return (rebuild_error, (type(self), self.message, self.context))
 
 
 class RequestError(SoftLabelsError, ValueError):
-    """The caller asked for something that cannot be: change the call."""
+    """The call asks for something impossible: change the call."""
 
     code = "bad-request"
     status = 422
@@ -118,7 +112,7 @@ class BadIdsError(RequestError):
 
 
 class UnauthorizedError(RequestError):
-    """The server asks for a token and this is none, or another."""
+    """The server needs a token, and this is none or another."""
 
     code = "unauthorized"
     status = 401
@@ -148,7 +142,7 @@ class ShapeMismatchError(RequestError):
 
 
 class NotFoundError(SoftLabelsError, LookupError):
-    """The caller asked for something that is not there: change the name."""
+    """The call names something that does not exist: change the name."""
 
     code = "not-found"
     status = 404
@@ -156,21 +150,21 @@ class NotFoundError(SoftLabelsError, LookupError):
 
 
 class UnknownStoreError(NotFoundError):
-    """No store of that name or at that place."""
+    """No store of that name or at that path."""
 
     code = "unknown-store"
     title = "There is no such store"
 
 
 class UnknownIdError(NotFoundError):
-    """A sample id that the store does not hold."""
+    """A sample id that is not in the store."""
 
     code = "unknown-id"
     title = "The store holds no such sample"
 
 
 class ConflictError(SoftLabelsError, ValueError):
-    """Both sides are sound but do not belong together: find out which is right."""
+    """Both sides are valid but do not belong together: find out which is right."""
 
     code = "conflict"
     status = 409
@@ -192,7 +186,7 @@ class ClassListMismatchError(ConflictError):
 
 
 class ViewReplayError(ConflictError):
-    """A view cannot be made again as the teacher saw it: another transform, other libraries, or other parameters."""
+    """A view cannot be replayed as the teacher saw it: another transform, other libraries, or other parameters."""
 
     code = "view-replay"
     title = "The view cannot be made again as the teacher saw it"
@@ -214,7 +208,7 @@ class RowsNotCommittedError(ConflictError):
 
 
 class StoreExistsError(ConflictError, FileExistsError):
-    """A store stands there already."""
+    """A store exists there already."""
 
     code = "store-exists"
     title = "A store stands there already"
@@ -235,7 +229,7 @@ class ShardConflictError(ConflictError):
 
 
 class CheckpointMismatchError(ConflictError):
-    """A training's checkpoints are of another training: other settings, targets, data or another student."""
+    """Checkpoints that belong to another training: other settings, targets, data or another student."""
 
     code = "checkpoint-mismatch"
     title = "These checkpoints are of another training"
@@ -245,7 +239,6 @@ class DamageError(SoftLabelsError, OSError):
     """Bytes are not what was written: verify, repair, resume."""
 
     code = "damage"
-    status = 500
     title = "Stored bytes are not what was written"
 
 
@@ -264,7 +257,7 @@ class TruncatedError(DamageError):
 
 
 class ManifestError(DamageError):
-    """A manifest or receipt that cannot be read or believed."""
+    """A manifest or receipt that is unreadable or contradicts itself."""
 
     code = "bad-manifest"
     title = "The manifest cannot be believed"
@@ -287,7 +280,7 @@ class FormatVersionError(SoftLabelsError):
 
 
 class JobError(SoftLabelsError, ValueError):
-    """A job that cannot run as written: mend the job file."""
+    """A job that cannot run as written: correct the job file."""
 
     code = "bad-job"
     status = 422
@@ -309,21 +302,21 @@ class DataUnavailableError(JobError):
 
 
 class UnreadableSampleError(JobError):
-    """A sample of the transfer set that cannot be read: a corrupt picture, a file that ends too early."""
+    """A sample of the transfer set that cannot be read: a corrupt image, a truncated file."""
 
     code = "unreadable-sample"
     title = "A sample of the transfer set cannot be read"
 
 
 class TransferSetChangedError(JobError):
-    """The transfer set is not the one that the job began with: files came, went or changed."""
+    """The transfer set is not the one that the job began with: files were added, removed or changed."""
 
     code = "transfer-set-changed"
     title = "The transfer set changed under the job"
 
 
 class TeacherError(SoftLabelsError, ValueError):
-    """A teacher that gives no sound targets: mend the teacher."""
+    """A teacher with invalid outputs: correct the teacher."""
 
     code = "bad-teacher"
     status = 422
@@ -345,7 +338,7 @@ class NonFiniteLogitsError(TeacherError):
 
 
 class EncodingError(SoftLabelsError, ValueError):
-    """A distribution that this encoding cannot hold within its bound."""
+    """A distribution that this encoding cannot represent within its bound."""
 
     code = "encoding-range"
     status = 422
@@ -388,7 +381,6 @@ class WorkerDiedError(SoftLabelsError, RuntimeError):
     """A worker process, of the server or of a data loader, ended before its work was done."""
 
     code = "worker-died"
-    status = 500
     title = "A worker process ended unexpectedly"
 
 
@@ -400,16 +392,8 @@ class ServerUnreachableError(SoftLabelsError, ConnectionError):
     title = "The server gives no usable answer"
 
 
-def all_error_classes(root: type[SoftLabelsError] = SoftLabelsError) -> list[type[SoftLabelsError]]:
-    """`root` and every error class below it, parents first."""
-    found = [root]
-    for child in root.__subclasses__():
-        found.extend(all_error_classes(child))
-    return found
-
-
 def rebuild_error(cls: type[SoftLabelsError], message: str, context: Mapping[str, Any]) -> SoftLabelsError:
-    """An error of this class as it was in another process."""
+    """Return an error of this class as it was in another process."""
     error = cls(message)
     error.context = dict(context)
     return error

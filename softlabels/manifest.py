@@ -49,8 +49,6 @@ PositiveNumber: TypeAlias = Annotated[int, Meta(gt=0, le=1 << 53)] | Annotated[f
 
 Container = Literal["zarr", "hdf5"]
 Compression = Literal["zstd", "blosc", "gzip"]
-LayoutKind = Literal["single", "views", "sequences"]
-HalfPrecision = Literal["bfloat16", "float16"]
 
 COMPRESSIONS: Mapping[Container, tuple[Compression, ...]] = {"zarr": ("zstd", "blosc"), "hdf5": ("gzip",)}
 """What any reader of the format decodes without a plugin: HDF5 itself ships neither Zstandard nor Blosc."""
@@ -70,7 +68,7 @@ ROW_OFFSETS = "row_offsets"
 class RowLayout(Document, frozen=True):
     """How rows follow from samples: one each, `views` each, or a varying number (sequences)."""
 
-    kind: LayoutKind
+    kind: Literal["single", "views", "sequences"]
     samples: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
     rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
     views: Annotated[int, Meta(ge=1, le=MAX_VIEWS)] = 1
@@ -247,7 +245,7 @@ class Manifest(Document, frozen=True):
     metadata_sha256: Mapping[StorePath, Sha256]
     members: Annotated[int, Meta(ge=1, le=MAX_MEMBERS)] | None = None
     views: ViewSpec | None = None
-    precision: HalfPrecision | None = None
+    precision: Literal["bfloat16", "float16"] | None = None
     audit: Mapping[str, Any] | None = None
     ledger: Sha256 | None = None
     plan_sha256: Sha256 | None = None
@@ -334,11 +332,7 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def check_encoding(manifest: Manifest, encoding: Encoding) -> Encoding:
-    """Return the encoding if it writes the arrays that the manifest lists.
-
-    Raises:
-        ManifestError: it writes others.
-    """
+    """Return the encoding; raise ManifestError unless it writes the arrays that the manifest lists."""
     for name, spec in encoded_arrays(encoding, manifest.members).items():
         if manifest.arrays.get(name) != spec:
             raise ManifestError(f"array {name!r} of {manifest.name!r} is not what encoding {encoding.name!r} writes")
@@ -355,11 +349,7 @@ def encoded_arrays(encoding: Encoding, members: int | None) -> dict[str, ArraySp
 
 
 def check_store_name(name: str) -> str:
-    """Return the name if it can name a store.
-
-    Raises:
-        ManifestError: it cannot.
-    """
+    """Return the name; raise ManifestError unless it can name a store."""
     if not STORE_NAME.fullmatch(name):
         raise ManifestError(
             f"{name!r} cannot name a store: use letters, digits, '.', '_' and '-', starting with a letter or digit"

@@ -1,13 +1,13 @@
-"""How a trainer gets at targets: one object for a store on disk and for one behind HTTP."""
+"""Target stores: one object to read soft targets with, whether the store is a folder or behind a server."""
 
 from __future__ import annotations
 
 import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,26 +30,23 @@ from softlabels.softmath import check_mean, check_temperature, check_weights, is
 from softlabels.targets import MemberMean, SoftTargets, check_unlocked
 
 _IDS_AT_ONCE = 1024
-"""Ids a frame, where all are read: what any server sends at once."""
+"""Ids per frame when all ids are read: a frame of this size is below every server's limit."""
 
 
 class RowSource(Protocol):
-    """Where rows come from: files on this machine, or a server."""
+    """Rows by sample id: `softlabels.store.LocalRows`, the client's `HttpRows`, or its cache."""
 
     @property
     def manifest(self) -> Manifest:
-        """What the store says of itself."""
-        ...
+        """The store's manifest."""
 
     @property
     def digest(self) -> str:
-        """The version of the store that `fetch` reads."""
-        ...
+        """Digest of the store version that `fetch` reads."""
 
     @property
     def encoding(self) -> Encoding:
-        """How its rows are decoded, with what the encoding learnt for this store."""
-        ...
+        """The encoding of the rows, with the arrays that it learnt for this store."""
 
     def fetch(
         self,
@@ -59,28 +56,39 @@ class RowSource(Protocol):
         views: NDArray[np.int64] | None = None,
         spans: NDArray[np.int64] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """Rows of these ids, in the order asked; ids may repeat. One array a field, [B, ...].
+        """Return the rows of these ids, in this order; ids may repeat.
 
-        `views` [B] where the store keeps views; `spans` [B, 2] ranges of sequences, None for whole ones, whose rows
-        come joined, with `row_offsets` [B + 1].
+        Args:
+            ids: [B] sample ids.
+            fields: names of the arrays to return.
+            views: [B] view of each sample, for stores of views.
+            spans: [B, 2] first row and end of each range, for sequences; None for whole sequences.
+        Returns:
+            One array a field, [B, ...]; for sequences the rows of all samples joined, with `row_offsets` [B + 1].
         """
-        ...
 
     def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """The rows of each step of an epoch, from the plan's cursor on, with what `fetch` gives for each."""
-        ...
 
     def close(self) -> None:
-        """Let go of files and connections."""
-        ...
+        """Close files and connections."""
+
+
+class _Tempering(NamedTuple):
+    """Mean and temperature of a batch: T of the targets, T of the decoded rows, whether they are locked to it."""
+
+    temperature: float
+    captured: float
+    locked: bool
+    members: MemberMean | None
 
 
 class TargetStore:
-    """A store of soft targets, near or far.
+    """A store of soft targets, in a folder or behind a server.
 
     Args:
-        rows: where the rows come from.
-        where: the path or URL it was opened from, for people.
+        rows: source of the rows.
+        where: path or URL that it was opened from, for messages.
     """
 
     def __init__(self, rows: RowSource, *, where: str) -> None:
@@ -90,12 +98,12 @@ class TargetStore:
 
     @property
     def manifest(self) -> Manifest:
-        """What the store says of itself."""
+        """The store's manifest."""
         return self._rows.manifest
 
     @property
     def digest(self) -> str:
-        """The version of the store: changes with any byte of it."""
+        """Digest of this version of the store: any changed byte changes it."""
         return self._rows.digest
 
     def __len__(self) -> int:
@@ -119,36 +127,35 @@ class TargetStore:
         view_parameters: bool = False,
         inputs: bool = False,
     ) -> SoftTargets:
-        """The soft targets of these samples, in the order asked; ids may repeat.
+        """Return the soft targets of these samples, in this order; ids may repeat.
 
         Args:
             ids: [B] sample ids, at least one.
-            temperature: what the batch is to carry; the store's default when left out.
-            mean, weights: over the members, where the store keeps them; the job's own when left out.
-            views: which view of each sample, [B] or one for all, where the store keeps views.
-            spans: [B, 2] first row and the one after the last of each sample, for sequences; whole ones when left out.
-            labels: also return hard labels, where the store keeps them.
-            fingerprints: also return the samples' content fingerprints.
-            view_parameters: also return the recorded parameters of each view.
-            inputs: also return the samples themselves, where the store keeps them.
+            temperature: temperature of the batch; None for the store's default.
+            mean, weights: mean over members and their weights, for stores that keep members; None for the job's.
+            views: view of each sample, [B] or one for all, for stores of views.
+            spans: [B, 2] first row and end of each range, for sequences; None for whole sequences.
+            labels: return hard labels too, where the store has them.
+            fingerprints: return content fingerprints of the samples too.
+            view_parameters: return the recorded parameters of each view too.
+            inputs: return the samples themselves too, where the store has them.
         Raises:
             EmptyBatchError, BadIdsError, UnknownIdError, TemperatureError, TemperatureLockedError, RequestError,
             RowsNotCommittedError, ChecksumError; from a server also ServerUnreachableError.
         """
         wanted = as_ids(ids)
         if len(wanted) == 0:
-            raise EmptyBatchError("a batch needs at least one id: an empty one usually means a mistake in the sampler")
-        spec = self.manifest.temperature
-        carried = spec.default if temperature is None else check_temperature(temperature)
-        members, captured, locked = self._mean_of(mean, weights, carried)
-        check_unlocked(carried, captured=captured, locked=locked)
+            raise EmptyBatchError(
+                "a batch needs at least one id: an empty batch usually means a mistake in the sampler"
+            )
+        tempering = self._tempering(temperature, mean, weights)
         keys: dict[str, NDArray[np.int64]] = {}
         if views is not None:
             keys["views"] = _whole_numbers(np.broadcast_to(np.asarray(views), (len(wanted),)), "views")
         if spans is not None:
             keys["spans"] = _whole_numbers(np.asarray(spans).reshape(len(wanted), 2), "spans")
         arrays = self._rows.fetch(wanted, self._fields(labels, fingerprints, view_parameters, inputs), **keys)
-        return self._targets(wanted, arrays, members, (carried, captured, locked))
+        return self._targets(wanted, arrays, tempering)
 
     def epoch(
         self,
@@ -193,10 +200,7 @@ class TargetStore:
             RequestError, TemperatureError, TemperatureLockedError, UnknownFieldError, RowsNotCommittedError; and
             while it is read what `batch` raises.
         """
-        spec = self.manifest.temperature
-        carried = spec.default if temperature is None else check_temperature(temperature)
-        members, captured, locked = self._mean_of(mean, weights, carried)
-        check_unlocked(carried, captured=captured, locked=locked)
+        tempering = self._tempering(temperature, mean, weights)
         plan = EpochConfig(
             seed=seed,
             epoch=epoch,
@@ -212,95 +216,84 @@ class TargetStore:
         count = plan.batches(self.manifest, self.digest).batch_count
         rows = self._rows.epoch(plan, self._fields(labels, fingerprints, view_parameters, inputs))
         if prefetch:
-            # By name, not by import statement: the floor must not depend on the rooms above it.
+            # Imported by name: the base package must not depend on the client.
             rows = importlib.import_module("softlabels_client.data.prefetch").epoch_ahead(rows, batches=prefetch)
-        heat = (carried, captured, locked)
         return EpochIterator(
-            rows, lambda step: self._targets(step.ids, step.arrays, members, heat), plan=plan, batch_count=count
+            rows, lambda step: self._targets(step.ids, step.arrays, tempering), plan=plan, batch_count=count
         )
 
     def ids(self) -> IdArray:
-        """The id of every sample, [samples], in the store's order.
+        """Return the id of every sample, [samples], in the store's order.
 
-        Where ids count up by one this is arithmetic; else they are all read, which only a finished store allows.
+        Consecutive integer ids follow from the manifest; others are read, which needs a finished store.
 
         Raises:
-            RowsNotCommittedError: the store is unfinished and its ids do not count up; and all that an epoch raises.
+            RowsNotCommittedError: the store is unfinished and its ids are not consecutive; and all that `epoch` raises.
         """
         manifest = self.manifest
         if manifest.ids.dense_start is not None:
             return np.arange(manifest.samples, dtype=np.int64) + manifest.ids.dense_start
         plan = EpochConfig(seed=0, epoch=0, batch_size=_IDS_AT_ONCE, shuffle=False)
-        # Copied: rows of a reply lie in its memory, which a list of views would keep whole.
+        # Copied, because views would keep the memory of every whole reply.
         pieces: list[Any] = [step.ids.copy() for step in self._rows.epoch(plan, (IDS,))]
         joined: IdArray = np.concatenate(pieces)
         return joined
 
-    def _targets(
-        self,
-        ids: IdArray,
-        arrays: Mapping[str, NDArray[Any]],
-        members: MemberMean | None,
-        heat: tuple[float, float, bool],
-    ) -> SoftTargets:
-        """Rows as they came, with all that decoding them takes; `heat` is the T carried, the T captured, and locked."""
+    def _targets(self, ids: IdArray, arrays: Mapping[str, NDArray[Any]], tempering: _Tempering) -> SoftTargets:
         found_labels = arrays.get(LABELS)
         return SoftTargets(
             ids=ids,
             encoded={name: arrays[name] for name in self._encoding.fields},
             encoding=self._encoding,
-            temperature=heat[0],
-            captured_temperature=heat[1],
-            locked=heat[2],
+            temperature=tempering.temperature,
+            captured_temperature=tempering.captured,
+            locked=tempering.locked,
             labels=None if found_labels is None else found_labels.astype(np.int64),
             fingerprints=arrays.get(FINGERPRINTS),
             store_digest=self.digest,
-            members=members,
+            members=tempering.members,
             row_offsets=arrays.get(ROW_OFFSETS),
             view_parameters=arrays.get(VIEW_PARAMETERS),
             inputs=arrays.get(INPUTS),
         )
 
-    def _mean_of(
-        self, mean: str | None, weights: Sequence[float] | None, carried: float
-    ) -> tuple[MemberMean | None, float, bool]:
-        """How members are averaged, what the result is tempered with, and whether it is locked to that."""
+    def _tempering(self, temperature: float | None, mean: str | None, weights: Sequence[float] | None) -> _Tempering:
+        """Return the mean and temperature of a batch; raise unless this store can give them."""
         manifest, spec = self.manifest, self.manifest.temperature
+        wanted = spec.default if temperature is None else check_temperature(temperature)
         if manifest.members is None:
             if mean not in (None, manifest.mean) or weights is not None:
-                raise RequestError(
-                    f"{manifest.name!r} keeps {_kept(manifest.mean)}, not its members: another mean or other weights "
-                    "need a store that was precomputed with keep = 'members'"
+                stored = (
+                    "one teacher's rows" if manifest.mean == "none" else f"the {manifest.mean} mean of its teachers"
                 )
-            return None, spec.captured, spec.locked
+                raise RequestError(
+                    f"{manifest.name!r} stores {stored}, not its members: another mean or other weights need a store "
+                    "that was precomputed with keep = 'members'"
+                )
+            check_unlocked(wanted, captured=spec.captured, locked=spec.locked)
+            return _Tempering(wanted, spec.captured, spec.locked, None)
         kind = check_mean(manifest.mean if mean is None else mean)
         own = tuple(teacher.weight for teacher in manifest.teachers) or (1.0,) * manifest.members
         chosen = own if weights is None else tuple(float(weight) for weight in weights)
         check_weights(chosen, manifest.members)
         locked = is_locked(kind, manifest.members)
         as_mean: Literal["arithmetic", "geometric"] = "arithmetic" if locked else "geometric"
-        return MemberMean(kind=as_mean, weights=chosen), carried if locked else 1.0, locked
+        # Members are stored at T = 1: a geometric mean is a mean of logits, which re-tempers to any T afterwards; an
+        # arithmetic mean has to be taken at the wanted T and is locked to it.
+        return _Tempering(wanted, wanted if locked else 1.0, locked, MemberMean(kind=as_mean, weights=chosen))
 
     def _fields(self, labels: bool, fingerprints: bool, view_parameters: bool, inputs: bool) -> tuple[str, ...]:
-        manifest = self.manifest
-        fields = tuple(self._encoding.fields)
-        if labels and LABELS in manifest.arrays:
-            fields += (LABELS,)
-        if fingerprints:
-            fields += (FINGERPRINTS,)
-        if view_parameters:
-            if VIEW_PARAMETERS not in manifest.arrays:
-                raise UnknownFieldError(f"store {manifest.name!r} records no view parameters")
-            fields += (VIEW_PARAMETERS,)
-        if inputs:
-            if INPUTS not in manifest.arrays:
-                raise UnknownFieldError(
-                    f"store {manifest.name!r} keeps no inputs: bring them yourself, or precompute with `inputs = true` "
-                    "in the job's [store] table",
-                    field=INPUTS,
-                )
-            fields += (INPUTS,)
-        return fields
+        name, arrays = self.manifest.name, self.manifest.arrays
+        if view_parameters and VIEW_PARAMETERS not in arrays:
+            raise UnknownFieldError(f"store {name!r} records no view parameters", field=VIEW_PARAMETERS)
+        if inputs and INPUTS not in arrays:
+            raise UnknownFieldError(
+                f"store {name!r} keeps no inputs: pass your own, or precompute with `inputs = true` in the job's "
+                "[store] table",
+                field=INPUTS,
+            )
+        wanted = (labels and LABELS in arrays, fingerprints, view_parameters, inputs)
+        return (*self._encoding.fields, *compress((LABELS, FINGERPRINTS, VIEW_PARAMETERS, INPUTS), wanted))
 
     def require(
         self,
@@ -309,16 +302,16 @@ class TargetStore:
         classes: int | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        """Refuse a store that does not fit.
+        """Raise unless the store fits the trainer; None skips a check.
 
         Args:
-            transfer_set: fingerprint of the trainer's own data, see `softlabels.transfer_set.transfer_set_fingerprint`.
-            classes: how many classes the student has.
+            transfer_set: fingerprint of the trainer's data, see `softlabels.transfer_set.transfer_set_fingerprint`.
+            classes: number of the student's classes.
             class_names: the student's classes by name, in the order of its outputs.
         Raises:
             FingerprintMismatchError: the targets were computed for other data.
             ShapeMismatchError: the student has another number of classes.
-            ClassListMismatchError: the student's classes are others, or in another order; the first is named.
+            ClassListMismatchError: the student has other classes, or another order; the message names the first.
         """
         check_transfer_set(self.manifest, transfer_set)
         if classes is not None and classes != self.manifest.classes:
@@ -338,14 +331,8 @@ class TargetStore:
     def __enter__(self) -> TargetStore:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _kept(mean: str) -> str:
-    return "one teacher's rows" if mean == "none" else f"the {mean} mean of its teachers"
 
 
 def _whole_numbers(values: NDArray[Any], what: str) -> NDArray[np.int64]:
@@ -355,11 +342,7 @@ def _whole_numbers(values: NDArray[Any], what: str) -> NDArray[np.int64]:
 
 
 def check_transfer_set(manifest: Manifest, fingerprint: str | None) -> None:
-    """Let a fingerprint pass that is this store's, or None.
-
-    Raises:
-        FingerprintMismatchError: it is another's, or the store is unfinished and has none yet.
-    """
+    """Raise FingerprintMismatchError unless a fingerprint is the store's own; None skips the check."""
     own = manifest.transfer_set.fingerprint
     if fingerprint is not None and fingerprint != own:
         raise FingerprintMismatchError(
@@ -380,30 +363,29 @@ def open_store(
     cache_bytes: int | None = None,
     cache_read_only: bool = False,
 ) -> TargetStore:
-    """Open a store of soft targets, wherever it lies. Exported as `softlabels.open`.
+    """Open a store of soft targets. Exported as `softlabels.open`.
 
     Args:
         where: a folder, or `http(s)://host/name` of a store behind `softlabels serve`.
-        token: bearer token for a server that asks for one.
-        timeout_s: how long one request to a server may take, seconds.
-        cache: keep what a server sends on this machine, so that every row is sent once: in this folder, or, with True,
-            in the one that SOFTLABELS_CACHE names, else ~/.cache/softlabels. A store in a folder is near already.
-        cache_bytes: most that the cache's folder may take, of all stores together; 16 GiB when left out.
-        cache_read_only: use what the cache holds and add nothing.
+        token: bearer token, for a server that asks for one.
+        timeout_s: limit of one request to a server, seconds.
+        cache: folder that keeps a server's rows on this machine, so that each is sent once; True for the folder that
+            SOFTLABELS_CACHE names, else ~/.cache/softlabels. Ignored for a local store.
+        cache_bytes: size limit of that folder, over all stores in it; None for 16 GiB.
+        cache_read_only: use the rows in the cache, but add none.
     Raises:
         UnknownStoreError: nothing there; MissingExtraError: a local store, and `softlabels[store]` is not installed;
         RequestError, FormatVersionError, ManifestError, ServerUnreachableError.
     """
     wanted = cache is not None and cache is not False
     if not wanted and (cache_bytes is not None or cache_read_only):
-        raise RequestError("cache_bytes and cache_read_only are of a cache, and none was asked for: pass cache=True")
+        raise RequestError("cache_bytes and cache_read_only need a cache: pass cache=True")
     text = str(where)
-    # By name, not by import statement: the floor must not depend on the rooms above it.
+    # Imported by name: the base package must not depend on the client or the store.
     if text.startswith(("http://", "https://")):
-        far = importlib.import_module("softlabels_client.http.http_rows").HttpRows(
-            text, token=token, timeout_s=timeout_s
-        )
-        rows = _cached(far, cache, cache_bytes, read_only=cache_read_only) if wanted else far
+        client = importlib.import_module("softlabels_client.http.http_rows")
+        remote = client.HttpRows(text, token=token, timeout_s=timeout_s)
+        rows = _cached(remote, cache, cache_bytes, read_only=cache_read_only) if wanted else remote
         return TargetStore(rows, where=text)
     if "://" in text:
         raise UnknownStoreError(f"{text!r}: this softlabels opens folders and http(s) addresses")
@@ -411,10 +393,10 @@ def open_store(
     return TargetStore(store.LocalRows(Path(text)), where=text)
 
 
-def _cached(far: RowSource, cache: bool | str | Path | None, most_bytes: int | None, *, read_only: bool) -> RowSource:
+def _cached(remote: RowSource, cache: bool | str | Path | None, limit: int | None, *, read_only: bool) -> RowSource:
     if os.name != "posix":
-        raise RequestError("a cache needs the file locks of a POSIX system: leave `cache` out here")
-    bound: dict[str, Any] = {} if most_bytes is None else {"most_bytes": most_bytes}
-    kept = importlib.import_module("softlabels_client.cache")
-    rows: RowSource = kept.CachedRows(far, folder=None if cache is True else cache, read_only=read_only, **bound)
+        raise RequestError("a cache needs the file locks of a POSIX system: leave out `cache` here")
+    bound: dict[str, Any] = {} if limit is None else {"most_bytes": limit}
+    client = importlib.import_module("softlabels_client.cache")
+    rows: RowSource = client.CachedRows(remote, folder=None if cache is True else cache, read_only=read_only, **bound)
     return rows

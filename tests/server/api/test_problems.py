@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from softlabels.errors import StoreChangedError, all_error_classes
-from softlabels.problem_details import from_problem
+from softlabels.errors import StoreChangedError
+from softlabels.problem_details import all_error_classes, from_problem
 from softlabels_server.api.problems import reply_to
 
 

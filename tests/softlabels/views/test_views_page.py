@@ -10,6 +10,7 @@ import torch
 
 import softlabels
 from softlabels.precompute import load_job, precompute
+from softlabels.problem_details import all_error_classes
 from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client.data.view_dataset import ViewDataset
 
@@ -66,6 +67,6 @@ class TestThePage:
     def test_its_errors_exist(self) -> None:
         """Every code that the table names is one of the product's."""
         codes = set(re.findall(r"\| `([a-z-]+)`", PAGE)) - {"generator"}
-        known = {cls.code for cls in softlabels.errors.all_error_classes()}
+        known = {cls.code for cls in all_error_classes()}
         assert codes
         assert codes <= known
