@@ -1,8 +1,8 @@
-"""How do weights come out of a file without running any code that is in it? Safetensors, parts of them, checkpoints.
+"""Weights files, read without running code in them: safetensors, sharded safetensors, and `torch.save` checkpoints.
 
-A checkpoint of `torch.save` is a pickle, and a pickle can run code. PyTorch's `weights_only` reader builds tensors and
-plain containers alone; what else a file holds it refuses, and so do we. `state_of_pickled_module` reads even a whole
-pickled module that way: every class it names is replaced by an empty one, so that none of its code is ever imported.
+A checkpoint is a pickle, which can run code. PyTorch's `weights_only` reader builds tensors and plain containers and
+refuses everything else. `state_of_pickled_module` reads even a whole pickled module that way: each class that it names
+is replaced by an empty one, so that none of its code is imported.
 """
 
 from __future__ import annotations
@@ -23,51 +23,51 @@ from softlabels.errors import JobError
 INDEX_SUFFIX = ".safetensors.index.json"
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPED_IN = ("state_dict", "model_state_dict", "model")
-"""Where trainers put the weights in a checkpoint that holds more: Lightning, PyTorch's tutorial, timm, detectron."""
+"""Keys of the weights in trainers' checkpoints: Lightning, PyTorch's tutorial, timm, detectron."""
 
 _PARALLEL = "module."
-"""What DataParallel puts before every name."""
+"""DataParallel's prefix of every name."""
 
 _UNREADABLE = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, OSError, EOFError)
-"""What damaged or foreign bytes end in."""
+"""Exceptions that damaged or foreign bytes raise in torch.load."""
 
 State = dict[str, Tensor]
 
 
-def read_state(path: Path, *, who: str) -> State:
-    """The weights that a file holds, by name.
+def read_state(path: Path, *, label: str) -> State:
+    """Return the weights in a file, by name.
 
     Args:
         path: `.safetensors`, `.safetensors.index.json` with its parts beside it, or `.pt`, `.pth`, `.bin`, `.ckpt`.
-        who: whose weights, for messages.
+        label: name of the teacher, for messages.
     Raises:
-        JobError: missing, damaged, of another kind, or it holds more than weights.
+        JobError: the file is missing, damaged, of another kind, or holds more than weights.
     """
     try:
-        return _read_any(path, who=who)
+        return _read_any(path, label=label)
     except _PickledCodeError as error:
         raise JobError(
-            f"{who}: {path.name} holds more than weights (a module pickled whole, or a trainer's own objects), and "
+            f"{label}: {path.name} holds more than weights (a module pickled whole, or a trainer's own objects), and "
             "loading that runs whatever code is in it, so it is refused: convert it once with `softlabels "
             f"convert-weights {path} {path.with_suffix('.safetensors')}`, which runs none of it"
         ) from error
 
 
 def weights_sha256(path: Path) -> str:
-    """SHA-256 of a weights file; of an index, over the names and digests of the index and of every part."""
+    """Return the SHA-256 of a weights file; of an index, over names and digests of the index and of every part."""
     if not path.name.endswith(INDEX_SUFFIX):
         return file_sha256(path)
     return files_sha256([path, *(path.parent / part for part in _parts_of(path))])
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
-    """SHA-256 over the names and digests of several files, in the order given."""
+    """Return the SHA-256 over names and digests of several files, in this order."""
     total = hashlib.sha256()
     for path in paths:
         total.update(f"{path.name}|{file_sha256(path)}|".encode())
@@ -75,27 +75,27 @@ def files_sha256(paths: Iterable[Path]) -> str:
 
 
 def state_of_pickled_module(path: Path) -> State:
-    """The weights of a module that was pickled whole, read without importing or running any code of it.
+    """Return the weights of a module that was pickled whole, without importing or running any of its code.
 
     Raises:
-        JobError: the file is none of `torch.save`, or no module is in it.
+        JobError: the file is not from `torch.save`, or holds no module.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        # One empty class for each name in the file: its own class is never looked up.
-        stand_ins = [(type("StandIn", (_StandIn,), {}), name) for name in names]
-        # PyTorch's annotation knows classes alone; pairs of class and name are documented.
-        with torch.serialization.safe_globals(cast("list[Any]", stand_ins)):
+        # One empty class for each name in the file; the class of that name is never looked up.
+        placeholders = [(type("Placeholder", (_Placeholder,), {}), name) for name in names]
+        # PyTorch documents pairs of class and name; its annotation has classes alone.
+        with torch.serialization.safe_globals(cast("list[Any]", placeholders)):
             found = _load_weights_only(path)
     except (*_UNREADABLE, _PickledCodeError) as error:
         raise JobError(
             f"{path} cannot be read without running what is in it ({str(error).splitlines()[0]}): load it where you "
             "trust it, and save `model.state_dict()`"
         ) from error
-    wrapped = next((found[key] for key in _WRAPPED_IN if isinstance(found, Mapping) and key in found), None)
-    if isinstance(wrapped, Mapping):  # a trainer's checkpoint: weights by name, beside objects of its own
-        return _weights_in(wrapped, path.name, str(path))
-    modules = (part for part in _containers(found) if isinstance(part, _StandIn) and "_modules" in vars(part))
+    nested = next((found[key] for key in _WRAPPED_IN if isinstance(found, Mapping) and key in found), None)
+    if isinstance(nested, Mapping):  # a trainer's checkpoint: weights by name, beside objects of its own
+        return _weights_in(nested, path.name, str(path))
+    modules = (part for part in _containers(found) if isinstance(part, _Placeholder) and "_modules" in vars(part))
     module = next(modules, None)
     if module is None:
         raise JobError(f"{path} holds no weights and no module")
@@ -103,37 +103,37 @@ def state_of_pickled_module(path: Path) -> State:
 
 
 def convert_checkpoint(source: Path, destination: Path) -> State:
-    """Write the weights of a checkpoint, or of a module pickled whole, as a safetensors file; what it wrote.
+    """Write the weights of a checkpoint, or of a module pickled whole, as a safetensors file; return them.
 
     Raises:
-        JobError: nothing of the kind is in the file, or the destination stands there already.
+        JobError: the file holds no weights, or the destination exists.
     """
     if destination.exists():
-        raise JobError(f"{destination} stands there already: name another file")
+        raise JobError(f"{destination} exists: name another file")
     if destination.suffix != ".safetensors":
         raise JobError(f"{destination} must end in .safetensors")
     if not source.is_file():
         raise JobError(f"there is no file {source}")
     try:
-        state = _read_any(source, who=str(source))
+        state = _read_any(source, label=str(source))
     except _PickledCodeError:
         state = state_of_pickled_module(source)
-    # Each its own memory: safetensors keeps no two names for one tensor, and a module wants both.
+    # Cloned, because safetensors refuses two names that share memory, and modules with tied weights need both.
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()}, destination)
     return state
 
 
 class _PickledCodeError(Exception):
-    """A file names classes or functions, which reading it the usual way would import and run."""
+    """The file names classes or functions, which unpickling would import and run."""
 
 
-class _StandIn:
-    """Takes the place of any class that a pickled file names."""
+class _Placeholder:
+    """Replaces any class that a pickled file names."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
-    def __new__(cls, *_arguments: Any) -> _StandIn:
+    def __new__(cls, *_arguments: Any) -> _Placeholder:
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -141,20 +141,20 @@ class _StandIn:
             vars(self).update(state)
 
 
-def _read_any(path: Path, *, who: str) -> State:
+def _read_any(path: Path, *, label: str) -> State:
     if not path.is_file():
-        raise JobError(f"{who}: there is no weights file {path}")
+        raise JobError(f"{label}: there is no weights file {path}")
     try:
         if path.name.endswith(INDEX_SUFFIX):
             return _read_parts(path)
         if path.suffix == ".safetensors":
             return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise JobError(f"{who}: {path.name} cannot be read: {error}") from error
+        raise JobError(f"{label}: {path.name} cannot be read: {error}") from error
     if path.suffix in CHECKPOINT_SUFFIXES:
-        return _read_checkpoint(path, who)
+        return _read_checkpoint(path, label)
     raise JobError(
-        f"{who}: {path.name} is no safetensors file and no checkpoint: weights are read from .safetensors, "
+        f"{label}: {path.name} is no safetensors file and no checkpoint: weights are read from .safetensors, "
         f"{INDEX_SUFFIX}, {', '.join(CHECKPOINT_SUFFIXES)}"
     )
 
@@ -179,12 +179,12 @@ def _parts_of(index: Path) -> list[str]:
     return parts
 
 
-def _read_checkpoint(path: Path, who: str) -> State:
+def _read_checkpoint(path: Path, label: str) -> State:
     try:
         found = _load_weights_only(path)
     except _UNREADABLE as error:
-        raise JobError(f"{who}: {path.name} is no checkpoint that can be read: {error}") from error
-    return _weights_in(found, path.name, who)
+        raise JobError(f"{label}: {path.name} is no checkpoint that can be read: {error}") from error
+    return _weights_in(found, path.name, label)
 
 
 def _load_weights_only(path: Path) -> Any:
@@ -198,7 +198,7 @@ def _load_weights_only(path: Path) -> Any:
         raise _PickledCodeError(str(error)) from error
 
 
-def _weights_in(found: Any, file: str, who: str) -> State:
+def _weights_in(found: Any, file: str, label: str) -> State:
     for key in _WRAPPED_IN:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -206,7 +206,7 @@ def _weights_in(found: Any, file: str, who: str) -> State:
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         inside = ", ".join(map(str, list(found)[:8])) if isinstance(found, Mapping) else type(found).__name__
         raise JobError(
-            f"{who}: {file} holds no table of weights by name but {inside or 'nothing'}: save `model.state_dict()`"
+            f"{label}: {file} holds no table of weights by name but {inside or 'nothing'}: save `model.state_dict()`"
         )
     state = {str(name): value for name, value in found.items()}
     if all(name.startswith(_PARALLEL) for name in state):
@@ -215,7 +215,7 @@ def _weights_in(found: Any, file: str, who: str) -> State:
 
 
 def _containers(value: Any) -> Iterable[Any]:
-    """The value and all that plain containers and stand-ins in it hold, outermost first."""
+    """Yield the value and everything that containers and placeholders in it hold, breadth first."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -228,16 +228,16 @@ def _containers(value: Any) -> Iterable[Any]:
             waiting += part.values()
         elif isinstance(part, list | tuple):
             waiting += part
-        elif isinstance(part, _StandIn):
+        elif isinstance(part, _Placeholder):
             waiting += vars(part).values()
 
 
 def _state_of(module: Any, prefix: str) -> State:
-    """What `state_dict` would have given of a pickled module: parameters, lasting buffers, and those of its parts."""
+    """Return the `state_dict` of a pickled module: parameters, persistent buffers, and those of its submodules."""
     inside = vars(module)
-    fleeting = inside.get("_non_persistent_buffers_set", ())
+    not_persistent = inside.get("_non_persistent_buffers_set", ())
     own = {**inside.get("_parameters", {}), **inside.get("_buffers", {})}
-    state = {prefix + name: tensor for name, tensor in own.items() if tensor is not None and name not in fleeting}
+    state = {prefix + name: tensor for name, tensor in own.items() if tensor is not None and name not in not_persistent}
     for name, part in inside.get("_modules", {}).items():
         if part is not None:
             state.update(_state_of(part, f"{prefix}{name}."))

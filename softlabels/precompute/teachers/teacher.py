@@ -1,4 +1,4 @@
-"""What is a teacher? One member of the ensemble: a frozen model, what comes before it, what the manifest says of it.
+"""Teachers: one ensemble member each, a frozen model with its preprocessing and its entry for the manifest.
 
 Shapes: B samples, L positions of a sample, C classes, D features of the last hidden layer.
 """
@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,22 +34,47 @@ class Head:
     bias_C: Tensor | None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., C] of [..., D]."""
+        """Return logits [..., C] of hidden states [..., D]."""
         return nn.functional.linear(hidden, self.weight_CD, self.bias_C)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model and what its source knows about it.
+
+    Attributes:
+        model: returns logits alone.
+        sha256: digest of the file that it came from; None where the weights in memory are to be digested.
+        weights: name of that file.
+        code: the object that made it, where that has source code.
+        revision: commit that a name on a hub was resolved to.
+        class_names, last_layer, gives: as in `Teacher`.
+        libraries: names of the libraries whose versions the manifest records.
+    """
+
+    model: nn.Module
+    sha256: str | None = None
+    weights: str | None = None
+    code: Any = None
+    revision: str | None = None
+    class_names: tuple[str, ...] | None = None
+    last_layer: nn.Module | None = None
+    gives: Gives = "rows"
+    libraries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Teacher:
-    """One member of the ensemble, ready to answer.
+    """One member of the ensemble.
 
     Attributes:
-        model: takes what `preprocess` gives and returns logits alone, [B, C] or [B, L, C].
-        spec: what the manifest says of it.
-        preprocess: from the transfer set's inputs to what the model takes; None hands them over as they are.
+        model: takes the output of `preprocess` and returns logits alone, [B, C] or [B, L, C].
+        spec: its entry in the manifest.
+        preprocess: from the transfer set's inputs to the model's; None passes them on unchanged.
         gives: `rows` for one distribution a sample, `positions` for one at every position of a sequence of tokens.
         last_layer: the model's last layer, where it is one and known; see `hidden`.
-        class_names: names of the classes, in the order in which `logits` gives them; None where nobody said.
-        order_C: column j of `logits` is column `order_C[j]` of the model; None leaves them as they are.
+        class_names: names of the classes, in the order of `logits`; None where they are not known.
+        order_C: column j of `logits` is column `order_C[j]` of the model; None keeps the model's order.
     """
 
     model: nn.Module
@@ -62,15 +87,15 @@ class Teacher:
 
     @torch.inference_mode()
     def logits(self, inputs: Tensor) -> Tensor:
-        """Logits of a batch of inputs, on the model's device: [B, C], or [B, L, C] where it `gives` positions.
+        """Return logits of a batch of inputs on the model's device: [B, C], or [B, L, C] where it `gives` positions.
 
-        Rows at positions of padding mean nothing (`softlabels.transfer_sets.ragged.PADDING` in the inputs).
+        Rows at padded positions (`softlabels.transfer_sets.ragged.PADDING` in the inputs) are undefined.
 
         Raises:
             TeacherError: the model fails, returns something other than a tensor, or is in training mode.
             TeacherShapeError: it has another number of classes than it names.
         """
-        out = self._answer(inputs)
+        out = self._forward(inputs)
         if not isinstance(out, Tensor):
             raise TeacherError(
                 f"teacher {self.spec.name!r} returns {type(out).__name__}, not a tensor of logits: wrap the model so "
@@ -88,39 +113,39 @@ class Teacher:
 
     @torch.inference_mode()
     def hidden(self, inputs: Tensor) -> Tensor:
-        """What the last layer takes: [B, D] or [B, L, D]; `head().logits(hidden)` are the logits.
+        """Return the input of the last layer: [B, D] or [B, L, D]; `head().logits(hidden)` are the logits.
 
         The last layer itself is not computed, so this is cheaper than `logits`.
 
         Raises:
-            TeacherError: no last layer is known, or the model did not come by it.
+            TeacherError: no last layer is known, or the model does not reach it.
         """
-        layer, caught = self._head_layer(), list[Tensor]()
+        layer, captured = self._linear_head(), list[Tensor]()
 
-        def catch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            caught.extend(arguments[:1])
-            raise _Caught
+        def capture(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            captured.extend(arguments[:1])
+            raise _StopForward
 
-        hook = layer.register_forward_pre_hook(catch)
+        hook = layer.register_forward_pre_hook(capture)
         try:
-            self._answer(inputs)
-        except _Caught:
-            if caught:
+            self._forward(inputs)
+        except _StopForward:
+            if captured:
                 self._refuse_training_mode()
-                return caught[0]
+                return captured[0]
         finally:
             hook.remove()
         raise TeacherError(
-            f"teacher {self.spec.name!r} does not hand its hidden state to its last layer: name another `head`"
+            f"teacher {self.spec.name!r} does not pass its hidden state to its last layer: name another `head`"
         )
 
     def head(self) -> Head:
-        """The last layer's numbers, in the order of the store's classes.
+        """Return the last layer's parameters, in the order of the store's classes.
 
         Raises:
             TeacherError: no last layer is known, or it is not linear.
         """
-        layer = self._head_layer()
+        layer = self._linear_head()
         weight_CD, bias = layer.weight.detach(), cast("Tensor | None", layer.bias)
         bias_C = None if bias is None else bias.detach()
         if self.order_C is not None:
@@ -128,7 +153,7 @@ class Teacher:
             weight_CD, bias_C = weight_CD[order_C], None if bias_C is None else bias_C[order_C]
         return Head(weight_CD=weight_CD, bias_C=bias_C)
 
-    def _answer(self, inputs: Tensor) -> object:
+    def _forward(self, inputs: Tensor) -> object:
         try:
             return self.model(inputs if self.preprocess is None else self.preprocess(inputs))
         except SoftLabelsError:
@@ -138,31 +163,31 @@ class Teacher:
                 f"teacher {self.spec.name!r} fails on a batch of shape {tuple(inputs.shape)}, {inputs.dtype}: {error}"
             ) from error
 
-    def _head_layer(self) -> nn.Linear:
+    def _linear_head(self) -> nn.Linear:
         if not isinstance(self.last_layer, nn.Linear):
             found = "no last layer is known" if self.last_layer is None else f"it is a {type(self.last_layer).__name__}"
             raise TeacherError(
-                f"the last layer of teacher {self.spec.name!r} is asked for and {found}: name the linear layer that "
-                "gives the logits as `head` in its [[teachers]] table"
+                f"the last layer of teacher {self.spec.name!r} is needed and {found}: name the linear layer that gives "
+                "the logits as `head` in its [[teachers]] table"
             )
         return self.last_layer
 
     @cached_property
-    def _parts(self) -> list[tuple[str, nn.Module]]:
+    def _modules(self) -> list[tuple[str, nn.Module]]:
         return list(self.model.named_modules())
 
     def _refuse_training_mode(self) -> None:
-        # After the answer, and every time: a model may set itself back in its own `forward`.
-        for name, part in self._parts:
-            if part.training:
+        # After every forward pass: a model may switch itself back to training mode in its own `forward`.
+        for name, module in self._modules:
+            if module.training:
                 raise TeacherError(
-                    f"teacher {self.spec.name!r} is in training mode ({name or type(part).__name__}): dropout and "
-                    "batch statistics would change its targets from batch to batch; let the model leave `eval()` alone"
+                    f"teacher {self.spec.name!r} is in training mode ({name or type(module).__name__}): dropout and "
+                    "batch statistics would change its targets from batch to batch; the model must stay in `eval()`"
                 )
 
 
-class _Caught(Exception):  # noqa: N818  # no error: the way out of a forward pass whose rest nobody needs
-    """The hidden state is in hand."""
+class _StopForward(Exception):  # noqa: N818  # no error: ends a forward pass whose rest is not needed
+    """The hidden state was captured."""
 
 
 def teacher_from_module(
@@ -175,16 +200,16 @@ def teacher_from_module(
     head: str | None = None,
     gives: Gives = "rows",
 ) -> Teacher:
-    """A teacher that lives in this process already.
+    """Return a teacher made of a model in this process.
 
     Args:
-        model: gives logits alone.
-        name: for messages and the manifest.
-        weight: in the mean.
-        device: where it is to run.
-        preprocess: from the transfer set's inputs to what the model takes.
-        head: dotted name of its last linear layer, for `Teacher.hidden`.
-        gives: whether it answers once a sample or at every position.
+        model: returns logits alone; it is frozen and moved to the device.
+        name: name for messages and the manifest.
+        weight: weight in the mean.
+        device: torch device.
+        preprocess: from the transfer set's inputs to the model's.
+        head: dotted name of the last linear layer, for `Teacher.hidden`.
+        gives: whether the model gives one row a sample or one at every position.
     Raises:
         TeacherError: there is no layer of that name.
     """
@@ -204,29 +229,29 @@ def teacher_from_module(
         spec=spec,
         preprocess=preprocess,
         gives=gives,
-        last_layer=None if head is None else layer_named(model, head, who=name),
+        last_layer=None if head is None else layer_named(model, head, label=name),
     )
 
 
-def layer_named(model: nn.Module, name: str, *, who: str) -> nn.Module:
-    """The layer of that dotted name. Raises TeacherError: there is none."""
+def layer_named(model: nn.Module, name: str, *, label: str) -> nn.Module:
+    """Return the layer of that dotted name. Raises TeacherError, with `label` for the teacher, if there is none."""
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        known = ", ".join(part for part, _ in model.named_children())
-        raise TeacherError(f"{who} has no layer {name!r}; its own are {known or 'none'}") from error
+        known = ", ".join(child for child, _ in model.named_children())
+        raise TeacherError(f"{label} has no layer {name!r}; its own are {known or 'none'}") from error
 
 
 def frozen(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on its device, in eval mode (no dropout, fixed normalisation), without gradients."""
+    """Return the model on its device, in eval mode (no dropout, fixed normalisation), without gradients."""
     model = model.to(device).eval()
-    for parameter in model.parameters():  # one by one: scripted modules refuse to be asked as a whole
+    for parameter in model.parameters():  # scripted modules refuse `model.requires_grad_`
         parameter.requires_grad_(False)
     return model
 
 
 def state_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's weights: names, types, shapes and bytes, in the order of their names."""
+    """Return the SHA-256 of a model's weights: names, types, shapes and bytes, sorted by name."""
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         array = tensor.detach().cpu().contiguous()

@@ -178,8 +178,8 @@ class TestPickledModules:
         assert load_file(tmp_path / "net.safetensors").keys() == state.keys()
 
     def test_nothing_is_written_over(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """A destination that stands there already is left alone."""
+        """An existing destination is left alone."""
         (tmp_path / "net.safetensors").write_text("precious")
         assert main(["convert-weights", str(tmp_path / "x.pt"), str(tmp_path / "net.safetensors")]) == 1
-        assert "stands there already" in capsys.readouterr().err
+        assert "exists: name another file" in capsys.readouterr().err
         assert (tmp_path / "net.safetensors").read_text() == "precious"

@@ -1,4 +1,4 @@
-"""The steps between a picture and a vision model, as a table of the job file, against Pillow and plain arithmetic."""
+"""Image preprocessing as a table of the job file, against Pillow and plain arithmetic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softlabels.errors import JobError
-from softlabels.precompute.teachers.image_preprocessing import PicturePreparation, check_preparation
+from softlabels.precompute.teachers.image_preprocessing import ImagePreprocessing
 
 RAW = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 37, 53, 3), dtype=np.uint8))
 
@@ -20,38 +20,38 @@ class TestSteps:
         """Within one step of 256, which Pillow rounds to and this does not."""
         image = pytest.importorskip("PIL.Image", reason="compares with Pillow")
         calm = RAW // 2 + 64  # Pillow cuts what overshoots between its two passes as well
-        found = PicturePreparation(resize=[20, 30], interpolation=name)(calm)
+        found = ImagePreprocessing(resize=[20, 30], interpolation=name)(calm)
         for mine, raw in zip(found, calm.numpy(), strict=True):
             theirs = image.fromarray(raw).resize((30, 20), getattr(image.Resampling, filter_name))
             np.testing.assert_allclose(mine.permute(1, 2, 0).numpy(), np.asarray(theirs), atol=1.01)
 
     def test_the_shorter_side_is_named(self) -> None:
-        """Resized by one number, a picture keeps its proportions; then the middle is taken."""
-        assert PicturePreparation(resize=20)(RAW).shape == (2, 3, 20, 29)
-        assert PicturePreparation(resize=20, crop=16)(RAW).shape == (2, 3, 16, 16)
-        cropped = PicturePreparation(crop=[3, 5])(RAW)
+        """Resized by one number, an image keeps its proportions; then the middle is taken."""
+        assert ImagePreprocessing(resize=20)(RAW).shape == (2, 3, 20, 29)
+        assert ImagePreprocessing(resize=20, crop=16)(RAW).shape == (2, 3, 16, 16)
+        cropped = ImagePreprocessing(crop=[3, 5])(RAW)
         assert torch.equal(cropped, RAW.permute(0, 3, 1, 2)[:, :, 17:20, 24:29].float())
 
     def test_numbers_are_divided_then_normalised(self) -> None:
         """(x / divide_by − mean) / std, one number for all channels or one each."""
-        found = PicturePreparation(divide_by=255, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])(RAW)
+        found = ImagePreprocessing(divide_by=255, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])(RAW)
         expected = (RAW.numpy() / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]
         np.testing.assert_allclose(found.permute(0, 2, 3, 1).numpy(), expected, atol=1e-6)
 
     def test_layouts(self) -> None:
         """Channels first, last or none come out as channels first."""
         first = RAW.permute(0, 3, 1, 2)
-        assert torch.equal(PicturePreparation(layout="CHW")(first), PicturePreparation(layout="HWC")(RAW))
-        assert PicturePreparation(layout="HW")(RAW[..., 0]).shape == (2, 1, 37, 53)
+        assert torch.equal(ImagePreprocessing(layout="CHW")(first), ImagePreprocessing(layout="HWC")(RAW))
+        assert ImagePreprocessing(layout="HW")(RAW[..., 0]).shape == (2, 1, 37, 53)
 
     def test_whole_numbers_keep_their_bounds(self) -> None:
-        """Bicubic curves overshoot at an edge; bytes had no such values. Each picture is bounded for itself."""
+        """Bicubic curves overshoot at an edge; bytes had no such values. Each image is bounded for itself."""
         edge = torch.zeros(2, 8, 8, 1, dtype=torch.uint8)
         edge[:, :, 4:] = 255
-        found = PicturePreparation(resize=[8, 32], interpolation="bicubic")(edge)
+        found = ImagePreprocessing(resize=[8, 32], interpolation="bicubic")(edge)
         assert found.min() >= 0
         assert found.max() <= 255
-        alone = PicturePreparation(resize=[8, 32], interpolation="bicubic")(edge[:1])
+        alone = ImagePreprocessing(resize=[8, 32], interpolation="bicubic")(edge[:1])
         assert torch.equal(alone[0], found[0])
 
 
@@ -59,21 +59,21 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("table", "words"),
         [
-            ({"resize": 0}, "resize is 0"),
-            ({"crop": [3]}, r"crop is \[3\]"),
-            ({"crop": [3, 4, 5]}, "crop is"),
-            ({"resize": 1 << 20}, "resize is"),
-            ({"std": 0}, "std is 0"),
-            ({"std": [1.0, -1.0, 1.0]}, "above 0"),
-            ({"mean": ["red"]}, "mean is"),
-            ({"mean": []}, "mean is"),
-            ({"divide_by": float("nan")}, "divide_by is nan"),
+            ({"resize": 0}, "at `resize`"),
+            ({"crop": [3]}, "at `crop`"),
+            ({"crop": [3, 4, 5]}, "at `crop`"),
+            ({"resize": 1 << 20}, "at `resize`"),
+            ({"std": 0}, "at `std`"),
+            ({"std": [1.0, -1.0, 1.0]}, r"> 0.* .at `std\[1\]`"),
+            ({"mean": ["red"]}, r"at `mean\[0\]`"),
+            ({"mean": []}, "at `mean`"),
+            ({"divide_by": float("nan")}, "at `divide_by`"),
         ],
     )
-    def test_numbers_that_cannot_be(self, table: dict[str, Any], words: str) -> None:
+    def test_numbers_out_of_bounds(self, load, table: dict[str, Any], words: str) -> None:
         """Named when the job is read, not at the first batch."""
         with pytest.raises(JobError, match=words):
-            check_preparation(PicturePreparation(**table), "teacher 0: preprocess")
+            load(preprocess=table)
 
     @pytest.mark.parametrize(
         ("table", "words"),
@@ -89,14 +89,14 @@ class TestRefusals:
             load(preprocess=table)
 
     @pytest.mark.parametrize(
-        ("steps", "pictures", "words"),
+        ("steps", "images", "words"),
         [
-            (PicturePreparation(), RAW[0], "4 axes"),
-            (PicturePreparation(crop=64), RAW, "does not fit"),
-            (PicturePreparation(mean=[1.0, 2.0]), RAW, "3 channels"),
+            (ImagePreprocessing(), RAW[0], "4 axes"),
+            (ImagePreprocessing(crop=64), RAW, "does not fit"),
+            (ImagePreprocessing(mean=[1.0, 2.0]), RAW, "3 channels"),
         ],
     )
-    def test_pictures_that_do_not_fit(self, steps: PicturePreparation, pictures: torch.Tensor, words: str) -> None:
+    def test_images_that_do_not_fit(self, steps: ImagePreprocessing, images: torch.Tensor, words: str) -> None:
         """The message says what is expected."""
         with pytest.raises(ValueError, match=words):
-            steps(pictures)
+            steps(images)

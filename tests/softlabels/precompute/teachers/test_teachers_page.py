@@ -7,8 +7,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from softlabels.precompute.job import TeacherTable, filled, job_from_json
-from softlabels.precompute.teachers.image_preprocessing import PicturePreparation, check_preparation
+from softlabels.documents import parse_document
+from softlabels.precompute.job import TeacherTable, job_from_json
+from softlabels.precompute.teachers.image_preprocessing import ImagePreprocessing
 from softlabels.precompute.teachers.model_hubs import HubSettings
 from softlabels.precompute.teachers.model_sources import KINDS, OnnxSettings
 
@@ -38,10 +39,10 @@ def test_every_table_is_one_that_a_job_may_hold() -> None:
     """Also its preprocess table and the arguments of its kind."""
     for table in teachers():
         if isinstance(table.preprocess, dict):
-            check_preparation(filled(PicturePreparation, table.preprocess, "the page"), "the page")
+            parse_document(table.preprocess, ImagePreprocessing, what="the page")
         for kind, settings in (("transformers", HubSettings), ("onnx", OnnxSettings)):
             if table.model.startswith(f"{kind}:"):
-                filled(settings, table.arguments, "the page")
+                parse_document(table.arguments, settings, what="the page")
 
 
 def test_nothing_is_left_out() -> None:
@@ -49,6 +50,6 @@ def test_nothing_is_left_out() -> None:
     shown = {table.model.partition(":")[0] for table in teachers()}
     assert set(KINDS) <= shown
     words = [
-        name for cls in (TeacherTable, HubSettings, OnnxSettings, PicturePreparation) for name in cls.__struct_fields__
+        name for cls in (TeacherTable, HubSettings, OnnxSettings, ImagePreprocessing) for name in cls.__struct_fields__
     ]
     assert [word for word in words if not re.search(rf"\b{word}\b", PAGE)] == []

@@ -14,7 +14,7 @@ import softlabels
 from softlabels.class_list import MAX_NAMED_BYTES, make_class_list
 from softlabels.errors import ClassListMismatchError, JobError, TeacherShapeError
 from softlabels.precompute import load_job, precompute
-from softlabels.precompute.teachers.class_lists import read_class_list
+from softlabels.precompute.teachers.class_alignment import read_class_list
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 TURNED = ["eel", "cat", "ant", "dog", "bee"]
@@ -136,7 +136,7 @@ class TestRefusals:
         """A plain error."""
         (tmp_path / "names.json").write_text(text)
         with pytest.raises(JobError, match="cannot be read"):
-            read_class_list(tmp_path / "names.json", who="teacher 0")
+            read_class_list(tmp_path / "names.json", label="teacher 0")
 
     def test_a_model_that_does_not_name_its_classes(self, folder: Path) -> None:
         """`classes = "model"` wants one that does."""
