@@ -1,83 +1,111 @@
-"""What can be set about the server: one frozen object, handed in."""
+"""Server settings from flags, `SOFTLABELS_…` environment variables and a TOML file, in this order of precedence."""
 
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from softlabels.errors import RequestError
 
-MOST_WORKERS = 256
-"""More than the cores of any machine that this was tried on: a larger number is a slip of the pen."""
+ENV_PREFIX = "SOFTLABELS_"
+
+MAX_WORKERS = 256
+"""More than the cores of any machine that this was tried on: a larger number is a typing error."""
+
+Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+WholeSeconds: TypeAlias = Annotated[int, Field(gt=0)]
+Count: TypeAlias = Annotated[int, Field(gt=0)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything about a server that is a choice; docs/http.md says of each what it is for.
+class Settings(BaseSettings):
+    """Everything about a server that can be chosen. Field names are TOML keys; docs/http.md has the table.
 
-    Attributes:
-        host: address to listen on; loopback unless told otherwise.
-        port: to listen on; 0 takes a free one.
-        token: bearer token that requests must carry; None asks for none.
-        max_batch_ids: most ids in one batch.
-        max_reply_bytes: most bytes of arrays in one reply; they are held in memory until they are sent.
-        max_body_bytes: most bytes of a request's body.
-        header_timeout_s: how long a client may take to send a request's header.
-        body_timeout_s: how long a client may take to send a request's body.
-        keep_alive_timeout_s: how long a connection may be idle between requests.
-        stall_timeout_s: how long the reader of a stream may take for its next piece; it can go on at its cursor.
-        shutdown_timeout_s: how long replies under way may take once the server is told to stop.
-        workers: processes that answer; each opens the stores itself.
-        access_log: log a line a request.
+    Values given to the constructor (the flags of `softlabels serve`) win over variables such as `SOFTLABELS_PORT`,
+    those over the file that `config` or `SOFTLABELS_CONFIG` names, and the file over the defaults.
+
     Raises:
-        RequestError: a value that makes no sense.
+        RequestError: a value that makes no sense, with the name of its field, variable or file.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = field(default=None, repr=False)
-    # A sampler's batch is hundreds of ids, a whole validation set tens of thousands.
-    max_batch_ids: int = 65_536
-    max_reply_bytes: int = 256 << 20
-    # 65,536 string ids of 250 bytes as JSON.
-    max_body_bytes: int = 16 << 20
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 30.0
-    # Longer than a training step with its validation, or every batch would pay for a new connection.
-    keep_alive_timeout_s: int = 75
-    # A trainer may validate for minutes; one that comes back later connects again without losing a row.
-    stall_timeout_s: float = 600.0
-    shutdown_timeout_s: int = 5
-    # On 2 cores a second one adds little, for the clients need theirs too: docs/operations.md has the figures.
-    workers: int = 1
-    access_log: bool = False
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
-    def __post_init__(self) -> None:
-        if not self.host:
-            raise RequestError(
-                "the host is empty: 127.0.0.1 serves this machine alone, 0.0.0.0 everyone who reaches it"
-            )
-        if not 0 <= self.port <= 65_535:
-            raise RequestError(f"port {self.port} is none: ports run from 1 to 65535, and 0 takes a free one")
-        for name in (
-            "max_batch_ids",
-            "max_reply_bytes",
-            "max_body_bytes",
-            "header_timeout_s",
-            "body_timeout_s",
-            "keep_alive_timeout_s",
-            "stall_timeout_s",
-            "shutdown_timeout_s",
-        ):
-            if not getattr(self, name) > 0:
-                raise RequestError(f"{name} is {getattr(self, name)!r}: it must be above 0, or nothing could be served")
-        if not isinstance(self.workers, int) or not 1 <= self.workers <= MOST_WORKERS:
-            raise RequestError(
-                f"workers is {self.workers!r}: it is a whole number from 1 to {MOST_WORKERS}; more than there are "
-                "cores help nobody"
-            )
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
-            raise RequestError("the token must be printable ASCII and not empty: it travels in a header")
+    config: Path | None = Field(default=None, description="TOML file with settings")
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="address to listen on: 127.0.0.1 serves this machine alone, 0.0.0.0 everyone who can reach it",
+    )
+    port: int = Field(default=8000, ge=0, le=65_535, description="port to listen on; 0 takes a free one")
+    token: str | None = Field(
+        default=None,
+        repr=False,
+        description="bearer token that requests must carry, except to /health; not a flag, since every user of a "
+        "machine can see the arguments of its processes",
+    )
+    token_file: Path | None = Field(default=None, description="file whose first line is the bearer token")
+    # A sampler's batch is hundreds of ids, a whole validation set tens of thousands.
+    max_batch_ids: Count = Field(default=65_536, description="maximum number of ids in a batch")
+    max_reply_bytes: Count = Field(
+        default=256 << 20, description="maximum size of a reply's arrays, which are held in memory until they are sent"
+    )
+    # 65,536 string ids of 250 bytes as JSON.
+    max_body_bytes: Count = Field(default=16 << 20, description="maximum size of a request's body")
+    header_timeout_s: Seconds = Field(default=10.0, description="time for a client to send a request's header")
+    body_timeout_s: Seconds = Field(default=30.0, description="time for a client to send a request's body")
+    # Longer than a training step with its validation, or every batch would pay for a new connection.
+    keep_alive_timeout_s: WholeSeconds = Field(
+        default=75, description="how long a connection may be idle between requests"
+    )
+    # A trainer may validate for minutes; one that comes back later reconnects without losing a row.
+    stall_timeout_s: Seconds = Field(
+        default=600.0, description="how long the reader of an epoch stream may stall; it can resume at its cursor"
+    )
+    shutdown_timeout_s: WholeSeconds = Field(
+        default=5, description="time for replies under way once the server is told to stop"
+    )
+    # On 2 cores a second worker adds little, since the clients need CPU too: docs/operations.md has the figures.
+    workers: int = Field(
+        default=1, ge=1, le=MAX_WORKERS, description="number of processes that answer; each opens the stores itself"
+    )
+    access_log: bool = Field(default=False, description="log a line for each request")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RequestError("; ".join(_explain(fault, values) for fault in error.errors())) from error
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources of values, highest precedence first."""
+        file = init_settings().get("config") or os.environ.get(ENV_PREFIX + "CONFIG")
+        return (init_settings, env_settings) if file is None else (init_settings, env_settings, _toml(cls, Path(file)))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_token(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Take the token from its file."""
+        if values.get("token_file") is not None:
+            if values.get("token") is not None:
+                raise ValueError("token and token_file are both set: set one")
+            values = {**values, "token": _first_line(Path(values["token_file"]))}
+        token = values.get("token")
+        if isinstance(token, str) and not (token.isascii() and token.isprintable() and token.strip()):
+            raise ValueError("the token must be printable ASCII and not empty: it travels in a header")
+        return values
 
     @property
     def on_loopback(self) -> bool:
@@ -88,3 +116,41 @@ class Settings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of `softlabels serve` for a setting, for example `--stall-timeout` for `stall_timeout_s`."""
+    return "--" + name.removesuffix("_s").replace("_", "-")
+
+
+def _toml(kind: type[Settings], file: Path) -> TomlConfigSettingsSource:
+    try:
+        # pydantic-settings takes a missing file for an empty one, which would ignore a misspelled name.
+        file.stat()
+        return TomlConfigSettingsSource(kind, toml_file=file)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RequestError(f"the settings file {str(file)!r} cannot be read: {error}") from error
+
+
+def _first_line(file: Path) -> str:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the token file cannot be read: {error}") from error
+    if not lines or not lines[0].strip():
+        raise RequestError(f"the first line of {file} is empty: it should hold the token, a long random text")
+    return lines[0].strip()
+
+
+def _explain(fault: Any, values: dict[str, Any]) -> str:
+    """Return a validation error as a message that names the setting where its value came from."""
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if not fault["loc"]:
+        return message
+    name = str(fault["loc"][0])
+    variable = ENV_PREFIX + name.upper()
+    where = name if name in values else variable if variable in os.environ else f"{name} in the settings file"
+    if fault["type"] == "extra_forbidden":
+        return f"{where} is not a setting; known are {', '.join(Settings.model_fields)}"
+    found = "refused" if name == "token" else repr(fault["input"])
+    return f"{where} is {found}: {message[0].lower()}{message[1:]}"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from softlabels.errors import MissingExtraError, RequestError, UnknownStoreError
+from softlabels.errors import MissingExtraError, UnknownStoreError
 
 if TYPE_CHECKING:
     from socket import socket
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 _OPTIONAL = frozenset(
     {
-        *("anyio", "fastapi", "httptools", "pydantic", "starlette", "typing_extensions", "uvicorn", "uvloop"),
+        *("anyio", "fastapi", "httptools", "pydantic", "pydantic_settings", "starlette", "typing_extensions"),
+        *("uvicorn", "uvloop"),
         *("google_crc32c", "h5py", "numcodecs", "zarr"),
     }
 )
@@ -49,8 +50,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SECONDS",
         help="how long the reader of an epoch stream may take for its next piece (default 600.0)",
     )
+    for flag, meaning, default in (
+        ("header", "time for a client to send a request's header", "10.0"),
+        ("body", "time for a client to send a request's body", "30.0"),
+        ("keep-alive", "how long a connection may be idle between requests", "75"),
+        ("shutdown", "time for replies under way once told to stop", "5"),
+    ):
+        parser.add_argument(
+            f"--{flag}-timeout",
+            type=float if "." in default else int,
+            dest=f"{flag.replace('-', '_')}_timeout_s",
+            metavar="SECONDS",
+            help=f"{meaning} (default {default})",
+        )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that answer (default 1)")
-    parser.add_argument("--access-log", action="store_true", help="log a line a request")
+    parser.add_argument("--access-log", action="store_true", default=None, help="log a line a request")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings; flags win over it")
     parser.set_defaults(run=run)
 
 
@@ -116,20 +131,9 @@ def _serve(stores: StoreFolder, settings: Settings, listener: socket, announceme
 def _settings(options: argparse.Namespace) -> Settings:
     from softlabels_server import Settings
 
-    limits = ("max_batch_ids", "max_reply_bytes", "max_body_bytes", "stall_timeout_s")
-    names = ("host", "port", *limits, "workers", "access_log")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return Settings(token=None if options.token_file is None else _token_in(options.token_file), **given)
-
-
-def _token_in(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"the token file cannot be read: {error}") from error
-    if not lines or not lines[0].strip():
-        raise RequestError(f"the first line of {path} is empty: it should hold the token, a long random text")
-    return lines[0].strip()
+    # Flags that were not given are left out, so that variables and the settings file count.
+    given = {name: getattr(options, name, None) for name in Settings.model_fields}
+    return Settings(**{name: value for name, value in given.items() if value is not None})
 
 
 def _describe(stores: StoreFolder) -> list[str]:

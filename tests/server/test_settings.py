@@ -1,11 +1,13 @@
-"""What can be set, and what is refused."""
+"""Settings: defaults, refused values, and where values come from."""
 
 from __future__ import annotations
 
-import dataclasses
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from softlabels.errors import RequestError
 from softlabels_server import Settings
@@ -64,6 +66,78 @@ class TestSettings:
     def test_they_do_not_change(self) -> None:
         """Frozen, and the token is not shown where the settings are printed."""
         settings = Settings(token="s3cret")
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        with pytest.raises(ValidationError, match="frozen"):
             settings.port = 1  # type: ignore[misc]
         assert "s3cret" not in repr(settings)
+
+
+class TestSources:
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        """A settings file."""
+        path = tmp_path / "server.toml"
+        path.write_text("port = 7001\nworkers = 2\nmax_batch_ids = 10\n")
+        return path
+
+    def test_flags_win_over_variables_and_those_over_the_file(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And the file wins over defaults; a value that is not given leaves the next source's."""
+        monkeypatch.setenv("SOFTLABELS_PORT", "7002")
+        monkeypatch.setenv("SOFTLABELS_WORKERS", "3")
+        settings = Settings(config=file, port=7003)
+        found = (settings.port, settings.workers, settings.max_batch_ids, settings.stall_timeout_s)
+        assert found == (7003, 3, 10, 600.0)
+
+    def test_a_variable_may_name_the_file(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """SOFTLABELS_CONFIG, for containers; a file that is given wins."""
+        monkeypatch.setenv("SOFTLABELS_CONFIG", str(file))
+        assert Settings().port == 7001
+        (file.parent / "other.toml").write_text("port = 7009\n")
+        assert Settings(config=file.parent / "other.toml").port == 7009
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "named"),
+        [("PORT", "http", "SOFTLABELS_PORT is 'http'"), ("ACCESS_LOG", "perhaps", "SOFTLABELS_ACCESS_LOG")],
+    )
+    def test_a_bad_variable_is_refused_by_name(
+        self, variable: str, value: str, named: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever set it finds it by that name."""
+        monkeypatch.setenv(f"SOFTLABELS_{variable}", value)
+        with pytest.raises(RequestError, match=named):
+            Settings()
+
+    @pytest.mark.parametrize(
+        ("text", "named"),
+        [
+            ("prot = 7001", "prot in the settings file is not a setting"),
+            ('workers = "many"', "workers in the settings file is 'many'"),
+            ("port = ", "cannot be read"),
+        ],
+    )
+    def test_a_bad_file_is_refused(self, tmp_path: Path, text: str, named: str) -> None:
+        """Unknown keys, wrong types and what is not TOML."""
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(RequestError, match=named):
+            Settings(config=tmp_path / "bad.toml")
+
+    def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
+        """It is not taken for an empty one."""
+        with pytest.raises(RequestError, match="cannot be read"):
+            Settings(config=tmp_path / "missing.toml")
+
+    def test_the_token_may_come_from_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its first line, also where a variable names the file; not beside a token."""
+        (tmp_path / "token").write_text(" s3cret \nnot this\n")
+        monkeypatch.setenv("SOFTLABELS_TOKEN_FILE", str(tmp_path / "token"))
+        assert Settings().token == "s3cret"
+        with pytest.raises(RequestError, match="both set"):
+            Settings(token="another")
+
+    def test_workers_get_the_same_settings(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are sent to each worker as they were read, whatever the file says by then."""
+        sent = pickle.dumps(Settings(config=file))
+        file.unlink()
+        monkeypatch.setenv("SOFTLABELS_PORT", "1")
+        assert pickle.loads(sent).port == 7001
