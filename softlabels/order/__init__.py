@@ -1,8 +1,8 @@
-"""Which sample comes when: the order of an epoch, and how ranks share it."""
+"""Deterministic epoch order, split into batches for ranks and resumable at a cursor."""
 
 from __future__ import annotations
 
 from softlabels.order.epoch_order import EpochOrder
-from softlabels.order.rank_batches import RankBatches, Remainder, StepBatch
+from softlabels.order.rank_batches import EpochConfig, RankBatches, Remainder, StepBatch
 
-__all__ = ["EpochOrder", "RankBatches", "Remainder", "StepBatch"]
+__all__ = ["EpochConfig", "EpochOrder", "RankBatches", "Remainder", "StepBatch"]

@@ -1,33 +1,160 @@
-"""Which samples does one rank take at each step of an epoch, from wherever the epoch was left?
+"""EpochConfig, which specifies one rank's part of an epoch, and RankBatches, the batches that follow from it.
 
-The epoch is one sequence of places 0 … N - 1. A step takes the next `world_size × batch_size` of them, rank 0 the first
-`batch_size`, rank 1 the next, and so on. How far the epoch has come is therefore one number, the cursor: how many
-places all ranks together have taken. Whoever goes on from a cursor, with however many ranks and whatever batch size,
-takes exactly the places that are left.
+The epoch is one sequence of indices 0 … N - 1. A step takes the next `world_size × batch_size` of them, rank 0 the first
+`batch_size`, rank 1 the next, and so on. Progress is therefore one number, the cursor: how many samples all ranks
+together have taken. Resuming at a cursor, with any number of ranks and any batch size, takes exactly what is left.
 
-    places   0 ··············· cursor ··············· N
+    index    0 ··············· cursor ··············· N
              taken             │ rank 0 │ rank 1 │ rank 0 │ rank 1 │ ra 0 │ ra 1 │
                                └──── step 0 ─────┴──── step 1 ─────┴── step 2 ───┘  remainder="split"
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
+import msgspec
 import numpy as np
 
-from softlabels.errors import RequestError
+from softlabels.documents import Document
+from softlabels.errors import RequestError, RowsNotCommittedError
 from softlabels.order.epoch_order import EpochOrder, require_int
 from softlabels.order.permutation import CHUNK, Positions
 
+if TYPE_CHECKING:
+    from softlabels.manifest import Manifest
+
 Remainder: TypeAlias = Literal["split", "drop", "pad"]
-"""What becomes of the samples that do not fill a last step; `RankBatches` says what each means."""
+"""How samples that do not fill a last step are handled; see `EpochConfig`."""
 
 _LARGEST_COUNT = 2**31 - 1
-"""Ranks, and samples in a batch: no such number comes near, and products stay far inside 64 bits."""
+"""Bound of ranks and batch sizes: above any real one, and products stay far below 64 bits."""
+
+_LONGEST_QUOTE = 80
+"""Characters of a caller's value that an error message repeats."""
+
+
+class EpochConfig(Document):
+    """Which samples one rank takes in one epoch, and in which batches; the one object that readers and servers pass on.
+
+    Attributes:
+        seed: training-run seed, 0 … 2⁶⁴ - 1.
+        epoch: epoch number, from 0.
+        batch_size: samples per step and rank, ≥ 1.
+        rank: 0 … world_size - 1.
+        world_size: number of ranks that share the epoch, ≥ 1.
+        cursor: samples of the epoch that all ranks together have taken already.
+        shuffle: False keeps the store's order.
+        block: shuffle blocks of this many consecutive samples, for stores where random reads are expensive.
+        remainder: how samples that do not fill a last step are handled.
+            "split" divides them evenly: every sample is seen exactly once, and a step's batches differ by at most one
+            sample. If fewer samples than ranks would be left, the last two steps share theirs, so a batch is empty only
+            if `batch_size` is 1 or fewer samples than ranks are left in total.
+            "drop" skips them: all batches are full, and up to `RankBatches.left_out` samples are not seen.
+            "pad" fills the last step with the epoch's first samples, which `StepBatch.repeated` counts.
+        view: view of every sample, in a store that keeps views; None selects `epoch` modulo their number.
+    Raises:
+        RequestError: a number outside its range, or an unknown remainder. `seed`, `epoch` and `block` are checked by
+            the `EpochOrder` made from them.
+    """
+
+    seed: int
+    epoch: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    cursor: int = 0
+    shuffle: bool = True
+    block: int | None = None
+    remainder: Remainder = "split"
+    view: int | None = None
+
+    QUERY_KEYS: ClassVar[tuple[str, ...]] = (
+        *("seed", "batch_size", "rank", "world_size", "cursor", "shuffle", "remainder", "block", "view"),
+    )
+    """URL parameters, in the order in which they are sent; `epoch` is part of the path."""
+
+    def __post_init__(self) -> None:
+        require_int("batch_size", self.batch_size, 1, _LARGEST_COUNT)
+        require_int("world_size", self.world_size, 1, _LARGEST_COUNT)
+        require_int("rank", self.rank, 0, self.world_size - 1)
+        require_int("cursor", self.cursor, 0, 2**64 - 1)
+        if self.remainder not in get_args(Remainder):
+            raise RequestError(f"remainder must be one of {', '.join(get_args(Remainder))}, not {self.remainder!r}")
+
+    @classmethod
+    def from_query(cls, epoch: str, parameters: Mapping[str, str]) -> EpochConfig:
+        """Return the configuration that a URL asks for.
+
+        Args:
+            epoch: number in the path.
+            parameters: query parameters; others than `QUERY_KEYS` are ignored.
+        Raises:
+            RequestError: one is missing, malformed or out of range.
+        """
+        values: dict[str, Any] = {"epoch": _whole_number("epoch", epoch)}
+        for name in (name for name in cls.QUERY_KEYS if name in parameters):
+            text = parameters[name]
+            values[name] = text if name in ("shuffle", "remainder") else _whole_number(name, text)
+        for name in ("seed", "batch_size"):
+            if name not in values:
+                raise RequestError(f"an epoch needs a {name}: the order follows from it; add {name}=… to the query")
+        shuffle, remainder = values.pop("shuffle", "true"), values.get("remainder", "split")
+        if shuffle not in ("true", "false"):
+            raise RequestError(f"shuffle is {_quoted(shuffle)}: it is true or false")
+        if remainder not in get_args(Remainder):
+            raise RequestError(f"remainder is {_quoted(remainder)}: choose {', '.join(get_args(Remainder))}")
+        return cls(shuffle=shuffle == "true", **values)
+
+    def to_query(self) -> dict[str, str]:
+        """Return the URL parameters that `from_query` reads."""
+        values = {name: getattr(self, name) for name in self.QUERY_KEYS}
+        words = {True: "true", False: "false"}
+        return {
+            name: words[value] if isinstance(value, bool) else str(value)
+            for name, value in values.items()
+            if value is not None
+        }
+
+    def batches(self, manifest: Manifest, digest: str) -> RankBatches:
+        """Return this rank's batches in a store.
+
+        Raises:
+            RequestError: a number out of range, or a view that the store does not keep.
+            RowsNotCommittedError: the store is unfinished, so its epoch would be incomplete.
+        """
+        if not manifest.finished:
+            raise RowsNotCommittedError(
+                f"{manifest.name!r} is unfinished: an epoch needs every sample; run `softlabels resume` first"
+            )
+        self.view_of(manifest)
+        return self.batches_over(digest, manifest.samples)
+
+    def batches_over(self, digest: str, samples: int) -> RankBatches:
+        """Return this rank's batches over so many samples, ordered by a store's digest. Raises RequestError."""
+        order = EpochOrder(
+            digest, samples, seed=self.seed, epoch=self.epoch, block=self.block, shuffle=self.shuffle
+        )
+        return RankBatches(order, self)
+
+    def view_of(self, manifest: Manifest) -> int | None:
+        """Return the view of this epoch; None if the store keeps no views. Raises RequestError."""
+        layout = manifest.layout
+        if layout.kind != "views":
+            if self.view is not None:
+                raise RequestError(f"{manifest.name!r} keeps no views: it has no view {self.view} to ask for")
+            return None
+        view = self.epoch % layout.views if self.view is None else self.view
+        if not 0 <= view < layout.views:
+            raise RequestError(f"{manifest.name!r} keeps views 0 to {layout.views - 1}, not {view}")
+        return view
+
+    def resumed_at(self, cursor: int) -> EpochConfig:
+        """Return the configuration of the rest of the epoch from a cursor on."""
+        return msgspec.structs.replace(self, cursor=cursor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +162,10 @@ class StepBatch:
     """What one rank takes at one step.
 
     Attributes:
-        step: counted from the cursor that the walk began at.
+        step: step number, counted from the configuration's cursor.
         positions: int64, shape [B], positions in the store.
-        repeated: how many of them, at the end, were taken before in this epoch: padding, not new samples.
-        cursor_after: the epoch's cursor once every rank has taken this step.
+        repeated: how many of them, at the end, were already taken in this epoch: padding.
+        cursor_after: cursor of the epoch once every rank has taken this step.
     """
 
     step: int
@@ -47,78 +174,59 @@ class StepBatch:
     cursor_after: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RankBatches:
-    """The rest of an epoch as one rank sees it: a sequence of batches, as many as every other rank has.
+    """The rest of an epoch for one rank: a sequence of batches, as many as every other rank has.
 
     Args:
-        order: which sample comes when.
-        batch_size: samples a rank takes at a step, ≥ 1.
-        rank: 0 … world_size - 1.
-        world_size: how many ranks share the epoch, ≥ 1.
-        cursor: how many samples of the epoch all ranks together have taken already.
-        remainder: what becomes of the samples that do not fill a last step.
-            "split" shares them as evenly as can be: every sample is seen exactly once, and a step's batches differ by
-            at most one sample. Were there fewer than one a rank, the last two steps share theirs, so a batch is empty
-            only where that cannot be avoided: `batch_size` is 1, or fewer samples than ranks are left in all.
-            "drop" leaves them out: all batches are full, and up to `left_out` samples are not seen in this epoch.
-            "pad" fills the last step with the epoch's first samples: all batches are full, and some samples are seen
-            again, which `StepBatch.repeated` counts.
+        order: order of the epoch's samples.
+        config: batch size, rank, cursor and remainder.
     Raises:
-        RequestError: a number outside these ranges, or an unknown remainder.
+        RequestError: the cursor is beyond the epoch's end.
     """
 
     order: EpochOrder
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-    cursor: int = 0
-    remainder: Remainder = "split"
+    config: EpochConfig
 
     def __post_init__(self) -> None:
-        require_int("batch_size", self.batch_size, 1, _LARGEST_COUNT)
-        require_int("world_size", self.world_size, 1, _LARGEST_COUNT)
-        require_int("rank", self.rank, 0, self.world_size - 1)
-        require_int("cursor", self.cursor, 0, self.order.samples)
-        if self.remainder not in get_args(Remainder):
-            raise RequestError(f"remainder must be one of {', '.join(get_args(Remainder))}, not {self.remainder!r}")
+        require_int("cursor", self.config.cursor, 0, self.order.samples)
 
     @property
     def batch_count(self) -> int:
-        """Steps to the end of the epoch, the same on every rank."""
-        return self._full_steps + len(self._last_cuts)
+        """Number of steps left in the epoch, the same on every rank."""
+        return self._full_steps + len(self._last_steps)
 
     @property
     def sample_count(self) -> int:
-        """Samples that this rank takes in all of them, repeated ones included."""
+        """Samples in all of this rank's batches, repeated ones included."""
         last = range(self._full_steps, self.batch_count)
-        return self._full_steps * self.batch_size + sum(self.batch_samples(step) for step in last)
+        return self._full_steps * self.config.batch_size + sum(self.batch_samples(step) for step in last)
 
     @property
     def left_out(self) -> int:
-        """Samples that no rank will see in this epoch: 0 unless the remainder is dropped."""
-        return (self.order.samples - self.cursor) % self._step_size if self.remainder == "drop" else 0
+        """Samples that no rank takes in this epoch: 0 unless `remainder` is "drop"."""
+        return (self.order.samples - self.config.cursor) % self._step_size if self.config.remainder == "drop" else 0
 
     def batch_samples(self, step: int) -> int:
-        """How many samples this rank takes at a step, repeated ones included."""
-        return len(self._share(step))
+        """Return the number of samples that this rank takes at a step, repeated ones included."""
+        return len(self._indices(step))
 
     def cursor_after(self, step: int) -> int:
-        """The epoch's cursor once every rank has taken this step: what to keep beside a checkpoint."""
-        return min(self._cut(step).stop, self.order.samples)
+        """Return the epoch's cursor once every rank has taken this step: the value to save with a checkpoint."""
+        return min(self._indices_of_all_ranks(step).stop, self.order.samples)
 
     def batch_positions(self, step: int) -> Positions:
-        """The positions in the store that this rank takes at a step; int64, shape [B].
+        """Return the store positions that this rank takes at a step; int64, shape [B].
 
         Raises:
             RequestError: there is no such step.
         """
-        return self._positions_of([self._share(step)])
+        return self._positions_of([self._indices(step)])
 
-    def walk(self, first_step: int = 0, *, stride: int = 1) -> Iterator[StepBatch]:
-        """The batches of steps `first_step`, `first_step + stride`, …: worker w of n walks from w in strides of n.
+    def steps(self, first_step: int = 0, *, stride: int = 1) -> Iterator[StepBatch]:
+        """Iterate over steps `first_step`, `first_step + stride`, …: worker w of n takes `steps(w, stride=n)`.
 
-        Cheaper than `batch_positions` step by step: the order is worked out for many small batches at once.
+        Cheaper than `batch_positions` step by step: the order of many small batches is computed at once.
 
         Raises:
             RequestError: `first_step` is negative or `stride` is not positive.
@@ -126,72 +234,84 @@ class RankBatches:
         require_int("first_step", first_step, 0, _LARGEST_COUNT)
         require_int("stride", stride, 1, _LARGEST_COUNT)
         steps = range(first_step, self.batch_count, stride)
-        at_once = max(1, CHUNK // self.batch_size)
+        at_once = max(1, CHUNK // self.config.batch_size)
         return (batch for i in range(0, len(steps), at_once) for batch in self._batches_of(steps[i : i + at_once]))
 
     def __len__(self) -> int:
         return self.batch_count
 
     def __iter__(self) -> Iterator[StepBatch]:
-        return self.walk()
+        return self.steps()
 
     @property
     def _step_size(self) -> int:
-        return self.world_size * self.batch_size
+        return self.config.world_size * self.config.batch_size
 
     @cached_property
     def _full_steps(self) -> int:
-        """Steps that take `_step_size` places; padded ones run over the end."""
-        full, rest = divmod(self.order.samples - self.cursor, self._step_size)
-        if self.remainder == "pad" and rest:
+        """Number of steps of `_step_size` indices; with "pad" the last one extends past the end."""
+        full, rest = divmod(self.order.samples - self.config.cursor, self._step_size)
+        if self.config.remainder == "pad" and rest:
             return full + 1
-        return full - 1 if self._shares_last_two(full, rest) else full
+        # "split" with fewer samples left than ranks: the last two steps share theirs.
+        two_shared = self.config.remainder == "split" and 0 < rest < self.config.world_size
+        return full - 1 if two_shared and full and self.config.batch_size > 1 else full
 
     @cached_property
-    def _last_cuts(self) -> tuple[range, ...]:
-        """The places that the smaller steps at the end take, step by step."""
-        if self.remainder != "split":
+    def _last_steps(self) -> tuple[range, ...]:
+        """Indices of the smaller steps at the end, step by step."""
+        if self.config.remainder != "split":
             return ()
-        begin, end = self.cursor + self._full_steps * self._step_size, self.order.samples
+        begin, end = self.config.cursor + self._full_steps * self._step_size, self.order.samples
         if end - begin <= self._step_size:
             return (range(begin, end),) if begin < end else ()
-        # Rounded up, so that a walk resumed between the two finds one step of the rest, as this one does.
+        # Rounded up, so that resuming between the two leaves exactly the second one as a single step.
         middle = begin + (end - begin + 1) // 2
         return range(begin, middle), range(middle, end)
 
-    def _shares_last_two(self, full: int, rest: int) -> bool:
-        return self.remainder == "split" and 0 < rest < self.world_size and full > 0 and self.batch_size > 1
-
-    def _cut(self, step: int) -> range:
-        """The places that all ranks together take at a step; those from N on stand for the epoch's first ones."""
+    def _indices_of_all_ranks(self, step: int) -> range:
+        """Return the indices that all ranks take at a step; those from N on stand for the epoch's first samples."""
         if not 0 <= step < self.batch_count:
             raise RequestError(
-                f"there is no step {step}: from cursor {self.cursor} on this epoch has {self.batch_count}", step=step
+                f"there is no step {step}: this epoch has {self.batch_count} from cursor {self.config.cursor} on",
+                step=step,
             )
         if step >= self._full_steps:
-            return self._last_cuts[step - self._full_steps]
-        begin = self.cursor + step * self._step_size
+            return self._last_steps[step - self._full_steps]
+        begin = self.config.cursor + step * self._step_size
         return range(begin, begin + self._step_size)
 
-    def _share(self, step: int) -> range:
-        cut = self._cut(step)
-        return cut[len(cut) * self.rank // self.world_size : len(cut) * (self.rank + 1) // self.world_size]
+    def _indices(self, step: int) -> range:
+        every, rank, world_size = self._indices_of_all_ranks(step), self.config.rank, self.config.world_size
+        return every[len(every) * rank // world_size : len(every) * (rank + 1) // world_size]
 
     def _batches_of(self, steps: range) -> Iterator[StepBatch]:
-        shares = [self._share(step) for step in steps]
-        positions = self._positions_of(shares)
+        parts = [self._indices(step) for step in steps]
+        positions = self._positions_of(parts)
         begin = 0
-        for step, share in zip(steps, shares, strict=True):
+        for step, part in zip(steps, parts, strict=True):
             yield StepBatch(
                 step=step,
-                positions=positions[begin : begin + len(share)],
-                repeated=max(0, share.stop - max(share.start, self.order.samples)),
+                positions=positions[begin : begin + len(part)],
+                repeated=max(0, part.stop - max(part.start, self.order.samples)),
                 cursor_after=self.cursor_after(step),
             )
-            begin += len(share)
+            begin += len(part)
 
-    def _positions_of(self, shares: list[range]) -> Positions:
-        places = np.concatenate([np.arange(share.start, share.stop, dtype=np.int64) for share in shares])
-        if places.size and places[-1] >= self.order.samples:
-            places %= self.order.samples
-        return self.order.positions_at(places)
+    def _positions_of(self, parts: list[range]) -> Positions:
+        indices = np.concatenate([np.arange(part.start, part.stop, dtype=np.int64) for part in parts])
+        if indices.size and indices[-1] >= self.order.samples:
+            indices %= self.order.samples
+        return self.order.positions_at(indices)
+
+
+def _whole_number(name: str, text: str) -> int:
+    # At most 20 digits, so that converting a hostile number of a million digits takes no time.
+    if not (text.isascii() and text.isdecimal() and len(text) <= 20):
+        raise RequestError(f"{name} is {_quoted(text)}: give a whole number of 0 or more")
+    return int(text)
+
+
+def _quoted(text: str) -> str:
+    quoted = repr(text)
+    return quoted if len(quoted) <= _LONGEST_QUOTE else quoted[: _LONGEST_QUOTE - 3] + "…"

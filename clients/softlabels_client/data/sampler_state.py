@@ -1,30 +1,39 @@
-"""Where does a training stand in its epochs, and does a place that was kept belong to this training?
+"""Sampler state: how far a training run is in its epochs, and whether a saved state belongs to this run.
 
-A place is two numbers: the epoch, and the cursor, which counts the samples that all ranks together have taken of it.
-Whoever goes on from a place, with however many ranks, workers and whatever batch size, takes exactly what is left.
+Progress is two numbers: the epoch, and the cursor, which counts the samples that all ranks together have taken of it.
+Resuming from it, with any number of ranks and workers and any batch size, takes exactly the samples that are left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
 
+import msgspec
+
+from softlabels.documents import Document, parse_document
 from softlabels.errors import ConflictError, FingerprintMismatchError, RequestError, StoreChangedError
-from softlabels.order import EpochOrder, RankBatches, Remainder
+from softlabels.extras import needs_extra
+from softlabels.order import EpochConfig, RankBatches
+
+with needs_extra("torch", "training a student"):
+    import torch.distributed
 
 STATE_FORMAT = "softlabels-place/1"
-"""What a kept place calls its form."""
+"""Format name in a saved state."""
+
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochProgress:
-    """How far a training has come.
+    """How far a training run has come.
 
     Attributes:
-        epoch: counted from 0.
+        epoch: epoch number, from 0.
         cursor: samples of it that all ranks together have taken.
-        batches: how many batches each rank took for that, for progress bars: under other ranks they are larger.
+        batches: batches that each rank took for that, for progress bars; a batch may differ in size between runs.
     """
 
     epoch: int = 0
@@ -32,188 +41,219 @@ class EpochProgress:
     batches: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Course:
-    """What the order of all epochs of one training follows from.
+class SavedState(Document, forbid_unknown_fields=False):
+    """A sampler state as checkpoints store it: the progress, and everything that the epoch order depends on.
 
-    Attributes:
-        digest: of the store.
-        samples: how many an epoch has.
-        seed: of the training run.
-        shuffle: a new order each epoch, or always the data's own.
-        block: consecutive samples that stay near each other, for stores whose rows are dear to fetch one by one.
-        data: what tells one order of the inputs from another; empty where nobody knows.
+    Loader workers add keys of their own, which is why unknown ones are ignored.
     """
 
+    format: Literal["softlabels-place/1"]
+    epoch: _Count
+    cursor: _Count
+    batches: _Count
     digest: str
     samples: int
-    seed: int = 0
-    shuffle: bool = True
+    seed: int
+    shuffle: bool
     block: int | None = None
     data: str = ""
 
-    def order(self, epoch: int) -> EpochOrder:
-        """Which sample comes when in one epoch."""
-        return EpochOrder(
-            self.digest, self.samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle, block=self.block
-        )
 
-    def state_at(self, place: EpochProgress) -> dict[str, Any]:
-        """A place and what it is a place in, ready for JSON."""
-        return {"format": STATE_FORMAT, **asdict(place), **asdict(self)}
+class SamplerState:
+    """Iterates over epochs as one rank and tracks what comes next.
 
-    def place_in(self, state: Mapping[str, Any]) -> EpochProgress:
-        """The place that `state_at` described.
-
-        Raises:
-            RequestError: this is no such state.
-            StoreChangedError, FingerprintMismatchError, ConflictError: it is a place in another training; what differs
-                is named.
-        """
-        if state.get("format") != STATE_FORMAT:
-            raise RequestError(
-                f"this is no place in an epoch: its format is {state.get('format')!r} and should be {STATE_FORMAT!r}; "
-                "pass what `state_dict()` gave"
-            )
-        for name in ("digest", "data", "samples", "seed", "shuffle", "block"):
-            if state.get(name) != getattr(self, name):
-                raise self._other(name, state.get(name))
-        place = EpochProgress(**{name: _whole(state, name) for name in ("epoch", "cursor", "batches")})
-        if place.cursor > self.samples:
-            raise RequestError(f"the place kept is after {place.cursor} samples of an epoch that has {self.samples}")
-        return place
-
-    def _other(self, name: str, kept: object) -> Exception:
-        own = getattr(self, name)
-        if name == "digest":
-            return StoreChangedError(
-                f"the place was kept with targets of store version {kept}, these are of {own}: another version orders "
-                "samples otherwise and may hold other targets; open the version that the training began with, or begin "
-                "the epoch anew",
-                kept=kept,
-                yours=own,
-            )
-        if name == "data":
-            return FingerprintMismatchError(
-                f"the place was kept with other inputs, or the same in another order (ids {kept or 'unknown'}, yours "
-                f"{own or 'unknown'}): some samples would come twice and others never; load the data as before",
-                kept=kept,
-                yours=own,
-            )
-        return ConflictError(
-            f"the place was kept with {name} = {kept!r}, here {name} is {own!r}: the epoch's order is another, so some "
-            f"samples would come twice and others never; pass {name} as before",
-            name=name,
-            kept=kept,
-            yours=own,
-        )
-
-
-class Walk:
-    """Goes through the epochs of a course as one rank, and knows what comes next.
-
-    Passes follow each other: one that was taken to its end is followed by the next epoch; one that was broken off
-    begins anew, unless its place was kept and loaded.
+    Passes follow each other: a completed one is followed by the next epoch; an interrupted one starts over unless its
+    state was saved and loaded.
 
     Args:
-        course: what the order follows from.
-        batch_size: samples a rank takes at a step.
-        remainder: what becomes of the samples that fill no last step; `softlabels.order.RankBatches` says.
+        config: seed, batch size, order and remainder of every epoch; its epoch, cursor and rank are replaced.
+        digest: digest of the store.
+        samples: samples per epoch.
+        data: identifies the order of the inputs; empty if unknown.
+        ranks: (rank, world size); torch.distributed's when None, or (0, 1) without a process group.
+    Raises:
+        RequestError: a number outside its range.
     """
 
-    def __init__(self, course: Course, *, batch_size: int, remainder: Remainder) -> None:
-        self.course = course
-        self._batch_size = batch_size
-        self._remainder: Remainder = remainder
-        self.place = EpochProgress()
+    def __init__(
+        self,
+        config: EpochConfig,
+        *,
+        digest: str,
+        samples: int,
+        data: str = "",
+        ranks: tuple[int, int] | None = None,
+    ) -> None:
+        self.config, self.digest, self.samples, self.data = config, digest, samples, data
+        self._ranks = ranks
+        self.progress = EpochProgress()
         self._next = EpochProgress()
-        self._underway: EpochProgress | None = None
-        self._loaded = self._pinned = False
+        self._pass: tuple[EpochProgress, RankBatches] | None = None
+        self._in_pass = self._loaded = self._pinned = False
+        self.batches_from(self.progress)  # refuses numbers out of range now rather than in the first epoch
 
-    def steps(self, place: EpochProgress, ranks: tuple[int, int]) -> RankBatches:
-        """What is left of an epoch from a place on, for `(rank, world_size)`."""
-        return RankBatches(
-            order=self.course.order(place.epoch),
-            batch_size=self._batch_size,
-            rank=ranks[0],
-            world_size=ranks[1],
-            cursor=place.cursor,
-            remainder=self._remainder,
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Rank and world size."""
+        return self._ranks or current_ranks()
+
+    @property
+    def upcoming(self) -> EpochProgress:
+        """Where the next pass begins: after a finished epoch the next one, unless `set_epoch` asked for the former."""
+        if self._next.cursor and not self._pinned and not len(self.batches_from(self._next)):
+            return EpochProgress(epoch=self._next.epoch + 1)
+        return self._next
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing of the epoch is left after what was taken."""
+        return not len(self.batches_from(self.progress))
+
+    def copy(self) -> SamplerState:
+        """Return an independent state for the same epochs, at their beginning."""
+        return SamplerState(
+            self.config, digest=self.digest, samples=self.samples, data=self.data, ranks=self._ranks
         )
 
-    def upcoming(self, ranks: tuple[int, int]) -> EpochProgress:
-        """Where the next pass begins: a finished epoch is followed by another, unless somebody insists on it."""
-        place = self._next
-        if place.cursor and not self._pinned and not len(self.steps(place, ranks)):
-            return EpochProgress(epoch=place.epoch + 1)
-        return place
+    def config_at(self, progress: EpochProgress) -> EpochConfig:
+        """Return the configuration of the rest of an epoch, for this rank."""
+        rank, world_size = self.ranks
+        return msgspec.structs.replace(
+            self.config, epoch=progress.epoch, cursor=progress.cursor, rank=rank, world_size=world_size
+        )
+
+    def batches_from(self, progress: EpochProgress) -> RankBatches:
+        """Return the batches of the rest of an epoch, for this rank."""
+        return self.config_at(progress).batches_over(self.digest, self.samples)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass goes through this epoch: from its beginning, or on from a place in it that was loaded."""
+        """Choose the epoch of the next pass: from its beginning, or from the loaded progress in it."""
         if self._loaded and self._next.epoch == epoch:
             self._pinned = True
             return
         self._next, self._loaded, self._pinned = EpochProgress(epoch=epoch), False, False
-        if self.place.epoch != epoch:
-            self.place, self._underway = self._next, None
+        if self.progress.epoch != epoch:
+            self.progress, self._in_pass = self._next, False
 
-    def begin(self, ranks: tuple[int, int]) -> Pass:
-        """Begin the next pass."""
-        place = self.upcoming(ranks)
+    def begin(self) -> RankBatches:
+        """Begin the next pass and return its batches; `progress` is where it begins, and `took` counts them."""
+        start = self.upcoming
         self._loaded = self._pinned = False
-        steps = self.steps(place, ranks)
-        self._underway = place
-        self.took(place, last=not len(steps))
-        return Pass(self, place, steps)
-
-    def took(self, place: EpochProgress, *, last: bool) -> None:
-        """Remember that a pass has come to this place."""
-        self.place = place
-        self._next = EpochProgress(epoch=place.epoch + 1 if last else place.epoch)
-        if last:
-            self._underway = None
-
-    def batch_count(self, ranks: tuple[int, int]) -> int:
-        """Batches of the pass underway, or else of the next; those taken before its place was kept are counted, too."""
-        place = self._underway or self.upcoming(ranks)
-        return place.batches + len(self.steps(place, ranks))
-
-    def finished(self, ranks: tuple[int, int]) -> bool:
-        """Whether nothing is left of the epoch after what was taken."""
-        return not len(self.steps(self.place, ranks))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place, and what it is a place in; ready for JSON."""
-        return self.course.state_at(self.place)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a kept place. Raises as `Course.place_in`."""
-        self.place = self._next = self.course.place_in(state)
-        self._underway = None
-        self._loaded, self._pinned = True, False
-
-
-class Pass:
-    """One pass through an epoch, or through what is left of it.
-
-    Args:
-        walk: is told how far the pass has come.
-        place: where it begins.
-        steps: what it goes through.
-    """
-
-    def __init__(self, walk: Walk, place: EpochProgress, steps: RankBatches) -> None:
-        self._walk, self.place, self.steps = walk, place, steps
+        batches = self.batches_from(start)
+        self._pass, self._in_pass = (start, batches), True
+        self._advance(start, last=not len(batches))
+        return batches
 
     def took(self, step: int) -> None:
-        """The batch of this step, counted from where the pass began, was handed out."""
-        cursor = self.steps.cursor_after(step)
-        place = EpochProgress(epoch=self.place.epoch, cursor=cursor, batches=self.place.batches + step + 1)
-        self._walk.took(place, last=step + 1 == len(self.steps))
+        """Record that the batch of this step, counted from the beginning of the pass, was handed out."""
+        assert self._pass is not None, "begin() comes first"
+        start, batches = self._pass
+        cursor = batches.cursor_after(step)
+        progress = EpochProgress(epoch=start.epoch, cursor=cursor, batches=start.batches + step + 1)
+        self._advance(progress, last=step + 1 == len(batches))
+
+    def batch_count(self) -> int:
+        """Return the batches of the current pass, else of the next; batches before a loaded progress are included."""
+        start = self._pass[0] if self._pass is not None and self._in_pass else self.upcoming
+        return start.batches + len(self.batches_from(start))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress and what the epoch order depends on; ready for JSON."""
+        return self.state_at(self.progress)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state. Raises as `progress_in`."""
+        self.resume_at(self.progress_in(state))
+
+    def resume_at(self, progress: EpochProgress) -> None:
+        """Begin the next pass at this progress."""
+        self.progress = self._next = progress
+        self._in_pass = False
+        self._loaded, self._pinned = True, False
+
+    def state_at(self, progress: EpochProgress) -> dict[str, Any]:
+        """Return what `state_dict` returns at this progress."""
+        saved = SavedState(
+            format=STATE_FORMAT,
+            epoch=progress.epoch,
+            cursor=progress.cursor,
+            batches=progress.batches,
+            digest=self.digest,
+            samples=self.samples,
+            seed=self.config.seed,
+            shuffle=self.config.shuffle,
+            block=self.config.block,
+            data=self.data,
+        )
+        return msgspec.structs.asdict(saved)
+
+    def progress_in(self, state: Mapping[str, Any]) -> EpochProgress:
+        """Return the progress in a saved state.
+
+        Raises:
+            RequestError: not a sampler state.
+            StoreChangedError, FingerprintMismatchError, ConflictError: the state of another training run; the message
+                names what differs.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise RequestError(
+                f"this is no sampler state: its format is {state.get('format')!r} and should be {STATE_FORMAT!r}; pass "
+                "what `state_dict()` returned"
+            )
+        saved = parse_document(dict(state), SavedState, what="sampler state", error=RequestError)
+        own = parse_document(self.state_dict(), SavedState, what="sampler state")
+        for name in ("digest", "data", "samples", "seed", "shuffle", "block"):
+            if getattr(saved, name) != getattr(own, name):
+                raise _mismatch(name, getattr(saved, name), getattr(own, name))
+        if saved.cursor > self.samples:
+            raise RequestError(f"the saved cursor is {saved.cursor}, in an epoch of {self.samples} samples")
+        return EpochProgress(epoch=saved.epoch, cursor=saved.cursor, batches=saved.batches)
+
+    def _advance(self, progress: EpochProgress, *, last: bool) -> None:
+        self.progress = progress
+        self._next = EpochProgress(epoch=progress.epoch + 1 if last else progress.epoch)
+        if last:
+            self._in_pass = False
 
 
-def _whole(state: Mapping[str, Any], name: str) -> int:
-    value = state.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise RequestError(f"the place kept has {name} = {value!r}; it is a whole number of 0 or more")
-    return value
+def given_ranks(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    """Return (rank, world size) if both were given, None if neither was. Raises RequestError: one without the other."""
+    if rank is None and world_size is None:
+        return None
+    if rank is None or world_size is None:
+        raise RequestError(
+            f"rank is {rank} and world_size is {world_size}: give both, or neither to take torch.distributed's"
+        )
+    return rank, world_size
+
+
+def current_ranks() -> tuple[int, int]:
+    """Return rank and world size of this process: torch.distributed's once it is initialised, else (0, 1)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _mismatch(name: str, saved: object, own: object) -> Exception:
+    if name == "digest":
+        return StoreChangedError(
+            f"the state was saved with targets of store version {saved}, these are of {own}: another version orders "
+            "samples differently and may hold other targets; open the version that the training began with, or restart "
+            "the epoch",
+            kept=saved,
+            yours=own,
+        )
+    if name == "data":
+        return FingerprintMismatchError(
+            f"the state was saved with other inputs, or the same in another order (ids {saved or 'unknown'}, yours "
+            f"{own or 'unknown'}): some samples would be repeated and others skipped; load the data as before",
+            kept=saved,
+            yours=own,
+        )
+    return ConflictError(
+        f"the state was saved with {name} = {saved!r}, here {name} is {own!r}: the epoch order differs, so some samples "
+        f"would be repeated and others skipped; pass {name} as before",
+        name=name,
+        kept=saved,
+        yours=own,
+    )
