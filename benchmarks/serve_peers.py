@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.order import EpochOrder, RankBatches
+from softlabels.order import EpochConfig
 from softlabels.store import LocalRows
 
 FIELD = "targets"
@@ -35,9 +35,8 @@ def gathered(rows: LocalRows, positions: NDArray[np.int64]) -> NDArray[Any]:
 
 def epoch_batches(rows: LocalRows, epoch: int, batch_size: int) -> Iterator[NDArray[np.int64]]:
     """Positions of an epoch, a batch at a time."""
-    manifest = rows.manifest
-    order = EpochOrder(rows.digest, manifest.samples, seed=0, epoch=max(epoch, 0), shuffle=epoch != IN_ORDER)
-    for step in RankBatches(order=order, batch_size=batch_size):
+    config = EpochConfig(seed=0, epoch=max(epoch, 0), batch_size=batch_size, shuffle=epoch != IN_ORDER)
+    for step in config.batches(rows.manifest, rows.digest):
         yield step.positions
 
 

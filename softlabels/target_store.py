@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.class_list import check_class_names
 from softlabels.encodings import Encoding
-from softlabels.epochs import EpochConfig, EpochIterator, EpochRows
+from softlabels.epochs import EpochIterator, EpochRows
 from softlabels.errors import (
     EmptyBatchError,
     FingerprintMismatchError,
@@ -25,7 +25,7 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import FINGERPRINTS, IDS, INPUTS, LABELS, ROW_OFFSETS, VIEW_PARAMETERS, Manifest
-from softlabels.order import Remainder
+from softlabels.order import EpochConfig, EpochOptions
 from softlabels.softmath import check_mean, check_temperature, check_weights, is_locked
 from softlabels.targets import MemberMean, SoftTargets, check_unlocked
 
@@ -67,8 +67,8 @@ class RowSource(Protocol):
             One array a field, [B, ...]; for sequences the rows of all samples joined, with `row_offsets` [B + 1].
         """
 
-    def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
-        """The rows of each step of an epoch, from the plan's cursor on, with what `fetch` gives for each."""
+    def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+        """Yield the rows of each step of an epoch, from the configuration's cursor on, with the arrays of `fetch`."""
 
     def close(self) -> None:
         """Close files and connections."""
@@ -159,17 +159,8 @@ class TargetStore:
 
     def epoch(
         self,
+        config: EpochConfig | None = None,
         *,
-        seed: int,
-        epoch: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        cursor: int = 0,
-        shuffle: bool = True,
-        block: int | None = None,
-        remainder: Remainder = "split",
-        view: int | None = None,
         temperature: float | None = None,
         mean: Literal["arithmetic", "geometric"] | None = None,
         weights: Sequence[float] | None = None,
@@ -178,48 +169,37 @@ class TargetStore:
         view_parameters: bool = False,
         inputs: bool = False,
         prefetch: int = 0,
+        **options: Unpack[EpochOptions],
     ) -> EpochIterator:
-        """The batches of an epoch in an order that follows from the store, the seed and the epoch's number alone.
+        """Return an iterator over one rank's batches of an epoch, whose order follows from store, seed and epoch alone.
 
-        Every sample comes once, whatever the number of ranks, and each rank has as many batches as any other. What is
-        left of it can be begun at its `cursor`, also with other ranks or another batch size.
+        Every sample comes once, whatever the number of ranks, and every rank gets equally many batches. The rest of an
+        epoch can be resumed at its `cursor`, also with other ranks or another batch size.
 
         Args:
-            seed: of the training run.
-            epoch: its number, from 0.
-            batch_size: samples in each of this rank's batches.
-            rank, world_size: which of how many ranks this is.
-            cursor: where to go on, as `EpochIterator.cursor` said.
-            shuffle: False takes the samples in the store's order.
-            block: shuffle blocks of so many consecutive samples, then within a few of them, for slow disks.
-            remainder: "split" shares out what fills no last step, "drop" leaves it out, "pad" repeats some.
-            view: which view of every sample, where the store keeps views; `epoch` modulo their number if left out.
-            temperature, mean, weights, labels, fingerprints, view_parameters, inputs: as `batch` takes them.
-            prefetch: batches that a thread fetches before they are asked for, 32 MiB at most; 0 for none.
+            config: samples and batches of this rank. Or its fields as keyword arguments: `seed`, `epoch`, `batch_size`;
+                with defaults `rank`, `world_size`, `cursor`, `shuffle`, `block`, `remainder`, `view`.
+            temperature, mean, weights, labels, fingerprints, view_parameters, inputs: as in `batch`.
+            prefetch: batches that a thread fetches ahead, up to 32 MiB; 0 for none.
         Raises:
-            RequestError, TemperatureError, TemperatureLockedError, UnknownFieldError, RowsNotCommittedError; and
-            while it is read what `batch` raises.
+            RequestError, TemperatureError, TemperatureLockedError, UnknownFieldError, RowsNotCommittedError; while
+            iterating, as `batch`.
         """
+        if config is None:
+            config = EpochConfig(**options)
+        elif options:
+            raise RequestError(f"pass {', '.join(options)} as part of the EpochConfig, or no EpochConfig")
         tempering = self._tempering(temperature, mean, weights)
-        plan = EpochConfig(
-            seed=seed,
-            epoch=epoch,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            cursor=cursor,
-            shuffle=shuffle,
-            block=block,
-            remainder=remainder,
-            view=view,
-        )
-        count = plan.batches(self.manifest, self.digest).batch_count
-        rows = self._rows.epoch(plan, self._fields(labels, fingerprints, view_parameters, inputs))
+        count = config.batches(self.manifest, self.digest).batch_count
+        rows = self._rows.epoch(config, self._fields(labels, fingerprints, view_parameters, inputs))
         if prefetch:
             # Imported by name: the base package must not depend on the client.
             rows = importlib.import_module("softlabels_client.data.prefetch").epoch_ahead(rows, batches=prefetch)
         return EpochIterator(
-            rows, lambda step: self._targets(step.ids, step.arrays, tempering), plan=plan, batch_count=count
+            rows,
+            lambda step: self._targets(step.ids, step.arrays, tempering),
+            cursor=config.cursor,
+            batch_count=count,
         )
 
     def ids(self) -> IdArray:
@@ -233,9 +213,9 @@ class TargetStore:
         manifest = self.manifest
         if manifest.ids.dense_start is not None:
             return np.arange(manifest.samples, dtype=np.int64) + manifest.ids.dense_start
-        plan = EpochConfig(seed=0, epoch=0, batch_size=_IDS_AT_ONCE, shuffle=False)
+        config = EpochConfig(seed=0, epoch=0, batch_size=_IDS_AT_ONCE, shuffle=False)
         # Copied, because views would keep the memory of every whole reply.
-        pieces: list[Any] = [step.ids.copy() for step in self._rows.epoch(plan, (IDS,))]
+        pieces: list[Any] = [step.ids.copy() for step in self._rows.epoch(config, (IDS,))]
         joined: IdArray = np.concatenate(pieces)
         return joined
 

@@ -31,15 +31,15 @@ TABLE_LIMIT = 4096
 """Longest range that is a table: 16 KB with its inverse, built in 70 µs."""
 
 ROUNDS = 12
-"""Six for each half. At 4,097, the shortest range of the network, four rounds keep neighbours together 1.9 times as often
-as chance; six cannot be told from a fair shuffle over 4,000 keys; twelve double that."""
+"""Six for each half. At 4,097, the shortest range of the network, four rounds keep neighbours together 1.9 times as
+often as chance; six cannot be told from a fair shuffle over 4,000 keys; twelve double that."""
 
 LONGEST = 2**48
 """Longest range. Halves stay below 2²⁴, so the 39 bits of hash favour no value by more than 2⁻¹⁴."""
 
 CHUNK = 16_384
-"""Numbers processed at a time; does not affect the order. Fits in a core's L2 cache: measured 12 million numbers a second
-in chunks of 1,024, 31 million in chunks of 16,384."""
+"""Numbers processed at a time; does not affect the order. Fits in a core's L2 cache: measured 12 million numbers a
+second in chunks of 1,024, 31 million in chunks of 16,384."""
 
 # The multipliers and the shift of MurmurHash3's 64-bit finaliser (Appleby, public domain).
 _MULTIPLY_1 = np.uint64(0xFF51AFD7ED558CCD)
@@ -227,7 +227,7 @@ def _hash_below(size: int, half: _Words, word: np.uint64, out: _Words) -> _Words
 
 
 def _murmur(words: _Words) -> _Words:
-    """Return MurmurHash3's 64-bit finaliser of each word: a bijection in which every input bit affects every output bit."""
+    """Return MurmurHash3's 64-bit finaliser of each word, a bijection; every input bit affects every output bit."""
     words = (words ^ (words >> _SHIFT)) * _MULTIPLY_1
     words = (words ^ (words >> _SHIFT)) * _MULTIPLY_2
     return words ^ (words >> _SHIFT)

@@ -1,7 +1,7 @@
 """EpochConfig, which specifies one rank's part of an epoch, and RankBatches, the batches that follow from it.
 
-The epoch is one sequence of indices 0 … N - 1. A step takes the next `world_size × batch_size` of them, rank 0 the first
-`batch_size`, rank 1 the next, and so on. Progress is therefore one number, the cursor: how many samples all ranks
+The epoch is one sequence of indices 0 … N - 1. A step takes the next `world_size × batch_size` of them, rank 0 the
+first `batch_size`, rank 1 the next, and so on. Progress is therefore one number, the cursor: how many samples all ranks
 together have taken. Resuming at a cursor, with any number of ranks and any batch size, takes exactly what is left.
 
     index    0 ··············· cursor ··············· N
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Required, TypeAlias, TypedDict, get_args
 
 import msgspec
 import numpy as np
@@ -35,6 +35,21 @@ _LARGEST_COUNT = 2**31 - 1
 
 _LONGEST_QUOTE = 80
 """Characters of a caller's value that an error message repeats."""
+
+
+class EpochOptions(TypedDict, total=False):
+    """The fields of an `EpochConfig`, for functions that accept them as keyword arguments."""
+
+    seed: Required[int]
+    epoch: Required[int]
+    batch_size: Required[int]
+    rank: int
+    world_size: int
+    cursor: int
+    shuffle: bool
+    block: int | None
+    remainder: Remainder
+    view: int | None
 
 
 class EpochConfig(Document):
@@ -135,9 +150,7 @@ class EpochConfig(Document):
 
     def batches_over(self, digest: str, samples: int) -> RankBatches:
         """Return this rank's batches over so many samples, ordered by a store's digest. Raises RequestError."""
-        order = EpochOrder(
-            digest, samples, seed=self.seed, epoch=self.epoch, block=self.block, shuffle=self.shuffle
-        )
+        order = EpochOrder(digest, samples, seed=self.seed, epoch=self.epoch, block=self.block, shuffle=self.shuffle)
         return RankBatches(order, self)
 
     def view_of(self, manifest: Manifest) -> int | None:

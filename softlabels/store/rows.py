@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
 from softlabels.encodings import Encoding
-from softlabels.epochs import EpochConfig, EpochRows
+from softlabels.epochs import EpochRows
+from softlabels.order import EpochConfig
 from softlabels.errors import (
     ManifestError,
     RequestError,
@@ -182,11 +183,11 @@ class LocalRows:
             return None
         return self._arrays.word_sum(field, positions_B if view is None else positions_B * layout.views + view)
 
-    def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+    def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """The rows of each step of an epoch. Raises, when it is read, as `fetch` does."""
-        view = plan.view_of(self._manifest)
+        view = config.view_of(self._manifest)
         wanted = tuple(dict.fromkeys((*fields, IDS)))
-        for step in plan.batches(self._manifest, self._digest):
+        for step in config.batches(self._manifest, self._digest):
             arrays = self.at_positions(step.positions, wanted, view=view)
             ids: Any = arrays[IDS]
             yield EpochRows(ids=ids, arrays=arrays, repeated=step.repeated, cursor_after=step.cursor_after)

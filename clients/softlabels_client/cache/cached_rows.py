@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
-from softlabels.epochs import EpochConfig, EpochRows
+from softlabels.epochs import EpochRows
 from softlabels.errors import RequestError, WireError
 from softlabels.ids import IdArray
 from softlabels.manifest import IDS, Manifest
-from softlabels.order import StepBatch
+from softlabels.order import EpochConfig, StepBatch
 from softlabels.target_store import RowSource
 from softlabels_client.cache.cache_folder import DEFAULT_BYTES, CacheFolder, default_folder
 from softlabels_client.cache.cache_lookup import LOGGER, Found, KeptRows, missing_share
@@ -91,13 +91,15 @@ class CachedRows:
         kept.fill([found])
         return {name: ids if name == IDS else found.arrays[name] for name in fields}
 
-    def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+    def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """The rows of each step of an epoch, fetched ahead by a thread: from the disk, or by one stream.
 
         Raises, when it is read: as the other source does.
         """
         kept = self._shelf()
-        return epoch_ahead(self._far.epoch(plan, fields) if kept is None else kept_epoch(kept, self._far, plan, fields))
+        return epoch_ahead(
+            self._far.epoch(config, fields) if kept is None else kept_epoch(kept, self._far, config, fields)
+        )
 
     def close(self) -> None:
         """Let go of files and connections; a later batch opens them again."""
@@ -153,24 +155,24 @@ _UNDER_WAY = 3
 _Filling = tuple[list[StepBatch], list[Found], Future[None] | None]
 
 
-def kept_epoch(kept: KeptRows, far: RowSource, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+def kept_epoch(kept: KeptRows, far: RowSource, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
     """The rows of each step of an epoch, in order, each once, wherever they come from.
 
     Raises, when it is read: as the far source does.
     """
     names = tuple(dict.fromkeys((*fields, IDS)))
-    view, cursor = plan.view_of(far.manifest), plan.cursor
+    view, cursor = config.view_of(far.manifest), config.cursor
     filling: deque[_Filling] = deque()
     stream: _Stream | None = None
     with ThreadPoolExecutor(_UNDER_WAY, thread_name_prefix="softlabels-gaps") as pool:
         try:
-            for window in _windows(plan, far, names):
+            for window in _windows(config, far, names):
                 founds = [kept.look_at(step, names, view) for step in window]
                 known = [found for found in founds if found is not None]
                 least = _STREAM_FROM if stream is None else _STREAM_TO
                 if len(known) < len(founds) or missing_share(known) > least:
                     yield from _filled(filling, leave=0)
-                    stream = stream or _Stream(far.epoch(plan.resumed_at(cursor), names))
+                    stream = stream or _Stream(far.epoch(config.resumed_at(cursor), names))
                     for step, found in zip(window, founds, strict=True):
                         rows = stream.next()
                         kept.keep_step(step, rows, view, found)
@@ -219,13 +221,13 @@ class _Stream:
             close()
 
 
-def _windows(plan: EpochConfig, far: RowSource, names: tuple[str, ...]) -> Iterator[list[StepBatch]]:
+def _windows(config: EpochConfig, far: RowSource, names: tuple[str, ...]) -> Iterator[list[StepBatch]]:
     """The epoch's steps, as many at a time as are looked up at once."""
     arrays = far.manifest.arrays
     row_bytes = sum(arrays[name].row_bytes for name in names if name in arrays)
     samples = min(_WINDOW_SAMPLES, _WINDOW_BYTES // max(1, row_bytes))
-    steps = iter(plan.batches(far.manifest, far.digest))
-    while window := list(islice(steps, max(1, samples // plan.batch_size))):
+    steps = iter(config.batches(far.manifest, far.digest))
+    while window := list(islice(steps, max(1, samples // config.batch_size))):
         yield window
 
 

@@ -37,8 +37,8 @@ class ShowsEpochs(Protocol):
 class StatefulLoader:
     """Batches of a DataLoader, with a state that counts batches handed out, not batches prefetched.
 
-    Save `state_dict()` after the step that used the batch. This is deliberately not a DataLoader: frameworks replace the
-    sampler of those by one of their own, and each rank would then get a share of its share.
+    Save `state_dict()` after the step that used the batch. This is deliberately not a DataLoader: frameworks replace
+    the sampler of those by one of their own, and each rank would then get a share of its share.
 
     Args:
         loader: returns batches in the order of `source`.

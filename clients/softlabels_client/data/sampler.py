@@ -117,9 +117,9 @@ EqualShares: TypeAlias = Literal["pad", "drop"]
 class EpochDistributedSampler(DistributedSampler[Any]):
     """Single positions, for frameworks that replace any sampler by a `DistributedSampler` of their own.
 
-    Same epochs as `EpochSampler`, dealt out in turn: index i belongs to rank i modulo world size. Two limits: ranks must
-    have equally many samples, so some are repeated (as torch does) or skipped, except with a single rank; and a sampler
-    of samples cannot know how many were trained on, so resuming requires counting them and calling
+    Same epochs as `EpochSampler`, dealt out in turn: index i belongs to rank i modulo world size. Two limits: ranks
+    must have equally many samples, so some are repeated (as torch does) or skipped, except with a single rank; and a
+    sampler of samples cannot know how many were trained on, so resuming requires counting them and calling
     `set_epoch(epoch, cursor=...)`. Without `set_epoch` every pass is the same epoch.
 
     Args:

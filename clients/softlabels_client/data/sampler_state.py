@@ -111,9 +111,7 @@ class SamplerState:
 
     def copy(self) -> SamplerState:
         """Return an independent state for the same epochs, at their beginning."""
-        return SamplerState(
-            self.config, digest=self.digest, samples=self.samples, data=self.data, ranks=self._ranks
-        )
+        return SamplerState(self.config, digest=self.digest, samples=self.samples, data=self.data, ranks=self._ranks)
 
     def config_at(self, progress: EpochProgress) -> EpochConfig:
         """Return the configuration of the rest of an epoch, for this rank."""
@@ -251,8 +249,8 @@ def _mismatch(name: str, saved: object, own: object) -> Exception:
             yours=own,
         )
     return ConflictError(
-        f"the state was saved with {name} = {saved!r}, here {name} is {own!r}: the epoch order differs, so some samples "
-        f"would be repeated and others skipped; pass {name} as before",
+        f"the state was saved with {name} = {saved!r}, here {name} is {own!r}: the epoch order differs, so some "
+        f"samples would be repeated and others skipped; pass {name} as before",
         name=name,
         kept=saved,
         yours=own,

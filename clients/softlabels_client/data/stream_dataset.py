@@ -16,8 +16,8 @@ from softlabels.errors import BadIdsError, ConflictError, FingerprintMismatchErr
 from softlabels.extras import needs_extra
 from softlabels.ids import IdArray
 from softlabels.losses import SoftTargetBatch
-from softlabels.target_store import TargetStore
 from softlabels.order import EpochConfig, RankBatches, Remainder
+from softlabels.target_store import TargetStore
 from softlabels.targets import SoftTargets
 from softlabels.transfer_set import TransferSet
 from softlabels_client.data.dataset import Check, SoftTargetDataset, StoreInputs, samples_in
@@ -55,8 +55,8 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         rank, world_size: torch.distributed's when left out, or (0, 1) without a process group.
         remainder: "split", "drop" or "pad", as in `EpochConfig`.
     Raises:
-        As `SoftTargetDataset`; while iterating, as `TargetStore.epoch`, and FingerprintMismatchError for a sample of the
-        store that the inputs lack.
+        As `SoftTargetDataset`; while iterating, as `TargetStore.epoch`, and FingerprintMismatchError for a sample of
+        the store that the inputs lack.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ def stream_loader(
 
 @dataclass
 class _WorkerShard:
-    """The part of a rank's epoch that one DataLoader worker reads: steps `worker`, `worker + workers`, …
+    """The part of a rank's epoch that one DataLoader worker reads: steps `worker`, `worker + workers` and so on.
 
     While all batches are full, those are exactly the steps of rank `worker × world_size + rank` among
     `workers × world_size` ranks, so they are read as one stream. The few remaining steps are requested one by one, so

@@ -9,10 +9,10 @@ from urllib.parse import urlencode
 from numpy.typing import NDArray
 
 from softlabels import wire
-from softlabels.epochs import END_FORMAT, EpochConfig, EpochRows
+from softlabels.epochs import END_FORMAT, EpochRows
 from softlabels.errors import SoftLabelsError, WireError
 from softlabels.manifest import IDS, ROW_OFFSETS, Manifest
-from softlabels.order import RankBatches, StepBatch
+from softlabels.order import EpochConfig, RankBatches, StepBatch
 from softlabels_client.http.reply_reader import ReplyReader
 from softlabels_client.http.streamed_reply import OpenReply
 from softlabels_client.http.transport import HttpTransport
@@ -27,7 +27,7 @@ def epoch_rows(
     reader: ReplyReader,
     manifest: Manifest,
     digest: str,
-    plan: EpochConfig,
+    config: EpochConfig,
     fields: tuple[str, ...],
 ) -> Iterator[EpochRows]:
     """The rows of each step, in order, each once: whatever breaks in between.
@@ -41,17 +41,18 @@ def epoch_rows(
     names = tuple(dict.fromkeys((*fields, IDS)))
     failures = 0
     while True:
-        steps = plan.batches(manifest, digest)
+        steps = config.batches(manifest, digest)
         if not len(steps):
             return
         stream: OpenReply | None = None
         try:
-            stream = transport.open(f"{path}/epochs/{plan.epoch}?{_query(plan, names, digest)}")
+            query = urlencode({**config.to_query(), "fields": ",".join(names), "digest": digest}, safe=",")
+            stream = transport.open(f"{path}/epochs/{config.epoch}?{query}")
             frames = Frames(stream, reader, manifest, names)
             for step in steps:
                 rows = frames.read(step)
                 yield rows
-                plan, failures = plan.resumed_at(rows.cursor_after), 0
+                config, failures = config.resumed_at(rows.cursor_after), 0
             frames.read_end(steps)
             stream.finish()
             return
@@ -164,20 +165,3 @@ def _refuse_other_place(metadata: Mapping[str, str], step: StepBatch) -> None:
             "missing, or came twice",
             cursor=step.cursor_after,
         )
-
-
-def _query(plan: EpochConfig, names: tuple[str, ...], digest: str) -> str:
-    wanted: dict[str, Any] = {
-        "seed": plan.seed,
-        "batch_size": plan.batch_size,
-        "rank": plan.rank,
-        "world_size": plan.world_size,
-        "cursor": plan.cursor,
-        "shuffle": "true" if plan.shuffle else "false",
-        "remainder": plan.remainder,
-        "fields": ",".join(names),
-        "digest": digest,
-    }
-    optional = {"block": plan.block, "view": plan.view}
-    wanted |= {name: value for name, value in optional.items() if value is not None}
-    return urlencode(wanted, safe=",")

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from softlabels import wire
 from softlabels.documents import MAX_DOCUMENT_BYTES
 from softlabels.encodings import Encoding
-from softlabels.epochs import EpochConfig, EpochRows
+from softlabels.epochs import EpochRows
 from softlabels.errors import ManifestError, RequestError, WireError
 from softlabels.ids import IdArray, id_kind
 from softlabels.manifest import IDS, ROW_OFFSETS, Manifest, check_encoding
+from softlabels.order import EpochConfig
 from softlabels_client.http.address import parse_address
 from softlabels_client.http.epoch_stream import epoch_rows
 from softlabels_client.http.reply_reader import ReplyReader
@@ -145,12 +146,14 @@ class HttpRows:
             found[ROW_OFFSETS] = arrays[ROW_OFFSETS]
         return found
 
-    def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+    def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """The rows of each step of an epoch, as one stream that is taken up again where it broke.
 
         Raises, when it is read: as `fetch` does; a break is an error only when no new connection goes on.
         """
-        return epoch_rows(self._transport, self._address.path, self._reader, self._manifest, self._digest, plan, fields)
+        return epoch_rows(
+            self._transport, self._address.path, self._reader, self._manifest, self._digest, config, fields
+        )
 
     def close(self) -> None:
         """Close the connections; a later batch opens new ones."""

@@ -82,7 +82,7 @@ class DistillationTrainer(Trainer):
         return _EpochLoader(
             dataset,
             batch_sampler=order,
-            generator=torch.Generator().manual_seed(order.course.seed),
+            generator=torch.Generator().manual_seed(order.state.config.seed),
             num_workers=args.dataloader_num_workers,
             collate_fn=as_dictionary,
             persistent_workers=args.dataloader_num_workers > 0,
@@ -159,7 +159,7 @@ class _KeepsPlace(TrainerCallback, ExportableState):
         if not state.global_step or not isinstance(kept, dict):
             return
         before, here = kept["attributes"]["place"], self._place()
-        sampler.course.place_in(before)
+        sampler.state.progress_in(before)
         if before != here:
             raise ConflictError(
                 f"after {state.global_step} steps the checkpoint had taken {before['cursor']} samples of epoch "
@@ -178,9 +178,9 @@ class _KeepsPlace(TrainerCallback, ExportableState):
         sampler = self._sampler
         if sampler is None:
             return {}
-        whole = sampler.walk().steps(EpochProgress(), sampler.ranks)
+        whole = sampler.state.batches_from(EpochProgress())
         batches = len(whole)
         epoch, steps = divmod(self._steps, max(1, -(-batches // self._accumulate)))
         taken = min(steps * self._accumulate, batches)
         cursor = whole.cursor_after(taken - 1) if taken else 0
-        return sampler.course.state_at(EpochProgress(epoch=epoch, cursor=cursor, batches=taken))
+        return sampler.state.state_at(EpochProgress(epoch=epoch, cursor=cursor, batches=taken))

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from softlabels.audit import Audit
 from softlabels.encodings import Encoding, make_encoding
-from softlabels.epochs import EpochConfig, EpochRows
+from softlabels.epochs import EpochRows
 from softlabels.ids import IdArray
 from softlabels.manifest import IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
+from softlabels.order import EpochConfig
 from softlabels.store import LocalRows, SampleTable, StoreWriter, plan_store
 from softlabels.target_store import TargetStore
 from softlabels_client.cache import CachedRows
@@ -143,10 +144,10 @@ class Counted:
         self.fetched.append(len(ids))
         return self.rows.fetch(ids, fields, **{name: value for name, value in keys.items() if value is not None})
 
-    def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
+    def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """An epoch, and a note of it."""
         self.epochs += 1
-        for rows in self.rows.epoch(plan, fields):
+        for rows in self.rows.epoch(config, fields):
             self.steps += 1
             yield rows
 

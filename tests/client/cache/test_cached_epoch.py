@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softlabels.epochs import EpochConfig
 from softlabels.errors import WireError
+from softlabels.order import EpochConfig
 from softlabels.store import LocalRows
 from softlabels.target_store import TargetStore
 from softlabels_client.cache import CachedRows
@@ -58,9 +58,9 @@ class TestEpochs:
         """Begun anywhere, by any rank, with anything left over."""
         setting = make_setting(stores[kind])
         for rank, cursor in ((0, 0), (2, 42), (1, 119)):
-            plan = {**PLAN, "epoch": 1, "remainder": remainder, "shuffle": shuffle, "rank": rank, "world_size": 3}
+            config = {**PLAN, "epoch": 1, "remainder": remainder, "shuffle": shuffle, "rank": rank, "world_size": 3}
             for _ in range(2):
-                ours, theirs = (store.epoch(**plan, cursor=cursor) for store in (setting.cached, setting.near))
+                ours, theirs = (store.epoch(**config, cursor=cursor) for store in (setting.cached, setting.near))
                 refuse_other_epoch(ours, theirs, refuse_difference)
 
     def test_a_batch_finds_what_an_epoch_brought(
@@ -145,8 +145,8 @@ class TestStreams:
         class Breaking:
             manifest, digest, encoding, fetch, close = rows.manifest, rows.digest, rows.encoding, rows.fetch, rows.close
 
-            def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Any:
-                for number, step in enumerate(rows.epoch(plan, fields)):
+            def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Any:
+                for number, step in enumerate(rows.epoch(config, fields)):
                     if number == 5:
                         raise WireError("spoilt")
                     yield step
@@ -166,8 +166,8 @@ class TestStreams:
         class Short:
             manifest, digest, encoding, fetch, close = rows.manifest, rows.digest, rows.encoding, rows.fetch, rows.close
 
-            def epoch(self, plan: EpochConfig, fields: tuple[str, ...]) -> Any:
-                yield from list(rows.epoch(plan, fields))[:-1]
+            def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Any:
+                yield from list(rows.epoch(config, fields))[:-1]
 
         store = TargetStore(CachedRows(Short(), folder=tmp_path), where="short")
         with pytest.raises(WireError, match="before its last batch"):

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import softlabels
-from softlabels.epochs import EpochIterator
-from softlabels_client.data.sampler_state import Course, EpochProgress, Walk
-from softlabels_client.data.stream_dataset import WorkerShare
+from softlabels.order import EpochConfig
+from softlabels_client.data.sampler_state import EpochProgress
+from softlabels_client.data.stream_dataset import _WorkerShard
 
 SAMPLES = 200
 
@@ -43,18 +43,15 @@ def test_workers_take_their_ranks_batches_in_turn(
     remainder: Literal["split", "drop", "pad"],
 ) -> None:
     """Worker w of W takes batch w, W + w, … of its rank, also when it goes on in the middle of its share."""
-    walk = Walk(Course(digest=store.digest, samples=SAMPLES, seed=3), batch_size=batch_size, remainder=remainder)
-
-    def open_epoch(place: EpochProgress, ranks: tuple[int, int]) -> EpochIterator:
-        known: dict[str, Any] = {"batch_size": batch_size, "remainder": remainder, "labels": False}
-        return store.epoch(seed=3, epoch=place.epoch, cursor=place.cursor, rank=ranks[0], world_size=ranks[1], **known)
-
-    rank, place = batch_size % world, EpochProgress(epoch=1, cursor=cursor)
-    steps = walk.steps(place, (rank, world))
-    expected = [step.positions.tolist() for step in steps]
+    rank = batch_size % world
+    config = EpochConfig(
+        seed=3, epoch=1, batch_size=batch_size, rank=rank, world_size=world, cursor=cursor, remainder=remainder
+    )
+    batches = config.batches(store.manifest, store.digest)
+    expected = [step.positions.tolist() for step in batches]
     for worker in range(workers):
-        share = WorkerShare(place, (rank, world), worker, workers)
+        shard = _WorkerShard(config, EpochProgress(epoch=1, cursor=cursor), worker, workers)
         own = expected[worker::workers]
-        assert [targets.ids.tolist() for targets in share.targets(steps, open_epoch)] == own
-        share.taken = len(own) // 2
-        assert [targets.ids.tolist() for targets in share.targets(steps, open_epoch)] == own[share.taken :]
+        assert [targets.ids.tolist() for targets in shard.targets(batches, store.epoch)] == own
+        shard.taken = len(own) // 2
+        assert [targets.ids.tolist() for targets in shard.targets(batches, store.epoch)] == own[shard.taken :]

@@ -41,7 +41,7 @@ class TestStream:
         """In the order that the floor computes, whatever the ids are."""
         rows, manifest = stores.rows[name], stores.manifests[name]
         *batches, (nothing, end) = stream(ask, name, "seed=7&batch_size=32&fields=targets,labels", epoch=3)
-        order = EpochOrder(manifest.digest, 100, seed=7, epoch=3).positions(0, 100)
+        order = EpochOrder(manifest.digest, 100, seed=7, epoch=3).positions_at(np.arange(100))
         assert nothing == {}
         assert (end["format"], end["batches"], end["samples"], end["left_out"]) == ("softlabels-end/1", "4", "100", "0")
         np.testing.assert_array_equal(np.concatenate([b["labels"] for b, _ in batches]), rows.labels[order])

@@ -26,21 +26,19 @@ class TestBijection:
         key=st.binary(max_size=8),
     )
     def test_every_sample_comes_once(self, samples: int, block: int, window_blocks: int, key: bytes) -> None:
-        """Also where the last block is short and lies in the middle; the inverse agrees, in any order of asking."""
+        """Also where the last block is short and lies in the middle; in any order of asking."""
         block = max(block, samples // 500)  # a window costs the same however small: keep the example quick
         shuffle = BlockShuffle(samples, key, block=block, window_blocks=window_blocks)
         order = shuffle.forward(np.arange(samples))
         assert np.array_equal(np.arange(samples), np.sort(order))
-        assert np.array_equal(np.arange(samples), shuffle.backward(order))
         asked = np.random.default_rng(0).integers(0, samples, 50)
         assert np.array_equal(order[asked], shuffle.forward(asked))
 
-    def test_a_billion_come_back(self) -> None:
-        """Places at random return from there and back, with windows that are networks of their own."""
+    def test_a_billion_do_not_collide(self) -> None:
+        """Different indices keep different positions, with windows that are networks of their own."""
         shuffle = BlockShuffle(10**9 + 7, b"k", block=4096, window_blocks=16)
         places = np.concatenate([np.random.default_rng(0).integers(0, 10**9 + 7, 1000), np.arange(100_000)])
         positions = shuffle.forward(places)
-        assert np.array_equal(places, shuffle.backward(positions))
         assert np.unique(places).size == np.unique(positions).size
 
     def test_nothing_asked_nothing_given(self) -> None:
@@ -53,8 +51,8 @@ class TestLocality:
     def test_a_window_draws_on_its_own_blocks_alone(self, samples: int) -> None:
         """Every window's places touch at most its number of blocks, and no block is touched by two windows."""
         block, window_blocks = 100, 8
-        place = BlockShuffle(samples, b"k", block=block, window_blocks=window_blocks).backward(np.arange(samples))
-        blocks = np.array_split(place, np.arange(block, samples, block))
+        index = np.argsort(order_of(samples, block=block, window_blocks=window_blocks))
+        blocks = np.array_split(index, np.arange(block, samples, block))
         spans = sorted((int(places.min()), int(places.max())) for places in blocks)
         windows = [spans[i : i + window_blocks] for i in range(0, len(spans), window_blocks)]
         for here, following in pairwise(windows):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from softlabels.errors import RequestError
-from softlabels.order import EpochOrder, RankBatches, Remainder
+from softlabels.order import EpochConfig, EpochOrder, RankBatches, Remainder
 
 sizes = st.integers(1, 700)
 worlds = st.integers(1, 9)
@@ -24,12 +23,20 @@ def an_order(samples: int, **changes: Any) -> EpochOrder:
     return EpochOrder("d", samples, **{"seed": 3, "epoch": 1, **changes})
 
 
+def config_of(**changes: Any) -> EpochConfig:
+    return EpochConfig(**{"seed": 3, "epoch": 1, **changes})
+
+
 def ranks_of(samples: int, world_size: int, batch_size: int, **changes: Any) -> list[RankBatches]:
-    order = an_order(samples)
     return [
-        RankBatches(order=order, batch_size=batch_size, rank=rank, world_size=world_size, **changes)
+        RankBatches(an_order(samples), config_of(batch_size=batch_size, rank=rank, world_size=world_size, **changes))
         for rank in range(world_size)
     ]
+
+
+def in_order(order: EpochOrder, start: int, stop: int) -> NDArray[np.int64]:
+    """The positions at indices [start, stop) of the epoch."""
+    return order.positions_at(np.arange(start, stop))
 
 
 def taken(ranks: list[RankBatches], step: int) -> NDArray[np.int64]:
@@ -47,7 +54,7 @@ class TestSplit:
         ranks = ranks_of(samples, world_size, batch_size, cursor=cursor)
         assert 1 == len({rank.batch_count for rank in ranks})
         steps = [taken(ranks, step) for step in range(len(ranks[0]))]
-        assert np.array_equal(an_order(samples).positions(cursor, samples), np.concatenate([*steps, np.empty(0, int)]))
+        assert np.array_equal(in_order(an_order(samples), cursor, samples), np.concatenate([*steps, np.empty(0, int)]))
         assert -(-(samples - cursor) // (world_size * batch_size)) == len(steps)
 
     @given(samples=sizes, world_size=worlds, batch_size=batch_sizes)
@@ -71,7 +78,7 @@ class TestSplit:
         """With the same ranks and batch size, a resumed epoch takes the very batches of one that was never broken."""
         ranks = ranks_of(samples, world_size, batch_size)
         for step in range(len(ranks[0]) - 1):
-            resumed = [replace(rank, cursor=rank.cursor_after(step)) for rank in ranks]
+            resumed = [RankBatches(r.order, r.config.resumed_at(r.cursor_after(step))) for r in ranks]
             assert len(ranks[0]) - step - 1 == len(resumed[0])
             for rank, again in zip(ranks, resumed, strict=True):
                 assert np.array_equal(rank.batch_positions(step + 1), again.batch_positions(0))
@@ -89,7 +96,7 @@ class TestElasticity:
                 seen.append(taken(ranks, step))
                 cursor = ranks[0].cursor_after(step)
                 assert {cursor} == {rank.cursor_after(step) for rank in ranks}
-        assert np.array_equal(an_order(samples).positions(0, samples), np.concatenate(seen))
+        assert np.array_equal(in_order(an_order(samples), 0, samples), np.concatenate(seen))
 
     @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
     def test_a_step_is_the_same_samples_on_any_number_of_ranks(self, world_size: int) -> None:
@@ -110,7 +117,7 @@ class TestDrop:
         seen = np.concatenate([*steps, np.empty(0, int)])
         assert samples == seen.size + ranks[0].left_out
         assert ranks[0].left_out < world_size * batch_size
-        assert np.array_equal(an_order(samples).positions(0, seen.size), seen)
+        assert np.array_equal(in_order(an_order(samples), 0, seen.size), seen)
 
     def test_nothing_is_left_out_otherwise(self) -> None:
         """Only "drop" drops."""
@@ -124,7 +131,7 @@ class TestPad:
         ranks = ranks_of(samples, world_size, batch_size, remainder="pad")
         walks = [list(rank) for rank in ranks]
         assert all(batch.positions.size == batch_size for walk in walks for batch in walk)
-        order = an_order(samples).positions(0, samples)
+        order = in_order(an_order(samples), 0, samples)
         everything = np.concatenate([batch.positions for step in zip(*walks, strict=True) for batch in step])
         assert np.array_equal(np.resize(order, everything.size), everything)
         new = [batch.positions[: batch.positions.size - batch.repeated] for walk in walks for batch in walk]
@@ -151,7 +158,7 @@ class TestWalk:
     def test_workers_share_a_rank_s_steps(self, workers: int) -> None:
         """Taken in turn, what the workers have is what one would have had."""
         rank = ranks_of(1000, 2, 16)[1]
-        steps = [batch for worker in range(workers) for batch in rank.walk(worker, stride=workers)]
+        steps = [batch for worker in range(workers) for batch in rank.steps(worker, stride=workers)]
         for expected, batch in zip(rank, sorted(steps, key=lambda batch: batch.step), strict=True):
             assert expected.step == batch.step
             assert np.array_equal(expected.positions, batch.positions)
@@ -166,7 +173,7 @@ class TestWalk:
 
     def test_memory_does_not_grow_with_the_epoch(self) -> None:
         """A hundred batches of an epoch of 10¹² samples cost less than 2 MB."""
-        rank = RankBatches(order=an_order(10**12), batch_size=1024, rank=3, world_size=8)
+        rank = RankBatches(an_order(10**12), config_of(batch_size=1024, rank=3, world_size=8))
         tracemalloc.start()
         for _, batch in zip(range(100), rank, strict=False):
             assert 1024 == batch.positions.size
@@ -193,7 +200,7 @@ class TestRefusals:
     def test_what_cannot_be_a_share(self, change: dict[str, Any]) -> None:
         """A wrong number is refused when the share is made."""
         with pytest.raises(RequestError):
-            RankBatches(**{"order": an_order(100), "batch_size": 4, "rank": 0, "world_size": 2, **change})
+            RankBatches(an_order(100), config_of(**{"batch_size": 4, "rank": 0, "world_size": 2, **change}))
 
     @pytest.mark.parametrize("step", [-1, 13])
     def test_steps_that_do_not_exist(self, step: int) -> None:
@@ -207,4 +214,4 @@ class TestRefusals:
     def test_walks_that_go_nowhere(self, first_step: int, stride: int) -> None:
         """Refused when asked for, not at the first batch."""
         with pytest.raises(RequestError):
-            ranks_of(100, 2, 4)[0].walk(first_step, stride=stride)
+            ranks_of(100, 2, 4)[0].steps(first_step, stride=stride)
