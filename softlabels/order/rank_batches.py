@@ -11,15 +11,15 @@ together have taken. Resuming at a cursor, with any number of ranks and any batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Required, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
 
 import msgspec
 import numpy as np
 
-from softlabels.documents import Document
+from softlabels.documents import Document, as_json
 from softlabels.errors import RequestError, RowsNotCommittedError
 from softlabels.order.epoch_order import EpochOrder, require_int
 from softlabels.order.permutation import CHUNK, Positions
@@ -33,16 +33,13 @@ Remainder: TypeAlias = Literal["split", "drop", "pad"]
 _LARGEST_COUNT = 2**31 - 1
 """Bound of ranks and batch sizes: above any real one, and products stay far below 64 bits."""
 
-_LONGEST_QUOTE = 80
-"""Characters of a caller's value that an error message repeats."""
-
 
 class EpochOptions(TypedDict, total=False):
     """The fields of an `EpochConfig`, for functions that accept them as keyword arguments."""
 
-    seed: Required[int]
-    epoch: Required[int]
-    batch_size: Required[int]
+    seed: int
+    epoch: int
+    batch_size: int
     rank: int
     world_size: int
     cursor: int
@@ -52,7 +49,7 @@ class EpochOptions(TypedDict, total=False):
     view: int | None
 
 
-class EpochConfig(Document):
+class EpochConfig(Document, frozen=True, kw_only=True):
     """Which samples one rank takes in one epoch, and in which batches; the one object that readers and servers pass on.
 
     Attributes:
@@ -87,11 +84,6 @@ class EpochConfig(Document):
     remainder: Remainder = "split"
     view: int | None = None
 
-    QUERY_KEYS: ClassVar[tuple[str, ...]] = (
-        *("seed", "batch_size", "rank", "world_size", "cursor", "shuffle", "remainder", "block", "view"),
-    )
-    """URL parameters, in the order in which they are sent; `epoch` is part of the path."""
-
     def __post_init__(self) -> None:
         require_int("batch_size", self.batch_size, 1, _LARGEST_COUNT)
         require_int("world_size", self.world_size, 1, _LARGEST_COUNT)
@@ -100,39 +92,10 @@ class EpochConfig(Document):
         if self.remainder not in get_args(Remainder):
             raise RequestError(f"remainder must be one of {', '.join(get_args(Remainder))}, not {self.remainder!r}")
 
-    @classmethod
-    def from_query(cls, epoch: str, parameters: Mapping[str, str]) -> EpochConfig:
-        """Return the configuration that a URL asks for.
-
-        Args:
-            epoch: number in the path.
-            parameters: query parameters; others than `QUERY_KEYS` are ignored.
-        Raises:
-            RequestError: one is missing, malformed or out of range.
-        """
-        values: dict[str, Any] = {"epoch": _whole_number("epoch", epoch)}
-        for name in (name for name in cls.QUERY_KEYS if name in parameters):
-            text = parameters[name]
-            values[name] = text if name in ("shuffle", "remainder") else _whole_number(name, text)
-        for name in ("seed", "batch_size"):
-            if name not in values:
-                raise RequestError(f"an epoch needs a {name}: the order follows from it; add {name}=… to the query")
-        shuffle, remainder = values.pop("shuffle", "true"), values.get("remainder", "split")
-        if shuffle not in ("true", "false"):
-            raise RequestError(f"shuffle is {_quoted(shuffle)}: it is true or false")
-        if remainder not in get_args(Remainder):
-            raise RequestError(f"remainder is {_quoted(remainder)}: choose {', '.join(get_args(Remainder))}")
-        return cls(shuffle=shuffle == "true", **values)
-
     def to_query(self) -> dict[str, str]:
-        """Return the URL parameters that `from_query` reads."""
-        values = {name: getattr(self, name) for name in self.QUERY_KEYS}
-        words = {True: "true", False: "false"}
-        return {
-            name: words[value] if isinstance(value, bool) else str(value)
-            for name, value in values.items()
-            if value is not None
-        }
+        """Return the parameters of an epoch request's URL; `epoch` is part of its path."""
+        values = {name: value for name, value in as_json(self).items() if name != "epoch"}
+        return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
 
     def batches(self, manifest: Manifest, digest: str) -> RankBatches:
         """Return this rank's batches in a store.
@@ -316,15 +279,3 @@ class RankBatches:
         if indices.size and indices[-1] >= self.order.samples:
             indices %= self.order.samples
         return self.order.positions_at(indices)
-
-
-def _whole_number(name: str, text: str) -> int:
-    # At most 20 digits, so that converting a hostile number of a million digits takes no time.
-    if not (text.isascii() and text.isdecimal() and len(text) <= 20):
-        raise RequestError(f"{name} is {_quoted(text)}: give a whole number of 0 or more")
-    return int(text)
-
-
-def _quoted(text: str) -> str:
-    quoted = repr(text)
-    return quoted if len(quoted) <= _LONGEST_QUOTE else quoted[: _LONGEST_QUOTE - 3] + "…"

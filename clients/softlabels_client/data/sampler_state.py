@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -20,7 +20,7 @@ from softlabels.order import EpochConfig, RankBatches
 with needs_extra("torch", "training a student"):
     import torch.distributed
 
-STATE_FORMAT = "softlabels-place/1"
+STATE_FORMAT: Final = "softlabels-place/1"
 """Format name in a saved state."""
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
@@ -41,7 +41,7 @@ class EpochProgress:
     batches: int = 0
 
 
-class SavedState(Document, forbid_unknown_fields=False):
+class SavedState(Document, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """A sampler state as checkpoints store it: the progress, and everything that the epoch order depends on.
 
     Loader workers add keys of their own, which is why unknown ones are ignored.

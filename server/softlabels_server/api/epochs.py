@@ -6,7 +6,7 @@ The frames are cut into chunks of about equal size, which are gathered one at a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +19,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from softlabels import wire
-from softlabels.epochs import END_FORMAT, EpochConfig
+from softlabels.epochs import END_FORMAT
 from softlabels.errors import RequestError
 from softlabels.ids import to_fixed_bytes
 from softlabels.manifest import IDS, ROW_OFFSETS
-from softlabels.order import RankBatches, StepBatch
+from softlabels.order import EpochConfig, RankBatches, StepBatch
 from softlabels.target_store import check_transfer_set
 from softlabels_server.api.batch import (
     array_names,
@@ -44,7 +44,7 @@ PATH = "/v1/stores/{name}/epochs/{epoch}"
 
 FRAME_FORMAT = "softlabels-epoch/1"
 
-_CONFIG = frozenset(field.name for field in fields(EpochConfig))
+_CONFIG = frozenset(EpochConfig.__struct_fields__)
 
 _MAX_DIGITS = 20
 """More digits than any cursor or row count has; the header's size is computed with numbers of this length."""

@@ -131,7 +131,7 @@ class BatchQuery(BatchOptions, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class EpochQuery(RowOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Query string of an epoch request. `softlabels.epochs.EpochConfig` checks what depends on other values."""
+    """Query string of an epoch request. `softlabels.order.EpochConfig` checks what depends on other values."""
 
     seed: Annotated[Count, Meta(description="training seed, 0 … 2⁶⁴ − 1")]
     batch_size: Annotated[Count, Meta(description="samples in a batch, at least 1")]
