@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
 from softlabels.encodings import Encoding
 from softlabels.epochs import EpochRows
-from softlabels.order import EpochConfig
 from softlabels.errors import (
     ManifestError,
     RequestError,
@@ -23,6 +22,7 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray, from_fixed_bytes
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, Manifest
+from softlabels.order import EpochConfig
 from softlabels.store.arrays import StoreArrays
 from softlabels.store.confined import read_confined
 from softlabels.store.constants import load_encoding
