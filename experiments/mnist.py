@@ -20,7 +20,7 @@ import torch
 import softlabels
 from softlabels.data.mnist import Mnist, open_mnist
 from softlabels.demo.nets import student_mlp
-from softlabels.demo.teachers import QUICK, Schedules, fit_hard, hard_labels, has_bfloat16_products, train_teacher
+from softlabels.demo.teachers import QUICK, Schedules, has_bfloat16_products, train_teacher
 from softlabels.precompute import Job, precompute
 from softlabels.precompute.job import StoreTable, TargetsTable, TeacherTable, TransferSetTable
 from softlabels.progress import duration, track
@@ -77,42 +77,28 @@ def run_seed(mnist: Mnist, seed: int, schedules: Schedules, folder: Path) -> See
     seconds["precompute"] = time.perf_counter() - started_s
 
     schedule = schedules.student
-    rows = schedule.epochs * len(train)
-    started_s = time.perf_counter()
-    alone = _student(seed)
-    with track(rows, f"seed {seed}: student alone", "samples") as progress:
-        fit_hard(
-            alone,
-            train.inputs,
-            hard_labels(train),
-            epochs=schedule.epochs,
-            batch_size=schedule.batch_size,
-            learning_rate=schedule.hard_learning_rate,
-            seed=seed,
-            progress=progress,
-        )
-    seconds["alone"] = time.perf_counter() - started_s
-
-    student = _student(seed)
-    settings = DistillSettings(
-        epochs=schedule.epochs,
-        batch_size=schedule.batch_size,
-        learning_rate=schedule.learning_rate,
-        hard_weight=schedule.hard_weight,
-        precision="bfloat16" if has_bfloat16_products() else "float32",
-        seed=seed,
-    )
-    with (
-        softlabels.open(folder / "store") as store,
-        track(rows, f"seed {seed}: student distilled", "samples") as progress,
-    ):
-        result = distill(student, SoftTargetDataset(train, store), settings, progress=progress)
-    seconds["distilled"] = result.seconds
+    hard = {"learning_rate": schedule.hard_learning_rate, "hard_weight": 1.0, "loss_args": {"soft_weight": 0.0}}
+    soft = {"learning_rate": schedule.learning_rate, "hard_weight": schedule.hard_weight}
+    errors: dict[str, int] = {}
+    with softlabels.open(folder / "store") as store:
+        for name, weights in (("alone", hard), ("distilled", soft)):
+            torch.manual_seed(seed)
+            student = student_mlp()
+            settings = DistillSettings(
+                epochs=schedule.epochs,
+                batch_size=schedule.batch_size,
+                precision="bfloat16" if has_bfloat16_products() else "float32",
+                seed=seed,
+                **weights,
+            )
+            with track(schedule.epochs * len(train), f"seed {seed}: student {name}", "samples") as progress:
+                result = distill(student, SoftTargetDataset(train, store), settings, progress=progress)
+            errors[name], seconds[name] = count_errors(student, test), result.seconds
     return SeedResult(
         seed=seed,
         teacher=teacher.errors,
-        alone=count_errors(alone, test),
-        distilled=count_errors(student, test),
+        alone=errors["alone"],
+        distilled=errors["distilled"],
         seconds={part: round(spent, 1) for part, spent in seconds.items()},
     )
 
@@ -136,11 +122,6 @@ def averages(results: list[SeedResult]) -> tuple[float, float, float]:
         statistics.fmean(r.alone for r in results),
         statistics.fmean(r.distilled for r in results),
     )
-
-
-def _student(seed: int) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return student_mlp()
 
 
 def main() -> None:

@@ -1,16 +1,19 @@
-"""What does the demo do? The whole main job on real digits: train, precompute, serve, distil, compare."""
+"""The demo: train teachers, precompute, serve, train a student alone and a distilled one, compare.
+
+Everything but the teachers is done by the product's own commands, in processes of their own, as a user would run them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,6 @@ from softlabels.demo.teachers import (
     SMALL,
     Schedules,
     TrainedTeacher,
-    fit_hard,
     hard_labels,
     has_bfloat16_products,
     train_teacher,
@@ -38,7 +40,13 @@ from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client.training.step import count_errors
 
 HIGH_TEMPERATURE = 20.0
-"""What the paper distils MNIST at (section 3)."""
+"""The paper's temperature for MNIST (section 3)."""
+
+SERVING = "softlabels: serving"
+"""Start of the line that `softlabels serve` prints when it is ready; its last word is the address."""
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
 
 JOB = """\
 # What the demo asked `softlabels precompute` to do: a job file to start your own from.
@@ -66,7 +74,7 @@ weights = "teachers/{number}.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoData:
-    """The digits that the demo runs on; `loader` is the reference by which every process loads the same ones."""
+    """The digits that the demo runs on; `loader` is the reference by which every process loads them."""
 
     train: ArrayTransferSet
     test: ArrayTransferSet
@@ -75,48 +83,43 @@ class DemoData:
     schedules: Schedules
 
 
-@dataclass
-class _Clock:
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        started_s = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started_s, 2)
-
-
 def run_demo(folder: Path, *, small: bool = False) -> DemoReport:
-    """Run the main job and leave everything it made in `folder`.
+    """Run the demo and leave everything it made in `folder`.
 
     Args:
-        folder: where teachers, job file, store, students, report and picture go; what an earlier run left there is
-            used again where it fits (teachers, committed shards).
-        small: use scikit-learn's digits even where MNIST can be had.
+        folder: folder of teachers, job file, store, students, report and picture; committed shards of an earlier run
+            are used again.
+        small: use scikit-learn's digits even if MNIST is available.
     Raises:
-        SoftLabelsError: any part of it failed.
+        SoftLabelsError: a part of it failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data, clock = load_data(small=small), _Clock()
-    with clock.part("train the teachers"):
+    data = load_data(small=small)
+    hard = {"learning_rate": data.schedules.student.hard_learning_rate, "hard_weight": 1.0}
+    soft = {"learning_rate": data.schedules.student.learning_rate, "hard_weight": data.schedules.student.hard_weight}
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "train the teachers"):
         teachers = _train_teachers(data, folder)
-    with clock.part("precompute"):
+    with _timed(seconds, "precompute"):
         job = folder / "job.toml"
         job.write_text(job_text(data, len(teachers)), encoding="utf-8")
         run_command(["precompute", str(job)])
-    with clock.part("student alone"):
-        alone = _train_alone(data)
-    with clock.part("student from the service"), served(folder / "stores") as address:
-        distilled = _distil(data, f"{address}/{data.train.name}", folder)
+    with served(folder / "stores") as address:
+        url = f"{address}/{data.train.name}"
+        with _timed(seconds, "student alone"):
+            print("\nthe student on hard labels alone: the same command with the soft term's weight set to 0")
+            alone = _train_student(data, url, folder / "student_alone.safetensors", hard, soft_weight=0.0)
+        with _timed(seconds, "student from the service"):
+            distilled = _train_student(data, url, folder / "student.safetensors", soft, soft_weight=1.0)
     with softlabels.open(folder / "stores" / data.train.name) as store:
         draw(store, data.train, folder / "soft_targets.png", high_temperature=HIGH_TEMPERATURE)
-        report = _report(data, store, teachers, alone, distilled, clock.seconds)
+        report = _report(data, store, teachers, alone, distilled, seconds)
     report.write(folder / "report.json")
     return report
 
 
 def load_data(*, small: bool = False) -> DemoData:
-    """MNIST where it can be had, else scikit-learn's digits; says plainly which, and why."""
+    """Return MNIST if it is available, else scikit-learn's digits, and print which and why."""
     if not small:
         try:
             mnist = open_mnist()
@@ -125,18 +128,72 @@ def load_data(*, small: bool = False) -> DemoData:
             return DemoData(train=mnist.train, test=mnist.test, source=mnist.source, loader=loader, schedules=DEMO)
         except DataUnavailableError as error:
             print(f"{error}\n")
-    print("running on scikit-learn's bundled digits instead: 1,438 of 8 × 8 pixels. The whole path is the same, but")
-    print("the set is so small and easy that its figures say little; give SOFTLABELS_DATA a folder with mnist/ in it.")
+    print("running on scikit-learn's bundled digits instead: 1,438 of 8 × 8 pixels. Every step is the same, but the")
+    print("set is so small and easy that its figures say little; give SOFTLABELS_DATA a folder with mnist/ in it.")
     train, test = load_digits(split="train"), load_digits(split="test")
     loader = "softlabels.data.digits:load_digits"
     return DemoData(train=train, test=test, source="scikit-learn", loader=loader, schedules=SMALL)
 
 
 def job_text(data: DemoData, teachers: int) -> str:
-    """The job file, as a user would write it."""
+    """Return the job file, as a user would write it."""
     head = JOB.format(name=data.train.name, source=data.loader, temperature=HIGH_TEMPERATURE)
     in_features = data.train.inputs[0].size
     return head + "".join(TEACHER.format(in_features=in_features, number=n) for n in range(teachers))
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run `softlabels …` to its end; it prints for itself.
+
+    Raises:
+        JobError: it failed.
+    """
+    print(f"\n$ softlabels {' '.join(arguments)}", flush=True)
+    finished = subprocess.run([*_softlabels(), *arguments], check=False)
+    if finished.returncode != 0:
+        raise JobError(f"`softlabels {arguments[0]}` ended with exit code {finished.returncode}; its message is above")
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve the stores of a folder from a process of its own inside the context; yields its address.
+
+    Raises:
+        ServerUnreachableError: the server does not start.
+    """
+    print(f"\n$ softlabels serve {folder} --port 0", flush=True)
+    command = [*_softlabels(), "serve", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        # A server that hangs before its first line would block the demo for ever: killing it closes the pipe.
+        watchdog = threading.Timer(START_TIMEOUT_S, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            address = next((line.split()[-1] for line in process.stdout if line.startswith(SERVING)), None)
+            watchdog.cancel()
+            if address is None:
+                raise ServerUnreachableError("`softlabels serve` ended before it was ready; its message is above")
+            print(f"serving at {address}", flush=True)
+            yield address
+        finally:
+            watchdog.cancel()
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=STOP_TIMEOUT_S)
+            process.kill()
+
+
+def _softlabels() -> list[str]:
+    # Buffered output would come late and out of order beside the demo's own lines.
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    return [sys.executable, "-m", "softlabels"]
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    started_s = time.perf_counter()
+    yield
+    seconds[part] = round(time.perf_counter() - started_s, 2)
 
 
 def _train_teachers(data: DemoData, folder: Path) -> list[TrainedTeacher]:
@@ -153,36 +210,17 @@ def _train_teachers(data: DemoData, folder: Path) -> list[TrainedTeacher]:
     return trained
 
 
-def _train_alone(data: DemoData) -> int:
-    schedule = data.schedules.student
-    torch.manual_seed(0)
-    student = student_mlp(in_features=data.train.inputs[0].size)
-    print("\nthe student on hard labels alone: the same net, epochs and batches as from the service", flush=True)
-    with track(schedule.epochs * len(data.train), "student alone", "samples") as progress:
-        fit_hard(
-            student,
-            data.train.inputs,
-            hard_labels(data.train),
-            epochs=schedule.epochs,
-            batch_size=schedule.batch_size,
-            learning_rate=schedule.hard_learning_rate,
-            seed=0,
-            progress=progress,
-        )
-    return count_errors(student, data.test)
-
-
-def _distil(data: DemoData, url: str, folder: Path) -> int:
-    schedule = data.schedules.student
-    in_features = data.train.inputs[0].size
-    out = folder / "student.safetensors"
+def _train_student(data: DemoData, url: str, out: Path, weights: dict[str, float], *, soft_weight: float) -> int:
+    """Train a student by `softlabels distill` and return its errors on the test set."""
+    in_features, schedule = data.train.inputs[0].size, data.schedules.student
     run_command(
         [
             "distill", url,
             "--student", "softlabels.demo.nets:student_mlp", "--student-args", f'{{"in_features": {in_features}}}',
             "--inputs", data.loader, "--inputs-args", '{"split": "train"}',
             "--epochs", str(schedule.epochs), "--batch-size", str(schedule.batch_size),
-            "--learning-rate", str(schedule.learning_rate), "--hard-weight", str(schedule.hard_weight),
+            "--learning-rate", str(weights["learning_rate"]), "--hard-weight", str(weights["hard_weight"]),
+            "--loss-args", json.dumps({"soft_weight": soft_weight}),
             "--precision", "bfloat16" if has_bfloat16_products() else "float32", "--out", str(out),
         ]
     )  # fmt: skip
@@ -202,7 +240,7 @@ def _report(
     with torch.inference_mode():
         images = torch.from_numpy(np.array(data.test.inputs))
         mean_BC = torch.stack([teacher.model(images) for teacher in teachers]).mean(dim=0)
-    guesses = mean_BC.argmax(dim=1).numpy()
+    predicted_B = mean_BC.argmax(dim=1).numpy()
     manifest = store.manifest
     return DemoReport(
         data=data.train.name,
@@ -210,7 +248,7 @@ def _report(
         samples=len(data.train),
         test_samples=len(data.test),
         teacher_errors=[teacher.errors for teacher in teachers],
-        ensemble_errors=int((guesses != hard_labels(data.test)).sum()),
+        ensemble_errors=int((predicted_B != hard_labels(data.test)).sum()),
         alone_errors=alone,
         distilled_errors=distilled,
         temperature=manifest.temperature.default,
@@ -220,57 +258,3 @@ def _report(
         kl_nats=dict((manifest.audit or {}).get("kl_nats", {})),
         seconds=seconds,
     )
-
-
-SERVING = "softlabels: serving"
-"""How the line begins that `softlabels serve` prints when it answers; its last word is the address."""
-
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 10.0
-
-
-def run_command(arguments: Sequence[str]) -> None:
-    """Run `softlabels …` to its end; it prints for itself.
-
-    Raises:
-        JobError: it failed.
-    """
-    print(f"\n$ softlabels {' '.join(arguments)}", flush=True)
-    finished = subprocess.run([*_softlabels(), *arguments], check=False)
-    if finished.returncode != 0:
-        raise JobError(f"`softlabels {arguments[0]}` ended with exit code {finished.returncode}; its message is above")
-
-
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """Serve the stores of a folder from a process of its own while the context lasts; yields its address.
-
-    Raises:
-        ServerUnreachableError: the server does not come up.
-    """
-    print(f"\n$ softlabels serve {folder} --port 0", flush=True)
-    command = [*_softlabels(), "serve", str(folder), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        # A server that hangs before its first line would hold the demo for ever: it is ended then, and the pipe closes.
-        watchdog = threading.Timer(START_TIMEOUT_S, process.kill)
-        watchdog.start()
-        try:
-            assert process.stdout is not None
-            address = next((line.split()[-1] for line in process.stdout if line.startswith(SERVING)), None)
-            watchdog.cancel()
-            if address is None:
-                raise ServerUnreachableError("`softlabels serve` ended before it answered; its message is above")
-            print(f"serving at {address}", flush=True)
-            yield address
-        finally:
-            watchdog.cancel()
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=STOP_TIMEOUT_S)
-            process.kill()
-
-
-def _softlabels() -> list[str]:
-    # Blocks of output would come late and out of order beside the demo's own lines.
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    return [sys.executable, "-m", "softlabels"]

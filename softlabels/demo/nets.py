@@ -1,8 +1,7 @@
-"""Which networks does the MNIST job use? The paper's: a student of two layers of 800 units, a teacher of two of 1,200.
+"""Networks of the paper's MNIST experiment: a student of two layers of 800 units, a teacher of two layers of 1,200.
 
-Each factory takes keyword arguments only, so that a job file can name it as `softlabels.demo.nets:teacher_mlp`.
-The nets read the transfer set's own uint8 images and scale them inside: the transfer set stays the bytes that its
-fingerprint was taken of.
+A job file names a factory as `softlabels.demo.nets:teacher_mlp`; all arguments are keywords. The networks take the
+transfer set's uint8 images and scale them inside, since fingerprints are taken of the transfer set's own bytes.
 
 Legend: B rows, C classes, F features.
 Source: Hinton, Vinyals, Dean 2015, section 3; dropout rates: Hinton et al. 2012 (arXiv 1207.0580), appendix A.
@@ -17,27 +16,27 @@ from torch import Tensor, nn
 
 UINT8_MAX = 255.0
 BYTE_VALUES = 256
-"""Dropout rates are whole 256ths, since one random byte decides over one unit."""
+"""Dropout rates are multiples of 1/256, since one random byte decides over one unit."""
 
 
 class ByteDropout(nn.Module):
-    """Dropout that decides over a unit by one random byte: eight units for one 64-bit draw.
+    """Dropout that draws one random byte per unit: one 64-bit draw for eight units.
 
-    On a CPU `nn.Dropout` draws one Bernoulli number a unit on one core, which is two thirds of a training step of the
-    teacher; this takes a few percent. The rate is rounded to a whole 256th and kept units are scaled by exactly that.
+    On a CPU `nn.Dropout` draws one Bernoulli number per unit on one core, which is two thirds of the teacher's
+    training step; this takes a few percent.
 
     Args:
-        rate: share of units dropped while training, in [0, 1).
+        rate: fraction of units dropped in training mode, 0 ≤ rate < 1; rounded to a multiple of 1/256.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         if not 0.0 <= rate < 1.0:
-            raise ValueError(f"a dropout rate is at least 0 and below 1, not {rate}: it is the share of units dropped")
+            raise ValueError(f"a dropout rate is at least 0 and below 1, not {rate}: it is the fraction dropped")
         self.dropped_bytes = min(round(rate * BYTE_VALUES), BYTE_VALUES - 1)
 
     def forward(self, units_BF: Tensor) -> Tensor:
-        """`units_BF` with about `rate` of its units set to 0 and the rest scaled up; unchanged in eval mode."""
+        """Return units_BF with about `rate` of its units set to 0 and the rest scaled up; unchanged in eval mode."""
         if not self.training or self.dropped_bytes == 0:
             return units_BF
         count = units_BF.numel()
@@ -48,17 +47,17 @@ class ByteDropout(nn.Module):
         return units_BF * (kept.to(units_BF.dtype) * scale)
 
     def extra_repr(self) -> str:
-        """The rate as it is applied."""
+        """Return the rate that is applied."""
         return f"rate={self.dropped_bytes / BYTE_VALUES:.4f}"
 
 
 class Mlp(nn.Module):
-    """A network of fully connected layers with ReLU between them.
+    """Fully connected layers with ReLU between them.
 
     Args:
-        widths: units a layer, from the input features to the classes.
-        input_dropout: share of input features dropped while training.
-        hidden_dropout: share of hidden units dropped while training.
+        widths: units of each layer, from the input features to the classes.
+        input_dropout: fraction of input features dropped in training mode.
+        hidden_dropout: fraction of hidden units dropped in training mode.
     """
 
     def __init__(self, widths: tuple[int, ...], *, input_dropout: float = 0.0, hidden_dropout: float = 0.0) -> None:
@@ -68,7 +67,7 @@ class Mlp(nn.Module):
         self.hidden_dropout = ByteDropout(hidden_dropout)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """logits_BC of a batch [B, ...]: uint8 0..255, or floats that are scaled already."""
+        """Return logits_BC of inputs [B, ...]: uint8 0 … 255, or floats that are already scaled."""
         scaled = inputs.float() / UINT8_MAX if inputs.dtype == torch.uint8 else inputs
         units_BF = self.input_dropout(scaled.flatten(1))
         *hidden, last = self.linears
@@ -79,7 +78,7 @@ class Mlp(nn.Module):
 
 
 def student_mlp(*, in_features: int = 784, hidden: int = 800, classes: int = 10) -> Mlp:
-    """The paper's student, 784-800-800-10: no dropout, trained without jitter."""
+    """Return the paper's student, 784-800-800-10, without dropout."""
     return Mlp((in_features, hidden, hidden, classes))
 
 
@@ -91,6 +90,6 @@ def teacher_mlp(
     input_dropout: float = 0.2,
     hidden_dropout: float = 0.5,
 ) -> Mlp:
-    """The paper's teacher, 784-1200-1200-10, with dropout on the input and on both hidden layers."""
+    """Return the paper's teacher, 784-1200-1200-10, with dropout on the input and on both hidden layers."""
     widths = (in_features, hidden, hidden, classes)
     return Mlp(widths, input_dropout=input_dropout, hidden_dropout=hidden_dropout)

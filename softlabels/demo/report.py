@@ -1,4 +1,4 @@
-"""What came of the demo: errors of teacher and students, the share of the gap closed, and the report on disk."""
+"""Results of the demo: the report, as text and JSON, and a picture of some digits with their soft targets."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import MissingExtraError
+from softlabels.extras import needs_extra
 from softlabels.target_store import TargetStore
 from softlabels.transfer_set import ArrayTransferSet
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """Figures of one run; errors are wrong samples of the test set.
+    """Figures of one run; errors are wrong predictions on the test set.
 
     Attributes:
-        data: what was trained on, and where it came from.
-        teacher_errors: of each member; ensemble_errors: of their geometric mean.
-        alone_errors: the student on hard labels. distilled_errors: the same student on the service's soft targets.
-        temperature: of the soft targets.
-        target_bytes_a_sample: what the store keeps of a sample's target.
+        data: name of the data set; data_source: where it came from.
+        teacher_errors: errors of each teacher; ensemble_errors: of their geometric mean.
+        alone_errors: errors of the student trained on hard labels; distilled_errors: on the service's soft targets.
+        temperature: temperature of the soft targets.
+        target_bytes_a_sample: bytes that the store keeps of a sample's target.
         kl_nats: error of the encoding, by temperature.
-        seconds: by part of the demo.
+        seconds: duration of each part of the demo.
     """
 
     data: str
@@ -46,12 +46,12 @@ class DemoReport:
 
     @property
     def gap_closed(self) -> float | None:
-        """Share of the gap between the student alone and the ensemble that distillation closes; None without a gap."""
+        """Fraction of the gap between student alone and ensemble that distillation closes; None without a gap."""
         gap = self.alone_errors - self.ensemble_errors
         return None if gap <= 0 else (self.alone_errors - self.distilled_errors) / gap
 
     def lines(self) -> list[str]:
-        """The figures for people."""
+        """Return the report as lines of text."""
         members = ", ".join(map(str, self.teacher_errors))
         closed = "no gap to close" if self.gap_closed is None else f"{100 * self.gap_closed:.0f}% of the gap closed"
         return [
@@ -69,44 +69,31 @@ class DemoReport:
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-SHOWN = 6
-"""Digits in the picture."""
-
-
-def ambiguous_positions(store: TargetStore, data: ArrayTransferSet, *, among: int = 2_000) -> NDArray[np.int64]:
-    """Positions of digits worth looking at: of the first `among`, those of highest entropy, each of another class."""
-    batch = store.batch(data.ids[:among])
-    p_BC = batch.p()
+def ambiguous_positions(
+    store: TargetStore, data: ArrayTransferSet, *, among: int = 2_000, count: int = 6
+) -> NDArray[np.int64]:
+    """Return positions of digits with ambiguous targets: the highest entropy of the first `among`, one per class."""
+    p_BC = store.batch(data.ids[:among]).p()
     entropy_B = -(p_BC * np.log(np.maximum(p_BC, 1e-30))).sum(axis=1)
-    chosen: list[int] = []
-    seen: set[int] = set()
+    by_class: dict[int, int] = {}
     for position in np.argsort(-entropy_B).tolist():
-        guess = int(p_BC[position].argmax())
-        if guess not in seen:
-            seen.add(guess)
-            chosen.append(position)
-        if len(chosen) == SHOWN:
-            break
-    return np.array(chosen, dtype=np.int64)
+        by_class.setdefault(int(p_BC[position].argmax()), position)
+    return np.array(list(by_class.values())[:count], dtype=np.int64)
 
 
 def draw(store: TargetStore, data: ArrayTransferSet, path: Path, *, high_temperature: float) -> None:
-    """Draw digits and their soft targets.
+    """Draw digits beside their soft targets at T = 1 and at a high temperature.
 
     Args:
-        store: keeps targets that re-temper.
-        data: the transfer set, with images as inputs.
-        path: the PNG to write.
-        high_temperature: of the second column of bars; the first is T = 1.
+        store: store whose targets can be tempered again.
+        data: transfer set with images as inputs.
+        path: PNG file to write.
+        high_temperature: temperature of the second column.
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
+    with needs_extra("demo", "drawing the picture"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            "drawing the picture needs matplotlib, which is not installed: pip install 'softlabels[demo]'", extra="demo"
-        ) from error
     positions = ambiguous_positions(store, data)
     batch = store.batch(data.ids[positions])
     columns = {"T = 1": batch.p(1.0), f"T = {high_temperature:g}": batch.p(high_temperature)}
@@ -119,7 +106,7 @@ def draw(store: TargetStore, data: ArrayTransferSet, path: Path, *, high_tempera
         for axis, (title, p_BC) in zip(bars, columns.items(), strict=True):
             axis.bar(range(p_BC.shape[1]), p_BC[row], color="#3b6ea5")
             axis.set_xticks(range(p_BC.shape[1]))
-            axis.set_ylim(0, 1.1 * float(p_BC.max()))  # a scale a column: at a high T all bars are near 1/C
+            axis.set_ylim(0, 1.1 * float(p_BC.max()))  # one scale per column: at a high T all bars are near 1/C
             axis.spines[["top", "right"]].set_visible(False)
             if row == 0:
                 axis.set_title(title)

@@ -1,41 +1,44 @@
-"""How does one teacher come to be? Trained from its seed, counted on the test set, kept as safetensors."""
+"""Teachers of the demo: training on hard labels with jitter, dropout and max-norm, and the schedules of everything.
+
+A store of soft targets needs its teachers first, so these are trained without one, by a short loop of their own.
+
+Legend: B rows, C classes, H and W an image's height and width.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from softlabels.demo.nets import Mlp, teacher_mlp
 from softlabels.errors import JobError
 from softlabels.progress import QUIET, Progress
 from softlabels.transfer_set import UNLABELLED, ArrayTransferSet
+from softlabels_client.training.checkpoint import save_student
 from softlabels_client.training.optimization import one_cycle
 from softlabels_client.training.step import count_errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSchedule:
-    """How long and how hard a teacher is trained.
+    """How a teacher is trained.
 
     Attributes:
-        epochs: passes over the training set.
-        batch_size: rows a step.
-        learning_rate: peak of the one-cycle schedule.
-        max_norm: bound on the L2 norm of each unit's incoming weights.
-        jitter_pixels: each image is moved by up to this many pixels along both axes.
-        input_dropout, hidden_dropout: share of input features and of hidden units dropped.
+        epochs: passes over the training set; 0 leaves the initial weights.
+        batch_size: samples per step; those left over at the end of an epoch are skipped.
+        learning_rate: peak of the one-cycle schedule of SGD with Nesterov momentum 0.9.
+        max_norm: bound on the L2 norm of each unit's incoming weights; None for no bound.
+        jitter_pixels: largest shift of an image along each axis.
+        input_dropout, hidden_dropout: fractions of input features and of hidden units dropped.
     """
 
     epochs: int
@@ -48,14 +51,59 @@ class TeacherSchedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudentSchedule:
+    """How a student is trained, alone and distilled: the same epochs and batches, each at the rate that suits it.
+
+    Attributes:
+        learning_rate: rate of the distilled student. The soft term of a confident teacher at T = 20 diverges at rates
+            that training on hard labels tolerates.
+        hard_learning_rate: rate of the student alone.
+        hard_weight: weight of the hard labels beside the soft targets, for the distilled student.
+    """
+
+    epochs: int
+    batch_size: int = 256
+    learning_rate: float = 0.1
+    hard_learning_rate: float = 0.2
+    hard_weight: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedules:
+    """Number of teachers, and how teachers and students are trained."""
+
+    teachers: int
+    teacher: TeacherSchedule
+    student: StudentSchedule
+
+
+# Chosen on held-out training digits, for two cores. On 10,000 of them, trained on the other 50,000, the teacher of
+# QUICK makes 90 errors (138 with the paper's dropout and a max-norm, which need many more epochs); the student alone
+# 143 and 160 at rate 0.2 (two seeds, 20 epochs), 155 and 175 at 0.1; distilled 106 at rate 0.1. At rates of 0.15 and
+# 0.2 the distilled student of some teachers diverges.
+DEMO = Schedules(teachers=2, teacher=TeacherSchedule(epochs=10), student=StudentSchedule(epochs=12))
+"""MNIST, for the five minutes of the demo."""
+
+QUICK = Schedules(teachers=1, teacher=TeacherSchedule(epochs=30), student=StudentSchedule(epochs=30))
+"""MNIST, three seeds in a quarter of an hour."""
+
+SMALL = Schedules(
+    teachers=2,
+    teacher=TeacherSchedule(epochs=20, batch_size=64, learning_rate=0.1, jitter_pixels=1),
+    student=StudentSchedule(epochs=15, batch_size=64, hard_learning_rate=0.1),
+)
+"""scikit-learn's digits, where an epoch is 1,438 samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainedTeacher:
-    """A teacher in eval mode, and what is known of it.
+    """A trained teacher in eval mode.
 
     Attributes:
         model: with its trained weights.
-        errors: wrong samples of the test set.
-        weights: the safetensors file that holds them.
-        seconds: what the training took.
+        errors: wrong predictions on the test set.
+        weights: safetensors file of its weights.
+        seconds: duration of the training.
     """
 
     model: Mlp
@@ -73,15 +121,15 @@ def train_teacher(
     seed: int,
     progress: Progress = QUIET,
 ) -> TrainedTeacher:
-    """Train the paper's teacher net on `train`; the same seed gives the same weights on the same machine.
+    """Train the paper's teacher on hard labels; the same seed gives the same weights on the same machine.
 
     Args:
         train: images [N, H, W] with labels.
-        test: what the errors are counted on; training never sees it.
-        weights: safetensors file to write, whole or not at all; its folder is made.
-        schedule: how long and how hard.
-        seed: of the initial weights, the shuffles, the jitter and the dropout: another seed is another member.
-        progress: advanced by each sample that is trained on.
+        test: test set for the errors.
+        weights: safetensors file to write; its folder is made.
+        schedule: how to train.
+        seed: seed of the initial weights, the order, the jitter and the dropout; one per ensemble member.
+        progress: advanced by the samples of each step.
     Raises:
         JobError: a sample has no label.
     """
@@ -93,106 +141,46 @@ def train_teacher(
             input_dropout=schedule.input_dropout,
             hidden_dropout=schedule.hidden_dropout,
         )
-    fit_hard(
-        model,
-        train.inputs,
-        hard_labels(train),
-        epochs=schedule.epochs,
-        batch_size=schedule.batch_size,
-        learning_rate=schedule.learning_rate,
-        seed=seed,
-        augment=Jitter(schedule.jitter_pixels) if schedule.jitter_pixels else None,
-        max_norm=schedule.max_norm,
-        progress=progress,
-    )
-    model.eval()
+        torch.manual_seed(seed)  # dropout draws from the global generator
+        fit(model, train, schedule, seed=seed, progress=progress)
     seconds = time.perf_counter() - started_s
-    save_weights(model, weights)
-    errors = count_errors(model, test)
-    return TrainedTeacher(model=model, errors=errors, weights=weights, seconds=seconds)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_student(model.eval(), weights)
+    return TrainedTeacher(model=model, errors=count_errors(model, test), weights=weights, seconds=seconds)
 
 
-def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """Write the model's weights to a safetensors file that appears only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        save_file(model.state_dict(), whole)
-        os.replace(whole, path)
-
-
-MOMENTUM = 0.9
-
-
-class Augment(Protocol):
-    """Turns a batch of inputs into a freshly augmented one, by the generator's draws alone."""
-
-    def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """An augmented batch of the same shape and dtype."""
-        ...
-
-
-def fit_hard(
-    model: nn.Module,
-    inputs: NDArray[Any],
-    labels: NDArray[np.int64],
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    augment: Augment | None = None,
-    max_norm: float | None = None,
-    progress: Progress = QUIET,
-) -> None:
-    """Train `model` in place on hard labels; the same arguments give the same weights on the same machine.
-
-    Args:
-        model: maps a batch of inputs to logits_BC.
-        inputs: [N, ...] as the model takes them.
-        labels: [N], each in 0 to C - 1.
-        epochs: passes over the data; 0 leaves the model as it is.
-        batch_size: rows a step; the rows left over at an epoch's end wait for another epoch's shuffle.
-        learning_rate: the peak of the one-cycle schedule.
-        seed: of the shuffles, the augmentation and the dropout; torch's global generator is left as it was.
-        augment: applied to each batch.
-        max_norm: bound on the L2 norm of each unit's incoming weights, kept after every step.
-        progress: advanced by the rows of each step.
-    """
-    inputs_N, labels_N = torch.as_tensor(np.array(inputs)), torch.as_tensor(np.array(labels))
-    rows = min(batch_size, len(inputs_N))
-    steps_an_epoch = len(inputs_N) // rows if rows else 0
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=MOMENTUM, nesterov=True)
+def fit(model: nn.Module, train: ArrayTransferSet, schedule: TeacherSchedule, *, seed: int, progress: Progress) -> None:
+    """Train `model` in place on hard labels, with the order and the jitter that follow from the seed."""
+    inputs_N, labels_N = torch.as_tensor(np.array(train.inputs)), torch.as_tensor(np.array(hard_labels(train)))
+    rows = min(schedule.batch_size, len(inputs_N))
+    steps_per_epoch = len(inputs_N) // rows
+    steps = max(1, schedule.epochs * steps_per_epoch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=schedule.learning_rate, momentum=0.9, nesterov=True)
+    scheduler = LambdaLR(optimizer, lambda step: one_cycle(step / steps))
     generator = torch.Generator().manual_seed(seed)
     model.train()
-    with _seeded(seed):
-        for epoch in range(epochs):
-            order = torch.randperm(len(inputs_N), generator=generator)
-            for step in range(steps_an_epoch):
-                chosen = order[step * rows : (step + 1) * rows]
-                batch = inputs_N[chosen]
-                if augment is not None:
-                    batch = augment(batch, generator)
-                done_share = (epoch * steps_an_epoch + step) / (epochs * steps_an_epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * one_cycle(done_share)
-                with fast_arithmetic():
-                    logits_BC = model(batch)
-                loss = nn.functional.cross_entropy(logits_BC.float(), labels_N[chosen])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                if max_norm is not None:
-                    constrain_incoming_weights(model, max_norm)
-                progress.advance(rows)
-            progress.note(f"epoch {epoch + 1} of {epochs}")
+    for epoch in range(schedule.epochs):
+        order = torch.randperm(len(inputs_N), generator=generator)
+        for chosen in order[: steps_per_epoch * rows].split(rows):  # type: ignore[no-untyped-call]
+            batch = jitter(inputs_N[chosen], schedule.jitter_pixels, generator)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16_products()):
+                logits_BC = model(batch)
+            loss = nn.functional.cross_entropy(logits_BC.float(), labels_N[chosen])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            scheduler.step()
+            if schedule.max_norm is not None:
+                constrain_incoming_weights(model, schedule.max_norm)
+            progress.advance(rows)
+        progress.note(f"epoch {epoch + 1} of {schedule.epochs}")
 
 
 def hard_labels(transfer_set: ArrayTransferSet) -> NDArray[np.int64]:
-    """The labels of a set that has one for each sample.
+    """Return the labels [N] of a set in which every sample has one.
 
     Raises:
-        JobError: a sample has none.
+        JobError: a sample has no label.
     """
     labels = transfer_set.labels
     if labels is None or (labels == UNLABELLED).any():
@@ -204,102 +192,36 @@ def hard_labels(transfer_set: ArrayTransferSet) -> NDArray[np.int64]:
     return labels
 
 
-class Jitter:
-    """Moves each image by a random whole number of pixels along both axes; what comes in at the rim is 0.
-
-    Args:
-        pixels: the largest move either way. The paper's teacher saw up to 2.
-    """
-
-    def __init__(self, pixels: int = 2) -> None:
-        self.pixels = pixels
-
-    def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """inputs_BHW moved, each image by a draw of its own; same shape and dtype."""
-        rows, height, width = inputs.shape
-        rim = self.pixels
-        padded = nn.functional.pad(inputs, (rim, rim, rim, rim))
-        windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view [B, 2*rim+1, 2*rim+1, H, W], no copy
-        down, right = torch.randint(0, 2 * rim + 1, (2, rows), generator=generator)
-        return windows[torch.arange(rows), down, right]
+def jitter(inputs_BHW: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Return each image shifted along both axes by its own random number of pixels, up to `pixels`; padded with 0."""
+    if not pixels:
+        return inputs_BHW
+    rows, height, width = inputs_BHW.shape
+    padded = nn.functional.pad(inputs_BHW, (pixels, pixels, pixels, pixels))
+    windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view [B, 2*pixels+1, 2*pixels+1, H, W], no copy
+    down, right = torch.randint(0, 2 * pixels + 1, (2, rows), generator=generator)
+    return windows[torch.arange(rows), down, right]
 
 
 @torch.no_grad()
 def constrain_incoming_weights(model: nn.Module, max_norm: float) -> None:
-    """Scale down, in place, each unit's incoming weights whose L2 norm is above `max_norm`."""
+    """Scale down, in place, the incoming weights of each unit whose L2 norm exceeds `max_norm`."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             norms = module.weight.norm(dim=1, keepdim=True)
             module.weight.mul_((max_norm / norms.clamp_min(1e-12)).clamp_max(1.0))
 
 
-def fast_arithmetic() -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 matrix products where this CPU is faster at them than at float32, else no change."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16_products())
-
-
 def has_bfloat16_products(capabilities: Mapping[str, Any] | None = None) -> bool:
-    """Whether bfloat16 is worth its loss of precision on a CPU: with matrix tiles (AMX) alone.
+    """Return whether bfloat16 matrix products are faster than float32 on this CPU: with matrix tiles (AMX) alone.
 
     One step of the student at 256 rows, forward and backward, took 12 ms of CPU time in float32; in bfloat16 5 ms with
     AMX, 19 with AVX-512 BF16 instructions, 49 emulated by AVX-512 and 162 by AVX2 (torch 2.13, one thread).
 
     Args:
-        capabilities: as `torch.cpu.get_capabilities` gives them; those of this machine unless given.
+        capabilities: result of `torch.cpu.get_capabilities`; this machine's if None.
     """
     if capabilities is None:
-        # Older torch cannot tell; float32 is right everywhere.
+        # Older versions of torch lack the function; float32 is right everywhere.
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("amx_bf16"))
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator, which dropout draws from, and give its state back afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentSchedule:
-    """How a student is trained, alone and distilled: the same epochs and batches, each at the rate that suits it.
-
-    Attributes:
-        learning_rate: of the distilled student. The soft term of a confident teacher at T = 20 diverges at rates that
-            hard labels bear.
-        hard_learning_rate: of the student alone.
-        hard_weight: of the labels beside the soft targets; plays no part for the student alone.
-    """
-
-    epochs: int
-    batch_size: int = 256
-    learning_rate: float = 0.1
-    hard_learning_rate: float = 0.2
-    hard_weight: float = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedules:
-    """How many teachers there are, and how long everybody is trained."""
-
-    teachers: int
-    teacher: TeacherSchedule
-    student: StudentSchedule
-
-
-DEMO = Schedules(teachers=2, teacher=TeacherSchedule(epochs=10), student=StudentSchedule(epochs=12))
-"""MNIST, within the five minutes of the demo."""
-
-QUICK = Schedules(teachers=1, teacher=TeacherSchedule(epochs=30), student=StudentSchedule(epochs=30))
-"""MNIST, three seeds in a quarter of an hour. On 10,000 held-out training digits, 50,000 trained on: this teacher makes
-90 errors (138 with the dropout of the paper and a max-norm: that needs many more epochs); the student alone 143 and 160
-at rate 0.2 (two seeds, 20 epochs), 155 and 175 at 0.1; distilled 106 at rate 0.1. Rates of 0.15 and 0.2 let the
-distilled student of some teachers diverge."""
-
-SMALL = Schedules(
-    teachers=2,
-    teacher=TeacherSchedule(epochs=20, batch_size=64, learning_rate=0.1, jitter_pixels=1),
-    student=StudentSchedule(epochs=15, batch_size=64, hard_learning_rate=0.1),
-)
-"""scikit-learn's digits, where an epoch is 1,438 samples."""
