@@ -35,9 +35,9 @@ from msgspec.structs import replace
 from torch import nn
 
 from benchmarks.precompute_models import Pictures, Residual
+from softlabels.atomic_files import make_folder
 from softlabels.precompute import Job, precompute, teacher_from_module
 from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable, ViewsTable
-from softlabels.store.files import make_folder
 
 OUT = Path(__file__).parent / "out"
 SCRATCH = OUT / "scratch" / "precompute"

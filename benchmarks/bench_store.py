@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.atomic_files import sync_folder
 from softlabels.documents import seal
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec
 from softlabels.store import LocalRows, StoreWriter, plan_store
-from softlabels.store.files import sync_folder
 
 OUT = Path(__file__).parent / "out"
 SCRATCH = OUT / "scratch" / "store"

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 from softlabels.encodings import Encoding
 from softlabels.errors import DamageError, ManifestError, SoftLabelsError, UnknownStoreError
 from softlabels.manifest import STORE_NAME, Manifest
-from softlabels.store.rows import MANIFEST, PLAN, LocalRows
+from softlabels.store.store_documents import MANIFEST, PLAN
+from softlabels.store.store_reader import LocalRows
 from softlabels_server.fast_path.executor_policy import ExecutorPolicy
 
 Signature: TypeAlias = tuple[str, int, int, int]

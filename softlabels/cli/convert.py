@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     """Convert, with a progress bar; prints what came of it."""
     from softlabels.progress import track
     from softlabels.store.convert import convert_store
-    from softlabels.store.rows import load_manifest
+    from softlabels.store.store_documents import load_manifest
 
     total = load_manifest(options.source).rows
     with track(total, f"convert {options.source}", "rows") as progress:

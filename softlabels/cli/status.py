@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from softlabels.progress import duration
 
 if TYPE_CHECKING:
-    from softlabels.store.status import Status
+    from softlabels.store.ledger import Status
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Print the status, once or until the store is finished."""
-    from softlabels.store.status import read_status
+    from softlabels.store.ledger import read_status
 
     while True:
         status = read_status(options.store)

@@ -40,7 +40,7 @@ from softlabels.errors import JobError
 from softlabels.ids import IdArray
 from softlabels.manifest import RowLayout, ViewSpec
 from softlabels.precompute.job import ViewsTable
-from softlabels.store.sequences import SampleTable
+from softlabels.store.sample_index import SampleTable
 from softlabels.transfer_set import Samples, TransferSet, sample_fingerprints
 from softlabels.views import ViewTransform, view_seeds
 from softlabels.views.transforms import RecordedTransform

@@ -32,10 +32,9 @@ from softlabels.precompute.planning.prepared_job import (
 from softlabels.precompute.row_batches import RowMaker
 from softlabels.precompute.teachers import Teacher
 from softlabels.progress import Progress, track
-from softlabels.store.beginning import load_plan
-from softlabels.store.constants import load_encoding
-from softlabels.store.geometry import shard_rows
-from softlabels.store.rows import JOB, MANIFEST, PLAN
+from softlabels.store.chunks import shard_rows
+from softlabels.store.encoding_files import load_encoding
+from softlabels.store.store_documents import JOB, MANIFEST, PLAN, load_plan
 from softlabels.store.writer import StoreWriter
 from softlabels.transfer_set import TransferSet
 

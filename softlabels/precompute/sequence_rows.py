@@ -25,7 +25,7 @@ from softlabels.ids import IdArray
 from softlabels.manifest import RowLayout, ViewSpec
 from softlabels.precompute.job import SequencesTable
 from softlabels.precompute.row_batches import RowBatch
-from softlabels.store.sequences import SampleTable
+from softlabels.store.sample_index import SampleTable
 from softlabels.transfer_set import FINGERPRINT_BYTES, UNLABELLED, Samples, TransferSet, sequence_fingerprints
 from softlabels.transfer_sets import SupportsLengths, examine_ids
 

@@ -13,9 +13,9 @@ except ImportError as error:
         extra="store",
     ) from error
 
-from softlabels.store.planning import plan_store
-from softlabels.store.rows import LocalRows
-from softlabels.store.sequences import SampleTable
+from softlabels.store.sample_index import SampleTable
+from softlabels.store.store_plan import plan_store
+from softlabels.store.store_reader import LocalRows
 from softlabels.store.writer import ShardClaim, StoreWriter
 
 __all__ = ["LocalRows", "SampleTable", "ShardClaim", "StoreWriter", "plan_store"]

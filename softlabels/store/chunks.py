@@ -1,48 +1,155 @@
-"""How the rows of a shard become chunks, whatever file they will lie in: cut, padded, and compressed where asked."""
+"""Chunks of a shard: sizes, padding, compression, and byte positions in a file.
+
+A shard is the unit of commit, a chunk the unit of checksum. Uncompressed chunks have one size, so a row has a byte
+address. Compressed chunks have not: they are for archives, where bytes count and rows are read in order. Measured on
+ImageNet logits as f16: zstd 0.76 of the size; blosc and gzip, which shuffle bytes first, 0.66.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.manifest import ArraySpec, Manifest
-from softlabels.store.compressed import compress
-from softlabels.store.geometry import CHECKSUM_BYTES, Part, chunk_stride, chunks_in
+from softlabels.atomic_files import Buffer
+from softlabels.documents import Document
+from softlabels.manifest import ArraySpec, Manifest, StorePath
 
+CHECKSUM_BYTES = 4
+"""Both crc32c (Zarr) and fletcher32 (HDF5) append four bytes to a chunk."""
+
+TARGET_CHUNK_BYTES = 128 << 10
+"""A chunk is verified whole the first time one of its rows is read: 128 KiB take about 30 µs at 4.5 GB/s of crc32c."""
+
+MAX_ROWS_PER_CHUNK = 4096
+TARGET_SHARD_BYTES = 64 << 20
+"""A shard is held in memory while it is made, and computed again when its writer dies: 64 MiB keep both small."""
+
+MAX_ROWS_PER_SHARD = 65_536
+
+ZSTD_LEVEL = 3
+BLOSC_LEVEL = 5
+"""Blosc 1 with shuffled bytes: Zarr v3 has no codec for Blosc 2, and readers of Blosc 2 decode this too."""
+
+GZIP_LEVEL = 4
+"""After HDF5's own shuffle filter; higher levels gain 1% at a third of the speed."""
+
+# Room for sums of two such numbers in 64 bits: an offset and a size from a receipt are added before they are compared.
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Chunk: TypeAlias = tuple[NDArray[np.uint8], bytes]
 """A chunk's bytes, and the four bytes of checksum that follow them."""
 
 
+class Part(Document, frozen=True):
+    """Location of one array of one shard: its chunks, one after the other, in one file.
+
+    Attributes:
+        path: file, relative to the store.
+        offset: byte offset of the first chunk.
+        stride: bytes from one chunk to the next, checksum included; 0 where chunks are compressed.
+        rows: rows of the shard that hold data; the last chunk may be padded.
+        checksums: the four bytes at the end of each chunk, as eight hex digits each. They tie a chunk to its position:
+            a sound chunk of another position is noticed, and so is a hole, which reads as zeros, whose Fletcher-32
+            is zero.
+        sizes: bytes of each chunk, checksum included, where chunks are compressed; None elsewhere.
+    """
+
+    path: StorePath
+    offset: Count
+    stride: Count
+    rows: Count
+    checksums: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]*\Z")]
+    sizes: tuple[Count, ...] | None = None
+
+    def checksum(self, chunk: int) -> bytes:
+        """Return the last four bytes of a chunk, as they were written."""
+        return bytes.fromhex(self.checksums[2 * CHECKSUM_BYTES * chunk : 2 * CHECKSUM_BYTES * (chunk + 1)])
+
+    def span(self, chunk: int) -> tuple[int, int]:
+        """Return byte offset and length of a chunk in its file, checksum included."""
+        if self.sizes is None:
+            return self.offset + chunk * self.stride, self.stride
+        return self.offset + sum(self.sizes[:chunk]), self.sizes[chunk]
+
+    def size_bytes(self, rows_per_chunk: int) -> int:
+        """Return the bytes from the first chunk to the end of the last."""
+        return self.stride * chunks_in(self.rows, rows_per_chunk) if self.sizes is None else sum(self.sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """One file of a shard, ready to be written.
+
+    Attributes:
+        path: relative to the store.
+        buffers: contents, in order.
+        parts: location of each array in the file.
+    """
+
+    path: str
+    buffers: list[Buffer]
+    parts: Mapping[str, Part]
+
+
+def choose_rows_per_chunk(row_bytes: int) -> int:
+    """Return the largest power of two rows that fit in 128 KiB, at least 1."""
+    rows = max(1, TARGET_CHUNK_BYTES // max(1, row_bytes))
+    return int(min(MAX_ROWS_PER_CHUNK, 1 << (rows.bit_length() - 1)))
+
+
+def choose_rows_per_shard(row_bytes: int, rows_per_chunk: int, rows: int) -> int:
+    """Return the rows of a shard: about 64 MiB, whole chunks, no more than the store's `rows` need."""
+    wanted = min(MAX_ROWS_PER_SHARD, max(1, TARGET_SHARD_BYTES // max(1, row_bytes)), rows)
+    return max(1, -(-wanted // rows_per_chunk)) * rows_per_chunk
+
+
+def shard_rows(manifest: Manifest, shard: int) -> range:
+    """Return the store's row numbers that shard number `shard` holds."""
+    size = manifest.shards.rows_per_shard
+    return range(shard * size, min((shard + 1) * size, manifest.rows))
+
+
+def chunk_stride(array: ArraySpec, rows_per_chunk: int) -> int:
+    """Return the bytes of an uncompressed chunk with its checksum."""
+    return array.row_bytes * rows_per_chunk + CHECKSUM_BYTES
+
+
+def chunks_in(rows: int, rows_per_chunk: int) -> int:
+    """Return how many chunks hold this many rows."""
+    return -(-rows // rows_per_chunk)
+
+
 def chunk_bodies(plan: Manifest, name: str, rows: NDArray[Any]) -> Sequence[NDArray[np.uint8]]:
-    """The chunks of one array of a shard, without their checksums.
+    """Cut one array of a shard into chunks, without checksums, compressed where the plan says so.
 
     Args:
         rows: [rows of the shard, *row_shape].
     Returns:
-        One read-only uint8 array a chunk; all of one size where chunks are not compressed. Rows that the last chunk has
-        to spare hold the fill value.
+        One read-only uint8 array per chunk, all of one size where chunks are not compressed. Spare rows of the last
+        chunk hold the fill value.
     """
     array, per_chunk = plan.arrays[name], plan.shards.rows_per_chunk
-    flat = np.ascontiguousarray(rows, dtype=array.dtype).reshape(-1).view(np.uint8)
+    dtype = np.dtype(array.dtype)
+    flat = np.ascontiguousarray(rows, dtype=dtype).reshape(-1).view(np.uint8)
     chunk_bytes = array.row_bytes * per_chunk
     padding = chunks_in(len(rows), per_chunk) * chunk_bytes - flat.size
     if padding:
-        dtype = np.dtype(array.dtype)
         fill = np.full(padding // dtype.itemsize, fill_value(dtype), dtype=dtype)
         flat = np.concatenate([flat, fill.view(np.uint8)])
     flat.flags.writeable = False
     chunks = flat.reshape(-1, chunk_bytes)
     if plan.shards.compression is None:
         return list(chunks)
-    dtype = np.dtype(array.dtype)
     return [compress(chunk.view(dtype), plan.shards.compression) for chunk in chunks]
 
 
 def part_of(plan: Manifest, name: str, chunks: Sequence[Chunk], *, path: str, offset: int, rows: int) -> Part:
-    """Where these chunks lie in a file, one after the other from `offset` on."""
+    """Describe chunks that lie one after the other in a file, from byte `offset` on."""
     checksums = b"".join(checksum for _, checksum in chunks).hex()
     if plan.shards.compression is None:
         stride = chunk_stride(plan.arrays[name], plan.shards.rows_per_chunk)
@@ -52,14 +159,83 @@ def part_of(plan: Manifest, name: str, chunks: Sequence[Chunk], *, path: str, of
 
 
 def fill_value(dtype: np.dtype[Any]) -> float | int:
-    """What a reader sees where nothing was written: NaN, or the integer that is the least like data. Never zero."""
+    """Return what other readers see where nothing was written: NaN, or the integer that is least like data."""
+    # Never zero: zarr and HDF5 return the fill value of a missing chunk without an error, and zeros look like logits.
     if dtype.kind == "f":
         return float("nan")
     return int(np.iinfo(dtype).min if dtype.kind == "i" else np.iinfo(dtype).max)
 
 
 def dimension_names(name: str, array: ArraySpec) -> tuple[str, ...]:
-    """Names of an array's dimensions for people and tools: rows first."""
+    """Return the names of an array's dimensions that other tools show, rows first."""
     if name == "targets":
         return ("row", "class") if len(array.row_shape) == 1 else ("row", "member", "class")
     return ("row", *(f"{name}_{axis}" for axis in range(len(array.row_shape))))
+
+
+def compress(chunk: NDArray[Any], compression: str) -> NDArray[np.uint8]:
+    """Return a chunk's compressed bytes.
+
+    Args:
+        chunk: [items] of the array's dtype.
+        compression: "zstd", "blosc" or "gzip".
+    """
+    if compression == "gzip":
+        # As HDF5's shuffle filter does it: all first bytes of the items, then all second bytes, and so on.
+        shuffled = np.ascontiguousarray(chunk.view(np.uint8).reshape(-1, chunk.itemsize).T)
+        return np.frombuffer(zlib.compress(shuffled.data, GZIP_LEVEL), dtype=np.uint8)
+    return np.frombuffer(_codec(compression).encode(chunk), dtype=np.uint8)
+
+
+def decompress(body: bytes, compression: str, *, dtype: np.dtype[Any], size_bytes: int) -> NDArray[np.uint8]:
+    """Return the bytes of a chunk, uint8 [size_bytes], never allocating more than that.
+
+    Raises:
+        ValueError: the body does not decode to exactly this many bytes.
+    """
+    if compression == "gzip":
+        shuffled = _inflate(body, size_bytes).reshape(dtype.itemsize, -1)
+        return np.ascontiguousarray(shuffled.T).reshape(-1)
+    # The codecs trust the size in the frame's header and allocate it, so a hostile header is refused first.
+    if _declared_bytes(body, compression) != size_bytes:
+        raise ValueError(f"a compressed chunk does not hold {size_bytes} bytes")
+    out = np.empty(size_bytes, dtype=np.uint8)
+    try:
+        _codec(compression).decode(body, out=out)
+    except RuntimeError as error:
+        raise ValueError(f"a compressed chunk cannot be decoded: {error}") from error
+    return out
+
+
+def _codec(compression: str) -> Any:
+    import numcodecs
+
+    if compression == "zstd":
+        return numcodecs.Zstd(level=ZSTD_LEVEL)
+    return numcodecs.Blosc(cname="zstd", clevel=BLOSC_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE)
+
+
+def _inflate(body: bytes, size_bytes: int) -> NDArray[np.uint8]:
+    inflater = zlib.decompressobj()
+    try:
+        found = inflater.decompress(body, size_bytes + 1)
+    except zlib.error as error:
+        raise ValueError(f"a compressed chunk cannot be decoded: {error}") from error
+    if len(found) != size_bytes or not inflater.eof:
+        raise ValueError(f"a compressed chunk does not hold {size_bytes} bytes")
+    return np.frombuffer(found, dtype=np.uint8)
+
+
+def _declared_bytes(body: bytes, compression: str) -> int:
+    """Return the decoded size that a Blosc or Zstandard header declares; −1 where it declares none."""
+    if compression == "blosc":
+        return int.from_bytes(body[4:8], "little") if len(body) >= 16 else -1
+    # RFC 8878, § 3.1.1.1: magic, descriptor, window byte unless single-segment, dictionary id, content size.
+    if len(body) < 6 or body[:4] != b"\x28\xb5\x2f\xfd":
+        return -1
+    descriptor = body[4]
+    single = descriptor >> 5 & 1
+    width = (single, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
+    declared = int.from_bytes(body[start : start + width], "little") if width else -1
+    return declared + 256 if width == 2 else declared

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from softlabels.errors import ChecksumError, JobError, ManifestError, RowsNotCommittedError
 from softlabels.ids import to_fixed_bytes
 from softlabels.manifest import COMPRESSIONS, Container, Manifest
-from softlabels.store.beginning import load_plan
-from softlabels.store.confined import read_confined
-from softlabels.store.geometry import shard_rows
+from softlabels.store.chunks import shard_rows
 from softlabels.store.ledger import Ledger, Receipt
-from softlabels.store.rows import LocalRows, plan_digest
+from softlabels.store.safe_open import safe_read
+from softlabels.store.store_documents import load_plan, plan_digest
+from softlabels.store.store_reader import LocalRows
 from softlabels.store.writer import StoreWriter
 from softlabels.transfer_set import FingerprintSum
 
@@ -55,7 +55,7 @@ def convert_store(
     plan = _plan(load_plan(source), container, compression)
     ledger = Ledger(source, plan_sha256=plan_digest(rows.manifest))
     beside = {path: _beside(source, path, sha256) for path, sha256 in plan.metadata_sha256.items()}
-    writer = StoreWriter.begin(target, plan, beside)
+    writer = StoreWriter.create_with_files(target, plan, beside)
     missing = writer.missing_shards()
     advance(plan.rows - sum(len(shard_rows(plan, shard)) for shard in missing))
     for shard in missing:
@@ -97,7 +97,7 @@ def _arrays(rows: LocalRows, shard: int, receipt: Receipt) -> dict[str, NDArray[
 
 
 def _beside(source: Path, path: str, sha256: str) -> bytes:
-    contents = read_confined(source, path, most_bytes=MAX_BESIDE_BYTES)
+    contents = safe_read(source, path, max_bytes=MAX_BESIDE_BYTES)
     if hashlib.sha256(contents).hexdigest() != sha256:
         raise ChecksumError(f"{source / path} is not what was written: run `softlabels verify {source}`", path=path)
     return contents

@@ -1,4 +1,8 @@
-"""Which shards are committed: one receipt a shard, written last, and the claim that keeps a second writer out."""
+"""Ledger: the receipts that say which shards are committed, the claims that keep a second writer out, and progress.
+
+A shard exists when its receipt does. The receipt is written last, after every file of the shard is durable, so a crash
+at any moment leaves either no shard or a whole one.
+"""
 
 from __future__ import annotations
 
@@ -9,165 +13,136 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softlabels.documents import MAX_DOCUMENT_BYTES, as_json, canonical_json, open_sealed, seal
-from softlabels.errors import ManifestError, ShardClaimedError, TruncatedError
-from softlabels.manifest import STORE_NAME
-from softlabels.store.confined import read_confined
-from softlabels.store.files import TEMPORARY, make_folder, write_atomically
-from softlabels.store.geometry import Part
+from softlabels.atomic_files import TEMPORARY, make_folder, write_atomically
+from softlabels.audit import Audit
+from softlabels.documents import (
+    MAX_DOCUMENT_BYTES,
+    Document,
+    Sha256,
+    as_json,
+    canonical_json,
+    open_sealed,
+    parse_document,
+    seal,
+)
+from softlabels.errors import ManifestError, ShardClaimedError
+from softlabels.manifest import Manifest, StorePath
+from softlabels.store.chunks import Count, Part, shard_rows
+from softlabels.store.safe_open import safe_read
+from softlabels.store.store_documents import load_manifest, plan_digest
 
-FOLDER = "ledger"
-LOCKS = "locks"
+LEDGER_FOLDER = "ledger"
+LOCK_FOLDER = "locks"
+STAGING_FOLDER = "staging"
+DAMAGED_FOLDER = "damaged"
+"""Where `repair` moves what it removes from a store."""
 
-CLAIM_PATIENCE_S = 0.25
-"""A shard may be held for a moment by somebody who only looks (`status`, a purge): that is no other writer."""
+CLAIM_TIMEOUT_S = 0.25
+"""Readers of the locks (`status`, a purge) hold one for a moment: that is not another writer."""
 
-_LOOK_AGAIN_S = 0.01
-STAGING = "staging"
-DAMAGED = "damaged"
-"""Where `repair` puts what it takes out of a store."""
-
-
-_HEX = re.compile(r"[0-9a-f]*")
+_POLL_S = 0.01
 _RECEIPT_NAME = re.compile(r"[0-9]{8}\.json")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileRecord:
-    """A committed file: its size in bytes and SHA-256."""
+class FileRecord(Document, frozen=True):
+    """A committed file: size in bytes and SHA-256."""
 
-    size: int
-    sha256: str
+    size: Count
+    sha256: Sha256
 
 
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """What a shard's writer vouches for; a shard without a receipt does not exist, whatever files lie there.
+class Receipt(Document, frozen=True):
+    """Record of a committed shard. A shard without a receipt does not exist, whatever files are there.
 
     Attributes:
         plan_sha256: digest of the plan that the shard was computed for.
-        rows: first row and the one after the last.
+        rows: first row of the store, and the one after the last.
         files: by path relative to the store.
-        parts: where each array lies.
-        fingerprint: of the shard's samples, see `softlabels.transfer_set.FingerprintSum`.
-        audit: mergeable error statistics of the encoding over these rows.
+        parts: location of each array, by name.
+        fingerprint: fingerprint of the shard's samples, see `softlabels.transfer_set.FingerprintSum`.
+        audit: mergeable error statistics of the encoding over these rows, see `softlabels.audit.Audit`.
     """
 
-    shard: int
-    plan_sha256: str
-    rows: tuple[int, int]
-    files: Mapping[str, FileRecord]
-    parts: Mapping[str, Part]
+    shard: Count
+    plan_sha256: Sha256
+    rows: tuple[Count, Count]
+    files: dict[StorePath, FileRecord]
+    parts: dict[str, Part]
     fingerprint: str
-    audit: Mapping[str, Any]
+    audit: dict[str, Any]
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able description that `from_json` reads back."""
-        document: dict[str, Any] = as_json(self)
-        return document
+    def __post_init__(self) -> None:
+        for name, part in self.parts.items():
+            if part.path not in self.files:
+                raise ValueError(f"parts.{name}.path is {part.path!r}, which `files` does not list")
 
     @property
     def sha256(self) -> str:
         """SHA-256 of the canonical JSON."""
-        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Receipt:
-        """Read a receipt.
-
-        Raises:
-            ManifestError: not what a receipt looks like, or a path that leaves the store.
-        """
-        try:
-            first, last = document["rows"]
-            receipt = cls(
-                shard=check_whole(document["shard"], "shard"),
-                plan_sha256=str(document["plan_sha256"]),
-                rows=(check_whole(first, "rows"), check_whole(last, "rows")),
-                files={check_path(path): _record(**record) for path, record in document["files"].items()},
-                parts={str(name): _part(**part) for name, part in document["parts"].items()},
-                fingerprint=str(document["fingerprint"]),
-                audit=document["audit"],
-            )
-            for part in receipt.parts.values():
-                if part.path not in receipt.files:
-                    raise ValueError(f"array in {part.path!r}, which it does not name")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ManifestError(f"a receipt of the ledger does not say what it must: {error}") from error
-        return receipt
+        return hashlib.sha256(canonical_json(as_json(self))).hexdigest()
 
 
 class Ledger:
-    """The receipts of the store at `root`."""
+    """The receipts of the store at `root`.
+
+    Args:
+        plan_sha256: digest of the store's plan; receipts of other plans are refused.
+    """
 
     def __init__(self, root: Path, *, plan_sha256: str) -> None:
         self._root = root
         self._plan_sha256 = plan_sha256
 
     def path(self, shard: int) -> Path:
-        """Where the receipt of a shard lies."""
-        return self._root / FOLDER / f"{shard:08d}.json"
+        """Return the path of a shard's receipt."""
+        return self._root / LEDGER_FOLDER / f"{shard:08d}.json"
 
     def read(self, shard: int) -> Receipt | None:
-        """The receipt of a shard, None where it is not committed.
+        """Return the receipt of a shard, None where it is not committed.
 
         Raises:
-            ManifestError: there is one, but it is damaged, of another shard or of another plan.
+            ManifestError: there is one, but it is damaged, or belongs to another shard or plan.
         """
         path = self.path(shard)
         try:
-            raw = read_confined(self._root, f"{FOLDER}/{path.name}", most_bytes=MAX_DOCUMENT_BYTES)
+            raw = safe_read(self._root, f"{LEDGER_FOLDER}/{path.name}", max_bytes=MAX_DOCUMENT_BYTES)
         except FileNotFoundError:
             return None
-        receipt = Receipt.from_json(open_sealed(raw, what=f"receipt {path}"))
+        receipt = parse_receipt(raw, what=f"receipt {path}")
         if receipt.shard != shard or receipt.plan_sha256 != self._plan_sha256:
             raise ManifestError(f"receipt {path} belongs to another shard or another store: do not mix stores' files")
         return receipt
 
     def committed(self) -> list[int]:
-        """Numbers of the shards that have a receipt, in order; the receipts are not read."""
-        folder = self._root / FOLDER
+        """Return the numbers of the shards that have a receipt, in order."""
+        folder = self._root / LEDGER_FOLDER
         names = os.listdir(folder) if folder.is_dir() else []
         return sorted(int(name[:8]) for name in names if _RECEIPT_NAME.fullmatch(name))
 
     def staging(self, shard: int, path: str) -> Path:
-        """Where a file of a shard is written before it is moved into its place; purged when its writer has died."""
-        return self._root / STAGING / f"{shard:08d}.{path.replace('/', '-')}{TEMPORARY}"
+        """Return where a file of a shard is written before it is renamed; removed later if its writer dies."""
+        return self._root / STAGING_FOLDER / f"{shard:08d}.{path.replace('/', '-')}{TEMPORARY}"
 
     def write(self, receipt: Receipt) -> None:
-        """Commit a shard: from here on its rows exist. The caller holds the claim, and its files are durable."""
+        """Commit a shard: from now on its rows exist. The caller holds the claim, and its files are durable."""
         staging = self.staging(receipt.shard, "receipt")
-        write_atomically(self.path(receipt.shard), [seal(receipt.to_json())], staging=staging)
-
-    def digest(self, shards: int) -> str:
-        """SHA-256 over the receipts of shards 0 … shards−1.
-
-        Raises:
-            TruncatedError: one is missing.
-        """
-        total = hashlib.sha256()
-        for shard in range(shards):
-            receipt = self.read(shard)
-            if receipt is None:
-                raise TruncatedError(
-                    f"shard {shard} has no receipt: the store is not complete; run `softlabels resume`"
-                )
-            total.update(bytes.fromhex(receipt.sha256))
-        return total.hexdigest()
+        write_atomically(self.path(receipt.shard), [seal(as_json(receipt))], staging=staging)
 
     @contextlib.contextmanager
     def claim(self, shard: int) -> Iterator[None]:
-        """Hold a shard alone while the context lasts; a claim dies with its process, also by kill -9 or power loss.
+        """Hold a shard exclusively inside this context.
+
+        The claim ends with its process, also after kill -9 or a power failure.
 
         Raises:
             ShardClaimedError: another writer holds it.
         """
-        with self._lock(f"{shard:08d}", patience_s=CLAIM_PATIENCE_S) as held:
+        with self._lock(f"{shard:08d}", timeout_s=CLAIM_TIMEOUT_S) as held:
             if not held:
                 raise ShardClaimedError(
                     f"shard {shard} of {self._root} is being written by another process: let it finish, or stop it and "
@@ -177,26 +152,97 @@ class Ledger:
             yield
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until nobody else begins or finishes this store, and keep others from it while the context lasts."""
-        with self._lock("store", patience_s=math.inf):
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock under which a store is created, finished or repaired; waits for it.
+
+        Lock order: this one first, then a shard's claim; the other way round two processes could wait for each other.
+        """
+        with self._lock("store", timeout_s=math.inf):
             yield
 
     @contextlib.contextmanager
-    def _lock(self, name: str, *, patience_s: float) -> Iterator[bool]:
-        folder = self._root / LOCKS
+    def _lock(self, name: str, *, timeout_s: float) -> Iterator[bool]:
+        folder = self._root / LOCK_FOLDER
         make_folder(folder)
+        # The file is never removed: a second process could then lock a new file of that name beside the old one.
         descriptor = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            give_up = time.monotonic() + patience_s
-            while not (held := _is_locked(descriptor)) and time.monotonic() < give_up:
-                time.sleep(_LOOK_AGAIN_S)
+            deadline_s = time.monotonic() + timeout_s
+            # flock, which the kernel releases when a process dies, and not fcntl locks, which closing any descriptor of
+            # the file would release. Polled, since a blocking flock knows no timeout.
+            while not (held := _try_lock(descriptor)) and time.monotonic() < deadline_s:
+                time.sleep(_POLL_S)
             yield held
         finally:
             os.close(descriptor)
 
 
-def _is_locked(descriptor: int) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Progress of a store.
+
+    Attributes:
+        manifest: manifest of the finished store, else its plan.
+        committed: shards that have a receipt.
+        rows: rows in these shards.
+        in_work: shards that a living process holds.
+        rows_per_s: rows a second between the first and the last commit; None before the second commit.
+        left_s: seconds that the rest takes at this rate; None without a rate, 0 when nothing is left.
+        audit: error of the encoding over the rows so far, see `Audit.summary`.
+    """
+
+    manifest: Manifest
+    committed: tuple[int, ...]
+    rows: int
+    in_work: tuple[int, ...]
+    rows_per_s: float | None
+    left_s: float | None
+    audit: dict[str, Any]
+
+
+def parse_receipt(raw: bytes, *, what: str) -> Receipt:
+    """Return the receipt in the contents of its file.
+
+    Args:
+        what: name of the file for messages.
+    Raises:
+        ManifestError: damaged, or not a receipt; the message names the field.
+    """
+    return parse_document(open_sealed(raw, what=what), Receipt, what=what)
+
+
+def read_status(root: Path) -> Status:
+    """Return the progress of the store at `root`, from any process that sees the folder.
+
+    Raises:
+        UnknownStoreError: there is no store. ManifestError: a receipt is damaged.
+    """
+    manifest = load_manifest(root)
+    ledger = Ledger(root, plan_sha256=plan_digest(manifest))
+    committed = tuple(shard for shard in ledger.committed() if shard < manifest.shards.count)
+    audit, commits, rows = Audit(), [], 0
+    for shard in committed:
+        receipt = ledger.read(shard)
+        if receipt is None:  # removed by `repair` since it was listed
+            continue
+        audit.merge(Audit.from_json(receipt.audit))
+        size = len(shard_rows(manifest, shard))
+        commits.append((ledger.path(shard).stat().st_mtime, size))
+        rows += size
+    rate = _rows_per_s(sorted(commits))
+    left = manifest.rows - rows
+    return Status(
+        manifest=manifest,
+        committed=committed,
+        rows=rows,
+        in_work=tuple(shard for shard in _lock_numbers(root) if _is_held(ledger, shard)),
+        rows_per_s=rate,
+        left_s=0.0 if left == 0 else None if rate is None else left / rate,
+        audit=audit.summary(),
+    )
+
+
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -204,32 +250,21 @@ def _is_locked(descriptor: int) -> bool:
     return True
 
 
-def _part(*, path: str, offset: int, stride: int, rows: int, checksums: str, sizes: list[int] | None = None) -> Part:
-    if not isinstance(checksums, str) or not _HEX.fullmatch(checksums):
-        raise ValueError("checksums that are no hex digits")
-    return Part(
-        path=check_path(path),
-        offset=check_whole(offset, "offset"),
-        stride=check_whole(stride, "stride"),
-        rows=check_whole(rows, "rows"),
-        checksums=checksums,
-        sizes=None if sizes is None else tuple(check_whole(size, "size") for size in sizes),
-    )
+def _rows_per_s(commits: list[tuple[float, int]]) -> float | None:
+    # The start of the first shard is not recorded, so the clock runs from its commit on, and its rows do not count.
+    if len(commits) < 2 or commits[-1][0] <= commits[0][0]:
+        return None
+    return sum(size for _, size in commits[1:]) / (commits[-1][0] - commits[0][0])
 
 
-def _record(*, size: int, sha256: str) -> FileRecord:
-    return FileRecord(size=check_whole(size, "size"), sha256=str(sha256))
+def _lock_numbers(root: Path) -> list[int]:
+    folder = root / LOCK_FOLDER
+    return sorted(int(path.stem) for path in folder.glob("*.lock") if path.stem.isdigit()) if folder.is_dir() else []
 
 
-def check_path(path: str) -> str:
-    """Return the path if it stays inside a store's folder; raise ValueError otherwise."""
-    if not all(STORE_NAME.fullmatch(segment) for segment in path.split("/")):
-        raise ValueError(f"path {path!r} leaves the store or is hidden")
-    return path
-
-
-def check_whole(value: Any, label: str) -> int:
-    """Return an integer from 0 to 2⁶²; raise ValueError for anything else."""
-    if type(value) is not int or not 0 <= value <= 1 << 62:
-        raise ValueError(f"{label} is {value!r}, not an integer from 0 to 2^62")
-    return value
+def _is_held(ledger: Ledger, shard: int) -> bool:
+    try:
+        with ledger.claim(shard):
+            return False
+    except ShardClaimedError:
+        return True

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from softlabels.atomic_files import write_atomically
 from softlabels.errors import (
     ChecksumError,
     ConflictError,
@@ -18,12 +19,10 @@ from softlabels.errors import (
     TruncatedError,
 )
 from softlabels.manifest import Manifest
-from softlabels.store.confined import open_confined
-from softlabels.store.documents import read_documents
-from softlabels.store.faults import ShowProgress, silent
-from softlabels.store.files import write_atomically
 from softlabels.store.ledger import Ledger, Receipt
-from softlabels.store.rows import JOB, PLAN
+from softlabels.store.safe_open import safe_open
+from softlabels.store.store_documents import JOB, PLAN, inspect_documents
+from softlabels.store.verify_report import ShowProgress, silent
 from softlabels.store.writer import StoreWriter
 
 _BLOCK_BYTES = 4 << 20
@@ -68,7 +67,9 @@ def merge(sources: Sequence[Path], destination: Path, *, show: ShowProgress = si
         StoreExistsError: something else stands at the destination.
     """
     plan = _common_plan([Path(source) for source in sources], Path(destination))
-    writer = StoreWriter.begin(Path(destination), plan, _beside_rows([Path(source) for source in sources], plan))
+    writer = StoreWriter.create_with_files(
+        Path(destination), plan, _beside_rows([Path(source) for source in sources], plan)
+    )
     done = Merge()
     with show(plan.shards.count * len(sources), f"merge {plan.name}", "shards") as progress:
         for source in map(Path, sources):
@@ -88,7 +89,7 @@ def merge(sources: Sequence[Path], destination: Path, *, show: ShowProgress = si
 def _common_plan(sources: Sequence[Path], destination: Path) -> Manifest:
     plans: list[tuple[Path, Manifest]] = []
     for where in [*sources, *([destination] if (destination / PLAN).exists() else [])]:
-        documents = read_documents(where)
+        documents = inspect_documents(where)
         if documents.plan is None:
             raise ManifestError(f"{where} cannot be merged: {'; '.join(map(str, documents.faults))}")
         plans.append((where, documents.plan))
@@ -163,7 +164,7 @@ def _verified(source: Path, path: str, sha256: str) -> Iterator[bytes]:
     """A file's contents in blocks; what was read must have been what was written, or the last block is an error."""
     digest = hashlib.sha256()
     try:
-        descriptor = open_confined(source, path)
+        descriptor = safe_open(source, path)
     except FileNotFoundError as error:
         raise TruncatedError(f"{source / path} is gone though the ledger has it: run `softlabels repair`") from error
     with os.fdopen(descriptor, "rb") as file:

@@ -8,17 +8,16 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from softlabels.atomic_files import make_folder, purge, sha256_of, sync_folder, write_atomically
 from softlabels.documents import seal
 from softlabels.errors import DamageError, ShardClaimedError
 from softlabels.manifest import Manifest
-from softlabels.store.container import container_of
-from softlabels.store.documents import Documents, read_documents
-from softlabels.store.faults import Fault, Report, ShowProgress, silent
-from softlabels.store.files import make_folder, purge, sha256_of, sync_folder, write_atomically
-from softlabels.store.index import POSITIONS, SORTED_IDS, index_files
-from softlabels.store.ledger import DAMAGED, FOLDER, Ledger
-from softlabels.store.rows import MANIFEST, PLAN
+from softlabels.store.containers import container_of
+from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, Ledger
+from softlabels.store.sample_index import POSITIONS, SORTED_IDS, index_files
+from softlabels.store.store_documents import MANIFEST, PLAN, StoreDocuments, inspect_documents
 from softlabels.store.verify import find_faults
+from softlabels.store.verify_report import Fault, Report, ShowProgress, silent
 from softlabels.store.writer import StoreWriter, stored_ids
 
 
@@ -58,14 +57,14 @@ def repair(root: Path, *, show: ShowProgress = silent) -> Repair:
     """
     root = Path(root)
     done = Repair()
-    documents = read_documents(root)
+    documents = inspect_documents(root)
     if documents.plan is None:
         done.faults, done.plan_lost = documents.faults, True
         for path in (PLAN, MANIFEST):
             _take_out(root, path, done.moved)
         return done
     ledger = Ledger(root, plan_sha256=documents.plan.digest)
-    with ledger.alone():
+    with ledger.exclusive():
         ready = _mend(root, documents, documents.plan, ledger, done, show)
     # Outside the lock, which `finish` takes itself.
     writer = StoreWriter.resume(root)
@@ -74,7 +73,9 @@ def repair(root: Path, *, show: ShowProgress = silent) -> Repair:
     return done
 
 
-def _mend(root: Path, documents: Documents, plan: Manifest, ledger: Ledger, done: Repair, show: ShowProgress) -> bool:
+def _mend(
+    root: Path, documents: StoreDocuments, plan: Manifest, ledger: Ledger, done: Repair, show: ShowProgress
+) -> bool:
     """Take out and rebuild; returns whether the store may be published as far as files beside the shards go."""
     if any(fault.path == PLAN for fault in documents.faults):
         _take_out(root, PLAN, done.moved)
@@ -111,7 +112,7 @@ def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
                 with contextlib.suppress(DamageError):
                     receipt = ledger.read(shard)
                     files += [] if receipt is None else list(receipt.files)
-                _take_out(root, f"{FOLDER}/{ledger.path(shard).name}", done.moved)
+                _take_out(root, f"{LEDGER_FOLDER}/{ledger.path(shard).name}", done.moved)
                 done.dropped.append(shard)
         except ShardClaimedError:
             done.busy.append(shard)
@@ -140,12 +141,12 @@ def _write(root: Path, path: str, contents: bytes, done: Repair) -> None:
 
 def _take_out(root: Path, path: str, moved: dict[str, str]) -> None:
     """Move a file of the store into its folder `damaged/`, durably; one that is gone already is none to move."""
-    place = root / DAMAGED / path
+    place = root / DAMAGED_FOLDER / path
     make_folder(place.parent)
     number = 0
     while place.exists() or place.is_symlink():
         number += 1
-        place = root / DAMAGED / f"{path}.{number}"
+        place = root / DAMAGED_FOLDER / f"{path}.{number}"
     try:
         os.rename(root / path, place)
     except FileNotFoundError:

@@ -15,14 +15,13 @@ from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError, UnknownIdError
 from softlabels.ids import IdArray, from_fixed_bytes
 from softlabels.manifest import Manifest
-from softlabels.store.arrays import checked_part
-from softlabels.store.compressed import decompress
-from softlabels.store.confined import open_confined
-from softlabels.store.container import StoreContainer
-from softlabels.store.faults import Fault, Report
-from softlabels.store.geometry import CHECKSUM_BYTES, Part, chunks_in, shard_rows
-from softlabels.store.index import DenseIndex, SortedIndex
+from softlabels.store.array_reader import checked_part
+from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunks_in, decompress, shard_rows
+from softlabels.store.containers import StoreContainer
 from softlabels.store.ledger import FileRecord, Receipt
+from softlabels.store.safe_open import safe_open
+from softlabels.store.sample_index import DenseIdIndex, SortedIdIndex
+from softlabels.store.verify_report import Fault, Report
 from softlabels.transfer_set import UNLABELLED, FingerprintSum, sample_fingerprints
 
 Piece: TypeAlias = NDArray[np.uint8]
@@ -53,7 +52,7 @@ class ShardChecks:
         container: StoreContainer,
         encoding: Encoding | None,
         *,
-        index: DenseIndex | SortedIndex | None,
+        index: DenseIdIndex | SortedIdIndex | None,
         report: Report,
     ) -> None:
         self._root, self._plan, self._container, self._encoding = root, plan, container, encoding
@@ -140,7 +139,7 @@ class ShardChecks:
 
     def _size_fault(self, path: str, record: FileRecord, shard: int) -> Fault | None:
         try:
-            descriptor = open_confined(self._root, path)
+            descriptor = safe_open(self._root, path)
         except FileNotFoundError:
             return self.fault("missing", "it is gone though the ledger has it", shard, path=path)
         except (ManifestError, OSError) as error:
@@ -157,9 +156,9 @@ class ShardChecks:
         self, receipt: Receipt, name: str, part: Part, read: Read, numbers: Sequence[int]
     ) -> Iterator[Fault]:
         for number in numbers:
-            chunk = read(part.path, *_place(part, number))
+            chunk = read(part.path, *part.span(number))
             self._report.chunks += 1
-            sound = len(chunk) > CHECKSUM_BYTES and self._container.chunk_is_sound(chunk)
+            sound = len(chunk) > CHECKSUM_BYTES and self._container.is_chunk_intact(chunk)
             if not sound or chunk[-CHECKSUM_BYTES:].tobytes() != part.checksum(number):
                 where = {"path": part.path, "array": name, "chunk": number, "rows": self._rows(receipt, number)}
                 message = "its checksum is not the receipt's: it belongs elsewhere" if sound else "its checksum fails"
@@ -194,7 +193,7 @@ class ShardChecks:
         """Rows of these chunks, [rows, *row_shape]; those that the last chunk is padded with are cut off."""
         spec, shards, part = self._plan.arrays[name], self._plan.shards, checked_part(receipt, name, self._plan)
         dtype, size_bytes = np.dtype(spec.dtype), spec.row_bytes * shards.rows_per_chunk
-        bodies = [read(part.path, *_place(part, number))[:-CHECKSUM_BYTES] for number in numbers]
+        bodies = [read(part.path, *part.span(number))[:-CHECKSUM_BYTES] for number in numbers]
         if shards.compression is not None:
             bodies = [decompress(b.tobytes(), shards.compression, dtype=dtype, size_bytes=size_bytes) for b in bodies]
         rows: NDArray[Any] = np.concatenate(bodies).view(dtype).reshape(-1, *spec.row_shape)
@@ -246,7 +245,7 @@ def _senseless_logits(
             yield next(iter(encoding.fields)), bad, message
 
 
-def _misplaced(index: DenseIndex | SortedIndex, ids: IdArray, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _misplaced(index: DenseIdIndex | SortedIdIndex, ids: IdArray, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
     try:
         found: NDArray[np.bool_] = index.positions(ids) != positions
     except UnknownIdError:
@@ -254,7 +253,7 @@ def _misplaced(index: DenseIndex | SortedIndex, ids: IdArray, positions: NDArray
     return found
 
 
-def _leads_to(index: DenseIndex | SortedIndex, one_id: IdArray, position: int) -> bool:
+def _leads_to(index: DenseIdIndex | SortedIdIndex, one_id: IdArray, position: int) -> bool:
     try:
         return bool(index.positions(one_id)[0] == position)
     except UnknownIdError:
@@ -268,18 +267,11 @@ def _blocks(numbers: Sequence[int], plan: Manifest) -> Iterator[Sequence[int]]:
         yield numbers[start : start + step]
 
 
-def _place(part: Part, number: int) -> tuple[int, int]:
-    """Offset and length of a chunk in its file, with its checksum."""
-    if part.sizes is None:
-        return part.offset + number * part.stride, part.stride
-    return part.offset + sum(part.sizes[:number]), part.sizes[number]
-
-
 def _read(root: Path, path: str, offset: int, length: int) -> Piece:
     """Bytes of a file, fewer where it ends; an error of the disk is an error here, not a signal as in a mapping."""
     out = bytearray(length)
     view, done = memoryview(out), 0
-    with os.fdopen(open_confined(root, path), "rb", buffering=0) as file:
+    with os.fdopen(safe_open(root, path), "rb", buffering=0) as file:
         file.seek(offset)
         while done < length:
             got = file.readinto(view[done : done + _BLOCK_BYTES])

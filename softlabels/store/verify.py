@@ -14,18 +14,17 @@ from softlabels.documents import canonical_json
 from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError
 from softlabels.manifest import Manifest
-from softlabels.store.confined import open_confined
-from softlabels.store.constants import load_encoding
-from softlabels.store.container import container_of
-from softlabels.store.documents import Documents, read_documents
-from softlabels.store.faults import Fault, Report, ShowProgress, silent
-from softlabels.store.index import POSITIONS, SORTED_IDS, DenseIndex, SortedIndex, make_index
-from softlabels.store.ledger import DAMAGED, FOLDER, LOCKS, STAGING, Ledger, Receipt
-from softlabels.store.rows import JOB, MANIFEST, PLAN
+from softlabels.store.containers import container_of
+from softlabels.store.encoding_files import load_encoding
+from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, LOCK_FOLDER, STAGING_FOLDER, Ledger, Receipt
+from softlabels.store.safe_open import safe_open
+from softlabels.store.sample_index import POSITIONS, SORTED_IDS, DenseIdIndex, SortedIdIndex, make_index
 from softlabels.store.shard_checks import ShardChecks
+from softlabels.store.store_documents import JOB, MANIFEST, PLAN, StoreDocuments, inspect_documents
+from softlabels.store.verify_report import Fault, Report, ShowProgress, silent
 from softlabels.transfer_set import FingerprintSum
 
-_NOT_DATA = (LOCKS, STAGING, DAMAGED)
+_NOT_DATA = (LOCK_FOLDER, STAGING_FOLDER, DAMAGED_FOLDER)
 
 
 def verify(
@@ -66,7 +65,7 @@ def find_faults(
     root: Path, report: Report, *, sample: int | None = None, seed: int | None = None, show: ShowProgress = silent
 ) -> Iterator[Fault]:
     """Every fault of a store, one by one, cheap checks first; see `verify`. The report's counters go up on the way."""
-    documents = read_documents(root)
+    documents = inspect_documents(root)
     yield from documents.faults
     plan = documents.plan
     if plan is None:
@@ -95,7 +94,7 @@ def _believed(ledger: Ledger, plan: Manifest, numbers: list[int], checks: ShardC
     """The committed shards whose receipts can be believed, and what is wrong with the others."""
     believed, faults = [], []
     for shard in numbers:
-        path = f"{FOLDER}/{ledger.path(shard).name}"
+        path = f"{LEDGER_FOLDER}/{ledger.path(shard).name}"
         try:
             receipt = ledger.read(shard)
         except (ManifestError, OSError) as error:
@@ -116,7 +115,7 @@ def _ledger_faults(
     missing = sorted(set(range(plan.shards.count)) - set(believed))
     if missing and clean:
         for shard in missing:
-            path = f"{FOLDER}/{ledger.path(shard).name}"
+            path = f"{LEDGER_FOLDER}/{ledger.path(shard).name}"
             message = "its receipt is gone from a finished store: its rows cannot be served"
             yield Fault(kind="missing", message=message, shard=shard, path=path)
     if missing:
@@ -147,7 +146,7 @@ def _metadata_faults(root: Path, manifest: Manifest, *, planned: set[str]) -> It
     for path, expected in manifest.metadata_sha256.items():
         mend = f"`softlabels {'resume' if path in planned else 'repair'}` writes it again"
         try:
-            with os.fdopen(open_confined(root, path), "rb") as file:
+            with os.fdopen(safe_open(root, path), "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except (FileNotFoundError, ManifestError, OSError) as error:
             yield Fault(kind="missing", message=f"it cannot be read ({error}); {mend}", path=path)
@@ -157,8 +156,8 @@ def _metadata_faults(root: Path, manifest: Manifest, *, planned: set[str]) -> It
 
 
 def _index(
-    root: Path, documents: Documents, wrong: set[str | None]
-) -> tuple[DenseIndex | SortedIndex | None, list[Fault]]:
+    root: Path, documents: StoreDocuments, wrong: set[str | None]
+) -> tuple[DenseIdIndex | SortedIdIndex | None, list[Fault]]:
     """The id index, where there should be one and its files are not among those that are wrong."""
     known = documents.manifest or documents.plan
     assert known is not None
@@ -171,7 +170,7 @@ def _index(
     except ManifestError as error:
         return None, [Fault(kind="document", message=str(error))]
     faults = []
-    if isinstance(index, SortedIndex) and not index.ascends():
+    if isinstance(index, SortedIdIndex) and not index.is_strictly_ascending():
         faults.append(Fault(kind="contents", message="the ids of the index do not ascend: an id stands twice"))
     return index, faults
 
@@ -187,7 +186,7 @@ def _encoding(root: Path, plan: Manifest) -> Encoding | None:
 def _strays(root: Path, manifest: Manifest, ledger: Ledger, believed: list[int]) -> Iterator[Fault]:
     """Files inside the store's own folders that neither manifest nor receipts know; the store's root is the user's."""
     known = set(manifest.metadata_sha256) | {PLAN, MANIFEST, JOB}
-    known |= {f"{FOLDER}/{ledger.path(shard).name}" for shard in range(manifest.shards.count)}
+    known |= {f"{LEDGER_FOLDER}/{ledger.path(shard).name}" for shard in range(manifest.shards.count)}
     for receipt in _receipts(ledger, believed):
         known |= set(receipt.files)
     if len(believed) < manifest.shards.count:
@@ -246,7 +245,7 @@ def _choose(plan: Manifest, believed: list[int], sample: int, seed: int | None) 
     return chosen
 
 
-def _unfinished(documents: Documents, plan: Manifest, believed: list[int]) -> Iterator[Fault]:
+def _unfinished(documents: StoreDocuments, plan: Manifest, believed: list[int]) -> Iterator[Fault]:
     if documents.manifest is not None:
         return
     missing = sorted(set(range(plan.shards.count)) - set(believed))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.atomic_files import TEMPORARY, make_folder, sync_folder, write_atomically
 from softlabels.audit import Audit
 from softlabels.documents import seal
 from softlabels.encodings import Encoding
@@ -23,16 +24,14 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray, to_fixed_bytes
 from softlabels.manifest import Manifest
-from softlabels.store.beginning import begin_store, has_file, load_plan
-from softlabels.store.constants import constant_files
-from softlabels.store.container import ShardFile, container_of
-from softlabels.store.files import TEMPORARY, make_folder, sync_folder, write_atomically
-from softlabels.store.geometry import shard_rows
-from softlabels.store.index import write_index
-from softlabels.store.ledger import FOLDER as LEDGER
-from softlabels.store.ledger import STAGING, FileRecord, Ledger, Receipt
-from softlabels.store.rows import JOB, MANIFEST, LocalRows, load_manifest
-from softlabels.store.sequences import SampleTable
+from softlabels.store.chunks import ShardFile, shard_rows
+from softlabels.store.containers import container_of
+from softlabels.store.encoding_files import constant_files
+from softlabels.store.ledger import LEDGER_FOLDER, STAGING_FOLDER, FileRecord, Ledger, Receipt
+from softlabels.store.sample_index import SampleTable, write_index
+from softlabels.store.store_documents import JOB, MANIFEST, load_manifest, load_plan
+from softlabels.store.store_plan import has_file, initialize_store
+from softlabels.store.store_reader import LocalRows
 from softlabels.transfer_set import UNLABELLED, FingerprintSum
 
 
@@ -48,7 +47,7 @@ class StoreWriter:
         self._plan_sha256 = plan.digest
         self._container = container_of(plan)
         self._ledger = Ledger(root, plan_sha256=self._plan_sha256)
-        make_folder(root / STAGING)
+        make_folder(root / STAGING_FOLDER)
         self._purge()
 
     @classmethod
@@ -66,20 +65,20 @@ class StoreWriter:
             ManifestError: the plan was made with another table or encoding than these.
             StoreExistsError: something else stands there: a store of another plan, or files that are no store.
         """
-        return cls.begin(
+        return cls.create_with_files(
             Path(root),
             plan,
             ({} if encoding is None else constant_files(encoding)) | ({} if table is None else table.files()),
         )
 
     @classmethod
-    def begin(cls, root: Path, plan: Manifest, files: Mapping[str, bytes]) -> StoreWriter:
+    def create_with_files(cls, root: Path, plan: Manifest, files: Mapping[str, bytes]) -> StoreWriter:
         """As `create`, from the contents of the files beside the rows that the plan names, by path."""
         if {path: hashlib.sha256(contents).hexdigest() for path, contents in files.items()} != plan.metadata_sha256:
             raise ManifestError(
                 "the plan was made with another sample table or encoding: hand both to `create` as well"
             )
-        begin_store(root, plan, files)
+        initialize_store(root, plan, files)
         return cls(root, plan)
 
     @classmethod
@@ -118,7 +117,7 @@ class StoreWriter:
 
     def keep_job(self, document: Mapping[str, Any]) -> None:
         """Keep the job beside the plan, for `resume`; several processes may run one job at the same time."""
-        with self._ledger.alone():
+        with self._ledger.exclusive():
             write_atomically(self.root / JOB, [seal(document)])
 
     def finish(self) -> Manifest:
@@ -127,13 +126,13 @@ class StoreWriter:
         Raises:
             TruncatedError: a shard is missing. BadIdsError: a sample id stands twice.
         """
-        with self._ledger.alone():
+        with self._ledger.exclusive():
             if self.finished:
                 return load_manifest(self.root)
             self._refuse_missing(self.missing_shards())
             self._refuse_lost_tables()
             # A receipt whose commit failed at the very last step may be there and not be durable yet.
-            sync_folder(self.root / LEDGER)
+            sync_folder(self.root / LEDGER_FOLDER)
             fingerprint, audit, ledger = FingerprintSum(), Audit(), hashlib.sha256()
             for receipt in self._receipts():
                 fingerprint.merge(FingerprintSum.from_hexdigest(receipt.fingerprint))
@@ -177,7 +176,7 @@ class StoreWriter:
             files=records,
             parts={name: part for file in files for name, part in file.parts.items()},
             fingerprint=fingerprint,
-            audit=audit,
+            audit=dict(audit),
         )
         self._ledger.write(receipt)
         return receipt
@@ -201,7 +200,7 @@ class StoreWriter:
 
     def _purge(self) -> None:
         """Remove what writers left behind that died; a file of a living writer is held by its claim."""
-        for path in sorted((self.root / STAGING).glob("*" + TEMPORARY)):
+        for path in sorted((self.root / STAGING_FOLDER).glob("*" + TEMPORARY)):
             if path.name[:8].isdigit():
                 with contextlib.suppress(ShardClaimedError), self._ledger.claim(int(path.name[:8])):
                     path.unlink(missing_ok=True)

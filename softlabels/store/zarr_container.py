@@ -15,12 +15,18 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.atomic_files import Buffer
 from softlabels.manifest import FORMAT, Manifest
-from softlabels.store.chunks import chunk_bodies, dimension_names, fill_value, part_of
-from softlabels.store.compressed import BLOSC_LEVEL, ZSTD_LEVEL
-from softlabels.store.container import ShardFile
-from softlabels.store.files import Buffer
-from softlabels.store.geometry import CHECKSUM_BYTES
+from softlabels.store.chunks import (
+    BLOSC_LEVEL,
+    CHECKSUM_BYTES,
+    ZSTD_LEVEL,
+    ShardFile,
+    chunk_bodies,
+    dimension_names,
+    fill_value,
+    part_of,
+)
 
 EMPTY_CHUNK = np.iinfo(np.uint64).max
 """What the shard index says of a chunk that is not there."""
@@ -57,7 +63,7 @@ class ZarrContainer:
         """One file an array, named as Zarr's default chunk keys are."""
         return [_shard_file(plan, shard, name, arrays[name]) for name in plan.arrays]
 
-    def chunk_is_sound(self, chunk: NDArray[Any]) -> bool:
+    def is_chunk_intact(self, chunk: NDArray[Any]) -> bool:
         """Whether crc32c of all but the last four bytes is what these say."""
         return int.from_bytes(chunk[-4:].tobytes(), "little") == crc32c(chunk[:-4])
 

@@ -17,9 +17,9 @@ from softlabels.encodings import hidden_encoding, make_encoding, rng_keys
 from softlabels.encodings.basis_learning import learn_basis
 from softlabels.manifest import Container, IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
-from softlabels.store.beginning import load_plan
 from softlabels.store.ledger import Ledger
-from softlabels.store.rows import LocalRows, plan_digest
+from softlabels.store.store_documents import load_plan, plan_digest
+from softlabels.store.store_reader import LocalRows
 from softlabels.transfer_set import sample_fingerprints
 
 SAMPLES, CLASSES = 200, 10

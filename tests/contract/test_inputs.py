@@ -20,8 +20,8 @@ from softlabels.manifest import ArraySpec, IdSpec, Manifest, RowLayout, Temperat
 from softlabels.store import LocalRows, StoreWriter, plan_store
 from softlabels.store.convert import convert_store
 from softlabels.store.merge import merge
-from softlabels.store.planning import kept_inputs
 from softlabels.store.repair import repair
+from softlabels.store.store_plan import kept_inputs
 from softlabels.store.verify import verify
 from softlabels.transfer_set import sample_fingerprints
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from softlabels.errors import SoftLabelsError
-from softlabels.store.rows import LocalRows
+from softlabels.store.store_reader import LocalRows
 
 HERE = Path(__file__).parent
 NOT_COMPARED = ("locks", "staging", "damaged")

@@ -15,7 +15,8 @@ from softlabels.documents import canonical_json
 from softlabels.errors import SoftLabelsError
 from softlabels.store.ledger import Ledger
 from softlabels.store.repair import repair
-from softlabels.store.rows import LocalRows, load_manifest, plan_digest
+from softlabels.store.store_documents import load_manifest, plan_digest
+from softlabels.store.store_reader import LocalRows
 from softlabels.store.verify import verify
 
 FLIPS = 500

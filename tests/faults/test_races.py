@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softlabels.store.rows import LocalRows
+from softlabels.store.store_reader import LocalRows
 from softlabels.store.verify import verify
 
 RACES = 50

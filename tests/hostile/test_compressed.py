@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softlabels.store.compressed import compress, decompress
+from softlabels.store.chunks import compress, decompress
 
 SIZE = 4096
 F16 = np.dtype("<f2")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+from softlabels.atomic_files import write_atomically
 from softlabels.errors import TransferSetChangedError
-from softlabels.store.files import write_atomically
 from softlabels.transfer_set import TransferSet
 from softlabels.transfer_sets import SupportsIdentity
 

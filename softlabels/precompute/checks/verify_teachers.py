@@ -24,8 +24,8 @@ from softlabels.precompute.pipeline.inference import ask, rows_to_keep
 from softlabels.precompute.planning.prepared_job import choose_device, load_teachers, load_transfer_set, row_maker
 from softlabels.precompute.row_batches import RowBatch, RowMaker
 from softlabels.precompute.teachers import Teacher
-from softlabels.store.faults import Fault, Report, ShowProgress, silent
-from softlabels.store.rows import LocalRows
+from softlabels.store.store_reader import LocalRows
+from softlabels.store.verify_report import Fault, Report, ShowProgress, silent
 from softlabels.transfer_set import TransferSet
 
 SAMPLED_ROWS = 256

@@ -19,7 +19,7 @@ from softlabels.precompute.pipeline.device import MemoryMeter, is_out_of_memory,
 from softlabels.precompute.pipeline.device_step import DevicePass, Started
 from softlabels.precompute.pipeline.inference import host_tensor
 from softlabels.precompute.row_batches import RowBatch, RowMaker
-from softlabels.store.geometry import shard_rows
+from softlabels.store.chunks import shard_rows
 
 _GAIN = 1.03
 """What a doubling must bring to count as faster: less is the noise of a busy machine."""

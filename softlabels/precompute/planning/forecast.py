@@ -37,7 +37,7 @@ from softlabels.precompute.planning.prepared_job import (
 from softlabels.precompute.row_batches import RowMaker
 from softlabels.precompute.teachers import Teacher
 from softlabels.softmath import soften
-from softlabels.store.geometry import choose_rows_per_chunk
+from softlabels.store.chunks import choose_rows_per_chunk
 from softlabels.transfer_set import FINGERPRINT_BYTES
 
 MOST_PILOT_ENTRIES = 1 << 24

@@ -21,7 +21,7 @@ from softlabels.precompute.row_batches import RowBatch, RowMaker, SingleRows, Vi
 from softlabels.precompute.sequence_rows import SequenceRows
 from softlabels.precompute.teachers import Teacher, align_classes, class_list_of_store, load_teacher
 from softlabels.softmath import Mean, check_temperature
-from softlabels.store.planning import kept_inputs, plan_store
+from softlabels.store.store_plan import kept_inputs, plan_store
 from softlabels.transfer_set import ArrayTransferSet, TransferSet
 from softlabels.transfer_sets import SupportsIdSpec, examine_ids
 from softlabels.transfer_sets import load_transfer_set as load_source

@@ -20,7 +20,7 @@ from softlabels.encodings import make_encoding
 from softlabels.errors import FingerprintMismatchError, UnknownFieldError, UnknownIdError
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import LocalRows, StoreWriter, plan_store
-from softlabels.store.planning import kept_inputs
+from softlabels.store.store_plan import kept_inputs
 from softlabels.transfer_set import ArrayTransferSet, sample_fingerprints
 from softlabels_client import SoftTargetDataset, SoftTargetStream, data_loader, stream_loader
 from softlabels_client.data.dataset import StoreInputs

@@ -17,7 +17,7 @@ from softlabels.cli import main
 from softlabels.cli.plan import lines, size
 from softlabels.precompute import load_job, precompute
 from softlabels.precompute.planning.forecast import Forecast, forecast
-from softlabels.store.status import read_status
+from softlabels.store.ledger import read_status
 
 MODULE = """
 import time, numpy as np, torch

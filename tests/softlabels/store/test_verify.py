@@ -15,7 +15,7 @@ from softlabels.cli import main
 from softlabels.errors import UnknownStoreError
 from softlabels.store import StoreWriter
 from softlabels.store.ledger import Ledger
-from softlabels.store.rows import load_manifest, plan_digest
+from softlabels.store.store_documents import load_manifest, plan_digest
 from softlabels.store.verify import verify
 
 Flip = Callable[..., None]

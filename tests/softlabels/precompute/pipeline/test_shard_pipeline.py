@@ -31,7 +31,7 @@ from softlabels.precompute.planning.prepared_job import plan_job
 from softlabels.precompute.row_batches import SingleRows
 from softlabels.progress import QUIET, Progress
 from softlabels.store import LocalRows, StoreWriter
-from softlabels.store.geometry import shard_rows
+from softlabels.store.chunks import shard_rows
 from softlabels.transfer_set import ArrayTransferSet, Samples
 
 CPU = torch.device("cpu")

@@ -1,17 +1,21 @@
-"""What a store will look like: the plan, made from a transfer set, an encoding and the words that describe a job."""
+"""Store plans: arrays, shard and chunk sizes chosen from a job, and the folder that a store is created in."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from softlabels.atomic_files import TEMPORARY, make_folder, sha256_of, write_atomically
+from softlabels.documents import MAX_DOCUMENT_BYTES, seal
 from softlabels.encodings import Encoding
-from softlabels.errors import JobError
+from softlabels.errors import JobError, ManifestError, StoreExistsError
 from softlabels.manifest import (
     ArraySpec,
     Container,
@@ -28,9 +32,12 @@ from softlabels.manifest import (
     encoded_arrays,
 )
 from softlabels.softmath import Mean
-from softlabels.store.constants import constant_files
-from softlabels.store.geometry import choose_rows_per_chunk, choose_rows_per_shard
-from softlabels.store.sequences import SampleTable
+from softlabels.store.chunks import choose_rows_per_chunk, choose_rows_per_shard
+from softlabels.store.encoding_files import constant_files
+from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, LOCK_FOLDER, STAGING_FOLDER, Ledger, parse_receipt
+from softlabels.store.safe_open import safe_read
+from softlabels.store.sample_index import SampleTable
+from softlabels.store.store_documents import JOB, PLAN, load_plan
 from softlabels.transfer_set import FINGERPRINT_BYTES
 
 _RECORDED = ("softlabels", "numpy", "torch", "zarr", "h5py", "numcodecs")
@@ -59,17 +66,18 @@ def plan_store(
     table: SampleTable | None = None,
     inputs: ArraySpec | None = None,
 ) -> Manifest:
-    """The plan of a store, with shard and chunk sizes chosen where they are not given.
+    """Return the plan of a store, with shard and chunk sizes chosen where they are not given.
 
     Args:
-        layout: one row a sample unless told otherwise.
-        members: how many members' rows are kept side by side; None keeps their mean.
+        samples: number of samples in the transfer set, at least 1.
+        layout: how rows follow from samples; one row per sample when left out.
+        members: number of members whose rows are kept side by side; None keeps their mean.
         views: how views were made, for a layout of views.
-        table: the samples of a layout of sequences.
-        inputs: what one sample looks like, where the inputs are kept as well; see `kept_inputs`.
+        table: the samples, for a layout of sequences.
+        inputs: dtype and shape of one sample, where the store also keeps the inputs; see `kept_inputs`.
     Raises:
-        JobError: sizes that do not fit each other, or inputs of a layout that cannot keep them. ManifestError: a name
-        that no store may have.
+        JobError: sizes that do not fit each other, or inputs that the layout cannot keep. ManifestError: not a valid
+        store name.
     """
     check_store_name(name)
     if samples < 1:
@@ -82,7 +90,7 @@ def plan_store(
     row_bytes = sum(spec.row_bytes for spec in encoded_arrays(encoding, members).values())
     input_bytes = 0 if inputs is None else inputs.row_bytes
     if inputs is not None:
-        _refuse_inputs_of(layout)
+        _check_inputs(layout)
         arrays["inputs"] = inputs
     files = constant_files(encoding) | ({} if table is None else table.files())
     per_chunk = rows_per_chunk or _chunk_for(row_bytes, input_bytes, rows_per_shard)
@@ -120,9 +128,9 @@ def store_arrays(
     members: int | None = None,
     views: ViewSpec | None = None,
 ) -> dict[str, ArraySpec]:
-    """Every array of a store: the encoding's own, then, a row each, ids, fingerprints, view parameters and labels.
+    """Return every array of a store: those of the encoding, then ids, fingerprints, view parameters and labels.
 
-    Sequences keep ids and fingerprints once a sample, see `softlabels.store.sequences`.
+    Sequence stores keep ids and fingerprints once per sample, see `softlabels.store.sample_index`.
     """
     arrays = encoded_arrays(encoding, members)
     if layout.kind != "sequences":
@@ -137,12 +145,12 @@ def store_arrays(
 
 
 def kept_inputs(inputs: NDArray[Any]) -> ArraySpec:
-    """How samples like these are kept in a store.
+    """Return how a store keeps samples like these.
 
     Args:
-        inputs: [B, ...], some of them.
+        inputs: [B, ...], a few of them.
     Raises:
-        JobError: of a type or shape that no store holds.
+        JobError: a type or shape that no store can hold.
     """
     order = inputs.dtype.newbyteorder("<") if inputs.dtype.itemsize > 1 else inputs.dtype
     if inputs.dtype.kind not in "fiu" or inputs.dtype.itemsize > 8 or inputs.dtype.str != order.str:
@@ -160,7 +168,7 @@ def kept_inputs(inputs: NDArray[Any]) -> ArraySpec:
 
 
 def software_versions() -> Mapping[str, Any]:
-    """Versions of the installed libraries that may change a target or a file."""
+    """Return the versions of the installed libraries that may change a target or a file."""
     found = {}
     for library in _RECORDED:
         try:
@@ -170,7 +178,7 @@ def software_versions() -> Mapping[str, Any]:
     return found
 
 
-def _refuse_inputs_of(layout: RowLayout) -> None:
+def _check_inputs(layout: RowLayout) -> None:
     if layout.kind != "single":
         what = "views" if layout.kind == "views" else "sequences"
         raise JobError(
@@ -180,10 +188,84 @@ def _refuse_inputs_of(layout: RowLayout) -> None:
 
 
 def _chunk_for(row_bytes: int, input_bytes: int, rows_per_shard: int | None) -> int:
-    """Rows a chunk: for the targets' sake, which are read most; fewer where the inputs' chunks would be too large."""
+    # Sized for the targets, which are read most; smaller where a chunk of inputs would be too large.
     chosen = choose_rows_per_chunk(row_bytes)
     while chosen > 1 and chosen * input_bytes > MAX_INPUT_CHUNK_BYTES:
         chosen //= 2
     while rows_per_shard is not None and rows_per_shard % chosen:
         chosen //= 2
     return max(1, chosen)
+
+
+def initialize_store(root: Path, plan: Manifest, files: Mapping[str, bytes]) -> None:
+    """Create a store's folder with its plan; do nothing more where a store of the very same plan exists.
+
+    Args:
+        files: contents by path of the metadata files that the plan lists.
+    Raises:
+        StoreExistsError: the folder holds a store of another plan, or files that are not a store.
+        ManifestError: the existing plan is invalid.
+    """
+    make_folder(root)
+    with Ledger(root, plan_sha256=plan.digest).exclusive():
+        exists = (root / PLAN).exists()
+        if exists:
+            _check_same_plan(root, load_plan(root), plan)
+        elif _holds_other_files(root, files):
+            _check_receipts(root, plan)
+        for path, contents in files.items():
+            if not has_file(root / path, plan.metadata_sha256[path]):
+                write_atomically(root / path, [contents])
+        # The plan is written last: where it exists, everything that it lists does.
+        if not exists:
+            write_atomically(root / PLAN, [seal(plan.to_json())])
+
+
+def has_file(path: Path, sha256: str) -> bool:
+    """Return whether this file exists and has this SHA-256."""
+    try:
+        return sha256_of(path) == sha256
+    except FileNotFoundError:
+        return False
+
+
+def _holds_other_files(root: Path, files: Mapping[str, bytes]) -> bool:
+    """Return whether a folder holds anything that a store does not hold before its first shard."""
+    known = {root / path for path in (PLAN, JOB, *files)}
+    known |= {path.with_name(path.name + TEMPORARY) for path in known}
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        if here == root:
+            folders[:] = [name for name in folders if name not in (LOCK_FOLDER, STAGING_FOLDER, DAMAGED_FOLDER)]
+        if any(here / name not in known for name in names):
+            return True
+    return False
+
+
+def _check_receipts(root: Path, plan: Manifest) -> None:
+    """Raise unless a folder without a plan holds receipts of this very plan: then only the plan was lost."""
+    own = 0
+    for path in sorted((root / LEDGER_FOLDER).glob("*.json")):
+        try:
+            raw = safe_read(root, f"{LEDGER_FOLDER}/{path.name}", max_bytes=MAX_DOCUMENT_BYTES)
+            found = parse_receipt(raw, what=str(path))
+        except ManifestError:
+            continue  # damaged: `repair` drops it, once there is a plan again
+        if found.plan_sha256 != plan.digest:
+            own = 0
+            break
+        own += 1
+    if not own:
+        raise StoreExistsError(f"{root} holds files that are not a store of this job: choose another path, or empty it")
+
+
+def _check_same_plan(root: Path, existing: Manifest, plan: Manifest) -> None:
+    if existing.digest == plan.digest:
+        return
+    old, new = existing.to_json(), plan.to_json()
+    differs = sorted(key for key in old | new if old.get(key) != new.get(key))
+    raise StoreExistsError(
+        f"{root} holds a store made from another job (they differ in {', '.join(differs)}): choose another path, or "
+        "delete it first",
+        differs=differs,
+    )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from softlabels.store.files import make_folder, purge, write_atomically
+from softlabels.atomic_files import make_folder, purge, write_atomically
 
 
 class TestWriteAtomically:

@@ -1,8 +1,8 @@
-"""How rows are gathered: shard files mapped into one run of virtual addresses, so that one NumPy index reads them all.
+"""Memory-mapped arrays: shard files in one run of virtual addresses, so that one NumPy index gathers from all of them.
 
-Addresses for all shards are reserved at once, which costs no memory; a shard's file is mapped into its place when a
-row of it is first asked for. A row's address is then arithmetic, and a batch over any number of shards is one gather
-without a second copy: 20,000 batches a second of 256 × 2,000 B where `memmap[ids]` makes 16,000.
+Addresses for all shards are reserved at once, which costs no memory; a shard's file is mapped when a row of it is first
+read. A row's address is then arithmetic, and a batch over any number of shards is one gather without a second copy:
+20,000 batches a second of 256 × 2,000 B where `memmap[ids]` makes 16,000.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import ManifestError, TruncatedError
-from softlabels.store.confined import open_confined
-from softlabels.store.geometry import CHECKSUM_BYTES, Part
+from softlabels.store.chunks import CHECKSUM_BYTES, Part
+from softlabels.store.safe_open import safe_open
 
 MAX_RESERVED_BYTES = 1 << 45
 """x86-64 and arm64 give a process 2^47 bytes of addresses; a quarter for one array leaves room for others."""
 
 ALIGNMENT_BYTES = 2 << 20
-"""Where the kernel keeps a file in huge pages, it maps them as such if file and addresses are aligned alike: a random
-row then misses one entry of the processor's address cache and not four."""
+"""Size of a huge page. Where the kernel keeps a file in huge pages, it maps them as such only if offset in the file and
+address are aligned alike; a random row then misses one level of the processor's address cache (TLB) and not four."""
 
-SUMMED_ROW_BYTES, MOST_SUMMED_ROWS = 256, 1 << 25
-"""Rows of this size and more, and no more of them than this, have their sums kept: 8 bytes each, 256 MiB at most."""
+MIN_SUMMED_ROW_BYTES, MAX_SUMMED_ROWS = 256, 1 << 25
+"""Sums are kept for rows of at least this size, and at most this many of them: 8 bytes each, 256 MiB in all."""
 
 _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
@@ -37,6 +37,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 def _libc() -> ctypes.CDLL:
+    # Python's mmap module can neither reserve addresses nor map at a given one.
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
@@ -48,18 +49,19 @@ class AddressSpace:
     """A reserved run of addresses that files are mapped into, read-only.
 
     Args:
-        slots: how many files will be mapped.
-        slot_bytes: room for each; rounded up to whole pages.
+        slots: number of files that will be mapped.
+        slot_bytes: room for each; rounded up to the alignment.
     Raises:
-        MemoryError: the operating system gives no such run (a limit on address space).
+        MemoryError: the operating system grants no such run (a limit on address space).
     """
 
     def __init__(self, *, slots: int, slot_bytes: int) -> None:
         self._libc = _libc()
         self.pitch = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        # What stands before the first slot stays empty: no file's bytes begin at zero, which so means "not there".
+        # The addresses before the first slot stay empty: no file begins at 0, so that 0 can mean "not mapped".
         self.size_bytes = ALIGNMENT_BYTES + self.pitch * slots
         self._reserved_bytes = self.size_bytes + ALIGNMENT_BYTES
+        # Inaccessible and without swap space: only the addresses are taken.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         reserved = self._libc.mmap(None, self._reserved_bytes, _PROT_NONE, flags, -1, 0)
         if reserved == _FAILED:
@@ -67,7 +69,7 @@ class AddressSpace:
         self._reserved: int | None = reserved
         self._address = -(-reserved // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         buffer = (ctypes.c_char * self.size_bytes).from_address(self._address)
-        # Whoever views these addresses keeps the space, and so the mapping, alive.
+        # Every view of these addresses keeps this object, and so the mapping, alive.
         buffer._softlabels_space = self  # type: ignore[attr-defined]
         self.buffer = memoryview(buffer).cast("B").toreadonly()
 
@@ -75,16 +77,17 @@ class AddressSpace:
         """Map `length` bytes of a file of the store at `root`, from `offset` on. Mapping it again changes nothing.
 
         Returns:
-            Where those bytes begin, relative to the start of the whole run.
+            Position of those bytes, relative to the start of the whole run.
         Raises:
-            TruncatedError: the file is shorter than that or missing. ManifestError: it is no plain file.
+            TruncatedError: the file is missing or too short. ManifestError: it is not a plain file.
         """
+        # A multiple of the huge page's size: both ends of a mapping must be aligned alike, see ALIGNMENT_BYTES.
         first = offset - offset % ALIGNMENT_BYTES
         path = root / inside
         try:
-            descriptor = open_confined(root, inside)
+            descriptor = safe_open(root, inside)
         except FileNotFoundError as error:
-            raise TruncatedError(f"{path} is gone though the ledger has it: run `softlabels repair`") from error
+            raise TruncatedError(f"{path} is missing though its shard is committed: run `softlabels repair`") from error
         try:
             size = os.fstat(descriptor).st_size
             # Reading past the end of a mapped file kills the process (SIGBUS), so the size is checked first.
@@ -93,10 +96,10 @@ class AddressSpace:
                     f"{path} has {size} bytes where {offset + length} are needed: run `softlabels repair`"
                 )
             assert self._reserved is not None
-            assert offset + length - first <= self.pitch
-            place = ALIGNMENT_BYTES + slot * self.pitch
+            assert offset + length - first <= self.pitch, "MAP_FIXED would replace the next slot's mapping"
+            begin = ALIGNMENT_BYTES + slot * self.pitch
             address = self._libc.mmap(
-                self._address + place,
+                self._address + begin,
                 offset + length - first,
                 mmap.PROT_READ,
                 mmap.MAP_SHARED | _MAP_FIXED,
@@ -107,7 +110,7 @@ class AddressSpace:
                 raise OSError(ctypes.get_errno(), f"mapping {path}: {os.strerror(ctypes.get_errno())}")
         finally:
             os.close(descriptor)
-        return place + offset - first
+        return begin + offset - first
 
     def __del__(self) -> None:
         if getattr(self, "_reserved", None) is not None:
@@ -118,12 +121,12 @@ class AddressSpace:
 class MappedArray:
     """One array of a store across all its shards.
 
-    Rows are gathered only from chunks that were admitted: mapped, and found to be what was written.
+    Rows are gathered only from verified chunks: mapped, and found to be what was written.
 
     Args:
-        row_shape, dtype: of one row.
-        shards: how many there are.
-        rows_per_shard, rows_per_chunk: how rows are cut.
+        dtype, row_shape: dtype and shape of one row.
+        shards: number of shards.
+        rows_per_shard, rows_per_chunk: rows of each.
     """
 
     def __init__(
@@ -138,7 +141,7 @@ class MappedArray:
             raise ManifestError(f"{shards} shards of {shard_bytes} bytes are more than a process can address")
         try:
             self._space = AddressSpace(slots=shards, slot_bytes=shard_bytes)
-            # Both begin as zeros, which take no memory until they are written; no chunk's address is zero.
+            # Zeros take no memory until they are written; a chunk's address is never zero.
             self._begin = np.zeros(shards, dtype=np.int64)
             self._base = np.zeros(shards * self._chunks_per_shard, dtype=np.int64)
         except MemoryError as error:
@@ -146,52 +149,54 @@ class MappedArray:
                 f"{shards} shards of {shard_bytes} bytes in {self._chunks_per_shard} chunks each are more than this "
                 f"process may address ({error}): see `ulimit -v`, or give shards larger chunks"
             ) from error
-        summed = self._row_bytes % 8 == 0 and self._row_bytes >= SUMMED_ROW_BYTES
+        summed = self._row_bytes % 8 == 0 and self._row_bytes >= MIN_SUMMED_ROW_BYTES
         rows = shards * rows_per_shard
-        self._sums = np.zeros(rows, dtype=np.uint64) if summed and rows <= MOST_SUMMED_ROWS else None
+        self._sums = np.zeros(rows, dtype=np.uint64) if summed and rows <= MAX_SUMMED_ROWS else None
         self._items = _items(self._space, self._row_bytes)
         self._parts: dict[int, Part] = {}
 
     def is_mapped(self, shard: int) -> bool:
-        """Whether this shard's file has its place already."""
+        """Return whether this shard's file is mapped."""
         return bool(self._begin[shard])
 
     def map(self, shard: int, part: Part, root: Path) -> None:
-        """Give a shard's file its place."""
+        """Map a shard's file."""
         length = part.stride * -(-part.rows // self._rows_per_chunk)
-        # Two threads may do this at once, to the same end. A lock, held while another thread forks, would stay locked.
+        # Two threads may do this at once, with the same result. A lock that is held while another thread forks would
+        # stay locked in the child.
         self._parts[shard] = part
         self._begin[shard] = self._space.map(shard, root, part.path, offset=part.offset, length=length)
 
     def checksum(self, shard: int, chunk: int) -> bytes:
-        """What a chunk of a mapped shard must end with; `chunk` counts within the shard."""
+        """Return what a chunk of a mapped shard must end with; `chunk` counts within the shard."""
         return self._parts[shard].checksum(chunk)
 
-    def admit(self, chunk: int) -> None:
-        """Let rows of a chunk, counted through the whole store, be gathered from now on; its shard is mapped."""
+    def mark_verified(self, chunk: int) -> None:
+        """Allow rows of a chunk, counted through the whole store, to be gathered; its shard is mapped."""
         shard, local = divmod(chunk, self._chunks_per_shard)
-        # Less the bytes of all rows before the chunk, so that an address is `base[chunk] + row * row_bytes`.
+        # Less the bytes of all rows before the chunk, so that a row's address is `base[chunk] + row * row_bytes`.
         before = chunk * self._rows_per_chunk * self._row_bytes
         base = int(self._begin[shard]) + local * self._stride - before
         if self._sums is not None:
-            # Of the bytes that were just found to be what was written: what is sent later must still add up to them.
+            # Sums of the bytes that were verified just now: what is sent later must still add up to them.
             words = self._chunk_rows(base, chunk).reshape(self._rows_per_chunk, -1).view("<u8")
             first = chunk * self._rows_per_chunk
             self._sums[first : first + self._rows_per_chunk] = words.sum(axis=1, dtype=np.uint64)
+        # Last, since another thread gathers from the chunk as soon as its base is set.
         self._base[chunk] = base
 
-    def unadmitted(self, rows_B: NDArray[np.int64]) -> list[int]:
-        """The chunks that these rows lie in and that were not admitted yet, in order, each once."""
+    def unverified(self, rows_B: NDArray[np.int64]) -> list[int]:
+        """Return the chunks of these rows that are not verified yet, in order, each once."""
         chunks = np.unique(rows_B // self._rows_per_chunk)
         return [int(chunk) for chunk in chunks[self._base[chunks] == 0]]
 
     def gather(self, rows_B: NDArray[np.int64]) -> NDArray[Any] | None:
-        """Copy rows out, in the order asked.
+        """Copy rows, in the order asked.
 
         Args:
             rows_B: row numbers of the store, none below zero.
         Returns:
-            [B, *row_shape]; None when one of the rows lies in a chunk that was not admitted.
+            [B, *row_shape]; None when one of the rows is in a chunk that is not verified.
         """
         address_B = self._base.take(rows_B // self._rows_per_chunk)
         if not address_B.all():
@@ -200,22 +205,12 @@ class MappedArray:
         return self._items[address_B].view(self.dtype).reshape(len(rows_B), *self.row_shape)
 
     def chunk(self, shard: int, chunk: int) -> NDArray[np.uint8]:
-        """A chunk's bytes with its checksum, uint8 [stride], a read-only view; `chunk` counts within the shard."""
+        """Return a chunk with its checksum, uint8 [stride], a read-only view; `chunk` counts within the shard."""
         begin = int(self._begin[shard]) + chunk * self._stride
         return np.frombuffer(self._space.buffer[begin : begin + self._stride], dtype=np.uint8)
 
-    def run(self, chunk: int) -> NDArray[Any] | None:
-        """The rows of one chunk, [rows_per_chunk, *row_shape], a read-only view; None where it was not admitted."""
-        base = int(self._base[chunk])
-        if not base:
-            return None
-        return self._chunk_rows(base, chunk)
-
     def word_sum(self, rows_B: NDArray[np.int64]) -> int | None:
-        """The sum of these rows' 64-bit words as they were when their chunks were admitted; None where none is kept.
-
-        To be asked for rows that were gathered.
-        """
+        """Return the sum of gathered rows' 64-bit words, as they were when verified; None where sums are not kept."""
         return None if self._sums is None else int(self._sums.take(rows_B).sum(dtype=np.uint64))
 
     def _chunk_rows(self, base: int, chunk: int) -> NDArray[Any]:
@@ -225,6 +220,6 @@ class MappedArray:
 
 
 def _items(space: AddressSpace, row_bytes: int) -> NDArray[Any]:
-    """A row-sized item at every byte address: overlapping on purpose, so that an address is an index."""
+    """Return a row-sized item at every byte address: overlapping on purpose, so that an address is an index."""
     count = space.size_bytes - row_bytes + 1
     return np.ndarray(shape=(count,), dtype=np.dtype((np.void, row_bytes)), buffer=space.buffer, strides=(1,))

@@ -43,7 +43,7 @@ class TestBegin:
     def test_tables_must_be_those_of_the_plan(self, source: Any, tmp_path: Path) -> None:
         """A plan that names files is not begun without their contents."""
         with pytest.raises(ManifestError):
-            StoreWriter.begin(tmp_path, source.plan(), {"index/offsets.npy": b"?"})
+            StoreWriter.create_with_files(tmp_path, source.plan(), {"index/offsets.npy": b"?"})
 
 
 class TestLostPlan:

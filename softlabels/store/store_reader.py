@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
 from softlabels.encodings import Encoding
 from softlabels.epochs import EpochRows
 from softlabels.errors import (
@@ -18,22 +16,14 @@ from softlabels.errors import (
     RequestError,
     RowsNotCommittedError,
     UnknownFieldError,
-    UnknownStoreError,
 )
 from softlabels.ids import IdArray, from_fixed_bytes
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, Manifest
 from softlabels.order import EpochConfig
-from softlabels.store.arrays import StoreArrays
-from softlabels.store.confined import read_confined
-from softlabels.store.constants import load_encoding
-from softlabels.store.geometry import chunks_in
-from softlabels.store.index import make_index
-from softlabels.store.sequences import SequenceIndex
-
-MANIFEST = "manifest.json"
-PLAN = "plan.json"
-JOB = "job.json"
-"""The job that a store was begun with, beside its plan: what `softlabels resume STORE` goes on from."""
+from softlabels.store.array_reader import ArrayReader
+from softlabels.store.encoding_files import load_encoding
+from softlabels.store.sample_index import SequenceIndex, make_index
+from softlabels.store.store_documents import load_manifest, plan_digest, store_digest
 
 
 class LocalRows:
@@ -53,7 +43,7 @@ class LocalRows:
         self._manifest = load_manifest(self._root) if manifest is None else manifest
         self._index = make_index(self._root, self._manifest) if self._manifest.finished else None
         self._sequences = SequenceIndex(self._root, self._manifest)
-        self._arrays = StoreArrays(self._root, self._manifest, plan_sha256=plan_digest(self._manifest))
+        self._arrays = ArrayReader(self._root, self._manifest, plan_sha256=plan_digest(self._manifest))
         self._digest = store_digest(self._manifest)
         self._encoding: Encoding | None = None
 
@@ -192,25 +182,6 @@ class LocalRows:
             ids: Any = arrays[IDS]
             yield EpochRows(ids=ids, arrays=arrays, repeated=step.repeated, cursor_after=step.cursor_after)
 
-    def scan(self, fields: tuple[str, ...], *, start: int = 0) -> Iterator[tuple[range, dict[str, NDArray[Any]]]]:
-        """Every row in the store's order, a chunk at a time: the fastest way through all of it.
-
-        Args:
-            fields: arrays of the store; string ids come as the bytes that are kept.
-            start: the first row.
-        Yields:
-            The rows' numbers, and one read-only array a field, [rows of the chunk, …]: views of the mapped files, not
-            copies, unless the store is compressed.
-        Raises:
-            UnknownFieldError, RowsNotCommittedError, ChecksumError, TruncatedError, ManifestError.
-        """
-        self._refuse_unknown(fields)
-        size = self._manifest.shards.rows_per_chunk
-        for chunk in range(start // size, chunks_in(self._manifest.rows, size)):
-            first, last = max(start, chunk * size), min((chunk + 1) * size, self._manifest.rows)
-            skipped = first - chunk * size
-            yield range(first, last), {field: self._arrays.run(field, chunk)[skipped:] for field in fields}
-
     def _refuse_unknown(self, fields: tuple[str, ...]) -> None:
         for field in fields:
             if field not in self._manifest.arrays:
@@ -229,33 +200,6 @@ class LocalRows:
             raise ManifestError(
                 f"the id index of {self._manifest.name!r} leads to other samples' rows: run `softlabels repair`"
             )
-
-
-def load_manifest(root: Path) -> Manifest:
-    """The manifest of a finished store, else its plan.
-
-    Raises:
-        UnknownStoreError: neither is there. ManifestError, FormatVersionError.
-    """
-    for name in (MANIFEST, PLAN):
-        try:
-            raw = read_confined(root, name, most_bytes=MAX_DOCUMENT_BYTES)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        return Manifest.from_json(open_sealed(raw, what=str(root / name)))
-    raise UnknownStoreError(f"there is no store at {root}: it has neither {MANIFEST} nor {PLAN}", where=str(root))
-
-
-def plan_digest(manifest: Manifest) -> str:
-    """The digest of the plan that a manifest came from; of a plan, its own."""
-    return manifest.plan_sha256 or manifest.digest
-
-
-def store_digest(manifest: Manifest) -> str:
-    """What names this version of the store to caches and clients."""
-    if manifest.finished:
-        return manifest.digest
-    return hashlib.sha256(b"unfinished" + bytes.fromhex(manifest.digest)).hexdigest()
 
 
 def checked_views(views: NDArray[np.int64] | None, count: int, manifest: Manifest) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""How is a store's file opened so that nothing outside the store is ever read? Segment by segment, links refused."""
+"""Safe opening of a store's files: symbolic links are refused, so that nothing outside the store is ever read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from softlabels.errors import ManifestError
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-# A named pipe would hold its opener until somebody writes; as no regular file it is refused once it is open.
+# Opening a named pipe would block until somebody writes to it; as it is no regular file, it is refused once open.
 _FILE = _FLAGS | os.O_NONBLOCK
 _FOLDER = _FLAGS | os.O_DIRECTORY
 
@@ -24,63 +24,64 @@ _UNREADABLE = (
     *(FileNotFoundError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError),
     *(zipfile.BadZipFile, tokenize.TokenError),
 )
-"""What NumPy raises of a `.npy` file with flipped bits: it parses the header as Python."""
+"""What NumPy raises for a `.npy` file with flipped bits: it parses the header as Python."""
 
 
-def open_confined(root: Path, path: str) -> int:
-    """Open a regular file of the store at `root` for reading; the store's own folder may be a link, nothing in it.
+def safe_open(root: Path, path: str) -> int:
+    """Open a regular file of the store at `root` for reading. The store's own folder may be a link, nothing inside it.
 
     Args:
         path: relative to the store, with `/` between segments.
     Returns:
-        A file descriptor, the caller's to close.
+        A file descriptor that the caller closes.
     Raises:
         FileNotFoundError: there is no such file.
-        ManifestError: it is, or lies behind, a symbolic link, or it is no regular file.
+        ManifestError: it is, or lies behind, a symbolic link, or it is not a regular file.
         OSError: as the operating system reports it.
     """
     *folders, name = path.split("/")
     here = os.open(root, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     try:
+        # O_NOFOLLOW looks at the last segment only, so each folder is opened by itself, relative to the one before.
         for folder in folders:
             inner = os.open(folder, _FOLDER, dir_fd=here)
             os.close(here)
             here = inner
         descriptor = os.open(name, _FILE, dir_fd=here)
     except OSError as error:
-        # A link is ELOOP, where a folder must stand ENOTDIR; a socket is ENXIO.
+        # ELOOP: a link. ENOTDIR: a link, or a file, where a folder must be. ENXIO: a socket.
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
-            raise _no_plain_file(root, path) from error
+            raise _not_plain(root, path) from error
         raise
     finally:
         os.close(here)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise _no_plain_file(root, path)
+        raise _not_plain(root, path)
     return descriptor
 
 
-def read_confined(root: Path, path: str, *, most_bytes: int) -> bytes:
-    """The contents of a file of the store, at most so many bytes.
+def safe_read(root: Path, path: str, *, max_bytes: int) -> bytes:
+    """Return the contents of a file of the store.
 
     Raises:
-        ManifestError: larger, or as `open_confined` finds it. FileNotFoundError, OSError.
+        ManifestError: it has more than `max_bytes`, or as `safe_open` raises. FileNotFoundError, OSError.
     """
-    with os.fdopen(open_confined(root, path), "rb") as file:
+    with os.fdopen(safe_open(root, path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size > most_bytes:
-            raise ManifestError(f"{root / path} has {size} bytes, more than the {most_bytes} that any real one needs")
+        if size > max_bytes:
+            raise ManifestError(f"{root / path} has {size} bytes, more than the {max_bytes} that any real one needs")
         return file.read(size)
 
 
-def map_confined(root: Path, path: str) -> NDArray[Any]:
-    """An array in a `.npy` file of the store, mapped.
+def safe_load_npy(root: Path, path: str) -> NDArray[Any]:
+    """Return the array in a `.npy` file of the store, memory-mapped.
 
     Raises:
-        ManifestError: missing, damaged, no plain array, or as `open_confined` finds it. OSError.
+        ManifestError: missing, damaged, not a plain array, or as `safe_open` raises. OSError.
     """
     try:
-        os.close(open_confined(root, path))
+        os.close(safe_open(root, path))
         loaded = np.load(root / path, mmap_mode="r", allow_pickle=False)
     except _UNREADABLE as error:
         raise ManifestError(f"{root / path} cannot be read ({error}): run `softlabels repair`") from error
@@ -90,7 +91,7 @@ def map_confined(root: Path, path: str) -> NDArray[Any]:
     return loaded
 
 
-def _no_plain_file(root: Path, path: str) -> ManifestError:
+def _not_plain(root: Path, path: str) -> ManifestError:
     return ManifestError(
         f"{root / path} is not a plain file inside the store: links could lead anywhere on this machine, so they are "
         "not followed; copy what they point to (`cp -rL`), and delete the store if you did not make it"

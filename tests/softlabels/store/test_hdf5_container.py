@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softlabels.store.fletcher import fletcher32
+from softlabels.store.hdf5_container import fletcher32
 
 
 def by_the_letter(data: bytes) -> int:

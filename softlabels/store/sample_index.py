@@ -1,0 +1,295 @@
+"""Sample index: from sample ids to positions in the transfer set, and from positions to the rows of sequences.
+
+Dense ids (start, start + 1, ...) are arithmetic; others are a binary search in sorted ids, memory-mapped. Sequence
+stores keep ids and fingerprints once per sample, in files beside the shards: at 96 bytes a position of a language
+model, once per row would cost a quarter of the store.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.atomic_files import sha256_of, write_atomically
+from softlabels.errors import BadIdsError, ManifestError, RequestError, ShapeMismatchError, UnknownIdError
+from softlabels.ids import IdArray, id_kind, utf8
+from softlabels.manifest import Manifest
+from softlabels.store.safe_open import safe_load_npy
+from softlabels.transfer_set import FINGERPRINT_BYTES, FingerprintSum
+
+SORTED_IDS = "index/sorted_ids.npy"
+POSITIONS = "index/positions.npy"
+SEQUENCE_OFFSETS = "index/offsets.npy"
+SEQUENCE_FINGERPRINTS = "index/fingerprints.npy"
+
+_MAX_SHOWN_IDS = 5
+"""Unknown ids that an error message lists."""
+
+
+class DenseIdIndex:
+    """Index of ids `start`, `start + 1`, ...: the position is a subtraction."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        assert manifest.ids.dense_start is not None
+        self._start, self._samples, self._name = manifest.ids.dense_start, manifest.samples, manifest.name
+
+    def positions(self, ids: IdArray) -> NDArray[np.int64]:
+        """Return the position of each sample in the transfer set, [B].
+
+        Raises:
+            UnknownIdError, BadIdsError.
+        """
+        _check_kind(ids, "int", self._name)
+        positions = ids.astype(np.int64, copy=False) - self._start
+        if len(positions) and _largest(positions) >= self._samples:
+            outside = (positions < 0) | (positions >= self._samples)
+            last = self._start + self._samples - 1
+            raise _unknown(ids[outside], self._name, f"its ids run from {self._start} to {last}")
+        return positions
+
+    def ids_at(self, positions: NDArray[np.int64]) -> IdArray:
+        """Return the ids of the samples at these positions."""
+        return positions + self._start
+
+
+class SortedIdIndex:
+    """Index of arbitrary ids: sorted ids and their positions, both memory-mapped.
+
+    Raises:
+        ManifestError: its files are missing, damaged or of another store.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self._root, self._manifest = root, manifest
+        self._sorted = safe_load_npy(root, SORTED_IDS)
+        self._positions = safe_load_npy(root, POSITIONS)
+        if self._sorted.shape != (manifest.samples,) or self._positions.shape != (manifest.samples,):
+            raise ManifestError(
+                f"the id index of {root} does not have {manifest.samples} entries: run `softlabels repair`"
+            )
+        as_ids = self._sorted.dtype.kind == "S" if manifest.ids.kind == "str" else self._sorted.dtype.str == "<i8"
+        if not as_ids or self._positions.dtype.str != "<i8":
+            raise ManifestError(f"the id index of {root} does not hold ids and positions: run `softlabels repair`")
+        # Rows that carry their own id show whether the index led to the right ones. Those of sequences carry none, so
+        # there the index itself is verified before its first use, at the cost of reading it once.
+        self._verified = "ids" in manifest.arrays
+        self._slots: NDArray[np.int64] | None = None
+
+    def positions(self, ids: IdArray) -> NDArray[np.int64]:
+        """Return the position of each sample in the transfer set, [B].
+
+        Raises:
+            UnknownIdError, BadIdsError, ManifestError.
+        """
+        _check_kind(ids, self._manifest.ids.kind, self._manifest.name)
+        if not self._verified:
+            self._verify()
+            self._verified = True
+        wanted: NDArray[Any] = ids if id_kind(ids) == "int" else utf8(ids)
+        slot = np.searchsorted(self._sorted, wanted)
+        found = self._sorted[np.minimum(slot, len(self._sorted) - 1)] == wanted
+        if not found.all():
+            # A flipped bit in the index hides samples, so the index is verified before an id is called unknown.
+            self._verify()
+            raise _unknown(ids[~found], self._manifest.name, f"it holds {self._manifest.samples} samples")
+        positions = self._positions[slot].astype(np.int64, copy=False)
+        if len(positions) and _largest(positions) >= self._manifest.samples:
+            raise ManifestError(f"{self._root / POSITIONS} points outside the store: run `softlabels repair`")
+        return positions
+
+    def ids_at(self, positions: NDArray[np.int64]) -> IdArray:
+        """Return the ids of the samples at these positions; the first call takes 8 bytes of memory per sample."""
+        if self._slots is None:
+            self._slots = np.argsort(self._positions, kind="stable")
+        found = self._sorted[self._slots[positions]]
+        return np.char.decode(found, "utf-8") if found.dtype.kind == "S" else found
+
+    def is_strictly_ascending(self) -> bool:
+        """Return whether every id is larger than the one before, so that none is repeated."""
+        step = 1 << 20
+        starts = range(0, len(self._sorted) - 1, step)
+        return all(bool((s[1:] > s[:-1]).all()) for s in (self._sorted[start : start + step + 1] for start in starts))
+
+    def _verify(self) -> None:
+        for path in (SORTED_IDS, POSITIONS):
+            if sha256_of(self._root / path) != self._manifest.metadata_sha256.get(path):
+                raise ManifestError(f"{self._root / path} is damaged: run `softlabels repair`")
+
+
+def make_index(root: Path, manifest: Manifest) -> DenseIdIndex | SortedIdIndex:
+    """Return the index for the ids of a store."""
+    return DenseIdIndex(manifest) if manifest.ids.dense_start is not None else SortedIdIndex(root, manifest)
+
+
+def write_index(root: Path, ids: IdArray) -> dict[str, str]:
+    """Write the sorted index of these ids; return the SHA-256 of its files by path.
+
+    Raises:
+        BadIdsError: an id is repeated.
+    """
+    return {path: write_atomically(root / path, [contents])[1] for path, contents in index_files(ids).items()}
+
+
+def index_files(ids: IdArray) -> dict[str, bytes]:
+    """Return the files of a sorted index, by path.
+
+    Args:
+        ids: [samples], in the order of the store; held in memory whole, 8 bytes a sample (strings: their width).
+    Raises:
+        BadIdsError: an id is repeated.
+    """
+    keys: NDArray[Any] = ids if id_kind(ids) == "int" else utf8(ids)
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    repeated = ordered[1:] == ordered[:-1]
+    if repeated.any():
+        example = ids[order[1:][repeated][0]]
+        raise BadIdsError(f"{int(repeated.sum())} sample ids are repeated in the transfer set, for example {example!r}")
+    return {SORTED_IDS: npy_bytes(ordered), POSITIONS: npy_bytes(order.astype("<i8"))}
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """Return an array as the contents of a `.npy` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleTable:
+    """The samples of a sequence store, known before anything is computed.
+
+    Attributes:
+        ids: [samples], unique.
+        lengths: [samples] rows of each, at least 0.
+        fingerprints: [samples, 16] fingerprints of their contents.
+        dense: whether ids count up by one, so that they need no index.
+    """
+
+    ids: IdArray
+    lengths: NDArray[np.int64]
+    fingerprints: NDArray[np.uint8]
+    dense: bool
+
+    def __post_init__(self) -> None:
+        count = len(self.ids)
+        if self.lengths.shape != (count,) or self.fingerprints.shape != (count, FINGERPRINT_BYTES):
+            raise ShapeMismatchError(
+                f"{count} ids, lengths {self.lengths.shape} and fingerprints {self.fingerprints.shape} do not describe "
+                "the same samples"
+            )
+        if count and int(self.lengths.min()) < 0:
+            raise BadIdsError("the length of a sample is negative: it needs at least 0 rows")
+
+    @property
+    def rows(self) -> int:
+        """Rows of all samples together."""
+        return int(self.lengths.sum())
+
+    def fingerprint(self) -> str:
+        """Return the transfer set's fingerprint."""
+        total = FingerprintSum()
+        total.add(self.ids, self.fingerprints)
+        return total.hexdigest()
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files that hold this table, by path.
+
+        Raises:
+            BadIdsError: an id is repeated.
+        """
+        offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
+        files = {SEQUENCE_OFFSETS: npy_bytes(offsets), SEQUENCE_FINGERPRINTS: npy_bytes(self.fingerprints)}
+        return files if self.dense else files | index_files(self.ids)
+
+
+class SequenceIndex:
+    """Row offsets and fingerprints of a sequence store, by sample position; each file is verified before first use."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self._root, self._manifest = root, manifest
+        self._loaded: dict[str, NDArray[Any]] = {}
+
+    def rows(
+        self, positions_B: NDArray[np.int64], spans_B2: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the row numbers of ranges of samples.
+
+        Args:
+            positions_B: positions of the samples.
+            spans_B2: [B, 2] first row and the one after the last, within the sample; None for whole samples.
+        Returns:
+            Row numbers of all ranges joined, and [B + 1] offsets of the ranges among them.
+        Raises:
+            RequestError: a range outside its sample. ManifestError: the offsets are damaged.
+        """
+        offsets = self._file(SEQUENCE_OFFSETS, (self._manifest.samples + 1,), "<i8")
+        begin, end = offsets[positions_B], offsets[positions_B + 1]
+        if spans_B2 is not None:
+            outside = (spans_B2[:, 0] < 0) | (spans_B2[:, 1] < spans_B2[:, 0]) | (spans_B2[:, 1] > end - begin)
+            if outside.any():
+                worst = int(np.flatnonzero(outside)[0])
+                raise RequestError(
+                    f"range {spans_B2[worst].tolist()} is outside its sample, which has {int((end - begin)[worst])} "
+                    "rows",
+                    row=worst,
+                )
+            begin, end = begin + spans_B2[:, 0], begin + spans_B2[:, 1]
+        if len(begin) and (begin.min() < 0 or (end < begin).any() or end.max() > self._manifest.rows):
+            raise ManifestError(f"{self._root / SEQUENCE_OFFSETS} points outside the store: run `softlabels repair`")
+        lengths = end - begin
+        joined = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        within = np.arange(joined[-1]) - np.repeat(joined[:-1], lengths)
+        return np.repeat(begin, lengths) + within, joined
+
+    def lengths(self, positions_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many rows these samples have, [B]."""
+        offsets = self._file(SEQUENCE_OFFSETS, (self._manifest.samples + 1,), "<i8")
+        found: NDArray[np.int64] = offsets[positions_B + 1] - offsets[positions_B]
+        return found
+
+    def fingerprints(self, positions_B: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the content fingerprints of these samples, [B, 16]."""
+        shape = (self._manifest.samples, FINGERPRINT_BYTES)
+        found: NDArray[np.uint8] = self._file(SEQUENCE_FINGERPRINTS, shape, "|u1")[positions_B]
+        return found
+
+    def _file(self, path: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        # No lock: two threads may both verify the file, with the same result; a lock held during a fork would stay
+        # locked in the child.
+        loaded = self._loaded.get(path)
+        return self._loaded.setdefault(path, self._verified(path, shape, dtype)) if loaded is None else loaded
+
+    def _verified(self, path: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        loaded = safe_load_npy(self._root, path)
+        if sha256_of(self._root / path) != self._manifest.metadata_sha256.get(path):
+            raise ManifestError(f"{self._root / path} is not what was written: a changed offset would be a wrong row")
+        if loaded.shape != shape or loaded.dtype.str != dtype:
+            raise ManifestError(
+                f"{self._root / path} is {loaded.dtype}{loaded.shape}, the manifest says {dtype}{shape}"
+            )
+        return loaded
+
+
+def _largest(positions: NDArray[np.int64]) -> int:
+    # As unsigned, a negative position is the largest of all: one pass finds what is outside on either side.
+    return int(positions.view(np.uint64).max())
+
+
+def _check_kind(ids: IdArray, kind: str, name: str) -> None:
+    if id_kind(ids) != kind:
+        words = {"int": "integers", "str": "strings"}
+        raise BadIdsError(f"sample ids of {name!r} are {words[kind]}, not {words[id_kind(ids)]}")
+
+
+def _unknown(missing: NDArray[Any], name: str, hint: str) -> UnknownIdError:
+    shown = missing[:_MAX_SHOWN_IDS].tolist()
+    more = f" and {len(missing) - _MAX_SHOWN_IDS} more" if len(missing) > _MAX_SHOWN_IDS else ""
+    return UnknownIdError(
+        f"{name!r} holds no sample {', '.join(map(repr, shown))}{more}; {hint}", ids=shown, missing=len(missing)
+    )
