@@ -1,1 +1,1 @@
-"""Which data sets come with a loader? MNIST, and scikit-learn's small digits for where it cannot be had."""
+"""Data sets with a loader: MNIST, and scikit-learn's small digits for machines where it is not available."""

@@ -1,4 +1,4 @@
-"""What stands in for MNIST where it cannot be had? The 1,797 digits of 8 × 8 pixels that come with scikit-learn.
+"""scikit-learn's 1,797 digits of 8 × 8 pixels, a substitute for MNIST where that is not available.
 
 They show that every part works; their error counts say nothing about MNIST or the paper.
 Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998 (its test part).
@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from softlabels.errors import DataUnavailableError, MissingExtraError
+from softlabels.errors import DataUnavailableError
+from softlabels.extras import needs_extra
 from softlabels.transfer_set import ArrayTransferSet
 
 NOTICE = (
@@ -20,16 +21,16 @@ NOTICE = (
 TRAIN_SHARE = 0.8
 SPLIT_SEED = 0
 INK_LEVELS = 16
-"""Pixels count the dark dots in a 4 × 4 block: 0 to 16."""
+"""A pixel counts the dark dots of a 4 × 4 block, 0 to 16."""
 
 
 def load_digits(*, split: Literal["train", "test"] = "train") -> ArrayTransferSet:
-    """One split of the small stand-in, in the shape of `load_mnist`.
+    """Return one split of the digits, in the form of `load_mnist`.
 
     Args:
         split: "train" (1,438 samples) or "test" (359), by a shuffle with a fixed seed.
     Returns:
-        inputs uint8 [N, 8, 8] with ink from 0 to 255, labels 0 … 9, ids the positions in scikit-learn's own order;
+        inputs uint8 [N, 8, 8] with ink from 0 to 255, labels 0 … 9, ids the positions in scikit-learn's order;
         named "digits" or "digits-test".
     Raises:
         MissingExtraError: scikit-learn is not installed.
@@ -37,12 +38,8 @@ def load_digits(*, split: Literal["train", "test"] = "train") -> ArrayTransferSe
     """
     if split not in ("train", "test"):
         raise DataUnavailableError(f"the digits have the splits 'train' and 'test', not {split!r}")
-    try:
+    with needs_extra("demo", "loading the digits that come with scikit-learn"):
         from sklearn import datasets
-    except ImportError as error:
-        raise MissingExtraError(
-            "the stand-in digits come with scikit-learn, which is not installed: pip install 'softlabels[demo]'"
-        ) from error
     ink, labels = datasets.load_digits(return_X_y=True)
     inputs = np.round(np.reshape(ink, (-1, 8, 8)) * (255 / INK_LEVELS)).astype(np.uint8)
     order = np.random.Generator(np.random.PCG64(SPLIT_SEED)).permutation(len(inputs))

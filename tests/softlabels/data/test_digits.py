@@ -1,4 +1,4 @@
-"""The stand-in digits: small, bundled, in the shape of MNIST."""
+"""The digits of scikit-learn: small, bundled, in the form of MNIST."""
 
 from __future__ import annotations
 
