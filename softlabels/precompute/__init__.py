@@ -1,18 +1,12 @@
-"""Running teachers once: jobs, teachers, shards, and the run that turns them into a store."""
+"""Precompute: run teachers once over a transfer set and write their targets to a store."""
 
 from __future__ import annotations
 
-from softlabels.errors import MissingExtraError
+from softlabels.extras import needs_extra
 
-try:
+with needs_extra("precompute", "running teachers"):
     import safetensors as _safetensors
     import torch as _torch
-except ImportError as error:
-    raise MissingExtraError(
-        "precompute runs teachers with torch and safetensors, which are not installed: pip install "
-        "'softlabels[precompute]'",
-        extra="precompute",
-    ) from error
 
 from softlabels.precompute.job import Job, load_job
 from softlabels.precompute.runner import precompute, resume

@@ -25,7 +25,7 @@ PILOT_BATCH_SIZE = 32
 """Batch size of the first few batches while none has been found: any device runs so few inputs of any teacher."""
 
 
-class StoreTable(Document):
+class StoreTable(Document, frozen=True):
     """The store to write.
 
     Attributes:
@@ -44,7 +44,7 @@ class StoreTable(Document):
     inputs: bool = False
 
 
-class TransferSetTable(Document):
+class TransferSetTable(Document, frozen=True):
     """The samples to compute targets for; docs/transfer-sets.md shows every kind.
 
     Attributes:
@@ -56,7 +56,7 @@ class TransferSetTable(Document):
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-class ViewsTable(Document):
+class ViewsTable(Document, frozen=True):
     """Several augmented views of each sample, with one target each; without this table, one row per sample.
 
     Attributes:
@@ -70,7 +70,7 @@ class ViewsTable(Document):
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-class SequencesTable(Document):
+class SequencesTable(Document, frozen=True):
     """Samples with many positions and one row of targets per position; without this table, one row per sample.
 
     Attributes:
@@ -84,7 +84,7 @@ class SequencesTable(Document):
     labels: Literal["own", "next", "none"] = "own"
 
 
-class TargetsTable(Document):
+class TargetsTable(Document, frozen=True):
     """What to keep of the teachers' logits.
 
     Attributes:
@@ -103,7 +103,7 @@ class TargetsTable(Document):
     classes: str | None = None
 
 
-class TeacherTable(Document):
+class TeacherTable(Document, frozen=True):
     """One member of the ensemble; docs/teachers.md shows every kind.
 
     Attributes:
@@ -129,7 +129,7 @@ class TeacherTable(Document):
     name: str | None = None
 
 
-class RunTable(Document):
+class RunTable(Document, frozen=True):
     """How to run the teachers; docs/operations.md says what each setting costs and changes.
 
     Attributes:
@@ -164,7 +164,7 @@ class RunTable(Document):
         return PILOT_BATCH_SIZE if isinstance(self.batch_size, str) else self.batch_size
 
 
-class JobTables(Document):
+class JobTables(Document, frozen=True):
     """The tables of a job file, named as they are there."""
 
     store: StoreTable
@@ -182,7 +182,7 @@ class JobTables(Document):
             raise JobError("[views] and [sequences] exclude each other: a sample's rows are its views or its positions")
 
 
-class Job(JobTables):
+class Job(JobTables, frozen=True):
     """A job: its tables, and the folder that relative paths and file references start from (`base`)."""
 
     base: Path = field(default_factory=Path.cwd)
@@ -229,8 +229,3 @@ def job_from_json(document: Mapping[str, Any], *, base: Path, what: str = "the j
     check_source(tables.transfer_set.source)
     parse_encoding(tables.targets.encoding)
     return Job(**msgspec.structs.asdict(tables), base=base)
-
-
-def filled(cls: type[Any], values: Any, where: str) -> Any:
-    """Return a table of a job as an instance of `cls`. Raises JobError as `load_job` does."""
-    return parse_document(values, cls, what=where, error=JobError)

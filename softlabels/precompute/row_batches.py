@@ -1,34 +1,17 @@
-"""How do the rows of a shard follow from samples? The one seam between layouts of rows and the run that computes them.
+"""Row batches: how rows of a store follow from samples, and the model inputs of one forward pass.
 
-The run knows nothing of samples: it asks a `RowMaker` for the batches of a range of rows, sends each batch's inputs
-through every teacher, and asks the maker which parts of the answers are rows. `SingleRows` is the simplest one.
+A `RowLoader` is the seam between the layouts of a store (one row per sample, views, sequences) and the run, which asks
+for the batches of a range of rows, feeds each to every teacher, and lets the loader select the rows of the outputs.
 
-What an implementer gives, and may rely on:
-
-- `batches(rows, batch_size)` is called once a shard, in a thread of its own, at most a few batches ahead of the device:
-  it is the place for decoding, augmenting and hashing on the host. It yields batches whose rows, one batch after the
-  other, are exactly `rows`. A shard may begin or end inside a sample: a batch then carries the whole sample's inputs
-  and only some of its rows. The batches depend on `rows` and `batch_size` alone and start with the shard, since kernels
-  round differently for another batch size: a shard computed again is computed in the same ones. `batch_size` counts
-  what a forward pass takes (samples, views, sequences), so no batch has more inputs than that.
-- `prepare(inputs, batch)` makes, on the device, what the teachers are given of the batch's inputs. It runs with the
-  forward passes and must not wait for the device.
-- `pick(answer, batch)` turns one teacher's answer into the batch's rows, [R, classes]: the answer itself where every
-  input is one row; chosen positions, where a teacher answers [inputs, length, classes]. It may raise TeacherError for
-  an answer of another shape, and must not wait for the device either.
-- `samples(positions, batch_size)` yields batches of all rows of some samples, for the pilot that an encoding is learnt
-  from and for `verify --against-teacher`: no other order, no other rows.
-- `layout`, `views` and `table` go into the plan as they are.
-
-Everything in a `RowBatch` is on the host and stands one entry a row; only `inputs` may have another length.
-Legend: B inputs, R rows of a batch, C classes.
+Legend: B inputs, R rows of a batch, C classes, P recorded view parameters.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,23 +24,26 @@ from softlabels.ids import IdArray
 from softlabels.manifest import RowLayout, ViewSpec
 from softlabels.precompute.job import ViewsTable
 from softlabels.store.sample_index import SampleTable
-from softlabels.transfer_set import Samples, TransferSet, sample_fingerprints
+from softlabels.transfer_set import TransferSet, sample_fingerprints
 from softlabels.views import ViewTransform, view_seeds
 from softlabels.views.transforms import RecordedTransform
+
+_SPLIT_KEY = "\0draws"
+"""Appended to the store's name for the keys of an encoding's draws: those must not follow a view's augmentation."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowBatch:
-    """The inputs of one forward pass, and whose rows it gives.
+    """The inputs of one forward pass and the facts of its rows, on the host; all but `inputs` have one entry per row.
 
     Attributes:
         inputs: [B, ...], contiguous.
-        ids: [R] the sample that each row belongs to: kept with the rows, and named when a row is to blame.
-        keys: [R] of `rng_keys`, for encodings that draw.
+        ids: [R] sample id of each row.
+        keys: [R] random-number keys, for encodings that draw.
         labels: [R] int64, `UNLABELLED` where absent; None when no row has one.
-        fingerprints: [R, 16]; None where the store keeps neither these nor ids a row, but once a sample (sequences).
-        view_parameters: [R, parameters], where the store records them.
-        kept_inputs: [R, ...] what a store that keeps its inputs keeps of them; None where rows have none of their own.
+        fingerprints: [R, 16]; None for sequences, whose ids and fingerprints are stored once per sample.
+        view_parameters: [R, P], where the store records them.
+        kept_inputs: [R, ...] inputs for a store that keeps them; None where rows have none of their own.
     """
 
     inputs: NDArray[Any]
@@ -70,80 +56,94 @@ class RowBatch:
 
     @property
     def rows(self) -> int:
-        """How many rows of the store this batch gives."""
+        """Return the number of rows."""
         return len(self.ids)
 
 
-class RowMaker(Protocol):
-    """How rows follow from samples; this file's first lines say what an implementer must hold to."""
+class RowLoader(ABC):
+    """Loads the rows of one layout, in batches, on loader threads of the host.
 
-    @property
-    def layout(self) -> RowLayout:
-        """What the plan says of rows and samples."""
-        ...
-
-    @property
-    def views(self) -> ViewSpec | None:
-        """How views were made, for a layout of views."""
-        ...
-
-    @property
-    def table(self) -> SampleTable | None:
-        """The samples, for a layout of sequences."""
-        ...
-
-    def batches(self, rows: range, batch_size: int) -> Iterator[RowBatch]:
-        """The batches whose rows are `rows`, in order; at most `batch_size` inputs each."""
-        ...
-
-    def samples(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[RowBatch]:
-        """Batches of every row of the samples at these positions; at most `batch_size` inputs each."""
-        ...
-
-    def prepare(self, inputs: Tensor, batch: RowBatch) -> Tensor:
-        """What the teachers are given, from the batch's inputs on the device."""
-        ...
-
-    def pick(self, answer: Tensor, batch: RowBatch) -> Tensor:
-        """The batch's rows, [R, C], from one teacher's answer."""
-        ...
-
-
-class SingleRows:
-    """One row a sample: row i is the sample at position i.
-
-    Args:
-        data: the transfer set.
-        store: the store's name, which random draws of its rows hang on.
+    Attributes:
+        layout, views, table: what the plan says of rows, views, and (for sequences) samples.
     """
 
+    layout: RowLayout
     views: ViewSpec | None = None
     table: SampleTable | None = None
+
+    @abstractmethod
+    def batches(self, rows: range, batch_size: int) -> Iterator[RowBatch]:
+        """Yield batches whose rows, one batch after the other, are exactly `rows`, in order.
+
+        The batches depend on `rows` and `batch_size` alone: kernels round differently for another batch size, and a
+        shard that is computed again must come out the same. A batch at either end of `rows` may carry the inputs of a
+        whole sample and only some of its rows.
+
+        Args:
+            rows: row numbers in the store.
+            batch_size: most inputs (samples, views, sequences) of a batch.
+        """
+
+    @abstractmethod
+    def samples(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[RowBatch]:
+        """Yield batches of every row of the samples at these positions, at most `batch_size` inputs each."""
+
+    @abstractmethod
+    def select_rows(self, output: Tensor, batch: RowBatch) -> Tensor:
+        """Return the batch's rows, [R, ...], of one teacher's output; must not wait for the device."""
+
+    @property
+    def rows_per_sample(self) -> float:
+        """Return the mean number of rows per sample."""
+        return max(1.0, self.layout.rows / max(1, self.layout.samples))
+
+    def positions(self) -> NDArray[np.int64]:
+        """Return the positions of all samples that have rows, ascending; only empty sequences have none."""
+        return np.arange(self.layout.samples) if self.table is None else np.flatnonzero(self.table.lengths)
+
+    def spread_positions(self, count: int) -> NDArray[np.int64]:
+        """Return at most `count` positions, evenly spread over all samples that have rows."""
+        positions = self.positions()
+        return positions[np.unique(np.linspace(0, len(positions) - 1, max(1, count)).astype(np.int64))]
+
+
+class _OneInputPerRow(RowLoader):
+    """Common part of layouts in which every input is one row."""
+
+    @abstractmethod
+    def _batch(self, rows: NDArray[np.int64]) -> RowBatch: ...
+
+    def batches(self, rows: range, batch_size: int) -> Iterator[RowBatch]:
+        """Yield the inputs of these rows, cut into batches from the first row on."""
+        return self._cut(np.arange(rows.start, rows.stop), batch_size)
+
+    def select_rows(self, output: Tensor, batch: RowBatch) -> Tensor:
+        """Return the output as it is."""
+        return output
+
+    def _cut(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[RowBatch]:
+        for start in range(0, len(rows), batch_size):
+            yield self._batch(rows[start : start + batch_size])
+
+
+class SingleRows(_OneInputPerRow):
+    """One row per sample: row i is the sample at position i.
+
+    Args:
+        data: transfer set.
+        store: name of the store, the key of random draws of its rows.
+    """
 
     def __init__(self, data: TransferSet, *, store: str) -> None:
         self._data, self._store = data, store
         self.layout = RowLayout(kind="single", samples=len(data), rows=len(data))
 
-    def batches(self, rows: range, batch_size: int) -> Iterator[RowBatch]:
-        """The samples at these positions, cut into batches from the first on."""
-        for start in range(rows.start, rows.stop, batch_size):
-            yield self._batch(np.arange(start, min(start + batch_size, rows.stop), dtype=np.int64))
-
     def samples(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[RowBatch]:
-        """These samples' only rows."""
-        for start in range(0, len(positions), batch_size):
-            yield self._batch(positions[start : start + batch_size])
+        """Yield batches of these samples."""
+        return self._cut(positions, batch_size)
 
-    def prepare(self, inputs: Tensor, batch: RowBatch) -> Tensor:
-        """The inputs as they are."""
-        return inputs
-
-    def pick(self, answer: Tensor, batch: RowBatch) -> Tensor:
-        """The answer as it is: an input is a row."""
-        return answer
-
-    def _batch(self, positions: NDArray[np.int64]) -> RowBatch:
-        taken: Samples = self._data.take(positions)
+    def _batch(self, rows: NDArray[np.int64]) -> RowBatch:
+        taken = self._data.take(rows)
         inputs = np.ascontiguousarray(taken.inputs)
         return RowBatch(
             inputs=inputs,
@@ -155,35 +155,28 @@ class SingleRows:
         )
 
 
-# MERGED from softlabels.precompute.row_batches: How do rows follow from samples where each is shown in several views? Row = position × views + view.
-#
-# The views are made on the host, in the thread that loads: each from its own seed, or by recorded parameters, so that a
-# trainer makes the very same bytes again. What is kept as a row's fingerprint is that of the view, not of the sample.
-# Legend: R rows of a batch, P recorded parameters.
+class ViewRows(_OneInputPerRow):
+    """V rows per sample, one per view: row = position × V + view.
 
-
-class ViewRows:
-    """V rows a sample, one a view, side by side: one view is one small read, all of them one run.
+    Views are made on the host by the loader threads, each from its own seed, so that a trainer makes the same bytes
+    again. A row's fingerprint is that of the view.
 
     Args:
-        data: the transfer set.
-        table: how many views, and made by what.
-        transform: as the table's reference made it.
-        store: the store's name, which seeds and random draws of its rows hang on.
+        data: transfer set.
+        table: [views] of the job.
+        transform: view transform that `table.transform` refers to.
+        store: name of the store, the key of seeds and random draws of its rows.
     Raises:
         JobError: the transform cannot be recorded for these samples.
     """
 
-    table: SampleTable | None = None
-
     def __init__(self, data: TransferSet, table: ViewsTable, transform: ViewTransform, *, store: str) -> None:
-        self._data, self._transform, self._store = data, transform, store
-        self._count = table.count
+        self._data, self._transform, self._store, self._count = data, transform, store, table.count
         self.layout = RowLayout(kind="views", samples=len(data), rows=len(data) * table.count, views=table.count)
         if isinstance(transform, RecordedTransform) and len(data):
             first = data.take(np.zeros(1, dtype=np.int64)).inputs
             transform.probe(torch.from_numpy(np.ascontiguousarray(first))[0])
-        self.views: ViewSpec | None = ViewSpec(
+        self.views = ViewSpec(
             transform=table.transform,
             parameters=transform.parameters,
             seed_key=store,
@@ -192,46 +185,29 @@ class ViewRows:
             transform_sha256=transform.identity,
         )
 
-    def batches(self, rows: range, batch_size: int) -> Iterator[RowBatch]:
-        """The views of these rows, cut into batches from the first on."""
-        for start in range(rows.start, rows.stop, batch_size):
-            yield self._batch(np.arange(start, min(start + batch_size, rows.stop), dtype=np.int64))
-
     def samples(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[RowBatch]:
-        """Every view of these samples."""
-        rows = (positions[:, None] * self._count + np.arange(self._count)).ravel()
-        for start in range(0, len(rows), batch_size):
-            yield self._batch(rows[start : start + batch_size])
-
-    def prepare(self, inputs: Tensor, batch: RowBatch) -> Tensor:
-        """The views as they are."""
-        return inputs
-
-    def pick(self, answer: Tensor, batch: RowBatch) -> Tensor:
-        """The answer as it is: a view is a row."""
-        return answer
+        """Yield batches of every view of these samples."""
+        return self._cut((positions[:, None] * self._count + np.arange(self._count)).ravel(), batch_size)
 
     def _batch(self, rows: NDArray[np.int64]) -> RowBatch:
         positions, views = rows // self._count, rows % self._count
         distinct, which = np.unique(positions, return_inverse=True)
         taken = self._data.take(distinct)
         ids = taken.ids[which]
-        seeds = view_seeds(self._store, ids, views)
-        made, parameters = self._made(taken.inputs[which], seeds)
+        made, parameters = self._make_views(taken.inputs[which], view_seeds(self._store, ids, views))
         return RowBatch(
             inputs=made,
             ids=ids,
-            # Of another key than the views' own: what a row's draws are must not follow its augmentation.
-            keys=view_seeds(f"{self._store}\0draws", ids, views),
+            keys=view_seeds(self._store + _SPLIT_KEY, ids, views),
             labels=None if taken.labels is None else taken.labels[which],
             fingerprints=sample_fingerprints(made),
             view_parameters=parameters if parameters.shape[1] else None,
         )
 
-    def _made(
+    def _make_views(
         self, inputs: NDArray[np.generic], seeds: NDArray[np.uint64]
     ) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
-        """Views [R, …] and what is recorded of them [R, P]."""
+        """Return views [R, ...] and their recorded parameters [R, P]."""
         views, recorded = [], []
         for sample, seed in zip(torch.from_numpy(np.ascontiguousarray(inputs)), seeds.tolist(), strict=True):
             drawn = self._transform.draw(sample, seed)
@@ -240,6 +216,6 @@ class ViewRows:
         shapes = {tuple(view.shape) for view in views}
         if len(shapes) > 1:
             raise JobError(
-                f"views of one batch have the shapes {sorted(shapes)[:3]}: a view transform must end in one size"
+                f"views of one batch have the shapes {sorted(shapes)[:3]}: a view transform must return one size"
             )
         return torch.stack(views).numpy(), np.stack(recorded)

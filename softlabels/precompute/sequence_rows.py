@@ -1,10 +1,10 @@
-"""How do rows follow from samples that have many positions? Every position is a row, in order: offset + position.
+"""Rows of sequences: every position of a sample is a row, row number = offset of the sample + position.
 
-Row t of a sample is what the teachers say at position t; a causal language model's is a distribution over token t + 1.
-Ids and fingerprints are kept once a sample, in a table that one pass over the data, without teachers, makes before the
-run. A forward pass takes whole sequences, shorter ones filled up at the end (`softlabels.transfer_sets.ragged`); a
-shard may begin or end inside one, whose rows are then picked out of its answer, so that no row hangs on where shards
-are cut.
+Row t of a sample is a teacher's distribution at position t; for a causal language model that is over token t + 1. Ids
+and fingerprints are stored once per sample, in a table that one pass over the data, without teachers, makes before the
+run. A forward pass takes whole sequences, padded at the end (`softlabels.transfer_sets.ragged`). Where a shard begins
+or ends inside a sequence its rows are selected from the output, so that no row depends on where shards are cut.
+
 Legend: B sequences, L positions of the longest, R rows of a batch, C classes.
 """
 
@@ -22,44 +22,42 @@ from torch import Tensor
 from softlabels.encodings import rng_keys
 from softlabels.errors import JobError, ShapeMismatchError, TeacherShapeError, TransferSetChangedError
 from softlabels.ids import IdArray
-from softlabels.manifest import RowLayout, ViewSpec
+from softlabels.manifest import RowLayout
 from softlabels.precompute.job import SequencesTable
-from softlabels.precompute.row_batches import RowBatch
+from softlabels.precompute.row_batches import RowBatch, RowLoader
 from softlabels.store.sample_index import SampleTable
 from softlabels.transfer_set import FINGERPRINT_BYTES, UNLABELLED, Samples, TransferSet, sequence_fingerprints
 from softlabels.transfer_sets import SupportsLengths, examine_ids
 
 _READ_AT_ONCE = 64
-"""Sequences that the pass before the run takes at a time."""
+"""Sequences per read in the pass before the run: enough to spread the cost of a call, few enough to bound memory."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SequenceBatch(RowBatch):
-    """Whole sequences, and which of their positions are the batch's rows.
+    """A batch of whole sequences.
 
     Attributes:
-        picked: [R] sequence x L + position; None where every position of the array is a row, in order.
+        selected: [R] sequence × L + position of each row; None where every position of the array is a row, in order.
     """
 
-    picked: NDArray[np.int64] | None
+    selected: NDArray[np.int64] | None
 
 
-class SequenceRows:
-    """As many rows a sample as it has positions.
+class SequenceRows(RowLoader):
+    """One row per position of each sample.
 
     Args:
-        data: the transfer set; one with `lengths` where its samples differ in length.
-        table: as the job says.
-        store: the store's name, which random draws of its rows hang on.
+        data: transfer set; one with `lengths` where its samples differ in length.
+        table: [sequences] of the job.
+        store: name of the store, the key of random draws of its rows.
     Raises:
-        JobError: no sample has a position, or labels that are asked for cannot be had. BadIdsError: an id repeats.
+        JobError: no sample has a position. BadIdsError: an id repeats.
     """
-
-    views: ViewSpec | None = None
 
     def __init__(self, data: TransferSet, table: SequencesTable, *, store: str) -> None:
         self._data, self._settings, self._store = data, table, store
-        self.table: SampleTable | None = sample_table(data)
+        self.table = sample_table(data)
         self._lengths, self._fingerprints = self.table.lengths, self.table.fingerprints
         self._offsets = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
         self.layout = RowLayout(kind="sequences", samples=len(data), rows=self.table.rows)
@@ -67,39 +65,36 @@ class SequenceRows:
             raise JobError(f"no sample of {data.name!r} has a position: there is nothing to compute targets for")
 
     def batches(self, rows: range, batch_size: int) -> Iterator[SequenceBatch]:
-        """The sequences that these rows lie in, cut into batches from the first on."""
+        """Yield the sequences that hold these rows, cut into batches from the first one on."""
         first = int(np.searchsorted(self._offsets, rows.start, side="right")) - 1
         last = int(np.searchsorted(self._offsets, rows.stop, side="left"))
         for group in self._groups(np.arange(first, last, dtype=np.int64), batch_size):
             yield self._batch(group, rows)
 
     def samples(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[SequenceBatch]:
-        """Every row of these samples."""
+        """Yield batches of every position of these samples."""
         for group in self._groups(positions, batch_size):
             yield self._batch(group, range(self.layout.rows))
 
-    def prepare(self, inputs: Tensor, batch: RowBatch) -> Tensor:
-        """The sequences as they are: padding is for the teacher to know."""
-        return inputs
-
-    def pick(self, answer: Tensor, batch: RowBatch) -> Tensor:
-        """The answers at the positions that are rows. Raises TeacherShapeError: not one answer a position."""
-        if answer.ndim != 3 or tuple(answer.shape[:2]) != batch.inputs.shape[:2]:
+    def select_rows(self, output: Tensor, batch: RowBatch) -> Tensor:
+        """Return the outputs at the batch's rows. Raises TeacherShapeError: not one output per position."""
+        if output.ndim != 3 or tuple(output.shape[:2]) != batch.inputs.shape[:2]:
             raise TeacherShapeError(
-                f"a teacher answers {list(answer.shape)} to sequences {list(batch.inputs.shape)}: with [sequences] in "
-                "the job it has to answer [samples, positions, classes], once for every position"
+                f"a teacher returns {list(output.shape)} for sequences {list(batch.inputs.shape)}: with [sequences] in "
+                "the job it must return [samples, positions, classes], once for every position"
             )
         assert isinstance(batch, SequenceBatch)
-        flat_PC = answer.flatten(0, 1)
-        if batch.picked is None:
+        flat_PC = output.flatten(0, 1)
+        if batch.selected is None:
             return flat_PC
-        picked = torch.from_numpy(batch.picked)
-        if answer.is_cuda:
-            picked = picked.pin_memory().to(answer.device, non_blocking=True)
-        return flat_PC.index_select(0, picked.to(answer.device))
+        selected = torch.from_numpy(batch.selected)
+        if output.is_cuda:
+            # A copy from pinned memory does not wait for the device; one from pageable memory does.
+            selected = selected.pin_memory().to(output.device, non_blocking=True)
+        return flat_PC.index_select(0, selected.to(output.device))
 
     def _groups(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:
-        """Samples that share a forward pass: at most `batch_size`, filled up to at most so many positions."""
+        """Yield samples that share a forward pass, within `batch_size` and `positions_per_pass` (padding included)."""
         group: list[int] = []
         longest = 0
         for position, length in zip(positions.tolist(), self._lengths[positions].tolist(), strict=True):
@@ -137,11 +132,11 @@ class SequenceRows:
             ids=ids,
             keys=rng_keys(self._store, ids, within),
             labels=None if labels is None else labels[which, within],
-            picked=None if len(which) == inputs.shape[0] * inputs.shape[1] else which * inputs.shape[1] + within,
+            selected=None if len(which) == inputs.shape[0] * inputs.shape[1] else which * inputs.shape[1] + within,
         )
 
     def _labels(self, taken: Samples, lengths: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """[B, L], as the job asks."""
+        """Return labels [B, L], as the job asks."""
         if self._settings.labels == "none":
             return None
         if self._settings.labels == "own":
@@ -149,8 +144,8 @@ class SequenceRows:
         tokens = np.asarray(taken.inputs)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise JobError(
-                f'labels = "next" takes the next token for a label, and the samples of {self._data.name!r} are '
-                f"{tokens.dtype} {list(tokens.shape[1:])}, no sequences of tokens: leave it out of [sequences]"
+                f'labels = "next" needs sequences of token ids, and the samples of {self._data.name!r} are '
+                f"{tokens.dtype} {list(tokens.shape[1:])}: leave it out of [sequences]"
             )
         labels = np.full(tokens.shape, UNLABELLED, dtype=np.int64)
         labels[:, :-1] = tokens[:, 1:]
@@ -159,10 +154,10 @@ class SequenceRows:
 
 
 def sample_table(data: TransferSet) -> SampleTable:
-    """Ids, lengths and fingerprints of every sample, by one pass over the data.
+    """Return ids, lengths and fingerprints of every sample, by one pass over the data.
 
     Raises:
-        BadIdsError: an id stands twice. ShapeMismatchError: samples shorter than `lengths` says.
+        BadIdsError: an id repeats. ShapeMismatchError: samples are shorter than `lengths` says.
     """
     ids: list[IdArray] = []
     lengths = np.empty(len(data), dtype=np.int64)
@@ -181,8 +176,8 @@ def sample_table(data: TransferSet) -> SampleTable:
 def _lengths_of(data: TransferSet, taken: Samples, positions: NDArray[np.int64]) -> NDArray[np.int64]:
     if taken.inputs.ndim < 2:
         raise JobError(
-            f"the samples of {data.name!r} are single values of type {taken.inputs.dtype}, no sequences: leave "
-            "[sequences] out of the job"
+            f"the samples of {data.name!r} are single {taken.inputs.dtype} values, not sequences: leave [sequences] "
+            "out of the job"
         )
     if not isinstance(data, SupportsLengths):
         return np.full(len(positions), taken.inputs.shape[1], dtype=np.int64)
@@ -192,7 +187,7 @@ def _lengths_of(data: TransferSet, taken: Samples, positions: NDArray[np.int64])
 def _fingerprints(taken: Samples, lengths: NDArray[np.int64], name: str) -> NDArray[np.uint8]:
     if len(lengths) and (int(lengths.max()) > taken.inputs.shape[1] or int(lengths.min()) < 0):
         raise ShapeMismatchError(
-            f"transfer set {name!r} names lengths up to {int(lengths.max())} and gives sequences of "
+            f"transfer set {name!r} reports lengths up to {int(lengths.max())} and returns sequences of "
             f"{taken.inputs.shape[1]} positions: `lengths` and `take` must agree"
         )
     return sequence_fingerprints(taken.inputs, lengths)
@@ -204,6 +199,6 @@ def _own_labels(taken: Samples, name: str) -> NDArray[np.int64]:
     if labels.shape != taken.inputs.shape[:2]:
         raise ShapeMismatchError(
             f"labels of {name!r} have shape {list(labels.shape)}, its sequences {list(taken.inputs.shape[:2])}: a "
-            'store of sequences keeps a label a position; give these, or set labels = "none" under [sequences]'
+            'store of sequences keeps one label per position; provide these, or set labels = "none" in [sequences]'
         )
     return labels.astype(np.int64)

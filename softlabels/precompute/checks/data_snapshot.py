@@ -1,4 +1,4 @@
-"""Is a transfer set still the one that a job began with? What it is made of is noted once, and compared later."""
+"""Data-set snapshot: the files of a transfer set as they were when a job began, to compare when it is resumed."""
 
 from __future__ import annotations
 
@@ -13,48 +13,47 @@ from softlabels.errors import TransferSetChangedError
 from softlabels.transfer_set import TransferSet
 from softlabels.transfer_sets import SupportsIdentity
 
-NOTE = "transfer_set.tsv.gz"
-"""Beside a store's plan: a line for each file of the transfer set, with its size and time. No part of the store."""
+SNAPSHOT = "transfer_set.tsv.gz"
+"""File beside a store's plan: a line per file of the transfer set, with its size and time. No part of the store."""
 
 Fact = tuple[str, str]
-"""The name of a file, and what would change if its contents did."""
+"""Name of a file, and a text that changes whenever its contents do."""
 
 
-def note_files(store: Path, data: TransferSet) -> None:
-    """Note, beside the plan of a job that begins, what its transfer set is made of; a note that is there stays."""
-    note = Path(store) / NOTE
-    if isinstance(data, SupportsIdentity) and not note.exists():
-        write_atomically(note, [_packed(map(_escaped, data.identity()))])
+def write_snapshot(store: Path, data: TransferSet) -> None:
+    """Write the snapshot of a job that begins; one that is there already stays."""
+    path = Path(store) / SNAPSHOT
+    if isinstance(data, SupportsIdentity) and not path.exists():
+        write_atomically(path, [_compress(map(_escape, data.identity()))])
 
 
-def refuse_changed(store: Path, data: TransferSet) -> None:
-    """Let a transfer set pass that is still what it was when the job began.
+def check_unchanged(store: Path, data: TransferSet) -> None:
+    """Raise unless a transfer set is what it was when the job began.
 
     Args:
-        store: the store's folder; without a note in it there is nothing to compare.
-        data: one that does not say what it is made of passes always: fingerprints are all that tells it from another.
+        store: folder of the store; without a snapshot there is nothing to compare.
+        data: transfer set; one without `identity` always passes, since only fingerprints tell it from another.
     Raises:
-        TransferSetChangedError: files came, went, or changed size or time; the first one is named.
+        TransferSetChangedError: files were added or removed, or changed size or time; the first one is named.
     """
-    note = Path(store) / NOTE
-    if not isinstance(data, SupportsIdentity) or not note.is_file():
+    path = Path(store) / SNAPSHOT
+    if not isinstance(data, SupportsIdentity) or not path.is_file():
         return
-    now = map(_escaped, data.identity())
-    with gzip.open(note, "rt", encoding="ascii", newline="\n") as file:
-        before = map(_fact, file)
+    now = map(_escape, data.identity())
+    with gzip.open(path, "rt", encoding="ascii", newline="\n") as file:
+        before = map(_parse, file)
         for old, new in zip_longest(before, now):
             if old != new:
-                what = _told(old, new, before, now)
                 raise TransferSetChangedError(
-                    f"transfer set {data.name!r} changed under the job: {what}. Rows that are computed already are of "
-                    "other samples than those to come: put the data back as they were and resume, or begin another "
-                    "store. Where the contents are certainly the same (copied, with other times), delete "
-                    f"{note} and resume"
+                    f"transfer set {data.name!r} changed under the job: {_difference(old, new, before, now)}. Targets "
+                    "computed so far are of other samples than those still to compute: put the data back as they were "
+                    "and resume, or begin another store. Where the contents are certainly the same (copied, with other "
+                    f"times), delete {path} and resume"
                 )
 
 
-def _told(old: Fact | None, new: Fact | None, before: Iterator[Fact], now: Iterator[Fact]) -> str:
-    """What the first difference is; the iterators hold what comes after it."""
+def _difference(old: Fact | None, new: Fact | None, before: Iterator[Fact], now: Iterator[Fact]) -> str:
+    """Describe the first difference; the iterators hold what comes after it."""
     if old is not None and new is not None and old[0] == new[0]:
         return f"{_shown(old[0])} was {old[1]!r} when the job began and is now {new[1]!r}"
     if new is not None and new[0] not in {name for name, _ in before}:
@@ -65,24 +64,24 @@ def _told(old: Fact | None, new: Fact | None, before: Iterator[Fact], now: Itera
     return f"{_shown(old[0])} is gone"
 
 
-def _packed(facts: Iterator[Fact]) -> bytes:
+def _compress(facts: Iterator[Fact]) -> bytes:
     out = io.BytesIO()
-    with gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as file:
+    with gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as file:  # mtime: the same data give the same bytes
         for name, fact in facts:
             file.write(f"{name}\t{fact}\n".encode("ascii"))
     return out.getvalue()
 
 
-def _escaped(pair: Fact) -> Fact:
-    """Names of files may hold anything, tabs, line feeds and what is no UTF-8 among it."""
-    name, facts = (text.encode("unicode_escape", "surrogatepass").decode("ascii") for text in pair)
-    return name, facts
+def _escape(pair: Fact) -> Fact:
+    # File names may hold anything: tabs, line feeds, and bytes that are not UTF-8.
+    name, fact = (text.encode("unicode_escape", "surrogatepass").decode("ascii") for text in pair)
+    return name, fact
 
 
 def _shown(name: str) -> str:
     return repr(name.encode("ascii").decode("unicode_escape"))
 
 
-def _fact(line: str) -> Fact:
-    name, _, facts = line.rstrip("\n").partition("\t")
-    return name, facts
+def _parse(line: str) -> Fact:
+    name, _, fact = line.rstrip("\n").partition("\t")
+    return name, fact

@@ -1,6 +1,6 @@
-"""Do the teachers still say what the store keeps? Sampled rows computed again and compared.
+"""Verify against teachers: run them again on random samples and compare with the targets in the store.
 
-Legend: R rows of a batch, C classes.
+Legend: R rows of a batch, C classes, D width of hidden states, M members.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from softlabels.encodings import make_encoding
 from softlabels.errors import JobError
 from softlabels.manifest import RowLayout
 from softlabels.precompute.job import Job
-from softlabels.precompute.pipeline.inference import ask, rows_to_keep
-from softlabels.precompute.planning.prepared_job import choose_device, load_teachers, load_transfer_set, row_maker
-from softlabels.precompute.row_batches import RowBatch, RowMaker
+from softlabels.precompute.pipeline.inference import TeacherEnsemble
+from softlabels.precompute.planning.prepared_job import prepare_job
+from softlabels.precompute.row_batches import RowBatch, RowLoader
 from softlabels.precompute.teachers import Teacher
 from softlabels.store.store_reader import LocalRows
 from softlabels.store.verify_report import Fault, Report, ShowProgress, silent
@@ -30,13 +30,13 @@ from softlabels.transfer_set import TransferSet
 
 SAMPLED_ROWS = 256
 LEAST_COSINE = 0.9999
-"""Between the target kept and the target computed again: other kernels round differently, other weights do not pass."""
+"""Between the stored target and the target computed again: other kernels round differently, other weights fail."""
 
 _FEWEST_SAMPLES = 4
-"""Of views and sequences, whose rows are many."""
+"""Of views and sequences, which have many rows each."""
 
 _BLOCK_ENTRIES = 1 << 23
-"""Entries that are compared at once, in a few float64 temporaries of 64 MiB."""
+"""Entries compared at once, in a few float64 temporaries of 64 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ class TeacherAgreement:
     """How well the teachers agree with the store.
 
     Attributes:
-        samples, rows: how many were asked about.
-        least_cosine, mean_cosine: between kept and fresh targets, both through the store's encoding.
+        samples, rows: how many were compared.
+        least_cosine, mean_cosine: cosine similarity of stored and fresh targets, both through the store's encoding.
     """
 
     samples: int
@@ -54,7 +54,7 @@ class TeacherAgreement:
     mean_cosine: float
 
     def to_json(self) -> dict[str, object]:
-        """The figures as JSON-able facts."""
+        """Return the figures as JSON."""
         return asdict(self)
 
 
@@ -69,55 +69,55 @@ def verify_against_teachers(
     transfer_set: TransferSet | None = None,
     teachers: Sequence[Teacher] | None = None,
 ) -> TeacherAgreement:
-    """Run the job's teachers on random samples and compare with what the store keeps; faults go into the report.
+    """Run the job's teachers on random samples, compare with the store, and add faults to the report.
 
-    All rows of a sample are computed again. Of hidden states it is also asked whether the store's head is still the
-    teacher's.
+    All rows of a sample are computed again. For hidden states, the store's head is compared with the teacher's too.
 
     Args:
-        where: the store.
-        job: names the teachers, the transfer set, views and sequences; its store is not looked at.
-        report: of `verify`; a row whose input or target differs is added as a fault.
-        samples: how many to draw; as many as have about `SAMPLED_ROWS` rows when None.
-        seed: of the draw.
+        where: folder of the store.
+        job: job with the teachers, transfer set, views and sequences; its own store is not read.
+        report: report of `verify`; every row whose input or target differs is added as a fault.
+        samples: how many samples to draw; when None, as many as have about `SAMPLED_ROWS` rows.
+        seed: seed of the draw.
         transfer_set, teachers: given where they live in this process already.
     Raises:
-        JobError: the job is of another kind than the store, has other teachers in number or other samples.
+        JobError: the job has another layout, number of teachers, or samples than the store.
     """
-    rows, device = LocalRows(where), choose_device(job.run.device)
-    manifest = rows.manifest
-    data = load_transfer_set(job) if transfer_set is None else transfer_set
-    # What is drawn at random, views and tokens, hangs on the store's name.
-    maker = row_maker(structs.replace(job, store=structs.replace(job.store, name=manifest.name)), data)
-    if (maker.layout.kind, maker.layout.views) != (manifest.layout.kind, manifest.layout.views):
+    stored = LocalRows(where)
+    manifest = stored.manifest
+    # Random draws of views and tokens depend on the store's name.
+    named = structs.replace(job, store=structs.replace(job.store, name=manifest.name))
+    ensemble = prepare_job(named, transfer_set=transfer_set, teachers=teachers).ensemble
+    layout = ensemble.rows.layout
+    if (layout.kind, layout.views) != (manifest.layout.kind, manifest.layout.views):
         raise JobError(
-            f"the job makes {_described(maker.layout)}, {manifest.name!r} keeps {_described(manifest.layout)}: verify "
-            "a store with the job that it was made by"
+            f"the job makes {_described(layout)}, {manifest.name!r} keeps {_described(manifest.layout)}: verify a "
+            "store with the job that made it"
         )
-    members = load_teachers(job, device) if teachers is None else list(teachers)
-    if len(members) != len(manifest.teachers):
-        raise JobError(f"the job has {len(members)} teachers, the store was made by {len(manifest.teachers)}")
-    positions = _drawn(maker, min(manifest.samples, len(data)), samples, seed)
-    check = _Check(rows, maker, members, device)
-    with show(len(positions), "ask the teachers again", "samples") as progress:
-        for batch, place in check.batches(positions, job.run.pilot_batch_size):
-            report.faults += check.faults(batch, place)
-            progress.advance(int((place.within_R == 0).sum()))
+    if len(ensemble.teachers) != len(manifest.teachers):
+        raise JobError(f"the job has {len(ensemble.teachers)} teachers, the store was made by {len(manifest.teachers)}")
+    positions = _draw_positions(ensemble.rows, min(manifest.samples, layout.samples), samples, seed)
+    comparison = _Comparison(stored, ensemble)
+    with show(len(positions), "run the teachers again", "samples") as progress:
+        for batch, located in comparison.batches(positions, job.run.pilot_batch_size):
+            report.faults += comparison.faults(batch, located)
+            progress.advance(int((located.within_R == 0).sum()))
     return TeacherAgreement(
         samples=len(positions),
-        rows=len(check.cosines),
-        least_cosine=min(check.cosines),
-        mean_cosine=float(np.mean(check.cosines)),
+        rows=len(comparison.cosines),
+        least_cosine=min(comparison.cosines),
+        mean_cosine=float(np.mean(comparison.cosines)),
     )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Place:
-    """Where the rows of a batch stand.
+class _RowNumbers:
+    """Which rows a batch holds.
 
     Attributes:
-        position_R: of the sample; within_R: which of its rows, a view or a position.
-        number_R: in the store.
+        position_R: position of the row's sample.
+        within_R: which row of the sample, a view or a position.
+        number_R: row number in the store.
     """
 
     position_R: NDArray[np.int64]
@@ -125,127 +125,122 @@ class _Place:
     number_R: NDArray[np.int64]
 
 
-class _Check:
-    """Compares batches of fresh rows with kept ones; `cosines` collects what was found."""
+class _Comparison:
+    """Compares batches of fresh rows with stored ones; `cosines` collects the similarity of each row."""
 
-    def __init__(self, rows: LocalRows, maker: RowMaker, teachers: Sequence[Teacher], device: torch.device) -> None:
-        self._rows, self._maker, self._device = rows, maker, device
-        self._teachers = list(teachers)
+    def __init__(self, stored: LocalRows, ensemble: TeacherEnsemble) -> None:
+        self._stored, self._ensemble, self._rows = stored, ensemble, ensemble.rows
         self.cosines: list[float] = []
 
-    def batches(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[tuple[RowBatch, _Place]]:
-        """Batches of all rows of these samples, and where they stand."""
-        table, views = self._maker.table, self._maker.layout.views
+    def batches(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[tuple[RowBatch, _RowNumbers]]:
+        """Yield batches of all rows of these samples, and which rows those are."""
+        table, views = self._rows.table, self._rows.layout.views
         lengths = np.full(len(positions), views) if table is None else table.lengths[positions]
         first = positions * views if table is None else (np.cumsum(table.lengths) - table.lengths)[positions]
         position_R = np.repeat(positions, lengths)
         within_R = np.arange(len(position_R)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         number_R = np.repeat(first, lengths) + within_R
         done = 0
-        for batch in self._maker.samples(positions, batch_size):
+        for batch in self._rows.samples(positions, batch_size):
             part = slice(done, done + batch.rows)
             yield (
                 batch,
-                _Place(position_R=position_R[part], within_R=within_R[part], number_R=number_R[part]),
+                _RowNumbers(position_R=position_R[part], within_R=within_R[part], number_R=number_R[part]),
             )
             done += batch.rows
 
-    def faults(self, batch: RowBatch, place: _Place) -> list[Fault]:
-        """What differs in a batch, with the rows' numbers in the store."""
-        kept, other_R = self._kept(batch, place)
-        found = [_fault(int(row), "its input is not the one that the teachers saw") for row in place.number_R[other_R]]
-        kind = self._rows.encoding.row_kind
-        answers = ask(self._teachers, batch, self._maker, self._device, row_kind=kind)
-        fresh = rows_to_keep(answers, self._teachers, self._rows.manifest, row_kind=kind)
-        cosine_R = np.concatenate([self._cosines(kept, fresh, batch, part) for part in self._parts(batch)])
+    def faults(self, batch: RowBatch, located: _RowNumbers) -> list[Fault]:
+        """Return the differences in a batch, with the rows' numbers in the store."""
+        stored, other_R = self._stored_rows(batch, located)
+        found = [_fault(row, "its input is not the one that the teachers saw") for row in located.number_R[other_R]]
+        kind = self._stored.encoding.row_kind
+        outputs = self._ensemble.run(batch, row_kind=kind)
+        fresh = self._ensemble.rows_to_store(outputs, self._stored.manifest, row_kind=kind)
+        cosine_R = np.concatenate([self._cosines(stored, fresh, batch, part) for part in self._parts(batch)])
         if kind == "hidden_states":
             cosine_R = np.minimum(cosine_R, self._head_cosines(fresh, batch))
         self.cosines += cosine_R.tolist()
-        found += [
-            _fault(row, f"the teachers say something else by now (cosine {cosine:.6f})")
-            for row, cosine in zip(place.number_R.tolist(), cosine_R.tolist(), strict=True)
-            if not cosine >= LEAST_COSINE
+        return found + [
+            _fault(row, f"the teachers give another target now (cosine {cosine:.6f})")
+            for row, cosine in zip(located.number_R, cosine_R.tolist(), strict=True)
+            if not cosine >= LEAST_COSINE  # NaN is a fault too
         ]
-        return found
 
-    def _kept(self, batch: RowBatch, place: _Place) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
-        """What is kept in these rows, and which of them were made of another input."""
-        fields, kind = (*self._rows.encoding.fields, "fingerprints"), self._maker.layout.kind
-        if self._maker.table is None:
-            views = {"views": place.within_R} if kind == "views" else {}
-            kept = self._rows.fetch(batch.ids, fields, **views)
+    def _stored_rows(self, batch: RowBatch, located: _RowNumbers) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
+        """Return what these rows hold in the store, and which of them were made of another input."""
+        fields, kind = (*self._stored.encoding.fields, "fingerprints"), self._rows.layout.kind
+        if self._rows.table is None:
+            views = {"views": located.within_R} if kind == "views" else {}
+            stored = self._stored.fetch(batch.ids, fields, **views)
             assert batch.fingerprints is not None  # rows of such layouts have their own
-            return kept, (batch.fingerprints != kept["fingerprints"]).any(axis=1)
-        # Sequences come whole, a fingerprint each, their rows joined.
-        first = np.flatnonzero(np.diff(place.position_R, prepend=-1))
-        kept = self._rows.fetch(batch.ids[first], fields)
-        now = self._maker.table.fingerprints[place.position_R[first]]
-        other = (now != kept["fingerprints"]).any(axis=1)
-        if len(kept[fields[0]]) != batch.rows:
+            return stored, (batch.fingerprints != stored["fingerprints"]).any(axis=1)
+        # Sequences are fetched whole, with one fingerprint each, their rows joined.
+        first = np.flatnonzero(np.diff(located.position_R, prepend=-1))
+        stored = self._stored.fetch(batch.ids[first], fields)
+        now = self._rows.table.fingerprints[located.position_R[first]]
+        other = (now != stored["fingerprints"]).any(axis=1)
+        if len(stored[fields[0]]) != batch.rows:
             raise JobError(
-                f"samples of {self._rows.manifest.name!r} have other lengths than the transfer set's: the store was "
+                f"samples of {self._stored.manifest.name!r} have other lengths than the transfer set's: the store was "
                 "made for other data",
                 ids=batch.ids[first][:5].tolist(),
             )
-        return kept, np.repeat(other, np.diff(np.append(first, batch.rows)))
+        return stored, np.repeat(other, np.diff(np.append(first, batch.rows)))
 
     def _cosines(
-        self, kept: dict[str, NDArray[Any]], fresh: Tensor, batch: RowBatch, part: slice
+        self, stored: dict[str, NDArray[Any]], fresh: Tensor, batch: RowBatch, part: slice
     ) -> NDArray[np.float64]:
-        """Of kept and fresh targets of each row; the fresh ones go through the same encoding, with its error."""
-        encoding, members = self._rows.encoding, self._rows.manifest.members
+        """Return the cosine of stored and fresh targets per row; fresh ones pass the same encoding, with its error."""
+        encoding, members = self._stored.encoding, self._stored.manifest.members
         several = members or 1
         keys = batch.keys[part] if members is None else None
-        again = encoding.decode_torch(encoding.encode_torch(_rows_of(fresh, part, several), keys_B=keys))
+        rows = fresh[part.start * several : part.stop * several]  # members of a row are side by side
+        again = encoding.decode_torch(encoding.encode_torch(rows, keys_B=keys))
         axes = 1 if members is None else 2
-        flat = {name: kept[name][part].reshape(-1, *kept[name].shape[axes:]) for name in encoding.fields}
+        flat = {name: stored[name][part].reshape(-1, *stored[name].shape[axes:]) for name in encoding.fields}
         before = torch.from_numpy(encoding.decode(flat)).to(again.device)
         return _cosine(before, again).reshape(-1, several).amin(dim=1).cpu().numpy()
 
     def _head_cosines(self, hidden_RD: Tensor, batch: RowBatch) -> NDArray[np.float64]:
-        """Of what the store's head and what the teacher itself makes of the same hidden states."""
-        (answer,) = ask(self._teachers, batch, self._maker, self._device)
-        head, half = self._teachers[0].head(), answer.dtype != torch.float32
-        encoding, pieces = self._rows.encoding, []
+        """Return the cosine of the distributions that the store's head and the teacher make of the hidden states."""
+        (logits_RC,) = self._ensemble.run(batch)
+        head, half = self._ensemble.teachers[0].head(), logits_RC.dtype != torch.float32
+        encoding, pieces = self._stored.encoding, []
         if half:
             # In half precision a teacher rounds its logits, so the heads are compared, before any scale or cap.
             params = {**encoding.params, "scale": 1.0, "softcap": 0.0}
             classes, constants = encoding.classes, encoding.constants
             encoding = make_encoding(encoding.name, classes=classes, params=params, constants=constants)
         for part in self._parts(batch):
-            live = head.logits(hidden_RD[part].to(head.weight_CD.dtype)).float() if half else answer[part]
+            live = head.logits(hidden_RD[part].to(head.weight_CD.dtype)).float() if half else logits_RC[part]
             pieces.append(_cosine(encoding.logits_of_torch(hidden_RD[part]), live))
         return torch.cat(pieces).cpu().numpy()
 
     def _parts(self, batch: RowBatch) -> list[slice]:
-        step = max(1, _BLOCK_ENTRIES // (self._rows.manifest.classes * (self._rows.manifest.members or 1)))
+        manifest = self._stored.manifest
+        step = max(1, _BLOCK_ENTRIES // (manifest.classes * (manifest.members or 1)))
         return [slice(start, min(start + step, batch.rows)) for start in range(0, batch.rows, step)]
 
 
-def _drawn(maker: RowMaker, samples: int, wanted: int | None, seed: int) -> NDArray[np.int64]:
-    """Positions of the samples to ask about, ascending; of sequences only those that have rows."""
-    positions = np.arange(samples) if maker.table is None else np.flatnonzero(maker.table.lengths[:samples])
-    a_sample = max(1, maker.layout.rows // max(1, maker.layout.samples))
-    count = max(_FEWEST_SAMPLES, SAMPLED_ROWS // a_sample) if wanted is None else wanted
-    found = np.random.default_rng(seed).choice(positions, min(count, len(positions)), replace=False)
-    return np.sort(found).astype(np.int64)
-
-
-def _rows_of(fresh: Tensor, part: slice, several: int) -> Tensor:
-    """The part's rows, where each has `several` members side by side."""
-    return fresh[part.start * several : part.stop * several]
+def _draw_positions(rows: RowLoader, most: int, wanted: int | None, seed: int) -> NDArray[np.int64]:
+    """Draw the positions of the samples to compare, ascending, from the first `most` that have rows."""
+    positions = rows.positions()
+    positions = positions[positions < most]
+    count = max(_FEWEST_SAMPLES, SAMPLED_ROWS // int(rows.rows_per_sample)) if wanted is None else wanted
+    drawn = np.random.default_rng(seed).choice(positions, min(count, len(positions)), replace=False)
+    return np.sort(drawn).astype(np.int64)
 
 
 def _cosine(logits_RC: Tensor, other_RC: Tensor) -> Tensor:
-    """Between the distributions of each row."""
+    """Return the cosine similarity of the distributions of each row."""
     p_RC, q_RC = (rows.double().softmax(dim=-1) for rows in (logits_RC, other_RC))
     return torch.nn.functional.cosine_similarity(p_RC, q_RC, dim=-1)
 
 
 def _described(layout: RowLayout) -> str:
-    what = {"single": "one row a sample", "views": f"{layout.views} views a sample", "sequences": "sequences"}
+    what = {"single": "one row per sample", "views": f"{layout.views} views per sample", "sequences": "sequences"}
     return what[layout.kind]
 
 
-def _fault(row: int, message: str) -> Fault:
-    return Fault(kind="contents", message=message, rows=(row, row))
+def _fault(row: np.int64, message: str) -> Fault:
+    return Fault(kind="contents", message=message, rows=(int(row), int(row)))

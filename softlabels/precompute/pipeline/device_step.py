@@ -1,8 +1,10 @@
-"""What happens to one batch on the device: inputs in, all teachers, mean, encoding, audit, and one copy out.
+"""One batch on the device: inputs in, all teachers, mean, encoding, audit figures, and one copy out.
 
-A pass has two halves, so that the device always has work: `start` queues the copy of the inputs and the forward passes
-and returns at once; `finish` does the rest, beside the next batch's forward passes, and lands the encoded rows in their
-place in the shard.
+A step has two halves, so that the device always has work: `start` queues the copy of the inputs and the forward passes
+and returns at once; `finish` does the rest, beside the next batch's forward passes, and writes the encoded rows into
+their shard.
+
+Legend: B or R rows, C classes, A audited rows, T temperatures.
 """
 
 from __future__ import annotations
@@ -21,118 +23,125 @@ from softlabels.encodings import Encoding
 from softlabels.errors import EncodingError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
-from softlabels.precompute.pipeline.device import Lanes
-from softlabels.precompute.pipeline.inference import (
-    answers_of,
-    audit_temperatures,
-    listed,
-    refuse_non_finite,
-    rows_to_keep,
-)
-from softlabels.precompute.row_batches import RowBatch, RowMaker
+from softlabels.precompute.pipeline.device import DeviceStreams
+from softlabels.precompute.pipeline.inference import TeacherEnsemble, audit_temperatures, format_ids
+from softlabels.precompute.row_batches import RowBatch
 from softlabels.precompute.teachers import Teacher
 
+MOST_ENTRIES_A_ROW = 1 << 14
+"""Classes up to which every row is audited; above, one row in classes / 8,192.
 
-class Landing(Protocol):
-    """Where the encoded rows of a batch go."""
+The audit makes some 60 passes over a row in float64 (the KL of a good encoding is below what float32 can resolve):
+nothing beside a teacher at 1,000 classes, a few per cent of the run at 100,000."""
 
-    def land(self, batch: RowBatch, encoded: Mapping[str, Tensor]) -> int:
-        """Begin to copy a batch's rows to the host; returns the number of its first row in the store."""
+_STRIDE_ENTRIES = 1 << 13
+_BLOCK_ENTRIES = 1 << 22
+"""Entries measured at once: 32 MiB per float64 temporary, of which there are about ten."""
+
+_SUMS = 3
+"""Scalars at the head of a packed tensor: top-1 agreements, dropped mass, squared error."""
+
+
+class RowSink(Protocol):
+    """Receives the encoded rows of batches: a shard in work, or nothing in a trial of a batch size."""
+
+    def write(self, batch: RowBatch, encoded: Mapping[str, Tensor]) -> int:
+        """Begin to copy a batch's rows to the host; return the number of its first row in the store."""
         ...
 
-    def land_figures(self, packed: Tensor) -> None:
-        """Begin to copy the audit's figures of a batch."""
+    def write_figures(self, packed: Tensor) -> None:
+        """Begin to copy the audit figures of a batch."""
         ...
 
-    def landing(self, done: torch.cuda.Event | None) -> None:
-        """All that was begun is there when `done` is; at once, where it is None."""
+    def set_done(self, done: torch.cuda.Event | None) -> None:
+        """Set the event after which everything begun so far is copied; None where it is already."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Started:
+class StartedBatch:
     """A batch whose forward passes are queued.
 
     Attributes:
-        answers: [R, C] a teacher.
-        mark: where in the device's work they are done.
+        outputs: rows per teacher.
+        mark: event after the forward passes.
     """
 
     batch: RowBatch
-    answers: list[Tensor]
+    outputs: list[Tensor]
     mark: torch.cuda.Event | None
 
 
-class DevicePass:
-    """All that one plan does on one device.
+class DeviceStep:
+    """Runs batches of one plan on one device.
 
     Args:
-        plan: what is kept.
-        maker: how rows follow from inputs.
-        teachers: on `lanes.device`.
-        encoding: with what it learnt.
-        lanes: of the device.
+        plan: plan of the store.
+        ensemble: teachers, on the device of `streams`.
+        encoding: encoding of the rows, with what it learnt.
+        streams: of the device.
     """
 
     def __init__(
-        self, plan: Manifest, maker: RowMaker, teachers: Sequence[Teacher], *, encoding: Encoding, lanes: Lanes
+        self, plan: Manifest, ensemble: TeacherEnsemble, *, encoding: Encoding, streams: DeviceStreams
     ) -> None:
-        self.plan, self._maker = plan, maker
-        self.teachers = [_on_device(teacher, lanes.device) for teacher in teachers]
-        self._encoding, self.lanes = encoding, lanes
+        self.plan, self.streams, self._encoding = plan, streams, encoding
+        teachers = [_on_device(teacher, streams.device) for teacher in ensemble.teachers]
+        self.ensemble = replace(ensemble, teachers=teachers)
         self._temperatures = audit_temperatures(plan)
 
-    def by(self, teachers: Sequence[Teacher]) -> DevicePass:
-        """The same pass by other teachers."""
-        return DevicePass(self.plan, self._maker, teachers, encoding=self._encoding, lanes=self.lanes)
+    def with_teachers(self, teachers: Sequence[Teacher]) -> DeviceStep:
+        """Return the same step with other teachers."""
+        ensemble = replace(self.ensemble, teachers=teachers)
+        return DeviceStep(self.plan, ensemble, encoding=self._encoding, streams=self.streams)
 
-    def start(self, batch: RowBatch, inputs: Tensor) -> Started:
+    def start(self, batch: RowBatch, inputs: Tensor) -> StartedBatch:
         """Queue the forward passes of a batch.
 
         Args:
-            batch: whose `inputs` the tensor `inputs` holds, pinned where the lanes ask for it.
+            inputs: `batch.inputs`, pinned where the streams ask for it.
         Raises:
-            TeacherError: a teacher fails or answers with another shape.
+            TeacherError: a teacher fails or returns another shape.
         """
         with torch.inference_mode():
-            uploaded = self.lanes.upload(inputs)
-            with self.lanes.forward():
-                answers = answers_of(self.teachers, uploaded, batch, self._maker, row_kind=self._encoding.row_kind)
-        return Started(batch=batch, answers=answers, mark=self.lanes.mark())
+            uploaded = self.streams.upload(inputs)
+            with self.streams.forward():
+                outputs = self.ensemble.forward(uploaded, batch, row_kind=self._encoding.row_kind)
+        return StartedBatch(batch=batch, outputs=outputs, mark=self.streams.mark())
 
-    def finish(self, started: Started, landing: Landing) -> None:
-        """Bring a batch's rows to where they go; on return the copies are on their way.
+    def finish(self, started: StartedBatch, sink: RowSink) -> None:
+        """Encode a batch's rows and begin to copy them out.
 
         Raises:
-            NonFiniteLogitsError, TeacherError, EncodingError: with the sample ids that are to blame.
+            NonFiniteLogitsError, TeacherError, EncodingError: with the sample ids at fault.
         """
         batch = started.batch
-        with torch.inference_mode(), self.lanes.beside(started.mark, started.answers):
-            refuse_non_finite(started.answers, self.teachers, batch.ids)
-            kept_RC = rows_to_keep(started.answers, self.teachers, self.plan, row_kind=self._encoding.row_kind)
-            encoded = self._encode(kept_RC, batch)
-            first_row = landing.land(batch, encoded)
-            figures = self._figures(kept_RC, encoded, first_row)
+        with torch.inference_mode(), self.streams.encoding(started.mark, started.outputs):
+            self.ensemble.check_finite(started.outputs, batch.ids)
+            rows_RC = self.ensemble.rows_to_store(started.outputs, self.plan, row_kind=self._encoding.row_kind)
+            encoded = self._encode(rows_RC, batch)
+            first_row = sink.write(batch, encoded)
+            figures = self._figures(rows_RC, encoded, first_row)
             if figures is not None:
-                landing.land_figures(figures)
-            landing.landing(self.lanes.landed())
+                sink.write_figures(figures)
+            sink.set_done(self.streams.copies_done())
 
-    def _encode(self, kept_RC: Tensor, batch: RowBatch) -> dict[str, Tensor]:
-        # A store of members keeps no encoding that draws, and its rows outnumber the keys.
+    def _encode(self, rows_RC: Tensor, batch: RowBatch) -> dict[str, Tensor]:
+        # A store of members has no encoding that draws, and more rows than keys.
         keys = batch.keys if self.plan.members is None else None
         try:
-            return self._encoding.encode_torch(kept_RC, keys_B=keys)
+            return self._encoding.encode_torch(rows_RC, keys_B=keys)
         except EncodingError as error:
-            blamed = _blamed(error, batch.ids, self.plan.members or 1)
-            raise EncodingError(f"{error.message} (sample ids {listed(blamed)})", ids=blamed) from error
+            blamed = _blamed_ids(error, batch.ids, self.plan.members or 1)
+            raise EncodingError(f"{error.message} (sample ids {format_ids(blamed)})", ids=blamed) from error
 
-    def _figures(self, kept_RC: Tensor, encoded: dict[str, Tensor], first_row: int) -> Tensor | None:
+    def _figures(self, rows_RC: Tensor, encoded: dict[str, Tensor], first_row: int) -> Tensor | None:
         members = self.plan.members or 1
-        chosen = audited(first_row * members, len(kept_RC), self.plan.classes)
-        exact_AC = self._encoding.logits_of_torch(kept_RC[chosen])
+        chosen = audited_rows(first_row * members, len(rows_RC), self.plan.classes)
+        exact_AC = self._encoding.logits_of_torch(rows_RC[chosen])
         if len(exact_AC) == 0:
             return None
-        measured = encoded if len(exact_AC) == len(kept_RC) else {k: v[chosen].contiguous() for k, v in encoded.items()}
+        measured = encoded if len(exact_AC) == len(rows_RC) else {k: v[chosen].contiguous() for k, v in encoded.items()}
         return pack_figures(
             exact_AC,
             self._encoding.decode_torch(measured),
@@ -142,41 +151,13 @@ class DevicePass:
         )
 
 
-def _on_device(teacher: Teacher, device: torch.device) -> Teacher:
-    """The teacher with its order of classes on the device: copied there for every batch, it would stall each."""
-    return teacher if teacher.order_C is None else replace(teacher, order_C=teacher.order_C.to(device))
-
-
-def _blamed(error: EncodingError, ids: IdArray, rows_an_id: int) -> list[int | str]:
-    """The ids of the rows that an encoding refuses, each once."""
-    rows = sorted({row // rows_an_id for row in error.context.get("rows", [])})
-    return list(dict.fromkeys(ids[rows].tolist()))
-
-
-# MERGED from softlabels.precompute.pipeline.device_step: What an audit needs of a batch, computed on the device that holds the rows; `softlabels.audit` is the reference.
-#
-# Legend: B rows, C classes. In float64, as the reference: the KL of a good encoding is below what float32 can tell. That
-# costs some 60 passes over a row in float64, which beside a teacher is nothing at 1,000 classes and a few per cent at
-# 100,000: of rows with more than `MOST_ENTRIES_A_ROW` classes only every so manyth is measured, by its number in the
-# store, so that a shard computed again is audited on the same rows. The audit says on how many.
-
-
-MOST_ENTRIES_A_ROW = 1 << 14
-"""Classes up to which every row is audited; above, one row in classes / 8,192."""
-
-_STRIDE_ENTRIES = 1 << 13
-_BLOCK_ENTRIES = 1 << 22
-"""Entries that are measured at once: 32 MiB a float64 temporary, of which there are some ten."""
-
-_SUMS = 3
-
-
-def audited(first_row: int, rows: int, classes: int) -> slice:
-    """Which rows of a batch are measured.
+def audited_rows(first_row: int, rows: int, classes: int) -> slice:
+    """Return which rows of a batch are audited: by row number, so that a shard computed again is audited alike.
 
     Args:
-        first_row: number of the batch's first row in the store; `rows`: of the batch.
-        classes: a row.
+        first_row: number of the batch's first row in the store.
+        rows: rows of the batch.
+        classes: classes per row.
     """
     stride = 1 if classes <= MOST_ENTRIES_A_ROW else classes // _STRIDE_ENTRIES
     return slice(-first_row % stride, rows, stride)
@@ -191,15 +172,17 @@ def pack_figures(
     captured: float,
     dropped_mass_B: Tensor | None = None,
 ) -> Tensor:
-    """The figures of these rows as one float64 tensor, which takes one copy to the host and nobody waits for.
+    """Return the audit figures of rows as one float64 tensor: one asynchronous copy to the host.
+
+    `softlabels.audit` is the reference.
 
     Args:
-        exact_BC, decoded_BC: logits tempered at `captured`, as they went into the encoding and came out of it.
-        temperatures: what KL is measured at.
-        captured: see there.
-        dropped_mass_B: what the encoding cut off and knows of; left out, the mass of classes that came back as -inf.
+        exact_BC, decoded_BC: logits tempered at `captured`, before and after the encoding.
+        temperatures: temperatures at which KL is measured.
+        captured: temperature of the logits.
+        dropped_mass_B: mass that the encoding cut off; when None, the mass of classes that came back as -inf.
     Returns:
-        [3 + C + B · temperatures], for `unpack_figures`.
+        [3 + C + B · T], for `unpack_figures`.
     """
     block = max(1, _BLOCK_ENTRIES // max(1, exact_BC.shape[1]))
     pieces = [
@@ -219,7 +202,7 @@ def pack_figures(
 
 
 def unpack_figures(packed: NDArray[np.float64], *, classes: int, temperatures: Sequence[float]) -> ErrorSums:
-    """The figures that `pack_figures` packed, on the host."""
+    """Return the figures that `pack_figures` packed."""
     kl_TB = packed[_SUMS + classes :].reshape(len(temperatures), -1)
     return ErrorSums(
         rows=kl_TB.shape[1],
@@ -234,22 +217,22 @@ def unpack_figures(packed: NDArray[np.float64], *, classes: int, temperatures: S
 def figures_on_device(
     exact_BC: Tensor, decoded_BC: Tensor, *, temperatures: Sequence[float], **known: Any
 ) -> ErrorSums:
-    """The figures of these rows, of which only a few bytes a row leave the device; arguments as of `pack_figures`."""
+    """Return the figures of rows on a device, of which a few bytes per row are copied; arguments as `pack_figures`."""
     packed = pack_figures(exact_BC, decoded_BC, temperatures=temperatures, **known)
     return unpack_figures(packed.cpu().numpy(), classes=exact_BC.shape[1], temperatures=temperatures)
 
 
 def _figures(
-    exact_BC: Tensor, decoded_BC: Tensor, temperatures: Sequence[float], captured: float, known_B: Tensor | None
+    exact_BC: Tensor, decoded_BC: Tensor, temperatures: Sequence[float], captured: float, dropped_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the rows, [3 + C], and the KL of each at each temperature, [T, B]."""
-    wide, narrow = exact_BC.double(), decoded_BC.double()
-    p_BC = torch.softmax(wide, dim=-1)
-    error_BC = torch.softmax(narrow, dim=-1) - p_BC
-    dropped = torch.where(decoded_BC.isneginf(), p_BC, 0.0) if known_B is None else known_B
+    """Return sums over the rows, [3 + C], and each row's KL at each temperature, [T, B]."""
+    exact, decoded = exact_BC.double(), decoded_BC.double()
+    p_BC = torch.softmax(exact, dim=-1)
+    error_BC = torch.softmax(decoded, dim=-1) - p_BC
+    dropped = torch.where(decoded_BC.isneginf(), p_BC, 0.0) if dropped_B is None else dropped_B
     agreements = (exact_BC.argmax(dim=1) == decoded_BC.argmax(dim=1)).sum(dtype=torch.float64)
     sums = torch.stack([agreements, dropped.sum(dtype=torch.float64), error_BC.square().sum()])
-    kl = [_kl(wide * (captured / t), narrow * (captured / t)) for t in temperatures]
+    kl = [_kl(exact * (captured / t), decoded * (captured / t)) for t in temperatures]
     return torch.cat([sums, error_BC.sum(dim=0)]), torch.stack(kl)
 
 
@@ -257,6 +240,17 @@ def _kl(exact_BC: Tensor, decoded_BC: Tensor) -> Tensor:
     # As `softmath.kl_divergence`: p log(p/q) - p + q, whose terms are never negative and cancel no digits.
     logp, logq = torch.log_softmax(exact_BC, dim=-1), torch.log_softmax(decoded_BC, dim=-1)
     p, q, gap = logp.exp(), logq.exp(), logq - logp
-    near = p * (torch.expm1(gap) - gap)
-    far = q - p - torch.where(p == 0, torch.zeros_like(p), p * gap)
-    return torch.where(gap.abs() < 1, near, far).sum(dim=-1)
+    small_gap = p * (torch.expm1(gap) - gap)
+    large_gap = q - p - torch.where(p == 0, torch.zeros_like(p), p * gap)
+    return torch.where(gap.abs() < 1, small_gap, large_gap).sum(dim=-1)
+
+
+def _on_device(teacher: Teacher, device: torch.device) -> Teacher:
+    # The order of classes too: copied to the device for every batch, it would stall each.
+    return teacher if teacher.order_C is None else replace(teacher, order_C=teacher.order_C.to(device))
+
+
+def _blamed_ids(error: EncodingError, ids: IdArray, rows_per_id: int) -> list[int | str]:
+    """Return the ids of the rows that an encoding refuses, each once."""
+    rows = sorted({row // rows_per_id for row in error.context.get("rows", [])})
+    return list(dict.fromkeys(ids[rows].tolist()))

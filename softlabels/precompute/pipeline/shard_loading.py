@@ -1,4 +1,8 @@
-"""One shard in work: claimed, filled batch by batch, committed as a whole or given up."""
+"""Shards in work: claimed, filled batch by batch from prefetched inputs, committed as a whole or released.
+
+One loader makes the batches in the loader stage's own thread. More of them (`loaders` in [run]) make several batches at
+once where every input is a row, so that batches can be cut without reading the data; they still come in order.
+"""
 
 from __future__ import annotations
 
@@ -19,49 +23,48 @@ from torch import Tensor
 from softlabels.audit import Audit
 from softlabels.errors import ShapeMismatchError, ShardClaimedError
 from softlabels.manifest import Manifest
-from softlabels.precompute.pipeline.device import Lanes
+from softlabels.precompute.pipeline.device import DeviceStreams
 from softlabels.precompute.pipeline.device_step import unpack_figures
-from softlabels.precompute.pipeline.inference import audit_temperatures, host_tensor
-from softlabels.precompute.pipeline.stages import Channel, Halt, HaltedError, Slots, Stage
-from softlabels.precompute.row_batches import RowBatch, RowMaker
+from softlabels.precompute.pipeline.inference import as_tensor, audit_temperatures
+from softlabels.precompute.pipeline.stages import Channel, Slots, Stage, StoppedError, StopSignal
+from softlabels.precompute.row_batches import RowBatch, RowLoader
 from softlabels.progress import Progress
 from softlabels.store.writer import ShardClaim, StoreWriter
 from softlabels.transfer_set import UNLABELLED
 
-_FACTS = ("labels", "fingerprints", "view_parameters", "kept_inputs")
+_ROW_FACTS = ("labels", "fingerprints", "view_parameters", "kept_inputs")
+
+_PREFETCHED_BATCHES = 2
+"""Batches ready for the device: one more than it takes at a time, so that one slow batch does not starve it."""
+
+_JOIN_TIMEOUT_S = 10.0
+"""How long a run that stops waits for a transfer set in the middle of a read."""
 
 
-class ShardWork:
-    """A claimed shard on its way to a commit.
+class ClaimedShard:
+    """A claimed shard between its first batch and its commit.
 
-    Encoded rows land where they are written from: in the shard's own arrays, pinned for a device that copies into them
-    by itself. They are made when the first rows land, so that a shard whose inputs are loaded ahead holds none.
+    Encoded rows are copied straight into the arrays that the shard is written from, which are pinned where a device
+    copies asynchronously. They are allocated with the first rows, so a shard that is only prefetched holds none.
 
     Args:
-        claim: the claim's context, not entered yet: it is held from here until `commit` or `release`.
-        plan: of the store.
-        temperatures: of the audit.
-        pinned: whether a device copies into the arrays.
+        claim: claim context, not entered yet: held from here until `commit` or `release`.
+        plan: plan of the store.
+        pinned: pin the arrays.
     Attributes:
-        shard, rows: its number and its rows in the store.
-        landed_rows: how many of its rows were brought so far.
+        shard: number of the shard.
+        rows: its rows in the store.
+        written_rows: how many rows were written so far.
     Raises:
-        ShardClaimedError: another writer holds it.
+        ShardClaimedError: another writer holds the shard.
     """
 
-    def __init__(
-        self,
-        claim: AbstractContextManager[ShardClaim],
-        plan: Manifest,
-        *,
-        temperatures: tuple[float, ...],
-        pinned: bool,
-    ) -> None:
+    def __init__(self, claim: AbstractContextManager[ShardClaim], plan: Manifest, *, pinned: bool) -> None:
         self._held = ExitStack()
         self._claim = self._held.enter_context(claim)
-        self._plan, self._temperatures, self._pinned = plan, temperatures, pinned
+        self._plan, self._pinned, self._temperatures = plan, pinned, audit_temperatures(plan)
         self.shard, self.rows = self._claim.shard, self._claim.rows
-        self.landed_rows = 0
+        self.written_rows = 0
         self._done: torch.cuda.Event | None = None
         self._arrays: dict[str, Tensor] = {}
         self._ids: list[NDArray[Any]] = []
@@ -70,38 +73,36 @@ class ShardWork:
 
     @property
     def complete(self) -> bool:
-        """Whether all rows were brought."""
-        return self.landed_rows == len(self.rows)
+        """Return whether all rows were written."""
+        return self.written_rows == len(self.rows)
 
-    def land(self, batch: RowBatch, encoded: Mapping[str, Tensor]) -> int:
-        """Begin to copy the shard's next rows into it; returns the first one's number in the store."""
+    def write(self, batch: RowBatch, encoded: Mapping[str, Tensor]) -> int:
+        """Begin to copy the next rows into the shard; return the first one's row number in the store."""
         if not self._arrays:
-            self._arrays = {name: self._host_array(name) for name in encoded}
-        first = self.rows.start + self.landed_rows
-        part = slice(self.landed_rows, self.landed_rows + batch.rows)
+            self._arrays = {name: self._empty(name) for name in encoded}
+        first = self.rows.start + self.written_rows
+        part = slice(self.written_rows, self.written_rows + batch.rows)
         for name, tensor in encoded.items():
             target = self._arrays[name][part]
             assert tensor.dtype == target.dtype, f"{name}: {tensor.dtype} is not the plan's {target.dtype}"
             target.copy_(tensor.reshape(target.shape), non_blocking=self._pinned)
         self._keep_facts(part, batch)
-        self.landed_rows += batch.rows
+        self.written_rows += batch.rows
         return first
 
-    def land_figures(self, packed: Tensor) -> None:
-        """Begin to copy the audit's figures of a batch."""
+    def write_figures(self, packed: Tensor) -> None:
+        """Begin to copy the audit figures of a batch."""
         target = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=self._pinned)
         target.copy_(packed, non_blocking=self._pinned)
         self._figures.append(target)
 
-    def landing(self, done: torch.cuda.Event | None) -> None:
-        """What was begun so far is there when `done` is."""
+    def set_done(self, done: torch.cuda.Event | None) -> None:
+        """Set the event after which all copies begun so far are complete."""
         self._done = done
 
     def commit(self) -> Audit:
-        """Wait for the last copy, write the shard, and let go of it.
+        """Wait for the last copy, write the shard, release it, and return the audit of its rows.
 
-        Returns:
-            the audit of its rows.
         Raises:
             ShardConflictError, ShapeMismatchError, OSError: nothing of the shard exists then.
         """
@@ -110,9 +111,8 @@ class ShardWork:
                 self._done.synchronize()
             audit = Audit(self._temperatures)
             for packed in self._figures:
-                audit.add_sums(
-                    unpack_figures(packed.numpy(), classes=self._plan.classes, temperatures=self._temperatures)
-                )
+                figures = unpack_figures(packed.numpy(), classes=self._plan.classes, temperatures=self._temperatures)
+                audit.add_sums(figures)
             rows_have_ids = self._plan.layout.kind != "sequences"
             self._claim.commit(
                 encoded={name: tensor.numpy() for name, tensor in self._arrays.items()},
@@ -126,30 +126,30 @@ class ShardWork:
             return audit
 
     def release(self) -> None:
-        """Let go of the shard without a commit; nothing of it is kept."""
+        """Release the shard without a commit; nothing of it is kept."""
         self._held.close()
 
-    def _host_array(self, name: str) -> Tensor:
+    def _empty(self, name: str) -> Tensor:
         spec = self._plan.arrays[name]
         dtype = torch.from_numpy(np.empty(0, dtype=spec.dtype)).dtype
         return torch.empty((len(self.rows), *spec.row_shape), dtype=dtype, pin_memory=self._pinned)
 
     def _keep_facts(self, part: slice, batch: RowBatch) -> None:
         self._ids.append(batch.ids)
-        for name in _FACTS:
+        for name in _ROW_FACTS:
             found: NDArray[Any] | None = getattr(batch, name)
             if found is None or (name == "kept_inputs" and "inputs" not in self._plan.arrays):
                 continue
             if name == "kept_inputs":
-                self._refuse_other_inputs(found, batch)
+                self._check_inputs(found, batch)
             if name not in self._facts:
-                # Rows of batches without labels, among others that have some, are unlabelled.
+                # Batches without labels among others that have some are unlabelled rows, not rows of class 0.
                 blank = UNLABELLED if name == "labels" else 0
                 self._facts[name] = np.full((len(self.rows), *found.shape[1:]), blank, dtype=found.dtype)
             self._facts[name][part] = found
 
-    def _refuse_other_inputs(self, found: NDArray[Any], batch: RowBatch) -> None:
-        """Inputs of another type than the plan's would be cast in silence, and no longer fit their fingerprints."""
+    def _check_inputs(self, found: NDArray[Any], batch: RowBatch) -> None:
+        # NumPy would cast inputs of another type silently, and they would no longer match their fingerprints.
         spec = self._plan.arrays["inputs"]
         if (found.dtype.str, found.shape[1:]) != (spec.dtype, spec.row_shape):
             raise ShapeMismatchError(
@@ -158,168 +158,150 @@ class ShardWork:
             )
 
 
-# MERGED from softlabels.precompute.pipeline.shard_loading: How do inputs get to the device in time? A stage that claims shards and gives their batches in order.
-#
-# One loader makes the batches in this stage's own thread. More of them (`loaders` of [run]) make several batches at once,
-# where every input is a row and batches can be cut from a shard without looking; they still come in order.
+class ShardClaims:
+    """The shards that a run holds: claimed by the loader stage, released by whichever stage is done with them.
 
+    Args:
+        writer: writer of the store.
+        pinned: pin the shards' arrays.
+        slots: one per shard that may be held at a time.
+        progress: advanced by rows that other processes computed.
+    """
 
-_LOADED_BATCHES = 2
-"""Batches that wait for the device: one more than it takes at a time, so that one slow batch does not starve it."""
+    def __init__(self, writer: StoreWriter, *, pinned: bool, slots: Slots, progress: Progress) -> None:
+        self._writer, self._pinned, self._progress = writer, pinned, progress
+        self.slots = slots
+        self._held: list[ClaimedShard] = []
 
-_PATIENCE_S = 10.0
-"""How long a run that stops waits for a transfer set that is in the middle of something."""
+    def claim(self, shard: int) -> ClaimedShard | None:
+        """Claim a shard, in a slot acquired before; None where another process holds it or has committed it by now."""
+        try:
+            claimed = ClaimedShard(self._writer.claim(shard), self._writer.plan, pinned=self._pinned)
+        except ShardClaimedError:
+            self._progress.note("other processes work on this store too")
+            self.slots.release()
+            return None
+        self._held.append(claimed)
+        if self._writer.receipt(shard) is None:
+            return claimed
+        self._progress.advance(len(claimed.rows))
+        self.release(claimed)
+        return None
+
+    def release(self, claimed: ClaimedShard) -> None:
+        """Release a shard, committed or not."""
+        self._held.remove(claimed)
+        claimed.release()
+        self.slots.release()
+
+    def release_all_but(self, computed: set[int]) -> None:
+        """Release all shards but those that wait for the writer; progress goes back by their rows."""
+        for claimed in [claimed for claimed in self._held if claimed.shard not in computed]:
+            self._progress.advance(-claimed.written_rows)
+            self.release(claimed)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Loaded:
-    """A batch on the host, and the shard that it belongs to; `inputs` are pinned where the lanes ask for it."""
+class PrefetchedBatch:
+    """A batch on the host and the shard that it belongs to; `inputs` are pinned where the device asks for it."""
 
-    work: ShardWork
+    shard: ClaimedShard
     batch: RowBatch
     inputs: Tensor
 
 
-class Claims:
-    """The shards that a run holds: taken by the loader, let go by whoever is done with them.
+class Prefetcher:
+    """The loader stage: iterates over prefetched batches in the order of shards, and stops when its context is left.
 
     Args:
-        writer: of the store.
-        lanes: of the device that fills them.
-        slots: how many may be held at a time.
-        progress: told of rows that others computed.
-    """
-
-    def __init__(self, writer: StoreWriter, lanes: Lanes, slots: Slots, progress: Progress) -> None:
-        self._writer, self._lanes, self._progress = writer, lanes, progress
-        self._temperatures = audit_temperatures(writer.plan)
-        self.slots = slots
-        self._held: list[ShardWork] = []
-
-    def take(self, shard: int) -> ShardWork | None:
-        """Hold a shard, in a slot taken before; None where another process writes it, or wrote it since we looked."""
-        try:
-            work = ShardWork(
-                self._writer.claim(shard),
-                self._writer.plan,
-                temperatures=self._temperatures,
-                pinned=self._lanes.pinned,
-            )
-        except ShardClaimedError:
-            self._progress.note("other processes work on this store too")
-            self.slots.give_back()
-            return None
-        self._held.append(work)
-        if self._writer.receipt(shard) is None:
-            return work
-        self._progress.advance(len(work.rows))
-        self.let_go(work)
-        return None
-
-    def let_go(self, work: ShardWork) -> None:
-        """Done with a shard, committed or not."""
-        self._held.remove(work)
-        work.release()
-        self.slots.give_back()
-
-    def let_go_unless(self, computed: set[int]) -> None:
-        """Let go of all shards but those that are computed and wait for the writer; their rows do not count."""
-        for work in [work for work in self._held if work.shard not in computed]:
-            self._progress.advance(-work.landed_rows)
-            self.let_go(work)
-
-
-class Loading:
-    """The loader's stage: iterates over batches, in the order of shards; left, it stops.
-
-    Args:
-        shards: what to load.
-        claims: how a shard is taken.
-        maker: of its rows.
-        batch_size: inputs a batch.
+        shards: numbers of the shards to load.
+        claims: where shards are claimed.
+        rows: loader of their rows.
+        batch_size: inputs per batch.
         loaders: threads that make batches.
-        lanes: of the device.
-        halt: of the whole run.
+        streams: of the device.
+        stop: stop signal of the whole run.
     """
 
     def __init__(
         self,
         shards: Sequence[int],
-        claims: Claims,
-        maker: RowMaker,
+        claims: ShardClaims,
+        rows: RowLoader,
         *,
         batch_size: int,
         loaders: int,
-        lanes: Lanes,
-        halt: Halt,
+        streams: DeviceStreams,
+        stop: StopSignal,
     ) -> None:
-        self._shards, self._claims, self._maker, self._batch_size = shards, claims, maker, batch_size
-        self._loaders = loaders if maker.layout.kind != "sequences" else 1
-        self._lanes = lanes
-        self._halt = Halt(halt)
-        self._batches: Channel[Loaded] = Channel(_LOADED_BATCHES, self._halt)
+        self._shards, self._claims, self._rows, self._batch_size = shards, claims, rows, batch_size
+        self._loaders = loaders if rows.layout.kind != "sequences" else 1
+        self._streams = streams
+        self._stop = StopSignal(stop)
+        self._batches: Channel[PrefetchedBatch] = Channel(_PREFETCHED_BATCHES, self._stop)
         self._error: Exception | None = None
 
-    def __enter__(self) -> Loading:
-        self._stage = Stage("loader", self._load, self._halt)
+    def __enter__(self) -> Prefetcher:
+        self._stage = Stage("loader", self._load, self._stop)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._halt.stop()
-        self._stage.join(_PATIENCE_S)
+        self._stop.stop()
+        self._stage.join(_JOIN_TIMEOUT_S)
 
-    def __iter__(self) -> Iterator[Loaded]:
-        """The batches, until there are no more or loading one failed."""
+    def __iter__(self) -> Iterator[PrefetchedBatch]:
+        """Yield batches until there are no more or loading one failed."""
         while True:
             began_s = time.perf_counter()
-            loaded = self._batches.get()
-            self._lanes.starved(time.perf_counter() - began_s)
-            if loaded is None:
+            batch = self._batches.get()
+            self._streams.add_starved(time.perf_counter() - began_s)
+            if batch is None:
                 return
-            yield loaded
+            yield batch
 
     def raise_error(self) -> None:
-        """Raise what went wrong after the last batch, if anything did."""
+        """Raise the error that ended loading, if any; batches before it were yielded."""
         if self._error is not None:
             raise self._error
 
     def _load(self) -> None:
         try:
             if self._loaders == 1:
-                self._load_one_by_one()
+                self._load_in_order()
             else:
-                self._load_many_at_once()
-        except HaltedError:
+                self._load_in_parallel()
+        except StoppedError:
             return
         except Exception as error:  # noqa: BLE001  # raised again by `raise_error`, after the batches before it
             self._error = error
         self._batches.close()
 
-    def _load_one_by_one(self) -> None:
-        for shard in self._shards:
-            self._claims.slots.take(self._halt)
-            work = self._claims.take(shard)
-            if work is not None:
-                for batch in self._maker.batches(work.rows, self._batch_size):
-                    self._batches.put(self._on_host(work, batch))
+    def _load_in_order(self) -> None:
+        for number in self._shards:
+            self._claims.slots.acquire(self._stop)
+            shard = self._claims.claim(number)
+            if shard is not None:
+                for batch in self._rows.batches(shard.rows, self._batch_size):
+                    self._batches.put(self._on_host(shard, batch))
 
-    def _load_many_at_once(self) -> None:
-        ahead: deque[Future[Loaded]] = deque()
+    def _load_in_parallel(self) -> None:
+        ahead: deque[Future[PrefetchedBatch]] = deque()
         pool = ThreadPoolExecutor(self._loaders, thread_name_prefix="softlabels-loader")
         try:
-            for shard in self._shards:
-                # A slot may only come free when what was loaded ahead is computed: that is handed on first.
-                while not self._claims.slots.take_now():
+            for number in self._shards:
+                # A slot may become free only once what was loaded ahead is computed, so that is handed on first;
+                # waiting for the slot while holding it back would be a deadlock.
+                while not self._claims.slots.try_acquire():
                     if not ahead:
-                        self._claims.slots.take(self._halt)
+                        self._claims.slots.acquire(self._stop)
                         break
                     self._batches.put(ahead.popleft().result())
-                work = self._claims.take(shard)
-                if work is None:
+                shard = self._claims.claim(number)
+                if shard is None:
                     continue
-                for start in range(work.rows.start, work.rows.stop, self._batch_size):
-                    part = range(start, min(start + self._batch_size, work.rows.stop))
-                    ahead.append(pool.submit(self._make, work, part))
+                for start in range(shard.rows.start, shard.rows.stop, self._batch_size):
+                    part = range(start, min(start + self._batch_size, shard.rows.stop))
+                    ahead.append(pool.submit(self._make, shard, part))
                     if len(ahead) > self._loaders:
                         self._batches.put(ahead.popleft().result())
             while ahead:
@@ -327,11 +309,11 @@ class Loading:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _make(self, work: ShardWork, rows: range) -> Loaded:
-        """The one batch of these rows; batches of a shard are cut from its first row on, so it is the same alone."""
-        (batch,) = self._maker.batches(rows, self._batch_size)
-        return self._on_host(work, batch)
+    def _make(self, shard: ClaimedShard, rows: range) -> PrefetchedBatch:
+        # Batches of a shard are cut from its first row on, so a batch made alone is the same one.
+        (batch,) = self._rows.batches(rows, self._batch_size)
+        return self._on_host(shard, batch)
 
-    def _on_host(self, work: ShardWork, batch: RowBatch) -> Loaded:
-        inputs = host_tensor(batch.inputs)
-        return Loaded(work=work, batch=batch, inputs=inputs.pin_memory() if self._lanes.pinned else inputs)
+    def _on_host(self, shard: ClaimedShard, batch: RowBatch) -> PrefetchedBatch:
+        inputs = as_tensor(batch.inputs)
+        return PrefetchedBatch(shard=shard, batch=batch, inputs=inputs.pin_memory() if self._streams.pinned else inputs)

@@ -1,170 +1,227 @@
-"""How do many shards flow through one device? Inputs are loaded, computed and written by three stages at a time.
+"""The shard pipeline: inputs are loaded, computed and written by three stages at a time.
 
-    loader thread            this thread                        writer thread
+    loader thread            calling thread                     writer thread
     claim a shard            queue copy and forward passes      wait for the last copy
     take, hash, pin   ──►    of a batch; then mean, encoding,   checksums, files, receipt
-    batch by batch    2      audit and copy of the one before   ──► the claim is let go
+    batch by batch    2      audit and copy of the one before   ──► release the claim
 
-At most `_CLAIMED` shards are held at a time: one that is written, one that is computed, one whose first inputs are
-loaded. A shard is claimed before its first batch is loaded and held until it is committed. Whatever goes wrong in any
-stage stops them all; shards that are committed stay, the claims of all others are let go.
+A shard is claimed before its first batch is loaded and held until it is committed. An error in any stage stops them
+all; committed shards stay, the claims of all others are released.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO
 
 from softlabels.audit import Audit
 from softlabels.errors import TeacherError
-from softlabels.precompute.pipeline.device import is_out_of_memory, release_cached
-from softlabels.precompute.pipeline.device_step import DevicePass, Started
-from softlabels.precompute.pipeline.shard_loading import Claims, Loading, ShardWork
-from softlabels.precompute.pipeline.stages import Channel, Halt, HaltedError, Slots, Stage
-from softlabels.precompute.row_batches import RowMaker
+from softlabels.manifest import Manifest
+from softlabels.precompute.pipeline.device import DeviceStreams, is_out_of_memory, release_cached
+from softlabels.precompute.pipeline.device_step import DeviceStep, StartedBatch
+from softlabels.precompute.pipeline.shard_loading import ClaimedShard, Prefetcher, ShardClaims
+from softlabels.precompute.pipeline.stages import Channel, Slots, Stage, StoppedError, StopSignal
 from softlabels.progress import Progress
 from softlabels.store.writer import StoreWriter
 
-_CLAIMED = 3
+_MOST_CLAIMS = 3
+"""Shards held at a time: one being written, one being computed, one whose first inputs are loaded."""
 
-Committed = Callable[[ShardWork, Audit], None]
-"""Told, in the writer's thread, of every shard as soon as it exists."""
+OnCommit = Callable[[ClaimedShard, Audit], None]
+"""Called in the writer thread for every shard as soon as it exists."""
 
-Halved = Callable[[int], None]
-"""Told of a batch size that the run went down to."""
+
+class RunMetrics:
+    """A JSON-lines file of progress figures, one line per committed shard, flushed at once.
+
+    Each line has `time` (seconds since 1970), `store`, `shards` and `rows` committed by this run, `rows_done` and
+    `rows_total` of the store (other processes' rows as of the start of this run), `rows_per_s`, `left_s`, `kl_nats`
+    (mean by temperature, over this run's rows so far) and `idle_share` (of the time in which no teacher ran).
+
+    Args:
+        path: file to append to, so that a resumed run continues it.
+        plan: plan of the store.
+        done: rows committed before this run.
+        streams: of the device.
+    """
+
+    def __init__(self, path: Path, plan: Manifest, *, done: int, streams: DeviceStreams) -> None:
+        self._path, self._plan, self._streams = path, plan, streams
+        self._done_before, self._rows, self._shards = done, 0, 0
+        self._audit = Audit()
+        self._began_s = time.monotonic()
+
+    def __enter__(self) -> RunMetrics:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = self._path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def add(self, shard: ClaimedShard, audit: Audit) -> None:
+        """Write the line of a shard that was just committed."""
+        self._shards += 1
+        self._rows += len(shard.rows)
+        self._audit.merge(audit)
+        self._file.write(json.dumps(self._line()) + "\n")
+        self._file.flush()
+
+    def _line(self) -> dict[str, Any]:
+        rate = self._rows / max(1e-9, time.monotonic() - self._began_s)
+        done = self._done_before + self._rows
+        kl = self._audit.summary()["kl_nats"]
+        return {
+            "time": time.time(),
+            "store": self._plan.name,
+            "shards": self._shards,
+            "rows": self._rows,
+            "rows_done": done,
+            "rows_total": self._plan.rows,
+            "rows_per_s": rate,
+            "left_s": (self._plan.rows - done) / rate,
+            "kl_nats": {temperature: figures["mean"] for temperature, figures in kl.items()},
+            "idle_share": self._streams.idle_share(),
+        }
 
 
 def compute_shards(
     writer: StoreWriter,
-    maker: RowMaker,
-    device_pass: DevicePass,
+    step: DeviceStep,
     shards: Sequence[int],
     *,
     batch_size: int,
     loaders: int,
     progress: Progress,
-    committed: Committed | None,
-    halved: Halved,
+    on_commit: OnCommit | None,
+    on_halved: Callable[[int], None],
 ) -> None:
-    """Compute these shards, but for those that other processes hold or have committed.
+    """Compute these shards, except those that other processes hold or have committed.
 
-    Where the device's memory does not do for a batch, the batch size is halved for good and the shards in work begin
-    anew with it, so that each shard is computed in batches of one size.
+    Where a batch does not fit the device's memory, the batch size is halved for good and the shards in work start again
+    with it, so that each shard is computed in batches of one size.
 
     Args:
-        writer: of the store; maker: of its rows; device_pass: of its plan.
-        batch_size: inputs of a forward pass.
+        writer: writer of the store.
+        step: device step of its plan.
+        shards: numbers of the shards.
+        batch_size: inputs per forward pass.
         loaders: threads that make batches.
-        progress: rows as they are computed.
-        committed: told of every shard that this run wrote, if anybody is.
-        halved: told of a batch size that had to be halved.
+        progress: advanced by rows as they are computed.
+        on_commit: called for every shard that this run wrote.
+        on_halved: called with each batch size that the run went down to.
     Raises:
-        SoftLabelsError, OSError: of whichever stage failed first. TeacherError: not even one input fits.
+        SoftLabelsError, OSError: from whichever stage failed first. TeacherError: not even one input fits.
     """
-    left, halt, lanes = list(shards), Halt(), device_pass.lanes
-    claims = Claims(writer, lanes, Slots(_CLAIMED, halt), progress)
+    left, stop, streams = list(shards), StopSignal(), step.streams
+    claims = ShardClaims(writer, pinned=streams.pinned, slots=Slots(_MOST_CLAIMS, stop), progress=progress)
     try:
-        with _Writing(claims, halt, committed) as writing:
+        with _CommitStage(claims, stop, on_commit) as commits:
             while True:
-                loading = Loading(left, claims, maker, batch_size=batch_size, loaders=loaders, lanes=lanes, halt=halt)
+                batches = Prefetcher(
+                    left, claims, step.ensemble.rows, batch_size=batch_size, loaders=loaders, streams=streams, stop=stop
+                )
                 try:
-                    with loading:
-                        fits = _all_fit(loading, device_pass, writing, progress)
+                    with batches:
+                        fits = _all_fit(batches, step, commits, progress)
                 finally:
-                    claims.let_go_unless(writing.computed)
+                    claims.release_all_but(commits.computed)
                 if fits:
                     break
                 batch_size = _halve(batch_size, progress)
-                halved(batch_size)
-                left = [shard for shard in left if shard not in writing.computed]
-    except HaltedError:
-        halt.raise_error()  # another stage's error is what stopped this one
+                on_halved(batch_size)
+                left = [shard for shard in left if shard not in commits.computed]
+    except StoppedError:
+        stop.raise_error()  # the error of another stage is what stopped this one
         raise
 
 
-def _all_fit(loading: Loading, device_pass: DevicePass, writing: _Writing, progress: Progress) -> bool:
-    """Compute all batches that come; False where the device's memory does not do for one."""
+def _all_fit(batches: Prefetcher, step: DeviceStep, commits: _CommitStage, progress: Progress) -> bool:
+    """Compute all batches; return False where one does not fit the device's memory."""
     try:
-        _compute_all(loading, device_pass, writing, progress)
+        _compute_all(batches, step, commits, progress)
     except (RuntimeError, MemoryError, TeacherError) as error:
         if not is_out_of_memory(error):
             raise
     else:
         return True
-    return False  # outside of `except`: the error holds on to the very tensors that are too many
+    return False  # outside of `except`: the error's traceback keeps the very tensors alive that are too many
 
 
-def _compute_all(loading: Loading, device_pass: DevicePass, writing: _Writing, progress: Progress) -> None:
-    before: tuple[ShardWork, Started] | None = None
+def _compute_all(batches: Prefetcher, step: DeviceStep, commits: _CommitStage, progress: Progress) -> None:
+    before: tuple[ClaimedShard, StartedBatch] | None = None
 
     def finish() -> None:
         if before is not None:
-            work, started = before
-            device_pass.finish(started, work)
+            shard, started = before
+            step.finish(started, shard)
             progress.advance(started.batch.rows)
-            if work.complete:
-                writing.hand_over(work)
+            if shard.complete:
+                commits.put(shard)
 
-    for loaded in loading:
+    for prefetched in batches:
         try:
-            started = device_pass.start(loaded.batch, loaded.inputs)
+            started = step.start(prefetched.batch, prefetched.inputs)
         except Exception:
-            finish()  # what came before the fault is kept
+            finish()  # batches before the fault are kept
             raise
         finish()
-        before = loaded.work, started
+        before = prefetched.shard, started
     finish()
-    loading.raise_error()
+    batches.raise_error()
 
 
 def _halve(batch_size: int, progress: Progress) -> int:
     release_cached()
     if batch_size == 1:
         raise TeacherError(
-            "the device's memory does not do for a single input: use a device with more of it, half precision "
-            "(`precision` of [run]), or a smaller teacher"
+            "a single input does not fit the device's memory: use a device with more memory, half precision "
+            "(`precision` in [run]), or a smaller teacher"
         )
     progress.note(f"out of memory: batches of {batch_size // 2} from here on, whose kernels may round differently")
     return batch_size // 2
 
 
-class _Writing:
-    """The writer's stage; left without an error, it waits until everything is committed.
+class _CommitStage:
+    """The writer stage; leaving its context without an error waits until every computed shard is committed.
 
     Attributes:
-        computed: numbers of the shards that were given to it.
+        computed: numbers of the shards that were handed to it.
     """
 
-    def __init__(self, claims: Claims, halt: Halt, committed: Committed | None) -> None:
-        self._claims, self._halt, self._committed = claims, halt, committed
-        self._shards: Channel[ShardWork] = Channel(_CLAIMED, halt)
+    def __init__(self, claims: ShardClaims, stop: StopSignal, on_commit: OnCommit | None) -> None:
+        self._claims, self._stop, self._on_commit = claims, stop, on_commit
+        self._shards: Channel[ClaimedShard] = Channel(_MOST_CLAIMS, stop)
         self.computed: set[int] = set()
 
-    def __enter__(self) -> _Writing:
-        self._stage = Stage("writer", self._write, self._halt)
+    def __enter__(self) -> _CommitStage:
+        self._stage = Stage("writer", self._commit_all, self._stop)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        # Shards that are computed are committed whatever became of a later one; Ctrl-C waits only for the one that is
-        # being written.
+        # Computed shards are committed whatever became of a later one; Ctrl-C waits only for the one being written.
         if error is None or isinstance(error, Exception):
             self._shards.close()
         else:
-            self._halt.stop()
+            self._stop.stop()
         self._stage.join()
-        self._claims.let_go_unless(set())
+        self._claims.release_all_but(set())
         if error is None:
-            self._halt.raise_error()
+            self._stop.raise_error()
 
-    def hand_over(self, work: ShardWork) -> None:
-        """Give a computed shard to the writer."""
-        self.computed.add(work.shard)
-        self._shards.put(work)
+    def put(self, shard: ClaimedShard) -> None:
+        """Hand over a computed shard."""
+        self.computed.add(shard.shard)
+        self._shards.put(shard)
 
-    def _write(self) -> None:
-        while (work := self._shards.get()) is not None:
-            audit = work.commit()
-            self._claims.let_go(work)
-            if self._committed is not None:
-                self._committed(work, audit)
-            del work  # its arrays are not needed while the next shard is waited for
+    def _commit_all(self) -> None:
+        while (shard := self._shards.get()) is not None:
+            audit = shard.commit()
+            self._claims.release(shard)
+            if self._on_commit is not None:
+                self._on_commit(shard, audit)
+            del shard  # frees its arrays while the next shard is waited for

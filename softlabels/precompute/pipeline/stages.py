@@ -1,8 +1,7 @@
-"""How do the stages of a run hand work to each other, and how do all of them stop when one fails?
+"""Stages of a pipeline: threads joined by bounded channels, all of which stop when one of them fails.
 
-Stages are threads. What one hands to the next goes through a `Channel` with little room, so that a fast stage waits for
-a slow one and memory stays bounded. All channels of a run share one `Halt`: the first error that a stage meets is kept,
-every stage that waits is woken, and the error is raised where the run was called.
+All channels of a run share one `StopSignal`: it keeps the first error of any stage, wakes every stage that waits, and
+raises the error where the run was called.
 """
 
 from __future__ import annotations
@@ -15,25 +14,27 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 
-class HaltedError(Exception):
-    """The run is stopping: raised in stages that wait, and never seen outside the run."""
+class StoppedError(Exception):
+    """The run is stopping; raised in stages that wait, and never seen outside the run."""
 
 
-class Halt:
-    """Whether a run is to stop, and why.
+class StopSignal:
+    """Tells the stages of a run to stop, and why.
 
     Args:
-        parent: a halt that stops this one as well, but not the other way round.
+        parent: signal that also stops this one; stopping this one leaves the parent as it is.
     """
 
-    def __init__(self, parent: Halt | None = None) -> None:
+    def __init__(self, parent: StopSignal | None = None) -> None:
         self._parent = parent
+        # One condition for a whole run: whoever changes anything wakes everybody, and each looks for itself. With one
+        # condition per channel, a stage that waits for an item would sleep through the stop.
         self.changed: threading.Condition = threading.Condition() if parent is None else parent.changed
         self._stopped = False
         self._error: BaseException | None = None
 
     def stop(self, error: BaseException | None = None) -> None:
-        """Stop all who wait; the first error is the one that is told."""
+        """Stop every stage; the first error is the one that `raise_error` raises."""
         with self.changed:
             if self._error is None:
                 self._error = error
@@ -42,101 +43,101 @@ class Halt:
 
     @property
     def stopped(self) -> bool:
-        """Whether this halt, or one above it, was stopped."""
+        """Return whether this signal or a parent was stopped."""
         return self._stopped or (self._parent is not None and self._parent.stopped)
 
     def raise_error(self) -> None:
-        """Raise the error that a stage met, if there is one."""
+        """Raise the error that a stage failed with, if any."""
         if self._error is not None:
             raise self._error
         if self._parent is not None:
             self._parent.raise_error()
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
-        """Wait until `ready()`; the caller holds `changed`. Raises HaltedError: the run stops."""
+        """Wait until `ready()`; the caller holds `changed`. Raises StoppedError: the run stops."""
         self.changed.wait_for(lambda: self.stopped or ready())
         if self.stopped:
-            raise HaltedError
+            raise StoppedError
 
 
 class Channel(Generic[Item]):
-    """A queue of at most `room` items between two stages."""
+    """A queue of at most `size` items between two stages, so that memory stays bounded where one is slower."""
 
-    def __init__(self, room: int, halt: Halt) -> None:
-        self._room, self._halt = room, halt
+    def __init__(self, size: int, stop: StopSignal) -> None:
+        self._size, self._stop = size, stop
         self._items: deque[Item] = deque()
         self._closed = False
 
     def put(self, item: Item) -> None:
-        """Hand an item over; waits for room. Raises HaltedError."""
-        with self._halt.changed:
-            self._halt.wait_for(lambda: len(self._items) < self._room)
+        """Append an item; waits while the channel is full. Raises StoppedError."""
+        with self._stop.changed:
+            self._stop.wait_for(lambda: len(self._items) < self._size)
             self._items.append(item)
-            self._halt.changed.notify_all()
+            self._stop.changed.notify_all()
 
     def get(self) -> Item | None:
-        """The next item, None when the giver is done; waits for either. Raises HaltedError."""
-        with self._halt.changed:
-            self._halt.wait_for(lambda: bool(self._items) or self._closed)
+        """Return the next item, or None once the channel is closed and empty; waits for either. Raises StoppedError."""
+        with self._stop.changed:
+            self._stop.wait_for(lambda: bool(self._items) or self._closed)
             if not self._items:
                 return None
             item = self._items.popleft()
-            self._halt.changed.notify_all()
+            self._stop.changed.notify_all()
             return item
 
     def close(self) -> None:
-        """Say that nothing more comes."""
-        with self._halt.changed:
+        """Mark the end of the items."""
+        with self._stop.changed:
             self._closed = True
-            self._halt.changed.notify_all()
+            self._stop.changed.notify_all()
 
 
 class Slots:
-    """How much a run may hold at a time."""
+    """A semaphore that a stop signal interrupts: how much a run may hold at a time."""
 
-    def __init__(self, count: int, halt: Halt) -> None:
-        self._free, self._halt = count, halt
+    def __init__(self, count: int, stop: StopSignal) -> None:
+        self._free, self._stop = count, stop
 
-    def take(self, halt: Halt) -> None:
-        """Take one; waits until one is free. Raises HaltedError: `halt` was stopped."""
-        with halt.changed:
-            halt.wait_for(lambda: self._free > 0)
+    def acquire(self, stop: StopSignal) -> None:
+        """Take a slot; waits until one is free. Raises StoppedError: `stop` was stopped."""
+        with stop.changed:
+            stop.wait_for(lambda: self._free > 0)
             self._free -= 1
 
-    def take_now(self) -> bool:
-        """Take one if one is free."""
-        with self._halt.changed:
+    def try_acquire(self) -> bool:
+        """Take a slot if one is free; return whether one was."""
+        with self._stop.changed:
             taken = self._free > 0
             self._free -= taken
             return taken
 
-    def give_back(self) -> None:
-        """Let another one have it."""
-        with self._halt.changed:
+    def release(self) -> None:
+        """Free a slot."""
+        with self._stop.changed:
             self._free += 1
-            self._halt.changed.notify_all()
+            self._stop.changed.notify_all()
 
 
 class Stage:
     """One thread of a run; an error in it stops the run.
 
-    A daemon, so that a second Ctrl-C ends the process even where the work (a transfer set that hangs) never returns.
+    A daemon thread, so that a second Ctrl-C ends the process even where a transfer set hangs and never returns.
     """
 
-    def __init__(self, name: str, work: Callable[[], None], halt: Halt) -> None:
-        self._work, self._halt = work, halt
+    def __init__(self, name: str, work: Callable[[], None], stop: StopSignal) -> None:
+        self._work, self._stop = work, stop
         self._thread = threading.Thread(target=self._run, name=f"softlabels-{name}", daemon=True)
         self._thread.start()
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Wait until the thread is done; False where it still runs after `timeout_s`."""
+        """Wait until the thread has ended; return False where it still runs after `timeout_s`."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             self._work()
-        except HaltedError:
+        except StoppedError:
             return
         except BaseException as error:  # noqa: BLE001  # raised again where the run was called
-            self._halt.stop(error)
+            self._stop.stop(error)

@@ -1,23 +1,31 @@
-"""What will a job's store look like? Its transfer set, teachers, rows and encoding, settled before the first shard."""
+"""From a job to its plan: transfer set, teachers and rows, each loaded once, then the encoding and the store's plan.
+
+`prepare_job` returns a `PreparedJob`, `plan_job` adds the plan; the run, the forecast and verify share these objects.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from msgspec.structs import replace
 from numpy.typing import NDArray
+from torch import Tensor
 
 from softlabels.encodings import Encoding
-from softlabels.encodings.selection import parse_encoding
+from softlabels.encodings.selection import EncodingRequest, parse_encoding
 from softlabels.errors import JobError
 from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec
-from softlabels.precompute.checks.teacher_checks import steady_answers
+from softlabels.precompute.checks.teacher_checks import checked_logits
 from softlabels.precompute.hidden_states import encoding_of_head, refuse_ensembles
 from softlabels.precompute.job import Job
-from softlabels.precompute.pipeline.inference import ask, averaged, computing, pilot_rows
-from softlabels.precompute.row_batches import RowBatch, RowMaker, SingleRows, ViewRows
+from softlabels.precompute.pipeline.device import choose_device
+from softlabels.precompute.pipeline.inference import TeacherEnsemble, with_numerics
+from softlabels.precompute.row_batches import RowBatch, RowLoader, SingleRows, ViewRows
 from softlabels.precompute.sequence_rows import SequenceRows
 from softlabels.precompute.teachers import Teacher, align_classes, class_list_of_store, load_teacher
 from softlabels.softmath import Mean, check_temperature
@@ -28,103 +36,166 @@ from softlabels.transfer_sets import load_transfer_set as load_source
 from softlabels.views import load_view_transform
 
 PILOT_ROWS = 4096
-"""Rows that an encoding is learnt or chosen from; half of them measure what the other half taught."""
+"""Rows that an encoding is learnt or chosen from; one half measures what the other half taught."""
 
-
-_FIRST = 8
-"""Samples that every teacher is asked about twice before a job begins: enough to see shapes, classes and dropout."""
+_FIRST_SAMPLES = 8
+"""Samples that every teacher is run on twice before a job: enough to see shapes, classes and dropout."""
 
 _FIRST_SEQUENCES = 2
-"""Of sequences, whose rows are many."""
+"""The same for sequences, which have many rows each."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedJob:
+    """A job with everything that it names loaded.
+
+    Attributes:
+        job: the job.
+        data: its transfer set.
+        ensemble: its teachers on their device, with the loader of the store's rows.
+    """
+
+    job: Job
+    data: TransferSet
+    ensemble: TeacherEnsemble
+
+    @property
+    def rows(self) -> RowLoader:
+        """Return the loader of the store's rows."""
+        return self.ensemble.rows
+
+    @property
+    def mean(self) -> Mean:
+        """Return the mean over the members; `none` where there is one teacher."""
+        return "none" if len(self.ensemble.teachers) == 1 else self.job.targets.mean
+
+    @cached_property
+    def first_batch(self) -> RowBatch:
+        """The first few samples that have rows."""
+        most = _FIRST_SAMPLES if self.rows.table is None else _FIRST_SEQUENCES
+        return next(self.rows.samples(self.rows.positions()[:most], min(most, self.job.run.pilot_batch_size)))
+
+    @cached_property
+    def first_logits(self) -> list[Tensor]:
+        """Each teacher's logits of the first batch, [R, C], checked. Raises as `checked_logits` does."""
+        return checked_logits(self.ensemble, self.first_batch)
+
+    def pilot(self, spec: TemperatureSpec, *, rows: int = PILOT_ROWS) -> NDArray[np.float32]:
+        """Return mean logits from all over the transfer set, [at most `rows`, C], tempered as they will be captured."""
+        pieces: list[NDArray[np.float32]] = []
+        positions = self.rows.spread_positions(int(rows / self.rows.rows_per_sample))
+        for batch in self.rows.samples(positions, self.job.run.pilot_batch_size):
+            combined = self.ensemble.mean(self.ensemble.run(batch), self.mean, spec.default)
+            tempered = combined.logits_BC[:rows] * (combined.captured_temperature / spec.captured)
+            pieces.append(tempered.cpu().numpy())
+            rows -= len(tempered)
+            if rows <= 0:
+                break
+        return np.concatenate(pieces)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedJob:
+    """A prepared job, the plan of its store, and the encoding of its rows, with what that learnt."""
+
+    prepared: PreparedJob
+    plan: Manifest
+    encoding: Encoding
 
 
 def load_transfer_set(job: Job) -> TransferSet:
-    """The transfer set that a job names.
+    """Load the transfer set that a job names.
 
     Raises:
-        JobError: its source is unknown, leads nowhere, or gives something else; and what the source itself raises.
+        JobError: its source is unknown, cannot be loaded, or returns something else; and what the source raises.
     """
     return load_source(job.transfer_set.source, job.transfer_set.arguments, base=job.base)
 
 
-def row_maker(job: Job, data: TransferSet) -> RowMaker:
-    """How the rows of a job's store follow from the samples of its transfer set."""
-    if job.sequences is not None:
-        return SequenceRows(data, job.sequences, store=store_name(job))
-    if job.views is None:
-        return SingleRows(data, store=store_name(job))
-    transform = load_view_transform(job.views.transform, arguments=job.views.arguments, base=job.base)
-    return ViewRows(data, job.views, transform, store=store_name(job))
-
-
-def store_name(job: Job) -> str:
-    """What the job's store calls itself."""
-    return job.store.name or job.store_path.name
-
-
 def load_teachers(job: Job, device: torch.device) -> list[Teacher]:
-    """The ensemble that a job names, in its order, each member with the store's order of classes, but not compiled."""
+    """Load the teachers that a job names, in its order, each with the store's order of classes; not compiled."""
     loaded = [load_teacher(t, number=n, base=job.base, device=device) for n, t in enumerate(job.teachers)]
-    return computing(align_classes(job, loaded), job.run)
+    return with_numerics(align_classes(job, loaded), job.run)
+
+
+def prepare_job(
+    job: Job, *, transfer_set: TransferSet | None = None, teachers: Sequence[Teacher] | None = None
+) -> PreparedJob:
+    """Load what a job names.
+
+    Args:
+        job: job to prepare.
+        transfer_set, teachers: given where they live in this process already.
+    Raises:
+        JobError, TeacherError: something cannot be loaded, or the transfer set is empty.
+    """
+    device = choose_device(job.run.device)
+    data = load_transfer_set(job) if transfer_set is None else transfer_set
+    if len(data) == 0:
+        raise JobError(f"transfer set {data.name!r} is empty: there is nothing to compute targets for")
+    members = load_teachers(job, device) if teachers is None else with_numerics(teachers, job.run)
+    return PreparedJob(
+        job=job, data=data, ensemble=TeacherEnsemble(teachers=members, rows=_row_loader(job, data), device=device)
+    )
 
 
 def plan_job(
-    job: Job,
-    data: TransferSet,
-    teachers: Sequence[Teacher],
-    device: torch.device,
-    *,
-    encoding: Encoding | None = None,
-    maker: RowMaker | None = None,
-) -> tuple[Manifest, Encoding]:
-    """The plan of a job and the encoding of its rows.
+    prepared: PreparedJob, *, encoding: Encoding | None = None, requested: str | Mapping[str, Any] | None = None
+) -> PlannedJob:
+    """Plan a job's store and make the encoding of its rows.
 
-    The teachers are asked about a first few samples, so that their class count is known; and about a pilot of samples
-    from all over the set where the encoding is learnt or chosen from real rows.
+    The teachers run on the first few samples, which gives the class count; and on a pilot of samples from all over the
+    set where the encoding is learnt or chosen from real rows.
 
     Args:
-        encoding: of an earlier run of this job; made or learnt when None.
-        maker: how rows follow from samples; the job's own when None.
+        prepared: job to plan.
+        encoding: encoding of an earlier run of this job; made or learnt when None.
+        requested: encoding to plan for, by name or table; the job's own when None.
     Raises:
-        JobError, TeacherError: also where a teacher's answers are not to be relied on, see `steadiness`.
+        JobError, TeacherError: also where a teacher fails a check, see `teacher_checks`.
     """
+    job, ensemble = prepared.job, prepared.ensemble
     temperature = check_temperature(job.targets.temperature)
-    if len(data) == 0:
-        raise JobError(f"transfer set {data.name!r} is empty: there is nothing to compute targets for")
-    maker = maker or row_maker(job, data)
-    first = _first_batch(maker, len(data), job.run.pilot_batch_size)
-    mean: Mean = "none" if len(teachers) == 1 else job.targets.mean
-    answers = steady_answers(teachers, first, maker, device)
-    combined = averaged(answers, teachers, mean, temperature)
+    combined = ensemble.mean(prepared.first_logits, prepared.mean, temperature)
     classes = combined.logits_BC.shape[1]
-    requested = parse_encoding(job.targets.encoding, classes=classes)
+    request = parse_encoding(requested or job.targets.encoding, classes=classes)
     keep_members = job.targets.keep == "members"
-    if requested.row_kind == "hidden_states":
-        refuse_ensembles(teachers, job.targets.keep)
-        (hidden_RD,) = ask(teachers, first, maker, device, row_kind="hidden_states")
-        made = encoding_of_head(teachers[0], requested.params, logits_RC=answers[0], hidden_RD=hidden_RD)
-        encoding = encoding or made
-    locked = (combined.locked and not keep_members) or requested.locked
-    if keep_members and requested.locked:
+    if keep_members and request.locked:
         raise JobError(
-            f"keep = 'members' needs an encoding that re-tempers, which {requested.name!r} does not: a mean of "
-            "truncated rows is no mean of the members"
+            f"keep = 'members' needs an encoding that re-tempers, which {request.name!r} does not: a mean of "
+            "truncated rows is not a mean of the members"
         )
+    locked = (combined.locked and not keep_members) or request.locked
     spec = TemperatureSpec(default=temperature, captured=temperature if locked else 1.0, locked=locked)
-    encoding = encoding or requested.make(
+    if request.row_kind == "hidden_states":
+        made = _hidden_encoding(prepared, request)
+        encoding = encoding or made
+    encoding = encoding or request.make(
         classes=classes,
-        pilot_BC=pilot(job, data, maker, teachers, mean, spec, device) if requested.needs_pilot else None,
+        pilot_BC=prepared.pilot(spec) if request.needs_pilot else None,
         temperatures=(1.0,) if locked else tuple(sorted({1.0, temperature})),
     )
-    if not encoding.retemperable:  # `auto` may have taken truncated rows, where T = 1 is all that was asked for
+    if not encoding.retemperable:  # `auto` may choose truncated rows where T = 1 is all that was asked for
         spec = replace(spec, locked=True)
-    plan = plan_store(
-        name=store_name(job),
+    plan = _plan_of(prepared, encoding, spec)
+    precision = None if job.run.precision == "float32" else job.run.precision
+    class_list = class_list_of_store(job, ensemble.teachers, classes=classes)
+    return PlannedJob(
+        prepared=prepared, plan=replace(plan, class_list=class_list, precision=precision), encoding=encoding
+    )
+
+
+def _plan_of(prepared: PreparedJob, encoding: Encoding, temperature: TemperatureSpec) -> Manifest:
+    job, data, rows, first = prepared.job, prepared.data, prepared.rows, prepared.first_batch
+    teachers = prepared.ensemble.teachers
+    inputs = first.inputs if first.kept_inputs is None else first.kept_inputs
+    return plan_store(
+        name=job.store_name,
         samples=len(data),
-        ids=id_spec_of(data) if maker.table is None else examine_ids([maker.table.ids], len(data), data.name),
+        ids=_id_spec(data) if rows.table is None else examine_ids([rows.table.ids], len(data), data.name),
         encoding=encoding,
-        temperature=spec,
-        mean=mean,
+        temperature=temperature,
+        mean=prepared.mean,
         teachers=tuple(teacher.spec for teacher in teachers),
         transfer_set=TransferSetSpec(
             name=data.name,
@@ -135,75 +206,35 @@ def plan_job(
         container=job.store.format,
         rows_per_shard=job.store.rows_per_shard,
         rows_per_chunk=job.store.rows_per_chunk,
-        members=len(teachers) if keep_members else None,
-        layout=maker.layout,
-        views=maker.views,
-        table=maker.table,
-        inputs=kept_inputs(first.inputs if first.kept_inputs is None else first.kept_inputs)
-        if job.store.inputs
-        else None,
-    )
-    precision = None if job.run.precision == "float32" else job.run.precision
-    class_list = class_list_of_store(job, teachers, classes=classes)
-    return replace(plan, class_list=class_list, precision=precision), encoding
-
-
-def pilot(
-    job: Job,
-    data: TransferSet,
-    maker: RowMaker,
-    teachers: Sequence[Teacher],
-    mean: Mean,
-    spec: TemperatureSpec,
-    device: torch.device,
-    *,
-    rows: int = PILOT_ROWS,
-) -> NDArray[np.float32]:
-    """Rows from all over the transfer set, tempered as they will be captured: what an encoding is learnt from."""
-    rows_a_sample = max(1.0, maker.layout.rows / max(1, maker.layout.samples))
-    there = np.arange(len(data)) if maker.table is None else np.flatnonzero(maker.table.lengths)
-    positions = there[np.unique(np.linspace(0, len(there) - 1, max(1, int(rows / rows_a_sample))).astype(np.int64))]
-    return pilot_rows(
-        maker.samples(positions, job.run.pilot_batch_size),
-        maker,
-        teachers,
-        mean,
-        temperature=spec.default,
-        captured=spec.captured,
-        most_rows=rows,
-        device=device,
+        members=len(teachers) if job.targets.keep == "members" else None,
+        layout=rows.layout,
+        views=rows.views,
+        table=rows.table,
+        inputs=kept_inputs(inputs) if job.store.inputs else None,
     )
 
 
-def _first_batch(maker: RowMaker, samples: int, batch_size: int) -> RowBatch:
-    """A few samples that have rows."""
-    if maker.table is None:
-        return next(maker.samples(np.arange(min(samples, _FIRST), dtype=np.int64), min(_FIRST, batch_size)))
-    positions = np.flatnonzero(maker.table.lengths)[:_FIRST_SEQUENCES]
-    return next(maker.samples(positions, min(_FIRST_SEQUENCES, batch_size)))
+def _row_loader(job: Job, data: TransferSet) -> RowLoader:
+    if job.sequences is not None:
+        return SequenceRows(data, job.sequences, store=job.store_name)
+    if job.views is None:
+        return SingleRows(data, store=job.store_name)
+    transform = load_view_transform(job.views.transform, arguments=job.views.arguments, base=job.base)
+    return ViewRows(data, job.views, transform, store=job.store_name)
 
 
-def id_spec_of(data: TransferSet) -> IdSpec:
-    """How a store keeps the ids of this transfer set: dense where they count up by one, else looked up."""
+def _hidden_encoding(prepared: PreparedJob, request: EncodingRequest) -> Encoding:
+    refuse_ensembles(prepared.ensemble.teachers, prepared.job.targets.keep)
+    (hidden_RD,) = prepared.ensemble.run(prepared.first_batch, row_kind="hidden_states")
+    (teacher,), (logits_RC,) = prepared.ensemble.teachers, prepared.first_logits
+    return encoding_of_head(teacher, request.params, logits_RC=logits_RC, hidden_RD=hidden_RD)
+
+
+def _id_spec(data: TransferSet) -> IdSpec:
+    """Return how the store keeps the ids: dense where they count up by one, else through an index."""
     if isinstance(data, SupportsIdSpec):
         return data.id_spec()
     if isinstance(data, ArrayTransferSet):
         return examine_ids([data.ids], len(data), data.name)
     ids = data.take(np.zeros(1, dtype=np.int64)).ids
     return IdSpec(kind="str", width_bytes=255) if ids.dtype.kind == "U" else IdSpec(kind="int")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes an accelerator where there is one.
-
-    Raises:
-        JobError: there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise JobError(f"device {name!r} cannot be used here: {error}") from error
-    return device

@@ -126,7 +126,7 @@ class TestTargets:
 
         members = load_teachers(job, torch.device("cpu"))
         inline = [
-            replace(teacher_from_module(member.model, name=f"t{n}"), spec=replace(member.spec, name=f"t{n}"))
+            replace(teacher_from_module(member.model, name=f"t{n}"), spec=structs.replace(member.spec, name=f"t{n}"))
             for n, member in enumerate(members)
         ]
         other = structs.replace(job, store=structs.replace(job.store, path="other"))

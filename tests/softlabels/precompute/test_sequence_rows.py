@@ -243,8 +243,8 @@ class TestHiddenStates:
         assert manifest.audit["kl_nats"]["1"]["max"] < 1e-9
 
     def test_several_teachers_are_refused(self, tmp_path: Path) -> None:
-        """Their hidden states have no mean."""
-        with pytest.raises(JobError, match="have no mean"):
+        """Their hidden states cannot be averaged."""
+        with pytest.raises(JobError, match="cannot be averaged"):
             precompute(job(tmp_path, "hidden"), transfer_set=texts(), teachers=[teacher(), teacher()])
 
     def test_a_teacher_without_a_known_head_is_refused(self, tmp_path: Path) -> None:
@@ -290,8 +290,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (ArrayTransferSet("flat", np.zeros(4)), "no sequences"),
-            (ArrayTransferSet("x", np.zeros((4, 3, 2), np.float32)), "next token"),
+            (ArrayTransferSet("flat", np.zeros(4)), "not sequences"),
+            (ArrayTransferSet("x", np.zeros((4, 3, 2), np.float32)), "token ids"),
             (RaggedTransferSet("none", [np.zeros(0, np.int64)]), "has a position"),
         ],
     )
@@ -304,7 +304,7 @@ class TestRefusals:
     def test_labels_a_sample_are_no_labels_a_position(self) -> None:
         """[B] labels are refused, not spread."""
         data = ArrayTransferSet("x", np.zeros((4, 3), np.int64), labels=np.zeros(4))
-        with pytest.raises(ShapeMismatchError, match="a label a position"):
+        with pytest.raises(ShapeMismatchError, match="one label per position"):
             next(SequenceRows(data, SequencesTable(), store="s").batches(range(1), 1))
 
     def test_ids_that_repeat(self) -> None:
@@ -319,5 +319,5 @@ class TestRefusals:
 
     def test_views_and_sequences_in_one_job(self, tmp_path: Path) -> None:
         """A sample's rows are one or the other."""
-        with pytest.raises(JobError, match="not both"):
+        with pytest.raises(JobError, match="exclude each other"):
             job(tmp_path, views={"count": 2, "transform": "x:y"})

@@ -295,7 +295,7 @@ class TestTransforms:
         ragged = "\n\ndef ragged():\n    return lambda sample: sample[:, : 5 + int(torch.randint(0, 5, ()))]\n"
         (tmp_path / "parts.py").write_text((folder / "parts.py").read_text() + ragged)
         (tmp_path / "job.toml").write_text(JOB.format(transform="ragged"))
-        with pytest.raises(JobError, match="must end in one size"):
+        with pytest.raises(JobError, match="must return one size"):
             precompute(load_job(tmp_path / "job.toml"))
 
 

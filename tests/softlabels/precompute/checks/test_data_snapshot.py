@@ -12,7 +12,7 @@ import pytest
 import softlabels
 from softlabels.errors import SoftLabelsError, TransferSetChangedError, UnreadableSampleError
 from softlabels.precompute import load_job, precompute, resume
-from softlabels.precompute.checks.data_snapshot import NOTE
+from softlabels.precompute.checks.data_snapshot import SNAPSHOT
 from softlabels.store.verify import verify
 
 MODULE = """
@@ -83,7 +83,7 @@ def stopped(folder: Path) -> Path:
     with pytest.raises(SoftLabelsError, match="stopped by hand"):
         precompute(load_job(folder / "job.toml"))
     (folder / "stop").unlink()
-    assert (folder / "store" / NOTE).is_file()
+    assert (folder / "store" / SNAPSHOT).is_file()
     return folder
 
 
@@ -133,11 +133,11 @@ class TestResume:
         """Whoever is certain that only the times differ deletes the note, as the message says; a new one is made."""
         for path in (stopped / "pictures").rglob("*.png"):
             os.utime(path, ns=(1, 1))
-        with pytest.raises(TransferSetChangedError, match=NOTE):
+        with pytest.raises(TransferSetChangedError, match=SNAPSHOT):
             resume(stopped / "store")
-        (stopped / "store" / NOTE).unlink()
+        (stopped / "store" / SNAPSHOT).unlink()
         assert resume(stopped / "store").finished
-        assert (stopped / "store" / NOTE).is_file()
+        assert (stopped / "store" / SNAPSHOT).is_file()
 
 
 class TestFinish:
@@ -158,7 +158,7 @@ class TestFinish:
         """`verify` passes with it, without it, and with another one."""
         precompute(load_job(folder / "job.toml"))
         for damage in (lambda path: None, lambda path: path.write_bytes(b"x"), lambda path: path.unlink()):
-            damage(folder / "store" / NOTE)
+            damage(folder / "store" / SNAPSHOT)
             assert verify(folder / "store").sound
 
 

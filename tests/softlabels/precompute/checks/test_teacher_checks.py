@@ -62,7 +62,7 @@ class TestSteadiness:
 
     def test_normalisation_over_the_batch(self, tmp_path: Path) -> None:
         """Alone, a sample gets another answer than among others."""
-        with pytest.raises(TeacherError, match="alone than among others"):
+        with pytest.raises(TeacherError, match="alone than in a batch"):
             ran(tmp_path, BatchNormed())
         assert not (tmp_path / "store").exists()
 

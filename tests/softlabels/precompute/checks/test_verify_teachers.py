@@ -35,7 +35,7 @@ class TestAgainstTeacher:
         save_file({name: 1.3 * tensor for name, tensor in state.items()}, job_folder / "a.safetensors")
         command = ["verify", str(job_folder / "store"), "--against-teacher", str(job_folder / "job.toml")]
         assert main(command) == 1
-        assert "the teachers say something else" in capsys.readouterr().out
+        assert "the teachers give another target" in capsys.readouterr().out
 
     def test_other_data_are_found_out(self, job_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A transfer set that changed after the job: exit code 1."""
@@ -142,7 +142,7 @@ class TestSequences:
         text = text.replace('"tokens.py:texts"', f'"tokens.py:texts"\narguments = {{ {data} }}')
         (tmp_path / "other.toml").write_text(text)
         assert main(["verify", str(tmp_path / "store"), "--against-teacher", str(tmp_path / "other.toml")]) == 1
-        expected = "say something else" if model else "not the one that the teachers saw"
+        expected = "give another target" if model else "not the one that the teachers saw"
         assert expected in capsys.readouterr().out
 
     def test_another_head_is_found_out(self, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Lanes of a device: on a CPU they do nothing; on CUDA what comes out is what one stream gives."""
+"""Device streams: on a CPU they do nothing; on CUDA the rows are those of one stream."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from softlabels.precompute import Job, precompute, teacher_from_module
 from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable
-from softlabels.precompute.pipeline.device import Lanes
-from softlabels.precompute.pipeline.inference import ask
+from softlabels.precompute.pipeline.device import DeviceStreams
+from softlabels.precompute.pipeline.inference import TeacherEnsemble
 from softlabels.precompute.row_batches import SingleRows
 from softlabels.store import LocalRows
 from softlabels.transfer_set import ArrayTransferSet
@@ -23,20 +23,20 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 class TestOnTheCpu:
     def test_everything_runs_in_order(self) -> None:
         """No copy, no marks, nothing to wait for."""
-        lanes, inputs = Lanes(torch.device("cpu")), torch.ones(3)
-        assert lanes.upload(inputs) is inputs
-        with lanes.forward(), lanes.beside(lanes.mark(), [inputs]):
-            assert lanes.mark() is None
-        assert lanes.landed() is None
-        assert not lanes.pinned
-        lanes.synchronize()
+        streams, inputs = DeviceStreams(torch.device("cpu")), torch.ones(3)
+        assert streams.upload(inputs) is inputs
+        with streams.forward(), streams.encoding(streams.mark(), [inputs]):
+            assert streams.mark() is None
+        assert streams.copies_done() is None
+        assert not streams.pinned
+        streams.synchronize()
 
     def test_time_without_a_batch_is_idle(self) -> None:
         """As a share of all time, never more than all of it."""
-        lanes = Lanes(torch.device("cpu"))
-        assert lanes.idle_share() == 0.0
-        lanes.starved(3600.0)
-        assert lanes.idle_share() == 1.0
+        streams = DeviceStreams(torch.device("cpu"))
+        assert streams.idle_share() == 0.0
+        streams.add_starved(3600.0)
+        assert streams.idle_share() == 1.0
 
 
 class Deep(nn.Module):
@@ -70,10 +70,11 @@ class TestOnCuda:
         )
         metrics = tmp_path / "metrics.jsonl"
         precompute(job, transfer_set=data, teachers=[teacher], metrics=metrics)
-        maker = SingleRows(data, store="store")
+        loader = SingleRows(data, store="store")
+        ensemble = TeacherEnsemble(teachers=[teacher], rows=loader, device=torch.device("cuda"))
         rows = LocalRows(job.store_path)
-        for batch in maker.samples(np.arange(5_000), 500):
-            (exact,) = ask([teacher], batch, maker, torch.device("cuda"))
+        for batch in loader.samples(np.arange(5_000), 500):
+            (exact,) = ensemble.run(batch)
             expected = (exact - exact.amax(dim=1, keepdim=True)).cpu().numpy()
             np.testing.assert_allclose(rows.fetch(batch.ids, ("targets",))["targets"], expected, atol=1e-4)
         assert len(metrics.read_text().splitlines()) == 5

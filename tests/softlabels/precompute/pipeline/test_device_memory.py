@@ -50,4 +50,4 @@ class TestMemoryMeter:
         taken = np.ones(64 << 20, dtype=np.uint8)
         del taken
         assert meter.peak_bytes() >= max(before, 64 << 20)
-        assert meter.free_bytes() > meter.peak_bytes()
+        assert meter.limit_bytes() > meter.peak_bytes()

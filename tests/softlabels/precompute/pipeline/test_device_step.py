@@ -8,7 +8,7 @@ import torch
 
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
-from softlabels.precompute.pipeline.device_step import audited, figures_on_device
+from softlabels.precompute.pipeline.device_step import audited_rows, figures_on_device
 
 TEMPERATURES = (1.0, 4.0, 20.0)
 
@@ -50,7 +50,7 @@ def test_it_agrees_with_numpy(name: str, params: dict[str, object], captured: fl
 class TestHowManyRows:
     def test_all_rows_up_to_sixteen_thousand_classes(self) -> None:
         """Where measuring costs nothing beside the teacher, nothing is left out."""
-        assert list(range(100))[audited(37, 100, 16_384)] == list(range(100))
+        assert list(range(100))[audited_rows(37, 100, 16_384)] == list(range(100))
 
     @pytest.mark.parametrize("batch", [1, 7, 100, 1000])
     def test_of_longer_rows_some_by_their_number_in_the_store(self, batch: int) -> None:
@@ -58,7 +58,7 @@ class TestHowManyRows:
         found = []
         for start in range(0, 1000, batch):
             rows = np.arange(start, min(start + batch, 1000))
-            found += rows[audited(start, len(rows), 128_000)].tolist()
+            found += rows[audited_rows(start, len(rows), 128_000)].tolist()
         assert found == list(range(0, 1000, 15))
 
     def test_many_entries_are_measured_in_blocks(self) -> None:

@@ -17,7 +17,7 @@ from softlabels.errors import JobError, StoreExistsError, TeacherError
 from softlabels.manifest import Manifest
 from softlabels.precompute import Job, load_job, precompute, resume, teacher_from_module
 from softlabels.precompute.job import RunTable
-from softlabels.precompute.pipeline.inference import compiled, computing
+from softlabels.precompute.pipeline.inference import with_compile, with_numerics
 
 Run = Callable[[str], Job]
 
@@ -97,7 +97,7 @@ class TestLayoutAndKernels:
         model, images = Convolution().eval(), torch.randn(2, 3, 8, 8)
         with torch.inference_mode():
             expected = model(images)
-        (teacher,) = computing([teacher_from_module(model, name="t")], RunTable(channels_last=True))
+        (teacher,) = with_numerics([teacher_from_module(model, name="t")], RunTable(channels_last=True))
         torch.testing.assert_close(teacher.logits(images), expected)
         assert model.seen == [False, True]
         assert model.layer.weight.is_contiguous(memory_format=torch.channels_last)
@@ -105,7 +105,7 @@ class TestLayoutAndKernels:
     def test_what_is_not_deterministic_is_refused(self) -> None:
         """With torch's own words on which operation it is; torch's setting is as it was afterwards."""
         teacher = teacher_from_module(Scatters(), name="t")
-        (strict,) = computing([teacher], RunTable(deterministic=True))
+        (strict,) = with_numerics([teacher], RunTable(deterministic=True))
         teacher.logits(torch.ones(2, 3))
         with pytest.raises(TeacherError, match="put_ does not have a deterministic implementation"):
             strict.logits(torch.ones(2, 3))
@@ -119,7 +119,7 @@ class TestLayoutAndKernels:
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, while it imports its compiler
     @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-    def test_compiled(self, run: Run, exact_logits: np.ndarray) -> None:
+    def test_with_compile(self, run: Run, exact_logits: np.ndarray) -> None:
         """Targets are those of the teachers, whose modules stay in sight."""
         job = run("compile = true\n")
         precompute(job)
@@ -128,7 +128,7 @@ class TestLayoutAndKernels:
             np.testing.assert_allclose(
                 store.batch(range(1000)).logits(), expected - expected.max(axis=1, keepdims=True), atol=1e-4
             )
-        (teacher,) = compiled([teacher_from_module(Convolution(), name="t")], RunTable(compile=True))
+        (teacher,) = with_compile([teacher_from_module(Convolution(), name="t")], RunTable(compile=True))
         assert sum(isinstance(part, nn.Conv2d) for part in teacher.model.modules()) == 1
         teacher.model.train()
         with pytest.raises(TeacherError, match="training mode"):

@@ -25,16 +25,14 @@ from softlabels.manifest import IdSpec
 from softlabels.precompute import Job, load_job, precompute, resume, teacher_from_module
 from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable
 from softlabels.precompute.pipeline.device_step import figures_on_device
-from softlabels.precompute.pipeline.inference import ask, audit_temperatures, rows_to_keep
-from softlabels.precompute.pipeline.shard_loading import ShardWork
-from softlabels.precompute.planning.prepared_job import plan_job
-from softlabels.precompute.row_batches import SingleRows
+from softlabels.precompute.pipeline.inference import audit_temperatures
+from softlabels.precompute.pipeline.shard_loading import ClaimedShard
+from softlabels.precompute.planning.prepared_job import plan_job, prepare_job
 from softlabels.progress import QUIET, Progress
 from softlabels.store import LocalRows, StoreWriter
 from softlabels.store.chunks import shard_rows
 from softlabels.transfer_set import ArrayTransferSet, Samples
 
-CPU = torch.device("cpu")
 SAMPLES, SHARD, FEATURES, CLASSES = 600, 128, 6, 5
 
 
@@ -126,14 +124,14 @@ class TestTheSameBytes:
         models = [Net(0), Net(1)]
         compute(ours, *models)
         teachers = [teacher_from_module(model, name=f"t{n}") for n, model in enumerate(models)]
-        maker = SingleRows(transfer_set(), store="store")
-        plan, coder = plan_job(serial, transfer_set(), teachers, CPU, maker=maker)
+        planned = plan_job(prepare_job(serial, transfer_set=transfer_set(), teachers=teachers))
+        ensemble, plan, coder = planned.prepared.ensemble, planned.plan, planned.encoding
         writer = StoreWriter.create(serial.store_path, plan, encoding=coder)
         for shard in writer.missing_shards():
             audit, parts = Audit(audit_temperatures(plan)), []
-            batches = list(maker.batches(shard_rows(plan, shard), 50))
+            batches = list(ensemble.rows.batches(shard_rows(plan, shard), 50))
             for batch in batches:
-                exact = rows_to_keep(ask(teachers, batch, maker, CPU), teachers, plan)
+                exact = ensemble.rows_to_store(ensemble.run(batch), plan)
                 encoded = coder.encode_torch(exact, keys_B=batch.keys)
                 figures = figures_on_device(
                     exact,
@@ -386,7 +384,7 @@ class TestMemory:
 
         def count() -> None:
             nonlocal most
-            most = max(most, sum(type(found) is ShardWork for found in gc.get_objects()))
+            most = max(most, sum(type(found) is ClaimedShard for found in gc.get_objects()))
 
         ours = replace(job(tmp_path), store=StoreTable(path="store", rows_per_shard=16, rows_per_chunk=16))
         compute(ours, Net(at=0, do=count))
