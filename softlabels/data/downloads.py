@@ -215,4 +215,4 @@ def _reason(error: Exception) -> str:
     cause: Any = error
     while isinstance(inner := getattr(cause, "reason", None) or next(iter(cause.args), None), Exception):
         cause = inner
-    return str(cause).partition(">: ")[2] or str(cause)
+    return str(error) if cause is error else str(cause).partition(": ")[2] or str(cause)

@@ -15,7 +15,7 @@ from softlabels.transfer_sets import KINDS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "transfer-sets.md"
 BLOCKS = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-PICTURES = {"size", "resize", "mode", "layout", "threads"}
+IMAGES = {"size", "resize", "mode", "layout", "threads"}
 
 
 def parameters(kind: str) -> set[str]:
@@ -41,8 +41,8 @@ class TestExample:
 @pytest.mark.parametrize("kind", KINDS)
 class TestKind:
     def test_its_section_names_every_argument(self, kind: str) -> None:
-        """A heading, an example, and each argument by name; those of pictures are described once."""
+        """A heading, an example, and each argument by name; those of images are described once."""
         section = PAGE.read_text(encoding="utf-8").split(f"## `{kind}`", 1)[1].split("\n## ", 1)[0]
-        shared = PICTURES if kind != "image_folder" and "those of pictures" in section else set()
+        shared = IMAGES if kind != "image_folder" and "those of images" in section else set()
         assert {key for key in parameters(kind) - shared if f"`{key}`" not in section} == set()
         assert f'source = "{kind}"' in section
