@@ -1,7 +1,10 @@
-"""Where is a served store? From `http(s)://host[:port][/prefix]/NAME` to the server's address and the store's name."""
+"""Addresses of served stores, `http(s)://host[:port][/prefix]/NAME`, and the proxies that lead to them."""
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
+import os
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -9,21 +12,21 @@ from softlabels.errors import RequestError, UnknownStoreError
 from softlabels.manifest import STORE_NAME
 
 API_PATH = "/v1/stores"
-"""What stands between a server's base address and a store's name in every route."""
+"""Path between a server's base address and a store's name, in every route."""
 
 _EXAMPLE = "http://127.0.0.1:8000/mnist"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreAddress:
-    """A store behind a server.
+    """Address of a store behind a server.
 
     Attributes:
         scheme: http or https.
-        host: name or number, without brackets.
-        port: as given, else the scheme's own.
-        prefix: path that a proxy puts before the server's routes; empty or beginning with "/".
-        name: the store's.
+        host: host name or IP address, without brackets.
+        port: explicit port, else the scheme's default.
+        prefix: path that a reverse proxy adds before the server's routes; empty or beginning with "/".
+        name: name of the store.
     """
 
     scheme: str
@@ -34,23 +37,21 @@ class StoreAddress:
 
     @property
     def base_url(self) -> str:
-        """The server's address, without a "/" at its end."""
+        """Address of the server, without a trailing "/"."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}{self.prefix}"
 
     @property
     def path(self) -> str:
-        """The path of the store's manifest, below `base_url`."""
+        """Path of the store's manifest, below `base_url`."""
         return f"{API_PATH}/{self.name}"
 
 
 def parse_address(url: str) -> StoreAddress:
-    """Take a store's URL apart.
-
-    The URL of the manifest, with `/v1/stores` in it, means the same store.
+    """Return the parts of a store's URL. The URL of its manifest, which contains `/v1/stores`, is accepted too.
 
     Raises:
-        RequestError: not an http(s) URL, or one with a user name, query or fragment in it.
+        RequestError: not an http(s) URL, or one with a user name, query or fragment.
         UnknownStoreError: the URL names no store, or a name that no store can have.
     """
     try:
@@ -83,3 +84,26 @@ def parse_address(url: str) -> StoreAddress:
     return StoreAddress(
         scheme=parts.scheme, host=host, port=default_port if port is None else port, prefix=prefix, name=name
     )
+
+
+def proxy_for(address: StoreAddress) -> str | None:
+    """Return the proxy that HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY name for this address; None for none.
+
+    An address of this machine is never behind a proxy.
+    """
+    if not any(value and name.lower().endswith("_proxy") for name, value in os.environ.items()):
+        return None
+    # Imported here: it takes longer than all of this module, and most trainers have no proxy.
+    from urllib.request import getproxies, proxy_bypass
+
+    proxies = getproxies()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    if not proxy or _is_loopback(address.host) or proxy_bypass(f"{address.host}:{address.port}"):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost" or host.endswith(".localhost")

@@ -13,8 +13,8 @@ from softlabels.epochs import END_FORMAT, EpochRows
 from softlabels.errors import SoftLabelsError, WireError
 from softlabels.manifest import IDS, ROW_OFFSETS, Manifest
 from softlabels.order import EpochConfig, RankBatches, StepBatch
+from softlabels_client.http.replies import ReplyStream
 from softlabels_client.http.reply_reader import ReplyReader
-from softlabels_client.http.streamed_reply import OpenReply
 from softlabels_client.http.transport import HttpTransport
 
 _MOST_HEADER_BYTES = 1 << 20
@@ -44,7 +44,7 @@ def epoch_rows(
         steps = config.batches(manifest, digest)
         if not len(steps):
             return
-        stream: OpenReply | None = None
+        stream: ReplyStream | None = None
         try:
             query = urlencode({**config.to_query(), "fields": ",".join(names), "digest": digest}, safe=",")
             stream = transport.open(f"{path}/epochs/{config.epoch}?{query}")
@@ -74,7 +74,7 @@ class Frames:
         names: the arrays that were asked for.
     """
 
-    def __init__(self, stream: OpenReply, reader: ReplyReader, manifest: Manifest, names: tuple[str, ...]) -> None:
+    def __init__(self, stream: ReplyStream, reader: ReplyReader, manifest: Manifest, names: tuple[str, ...]) -> None:
         self._stream, self._reader, self._manifest, self._names = stream, reader, manifest, names
         self._layout: wire.TensorLayout | None = None
         self._like: tuple[bytes, StepBatch] | None = None
@@ -137,7 +137,7 @@ class Frames:
     def _blob(self, header: bytes, layout: wire.TensorLayout) -> memoryview:
         if layout.data_bytes > self._stream.left_bytes:
             raise WireError(f"a frame announces {layout.data_bytes} bytes, more than the stream has left")
-        blob = self._stream.buffer(len(header) + layout.data_bytes)
+        blob = self._stream.buffers.take(len(header) + layout.data_bytes)
         blob[: len(header)] = header
         self._stream.read_into(blob[len(header) :])
         return blob.toreadonly()

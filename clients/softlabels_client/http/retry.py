@@ -1,17 +1,14 @@
-"""When is a request sent again, and after how long? Exponential backoff with jitter, Retry-After, one deadline."""
+"""Failed requests: when and how soon they are retried, the deadline, and which error of the product they become."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import math
 import random
 import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from softlabels.errors import (
@@ -24,20 +21,23 @@ from softlabels.errors import (
 from softlabels.problem_details import from_problem
 
 RETRIED_STATUSES = frozenset({429, 502, 503, 504})
-"""A server or proxy that is busy, starting or stopping: the same request may go through in a moment."""
+"""Statuses of a server or proxy that is busy, starting or stopping: the same request may succeed in a moment."""
+
+PROBLEM_TYPE = "application/problem+json"
+"""Media type of problem details, RFC 9457."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """How often and how soon a failed request is sent again; the request's deadline bounds it all.
+    """How often and how soon a failed request is sent again, within the request's deadline.
 
     Attributes:
-        attempts: sends at most, to a server that has answered before: it is probably restarting. The defaults wait up
-            to 11 s in all.
-        attempts_at_first: sends at most, to a server that never answered: its address is probably wrong, and whoever
-            typed it is waiting.
-        first_pause_s: before the second send; doubles from one to the next.
-        longest_pause_s: bound on the doubling.
+        attempts: most attempts at a server that has answered before: it is probably restarting. With the defaults they
+            take up to 11 s in total.
+        attempts_at_first: most attempts at a server that never answered: its address is probably wrong, and the user
+            is waiting.
+        first_pause_s: pause before the second attempt, seconds; doubles each time.
+        longest_pause_s: upper bound of the doubling, seconds.
     """
 
     attempts: int = 8
@@ -46,117 +46,110 @@ class RetryPolicy:
     longest_pause_s: float = 5.0
 
     def pause_s(self, failures: int, *, asked_s: float | None = None) -> float:
-        """How long to wait after the `failures`-th failure in a row, `asked_s` at least.
+        """Return the pause after the `failures`-th failure in a row, seconds; at least `asked_s`.
 
-        A random half of the pause keeps clients that failed together from coming back together.
+        Half of the pause is random, so that clients that failed together do not retry together.
         """
         longest = min(self.first_pause_s * 2.0 ** (failures - 1), self.longest_pause_s)
         return max(longest * random.uniform(0.5, 1.0), asked_s or 0.0)
 
 
 class Deadline:
-    """A point in time that a request must not outlast."""
+    """Point in time by which a request must be complete."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._end_s = time.monotonic() + timeout_s
 
     def left_s(self) -> float:
-        """Seconds that are left, more than 0.
+        """Return the seconds left, more than 0.
 
         Raises:
-            TimeoutError: none are.
+            TimeoutError: none are left.
         """
         left = self._end_s - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"no whole answer within {self.timeout_s:g} s")
+            raise TimeoutError(f"no complete reply within {self.timeout_s:g} s")
         return left
 
     def allows(self, pause_s: float) -> bool:
-        """Whether anything would be left after a pause."""
+        """Return whether any time would be left after a pause."""
         return time.monotonic() + pause_s < self._end_s
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to be left alone for (RFC 9110, section 10.2.3); None if it asks for none."""
+    """Return the pause that a server asks for (RFC 9110, section 10.2.3), seconds; None if it asks for none."""
     text = headers.get("retry-after", "").strip()
     if not text:
         return None
+    # Imported only here: urllib3 takes 150 ms, and a server that sends this header is about to be waited for anyway.
+    from urllib3.exceptions import InvalidHeader
+    from urllib3.util import Retry
+
     try:
-        seconds = float(text) if text.isascii() and text.isdigit() else _seconds_until(text)
-    except (ValueError, OverflowError):
+        return Retry().parse_retry_after(text)
+    except (InvalidHeader, ValueError, OverflowError):
         return None
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
-def _seconds_until(date: str) -> float:
-    moment = parsedate_to_datetime(date)
-    aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-    return (aware - datetime.now(UTC)).total_seconds()
-
-
-PROBLEM_TYPE = "application/problem+json"
-"""RFC 9457."""
-
-
-def explain(error: OSError | http.client.HTTPException, *, where: str, timeout_s: float) -> SoftLabelsError:
-    """The error for an exchange that broke before its answer was here whole.
+def connection_error(error: OSError | http.client.HTTPException, *, url: str, timeout_s: float) -> SoftLabelsError:
+    """Return the product's error for a request that got no complete reply.
 
     Args:
-        error: what broke it.
-        where: the URL that was asked.
-        timeout_s: what the request was given.
+        error: error of the socket, TLS or HTTP library.
+        url: URL of the request.
+        timeout_s: limit of the request, seconds.
     """
     if isinstance(error, SoftLabelsError):
         return error
     if isinstance(error, http.client.IncompleteRead):
-        return TruncatedError(f"the answer of {where} was cut", url=where)
+        return TruncatedError(f"the reply of {url} was cut", url=url)
     if isinstance(error, ssl.SSLCertVerificationError):
         return ServerUnreachableError(
-            f"the certificate of {where} does not hold ({error.verify_message}): check the host's name, or let "
-            "SSL_CERT_FILE name the certificate of the authority that signed it",
-            url=where,
+            f"the certificate of {url} is not valid ({error.verify_message}): check the host name, or set "
+            "SSL_CERT_FILE to the certificate of the authority that signed it",
+            url=url,
         )
     if isinstance(error, TimeoutError):
         return ServerUnreachableError(
-            f"{where} gave no whole answer within {timeout_s:g} s: check that the server is not overloaded, or pass a "
+            f"{url} gave no complete reply within {timeout_s:g} s: check that the server is not overloaded, or pass a "
             "larger `timeout_s`",
-            url=where,
+            url=url,
         )
     return ServerUnreachableError(
-        f"no whole answer from {where} ({type(error).__name__}: {error}): check that `softlabels serve` runs there, "
-        "that host and port are right, and that no firewall stands between",
-        url=where,
+        f"no complete reply from {url} ({type(error).__name__}: {error}): check that `softlabels serve` runs there, "
+        "that host and port are right, and that no firewall blocks the connection",
+        url=url,
     )
 
 
-def mends_itself(error: BaseException) -> bool:
-    """Whether the same exchange may go through in a moment; a certificate will be the same then."""
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same request may succeed in a moment; an invalid certificate will not."""
     return not isinstance(error, ssl.SSLCertVerificationError)
 
 
-def refusal(status: int, headers: Mapping[str, str], body: memoryview, *, where: str) -> SoftLabelsError:
-    """The error for an answer whose status is not 200: the server's own, where it sent problem details.
+def status_error(status: int, headers: Mapping[str, str], body: memoryview, *, url: str) -> SoftLabelsError:
+    """Return the error for a reply whose status is not 200: the server's own, if it sent problem details.
 
     Args:
-        status: of the answer.
-        headers: of the answer, by lower-case name.
-        body: of the answer.
-        where: the URL that was asked.
+        status: HTTP status.
+        headers: by lower-case name.
+        body: body of the reply.
+        url: URL of the request.
     """
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     problem = _json_object(body) if media_type == PROBLEM_TYPE else None
     if problem is not None:
         return from_problem({**problem, "status": status})
     if status in (401, 403):
-        return UnauthorizedError(f"{where} does not let us in (status {status}): pass a valid `token`", url=where)
+        return UnauthorizedError(f"{url} refuses access (status {status}): pass a valid `token`", url=url)
     if 300 <= status < 400:
         target = headers.get("location", "elsewhere")
-        return RequestError(f"{where} sends requests on to {target!r}: open the store there", url=where)
+        return RequestError(f"{url} redirects to {target!r}, and redirects are not followed: open that store", url=url)
     return ServerUnreachableError(
-        f"{where} answered with status {status} and no reason: check that this is the address of a `softlabels serve`, "
-        "with the path of the proxy if one stands before it, and look into the server's log",
-        url=where,
+        f"{url} replied with status {status} and no reason: check that this is the address of a `softlabels serve`, "
+        "including the path prefix of a proxy before it, and look at the server's log",
+        url=url,
         status=status,
     )
 

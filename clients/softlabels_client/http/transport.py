@@ -1,8 +1,7 @@
-"""How does a request reach the server and its answer come back whole? One narrow seam: `HttpTransport.request`.
+"""HttpTransport: sends a request, retries it within a deadline, and returns the whole reply or the product's own error.
 
-Built on `http.client`, because it lets a body be read straight into one buffer of the known length, each read under the
-request's own deadline; what is usual goes past its parser, see `plain`. Everything sent here is a pure read, so
-everything may be sent again.
+Plain http without a proxy uses raw sockets (`raw_connection`), since batches are read that way; TLS and proxies use
+urllib3 (`connection_pool`), which is imported only then. All requests are reads, so all may be sent again.
 """
 
 from __future__ import annotations
@@ -10,55 +9,39 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import socket
-import ssl
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from softlabels import wire
 from softlabels.errors import RequestError, ServerUnreachableError, SoftLabelsError, TruncatedError, WireError
-from softlabels_client.http.address import StoreAddress
+from softlabels_client.http.address import StoreAddress, proxy_for
 from softlabels_client.http.buffers import Buffers
-from softlabels_client.http.raw_connection import PlainConnection, read_usual, usual_length
+from softlabels_client.http.raw_connection import RawConnection, parse_usual, read_body
+from softlabels_client.http.replies import ParsedReply, RawStream, Reply, ReplyStream, too_long
 from softlabels_client.http.retry import (
     RETRIED_STATUSES,
     Deadline,
     RetryPolicy,
-    explain,
-    mends_itself,
-    refusal,
+    connection_error,
+    is_transient,
     retry_after_s,
+    status_error,
 )
-from softlabels_client.http.streamed_reply import OpenReply, ParsedReply, PlainReply
+
+if TYPE_CHECKING:
+    from softlabels_client.http.connection_pool import ConnectionPool
 
 MAX_ERROR_BYTES = 1 << 20
-"""Problem details are a few sentences; whatever is longer is not read."""
+"""Longest body of an error reply that is read: problem details are a few sentences."""
 
-_PIECE_BYTES = 1 << 16
 _MOST_HEADS = 64
-"""Heads of requests that are kept: a trainer asks in one form, and for a last batch in another."""
+"""Request heads kept: a trainer sends one kind of request, and another for the last batch."""
+
 _STALE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
-"""What a request fails with on a kept connection that the server closed meanwhile."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """A server's whole answer.
-
-    Attributes:
-        status: HTTP status.
-        headers: by lower-case name.
-        body: read-only.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    body: memoryview
+"""Errors of a request on a kept connection that the server closed meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +55,18 @@ class _Request:
 
 
 class HttpTransport:
-    """Requests to the server of one store, over connections that are kept and used again.
+    """Requests to the server of one store, over connections that are kept alive.
 
-    Safe in threads and after fork: a child process opens connections of its own. Pickles without its connections.
+    Safe in threads and after fork: a child process opens its own connections. Pickles without its connections. Honours
+    HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, read when this is made.
 
     Args:
-        address: the store.
-        token: bearer token, for a server that asks for one.
-        timeout_s: how long one request may take, all retries included.
+        address: address of the store.
+        token: bearer token, for a server that requires one.
+        timeout_s: limit of one request, all retries included, seconds.
         retry: when to send again.
     Raises:
-        RequestError: a timeout or token that cannot be.
+        RequestError: an impossible timeout or token.
     """
 
     def __init__(
@@ -96,12 +80,15 @@ class HttpTransport:
         if not 0 < timeout_s <= 86_400:
             raise RequestError(f"timeout_s is {timeout_s}; a request may take more than 0 s and at most a day")
         if token is not None and not (token and token.isascii() and token.isprintable()):
-            raise RequestError("the token is empty or holds characters that no HTTP header may carry")
+            raise RequestError("the token is empty or contains characters that no HTTP header may carry")
         self._address, self._token, self._timeout_s = address, token, timeout_s
         self._retry = retry or RetryPolicy()
+        self._proxy = proxy_for(address)
+        # RawConnection relies on socket options of POSIX systems.
+        self._is_raw = address.scheme == "http" and self._proxy is None and os.name == "posix"
         self._has_answered = False
-        self._tls: ssl.SSLContext | None = None
-        self._idle: deque[http.client.HTTPConnection] = deque()
+        self._idle: deque[RawConnection] = deque()
+        self._pool: ConnectionPool | None = None
         self._process = os.getpid()
         self._buffers = Buffers()
         self._heads: dict[Any, bytes] = {}
@@ -115,114 +102,96 @@ class HttpTransport:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        """Send a request that only reads, again if need be, until its answer is here whole or the time is up.
+        """Send a request, again if need be, and return its whole reply, of status 200.
 
         Args:
-            method: as HTTP has it.
-            path: below the server's base address.
-            max_bytes: a longer answer is refused before it is read.
-            body: as HTTP has it.
-            headers: further ones.
-        Returns:
-            An answer of status 200.
+            method: HTTP method.
+            path: path below the server's base address.
+            max_bytes: longest reply accepted; a longer one is refused before it is read.
+            body: body of the request.
+            headers: additional headers.
         Raises:
-            TruncatedError: the answer was cut each time.
-            WireError: the answer is longer than `max_bytes`, compressed, or of unknown length.
-            ServerUnreachableError: nothing usable came.
-            SoftLabelsError: whichever class the server's problem details stand for.
+            TruncatedError: the reply was cut each time.
+            WireError: the reply is longer than `max_bytes`, compressed, or of unknown length.
+            ServerUnreachableError: no usable reply within the deadline.
+            SoftLabelsError: the class that the server's problem details name.
         """
         request = self._prepared(method, path, body, headers or {}, max_bytes)
-        where, failures = self._address.base_url + path, 0
+        url, failures = self._address.base_url + path, 0
         while True:
             asked_s: float | None = None
-            mends = True
             try:
                 reply = self._exchange(request)
             except WireError:
                 raise
             except (OSError, http.client.HTTPException) as error:
-                failure = explain(error, where=where, timeout_s=self._timeout_s)
-                mends = mends_itself(error)
+                failure = connection_error(error, url=url, timeout_s=self._timeout_s)
+                transient = is_transient(error)
             else:
                 if reply.status == 200:
                     self._has_answered = True
                     return reply
-                failure = refusal(reply.status, reply.headers, reply.body, where=where)
-                mends, asked_s = reply.status in RETRIED_STATUSES, retry_after_s(reply.headers)
+                failure = status_error(reply.status, reply.headers, reply.body, url=url)
+                transient, asked_s = reply.status in RETRIED_STATUSES, retry_after_s(reply.headers)
             failures += 1
             try:
-                self._pause_or_give_up(failure, failures, request.deadline, mends=mends, asked_s=asked_s)
+                self._pause_or_give_up(failure, failures, request.deadline, transient=transient, asked_s=asked_s)
             finally:
-                # A raised error names the frames that it came through; named by them in turn, it would hold the
-                # connections open until the next collection of cycles.
+                # A raised error refers to the frames it passed through; if they referred to it in turn, connections
+                # would stay open until the next collection of reference cycles.
                 del failure
 
-    def open(self, path: str) -> OpenReply:
-        """Ask for a long answer, which is read as it comes; not sent again when it breaks.
-
-        Raises: as `request` does, but at the first failure.
-        """
+    def open(self, path: str) -> ReplyStream:
+        """Request a streaming reply; sent once. Raises as `request`, at the first failure."""
         request = self._prepared("GET", path, None, {"Accept": wire.MEDIA_TYPE}, 0)
-        connection = self._fresh_connection(request.deadline)
-        where = self._address.base_url + path
+        url = self._address.base_url + path
         try:
-            connection.connect()
-            reply = self._opened(connection, request)
-            if reply.status == 200:
-                self._has_answered = True
-                return reply
-            body = reply.rest(MAX_ERROR_BYTES)
+            stream = self._open_raw(request) if self._is_raw else self._send_pooled(request)
         except WireError:
-            connection.close()
             raise
         except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise explain(error, where=where, timeout_s=self._timeout_s) from error
+            raise connection_error(error, url=url, timeout_s=self._timeout_s) from error
+        try:
+            if isinstance(stream, ParsedReply):
+                stream.check_identity_encoding()
+            if stream.status == 200:
+                self._has_answered = True
+                return stream
+            assert isinstance(stream, ParsedReply), "the fast path is for status 200"
+            body = stream.read_whole(MAX_ERROR_BYTES, request.deadline)
+        except (OSError, http.client.HTTPException) as error:
+            stream.close()
+            raise connection_error(error, url=url, timeout_s=self._timeout_s) from error
         except BaseException:
-            connection.close()
+            stream.close()
             raise
-        connection.close()
-        raise refusal(reply.status, reply.headers, body, where=where)
+        stream.close()
+        raise status_error(stream.status, stream.headers, body, url=url)
 
     def pause_or_raise(self, error: SoftLabelsError, failures: int) -> None:
-        """Wait before a stream is asked for again; raise what it failed with where that would change nothing."""
-        mends = isinstance(error, TruncatedError | WireError | ServerUnreachableError)
-        if not mends or failures >= self._retry.attempts:
+        """Wait before a stream is requested again; raise the error if that is pointless."""
+        transient = isinstance(error, TruncatedError | WireError | ServerUnreachableError)
+        if not transient or failures >= self._retry.attempts:
             try:
                 raise error
             finally:
                 del error
         time.sleep(self._retry.pause_s(failures))
 
-    def _opened(self, connection: http.client.HTTPConnection, request: _Request) -> OpenReply:
-        def again() -> Deadline:
-            return Deadline(self._timeout_s)
-
-        if isinstance(connection, PlainConnection):
-            head, buffer, begin, end = connection.ask(self._head_of(request), None, request.deadline)
-            usual = usual_length(head)
-            if usual is not None:
-                taken = bytes(memoryview(buffer)[begin:end])
-                return PlainReply(connection, usual[0], usual[1], taken, again, self._buffers)
-            connection.use_timeout(request.deadline)
-            response = connection.unusual("GET", bytes(memoryview(buffer)[:end]))
-        else:
-            connection.sock.settimeout(request.deadline.left_s())
-            connection.request("GET", request.target, headers=request.headers)
-            response = connection.getresponse()
-        return ParsedReply(connection, response, self._timeout_s, self._buffers)
-
     def close(self) -> None:
-        """Close the connections that wait to be used again; a later request opens a new one."""
+        """Close idle connections; a later request opens a new one."""
         with contextlib.suppress(IndexError):
             while True:
                 self._idle.pop().close()
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_idle", "_process", "_tls")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_idle", "_process", "_pool")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _idle=deque(), _process=os.getpid(), _tls=None)
+        self.__dict__.update(state, _idle=deque(), _process=os.getpid(), _pool=None)
 
     def __del__(self) -> None:
         if hasattr(self, "_idle"):
@@ -244,11 +213,11 @@ class HttpTransport:
         )
 
     def _pause_or_give_up(
-        self, failure: SoftLabelsError, failures: int, deadline: Deadline, *, mends: bool, asked_s: float | None
+        self, failure: SoftLabelsError, failures: int, deadline: Deadline, *, transient: bool, asked_s: float | None
     ) -> None:
         most = self._retry.attempts if self._has_answered else self._retry.attempts_at_first
         pause_s = self._retry.pause_s(failures, asked_s=asked_s)
-        if not mends or failures >= most or not deadline.allows(pause_s):
+        if not transient or failures >= most or not deadline.allows(pause_s):
             try:
                 raise failure
             finally:
@@ -256,26 +225,23 @@ class HttpTransport:
         time.sleep(pause_s)
 
     def _exchange(self, request: _Request) -> Reply:
+        if not self._is_raw:
+            return self._exchange_parsed(self._send_pooled(request), request)
         kept = self._kept_connection()
         if kept is not None:
             with contextlib.suppress(*_STALE):
                 return self._exchange_over(kept, request)
-            # Closed while it lay idle, which says nothing about the server: a fresh connection decides.
-        return self._exchange_over(self._fresh_connection(request.deadline), request)
+            # Closed by the server while idle, which says nothing about its health: a fresh connection decides.
+        fresh = RawConnection(self._address.host, self._address.port, timeout=request.deadline.left_s())
+        return self._exchange_over(fresh, request)
 
-    def _exchange_over(self, connection: http.client.HTTPConnection, request: _Request) -> Reply:
+    def _exchange_over(self, connection: RawConnection, request: _Request) -> Reply:
         try:
             if connection.sock is None:
                 connection.connect()
-            if isinstance(connection, PlainConnection):
-                reply, keep = self._exchange_plainly(connection, request)
-            else:
-                assert connection.sock is not None
-                connection.sock.settimeout(request.deadline.left_s())
-                connection.request(request.method, request.target, body=request.body, headers=request.headers)
-                reply, keep = _read_reply(connection.getresponse(), connection.sock, request)
+            reply, keep = self._exchange_raw(connection, request)
         except BaseException:
-            # Ctrl-C too: half an answer may still be on its way on this connection, so nobody may use it again.
+            # KeyboardInterrupt too: half a reply may still arrive on this connection, so it cannot be used again.
             connection.close()
             raise
         if keep:
@@ -284,22 +250,76 @@ class HttpTransport:
             connection.close()
         return reply
 
-    def _exchange_plainly(self, connection: PlainConnection, request: _Request) -> tuple[Reply, bool]:
+    def _exchange_raw(self, connection: RawConnection, request: _Request) -> tuple[Reply, bool]:
+        """Return the reply, and whether the connection can be used again."""
         deadline = request.deadline
         head, buffer, begin, end = connection.ask(self._head_of(request), request.body, deadline)
-        usual = usual_length(head)
-        taken = memoryview(buffer)
+        usual = parse_usual(head)
+        received = memoryview(buffer)
         if usual is None:
-            connection.use_timeout(deadline)
-            return _read_reply(connection.unusual(request.method, bytes(taken[:end])), connection.sock, request)
+            parsed, keep = self._parsed(connection, request, bytes(received[:end]))
+            return self._exchange_parsed(parsed, request), keep
         headers, length = usual
         if length > request.max_bytes:
-            raise _too_long(length, request.max_bytes)
-        body = read_usual(connection, length, taken[begin:end], deadline, self._buffers)
+            raise too_long(length, request.max_bytes)
+        body = read_body(connection, length, received[begin:end], deadline, self._buffers)
         return Reply(status=200, headers=headers, body=body), True
 
+    def _exchange_parsed(self, parsed: ParsedReply, request: _Request) -> Reply:
+        limit = request.max_bytes if parsed.status == 200 else MAX_ERROR_BYTES
+        try:
+            body = parsed.read_whole(limit, request.deadline)
+        except BaseException:
+            parsed.close()
+            raise
+        return Reply(status=parsed.status, headers=parsed.headers, body=body)
+
+    def _open_raw(self, request: _Request) -> ReplyStream:
+        connection = RawConnection(self._address.host, self._address.port, timeout=request.deadline.left_s())
+        try:
+            connection.connect()
+            head, buffer, begin, end = connection.ask(self._head_of(request), None, request.deadline)
+            usual = parse_usual(head)
+            if usual is None:
+                return self._parsed(connection, request, bytes(memoryview(buffer)[:end]))[0]
+        except BaseException:
+            connection.close()
+            raise
+        headers, length = usual
+        received = bytes(memoryview(buffer)[begin:end])
+        return RawStream(connection, headers, length, received, lambda: Deadline(self._timeout_s), self._buffers)
+
+    def _parsed(self, connection: RawConnection, request: _Request, received: bytes) -> tuple[ParsedReply, bool]:
+        """Let `http.client` parse an unusual reply; also return whether the connection can be used again."""
+        connection.use_timeout(request.deadline.left_s())
+        response = connection.parse_unusual(request.method, received)
+        parsed = ParsedReply(
+            status=response.status,
+            headers={name.lower(): value for name, value in response.getheaders()},
+            length=response.length,
+            chunked=response.chunked,
+            read_once=response.read1,
+            set_timeout=connection.use_timeout,
+            close=connection.close,
+            timeout_s=self._timeout_s,
+            buffers=self._buffers,
+        )
+        return parsed, not response.will_close
+
+    def _send_pooled(self, request: _Request) -> ParsedReply:
+        self._forget_after_fork()
+        if self._pool is None:
+            # Imported only here: urllib3 takes 150 ms, and trainers on plain http never need it.
+            from softlabels_client.http.connection_pool import ConnectionPool
+
+            self._pool = ConnectionPool(proxy=self._proxy, timeout_s=self._timeout_s, buffers=self._buffers)
+        url = self._address.base_url.removesuffix(self._address.prefix) + request.target
+        return self._pool.send(
+            request.method, url, body=request.body, headers=request.headers, deadline=request.deadline
+        )
+
     def _head_of(self, request: _Request) -> bytes:
-        """The bytes before a request's body; the same for every batch of an epoch, so they are kept."""
+        """Return the bytes before a request's body; kept, since they are equal for every batch of an epoch."""
         length = None if request.body is None else len(request.body)
         key = (request.method, request.target, length, *request.headers.items())
         head = self._heads.get(key)
@@ -315,67 +335,14 @@ class HttpTransport:
             head = self._heads[key] = "\r\n".join([*lines, "", ""]).encode("ascii")
         return head
 
-    def _kept_connection(self) -> http.client.HTTPConnection | None:
-        if self._process != os.getpid():
-            # After a fork the parent goes on using these sockets: closing our copies of them leaves its own open.
-            self.close()
-            self._process = os.getpid()
+    def _kept_connection(self) -> RawConnection | None:
+        self._forget_after_fork()
         with contextlib.suppress(IndexError):
             return self._idle.pop()
         return None
 
-    def _fresh_connection(self, deadline: Deadline) -> http.client.HTTPConnection:
-        host, port, timeout_s = self._address.host, self._address.port, deadline.left_s()
-        if self._address.scheme == "https":
-            # Made once: reading the machine's certificates takes longer than a batch.
-            self._tls = self._tls or ssl.create_default_context()
-            return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._tls)
-        plain = PlainConnection if os.name == "posix" else http.client.HTTPConnection
-        return plain(host, port, timeout=timeout_s)
-
-
-def _read_reply(response: http.client.HTTPResponse, sock: socket.socket, request: _Request) -> tuple[Reply, bool]:
-    """Any answer at all, read by `http.client`; and whether the connection can be used again."""
-    with response:
-        headers = {name.lower(): value for name, value in response.getheaders()}
-        limit = request.max_bytes if response.status == 200 else MAX_ERROR_BYTES
-        body = _read_body(response, sock, limit, request.deadline)
-        return Reply(status=response.status, headers=headers, body=body), not response.will_close
-
-
-def _read_body(response: http.client.HTTPResponse, sock: socket.socket, limit: int, deadline: Deadline) -> memoryview:
-    if response.getheader("Content-Encoding", "identity") != "identity":
-        raise WireError("the answer is compressed, which was not asked for: switch that off in the proxy between")
-    announced = response.length
-    if announced is None:
-        return _read_chunks(response, sock, limit, deadline)
-    if announced > limit:
-        raise _too_long(announced, limit)
-    # Not zeroed first, unlike a bytearray: every byte is written below, or the buffer is thrown away.
-    body = np.empty(announced, dtype=np.uint8).data
-    received = 0
-    while received < announced:
-        sock.settimeout(deadline.left_s())
-        # One system call at a time, straight into the buffer; `response.readinto` would wait for all, however long.
-        count = response.fp.readinto1(body[received:])
-        if not count:
-            raise TruncatedError(f"the answer was cut after {received} of {announced} bytes", received=received)
-        received += count
-    return body.toreadonly()
-
-
-def _too_long(announced: int, limit: int) -> WireError:
-    return WireError(f"the answer announces {announced} bytes where at most {limit} can be right: it was not read")
-
-
-def _read_chunks(response: http.client.HTTPResponse, sock: socket.socket, limit: int, deadline: Deadline) -> memoryview:
-    if not response.chunked:
-        raise WireError("the answer has neither a length nor chunks, so a cut one could not be told from a whole one")
-    body = bytearray()
-    while len(body) <= limit:
-        sock.settimeout(deadline.left_s())
-        piece = response.read1(_PIECE_BYTES)
-        if not piece:
-            return memoryview(body).toreadonly()
-        body += piece
-    raise WireError(f"the answer has more than the {limit} bytes that can be right: the rest was not read")
+    def _forget_after_fork(self) -> None:
+        if self._process != os.getpid():
+            # The parent still uses these sockets; closing the child's copies leaves the parent's open.
+            self.close()
+            self._process = os.getpid()

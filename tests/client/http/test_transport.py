@@ -289,7 +289,7 @@ class TestRefusals:
     def test_what_is_no_http_is_no_answer(self, peer: Any, quick: RetryPolicy, answer: bytes) -> None:
         """Another protocol on that port is an unreachable server."""
         peer.acts = [peer.raw(answer)]
-        with pytest.raises(ServerUnreachableError, match="no whole answer"):
+        with pytest.raises(ServerUnreachableError, match="no complete reply"):
             transport(peer, quick).request("GET", "/x", max_bytes=MOST)
 
 
