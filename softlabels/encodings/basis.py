@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.array_ops import Array, Ops, largest, nearest_zero
+from softlabels.encodings.array_ops import Array, Ops, top_k, top_k_shifted
 from softlabels.encodings.base import PackedRows, shifted_rows
 from softlabels.encodings.bit_packing import BitPacking
 from softlabels.encodings.scalar_quantiser import (
@@ -185,7 +185,7 @@ class Basis(PackedRows):
         weights = p / ops.sum(p) + flat * (_FLAT_SHARE / ops.sum(flat))
         if self.head:
             # The head will be exact whatever the fit: the rest's mean decides how far weights may go up.
-            ids_BK = nearest_zero(ops, z, self.head)
+            ids_BK = top_k_shifted(ops, z, self.head)
             ops.scatter(weights, ids_BK, ops.zeros(tuple(ids_BK.shape), "f4", z))
         weights = weights / (ops.sum(weights) / self.classes + 1e-30)
         return ops.clip(weights, 1e-6, _HEAVIEST)
@@ -237,7 +237,7 @@ class Basis(PackedRows):
         gain = ops.exp(ops.clip(error, -20.0, 20.0)) - 1.0 - error
         cost = (p / ops.sum(p) * 2.0 * gain) + flat * (_FLAT_SHARE / ops.sum(flat)) * error * error
         cost = ops.where(z < -self.depth, 0.0, ops.clip(cost, 0.0, 1e30)) + ops.cast(z == 0, "f4") * 1e35
-        return largest(ops, ops.cast(cost, "f4"), self.head)
+        return top_k(ops, ops.cast(cost, "f4"), self.head)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,13 @@
-"""Dense rows: every class kept, as f32, f16 or bf16.
+"""Dense rows: every class as float32, float16 or bfloat16. Names `f32`, `f16`, `bf16`.
 
 Errors in the kept logit z (row maximum 0): f32 none; f16 relative 2⁻¹¹ (absolute 2⁻²⁵ below 2⁻¹⁴), refused below
-−65,504; bf16 relative 2⁻⁸ with the range of f32. Source: IEEE 754-2019, § 3.6; bf16 is its upper half-word.
+−65,504; bf16 relative 2⁻⁸ with the range of f32. Refused: NaN, +inf, rows without a finite entry. Rounding is to
+nearest, ties to even. Source: IEEE 754-2019, § 3.6; bf16 is its upper half-word.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,21 +22,23 @@ from softlabels.errors import EncodingError
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 _BF16_INFINITY = 0x7F80
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Dense(LogitsEncoding):
+class DenseEncoding(LogitsEncoding):
+    """Base of the dense encodings, which differ in how they narrow and widen an array."""
+
     classes: int
 
     name: ClassVar[str]
     dtype: ClassVar[str]
+    largest: ClassVar[str]
     retemperable: ClassVar[bool] = True
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """Dense encodings have no parameters."""
+        """No parameters."""
         return {}
 
     @property
@@ -42,136 +46,127 @@ class _Dense(LogitsEncoding):
         """One array, [rows, classes]."""
         return {TARGETS: Field(dtype=np.dtype(self.dtype), row_shape=(self.classes,))}
 
+    def encode(
+        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Encode rows. Raises EncodingError for rows that are no distributions or out of range."""
+        return {TARGETS: self._narrow(np.asarray(logits_BC))}
+
+    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Widen to float32, exactly."""
+        return self._widen(np.asarray(encoded[TARGETS]))
+
+    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
+        """Encode rows on their device."""
+        return {TARGETS: self._narrow_torch(logits_BC)}
+
+    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        """Widen to float32 on the tensor's device, exactly."""
+        return encoded[TARGETS].float()
+
+    @abstractmethod
+    def _narrow(self, rows_BC: NDArray[Any]) -> NDArray[Any]:
+        """Check rows and convert them to the kept type."""
+
+    @abstractmethod
+    def _narrow_torch(self, rows_BC: Tensor) -> Tensor:
+        """`_narrow` on the tensor's device."""
+
+    def _widen(self, kept: NDArray[Any]) -> NDArray[np.float32]:
+        return kept.astype(np.float32, copy=False)
+
+    def _check_rows(self, ops: Ops, rows_BC: Array) -> None:
+        check_shape(tuple(rows_BC.shape), self.classes)
+        if len(rows_BC) == 0:
+            return
+        # A finite maximum means no NaN, no +inf, and at least one class with a probability.
+        bad = ops.rows_where(~ops.isfinite(ops.max(rows_BC))[:, 0])
+        if bad:
+            raise EncodingError(
+                f"{len(bad)} row(s) hold NaN, +inf or nothing finite, which are no distributions; check the teacher",
+                rows=bad,
+            )
+
+    def _check_range(self, ops: Ops, overflowed_BC: Array) -> None:
+        rows = ops.rows_where(overflowed_BC.any(-1)) if overflowed_BC.any() else []
+        if rows:
+            raise EncodingError(
+                f"{self.name} cannot hold {len(rows)} row(s): a logit lies more than {self.largest} below its row's "
+                "maximum and would become -inf; use encoding 'f32' (or 'bf16' in place of 'f16'), or check the teacher",
+                rows=rows,
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
-class F32(_Dense):
+class F32(DenseEncoding):
     """Rows as float32, exact."""
 
     name: ClassVar[str] = "f32"
     dtype: ClassVar[str] = "<f4"
 
-    def encode(
-        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """Keep the rows as they are; raises EncodingError for NaN and +inf."""
-        rows = np.ascontiguousarray(logits_BC, dtype="<f4")
-        _refuse_unsound(NUMPY, rows, self)
-        return {TARGETS: rows}
+    def _narrow(self, rows_BC: NDArray[Any]) -> NDArray[Any]:
+        rows = np.ascontiguousarray(rows_BC, dtype="<f4")
+        self._check_rows(NUMPY, rows)
+        return rows
 
-    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """The rows as they were."""
-        return np.asarray(encoded[TARGETS], dtype=np.float32)
-
-    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
-        """Keep the rows as they are, on their device."""
-        rows = logits_BC.float().contiguous()
-        _refuse_unsound(torch_ops(), rows, self)
-        return {TARGETS: rows}
-
-    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        """The rows as they were, on their device."""
-        return encoded[TARGETS].float()
+    def _narrow_torch(self, rows_BC: Tensor) -> Tensor:
+        rows = rows_BC.float().contiguous()
+        self._check_rows(torch_ops(), rows)
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class F16(_Dense):
+class F16(DenseEncoding):
     """Rows as float16: relative error 2⁻¹¹ of each logit below the row's maximum."""
 
     name: ClassVar[str] = "f16"
     dtype: ClassVar[str] = "<f2"
+    largest: ClassVar[str] = "65,504"
 
-    def encode(
-        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """Round to nearest even.
-
-        Raises:
-            EncodingError: a finite logit lies more than 65,504 below its row's maximum.
-        """
-        _refuse_unsound(NUMPY, np.asarray(logits_BC), self)
+    def _narrow(self, rows_BC: NDArray[Any]) -> NDArray[Any]:
+        self._check_rows(NUMPY, rows_BC)
         with np.errstate(over="ignore"):
-            rounded = np.asarray(logits_BC).astype("<f2")
-        overflowed = np.isinf(rounded).any(axis=-1)
-        if overflowed.any():
-            raise _out_of_range(np.flatnonzero(overflowed).tolist())
-        return {TARGETS: rounded}
+            rounded = rows_BC.astype("<f2")
+        self._check_range(NUMPY, np.isinf(rounded))
+        return rounded
 
-    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Widen to float32, exactly."""
-        return np.asarray(encoded[TARGETS]).astype(np.float32)
-
-    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
-        """Round to nearest even, on the rows' device; the range is checked there too."""
-        _refuse_unsound(torch_ops(), logits_BC, self)
-        rounded = logits_BC.half()
-        overflowed = rounded.isinf().any(dim=-1)
-        if bool(overflowed.any()):
-            raise _out_of_range(overflowed.nonzero()[:, 0].tolist())
-        return {TARGETS: rounded.contiguous()}
-
-    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        """Widen to float32, exactly, on the tensor's device."""
-        return encoded[TARGETS].float()
+    def _narrow_torch(self, rows_BC: Tensor) -> Tensor:
+        self._check_rows(torch_ops(), rows_BC)
+        rounded = rows_BC.half()
+        self._check_range(torch_ops(), rounded.isinf())
+        return rounded.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
-class BF16(_Dense):
-    """Rows as bfloat16, kept as its 16 bits in uint16 because neither Zarr v3's core types nor HDF5's name it."""
+class BF16(DenseEncoding):
+    """Rows as bfloat16, stored as its 16 bits in uint16: neither Zarr v3's core types nor HDF5's include bfloat16."""
 
     name: ClassVar[str] = "bf16"
     dtype: ClassVar[str] = "<u2"
+    largest: ClassVar[str] = "3.39e38"
 
-    def encode(
-        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """Round to nearest even: add half of the dropped half-word's range, ties to the even kept half-word."""
-        rows = np.ascontiguousarray(logits_BC, dtype="<f4")
-        _refuse_unsound(NUMPY, rows, self)
+    def _narrow(self, rows_BC: NDArray[Any]) -> NDArray[Any]:
+        rows = np.ascontiguousarray(rows_BC, dtype="<f4")
+        self._check_rows(NUMPY, rows)
         bits = rows.view("<u4")
+        # Round half to even: add just under half of the dropped half-word, and 1 more if the kept half-word is odd.
         rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-        overflowed = ((rounded & np.uint32(0x7FFF)) == _BF16_INFINITY) & np.isfinite(rows)
-        if overflowed.any():
-            raise _out_of_range(np.flatnonzero(overflowed.any(axis=-1)).tolist(), "bf16", "3.39e38")
-        return {TARGETS: rounded.astype("<u2")}
+        self._check_range(NUMPY, ((rounded & np.uint32(0x7FFF)) == _BF16_INFINITY) & np.isfinite(rows))
+        return rounded.astype("<u2")
 
-    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Widen to float32, exactly."""
-        return (np.asarray(encoded[TARGETS], dtype=np.uint32) << np.uint32(16)).view(np.float32)
-
-    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
-        """Round to nearest even, on the rows' device."""
+    def _narrow_torch(self, rows_BC: Tensor) -> Tensor:
         import torch
 
-        _refuse_unsound(torch_ops(), logits_BC, self)
-        rounded = logits_BC.bfloat16().contiguous()
-        overflowed = (rounded.isinf() & logits_BC.isfinite()).any(dim=-1)
-        if bool(overflowed.any()):
-            raise _out_of_range(overflowed.nonzero()[:, 0].tolist(), "bf16", "3.39e38")
-        return {TARGETS: rounded.view(torch.uint16)}
+        self._check_rows(torch_ops(), rows_BC)
+        rounded = rows_BC.bfloat16().contiguous()
+        self._check_range(torch_ops(), rounded.isinf() & rows_BC.isfinite())
+        return rounded.view(torch.uint16)
+
+    def _widen(self, kept: NDArray[Any]) -> NDArray[np.float32]:
+        return (kept.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
     def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        """Widen to float32, exactly, on the tensor's device."""
+        """Widen to float32 on the tensor's device, exactly."""
         import torch
 
         return encoded[TARGETS].view(torch.bfloat16).float()
-
-
-def _refuse_unsound(ops: Ops, logits_BC: Array, encoding: _Dense) -> None:
-    check_shape(tuple(logits_BC.shape), encoding.classes)
-    if len(logits_BC) == 0:
-        return
-    # The largest is finite: no NaN, no +inf, and some class has a probability.
-    rows = ops.rows_where(~ops.isfinite(ops.max(logits_BC))[:, 0])
-    if rows:
-        raise EncodingError(
-            f"{len(rows)} row(s) hold NaN, +inf or nothing finite, which are no distributions; check the teacher",
-            rows=rows,
-        )
-
-
-def _out_of_range(rows: list[int], name: str = "f16", limit: str = "65,504") -> EncodingError:
-    return EncodingError(
-        f"{name} cannot hold {len(rows)} row(s): a logit lies more than {limit} below its row's maximum and would "
-        "become -inf; use encoding 'f32' (or 'bf16' in place of 'f16'), or check the teacher",
-        rows=rows,
-    )

@@ -1,19 +1,16 @@
-"""Rows as a teacher's last hidden states, and its last layer once for the whole store. Name `hidden`.
+"""Hidden states: a row is the input of the teacher's last layer, and that layer is stored once. Name `hidden`.
 
-A row is D numbers (the width of the model) instead of C (its vocabulary); it decodes to
+A row has D numbers (the width of the model) instead of C (its vocabulary). It decodes to what the teacher computes,
 
-    z = (hidden @ head.T + bias) x scale, and softcap x tanh(z / softcap) where the model caps its logits
+    z = (hidden @ head.T + bias) x scale, then softcap x tanh(z / softcap) if the model caps its logits,
 
-shifted so that a row's largest is 0. That is what the teacher itself computes, so every class is there, at any T. The
-head is kept without loss: in half precision where all its numbers are such, else in float32.
+shifted so that a row's largest is 0: every class is present, at any T. The head is kept without loss, in half precision
+if all its numbers are exact there, else in float32.
 
-Row, by `kept_as`: `f32`, `f16` or `bf16` numbers as the dense encodings keep them, or `q8`: int8 codes and a float32
-scale a row, x = code x scale with scale = max |x| / 127. Bounds on a hidden number: f32 none, f16 relative 2⁻¹¹, bf16
-relative 2⁻⁸, q8 half its row's scale; what that does to the targets the audit measures. Refused: NaN, ±inf, beyond
-±65,504 in f16.
-
-Unlike all other encodings, `encode` takes hidden states [rows, D] and not logits, and NumPy and torch decode to the
-same logits only up to the rounding of a float32 matrix product.
+Row, by `kept_as`: `f32`, `f16` or `bf16` numbers as in the dense encodings, or `q8`: int8 codes and one float32 scale
+for each row, x = code x scale with scale = max |x| / 127. Bounds on a hidden number: f32 none, f16 relative 2⁻¹¹, bf16
+relative 2⁻⁸, q8 half its row's scale; the audit measures what that does to the targets. Refused: NaN, ±inf, beyond
+±65,504 in f16. NumPy and torch decode to the same logits only up to the rounding of a float32 matrix product.
 Legend: B rows, C classes, D width of the hidden states.
 """
 
@@ -29,7 +26,7 @@ from numpy.typing import NDArray
 
 from softlabels.encodings.array_ops import NUMPY, Array, Ops, torch_ops
 from softlabels.encodings.base import TARGETS, Field, RowKind
-from softlabels.encodings.dense import BF16, F16, F32
+from softlabels.encodings.dense import BF16, F16, F32, DenseEncoding
 from softlabels.errors import EncodingError, ShapeMismatchError, UnknownEncodingError
 
 if TYPE_CHECKING:
@@ -40,26 +37,28 @@ KEPT_AS: tuple[KeptAs, ...] = get_args(KeptAs)
 
 SCALES = "scales"
 HEAD_TYPES = ("<f4", "<f2", "<u2")
-"""Of the head: float32, float16, or bfloat16 as its 16 bits."""
+"""Element types of a stored head: float32, float16, or bfloat16 as its 16 bits."""
 
-_DENSE: Mapping[str, type[F32] | type[F16] | type[BF16]] = {"f32": F32, "f16": F16, "bf16": BF16}
+_DENSE: Mapping[str, type[DenseEncoding]] = {"f32": F32, "f16": F16, "bf16": BF16}
 _LARGEST_CODE = 127.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Hidden:
-    """Hidden states and the head that makes logits of them.
+    """Hidden states, and the head that turns them into logits.
 
     Attributes:
         classes: C.
-        kept_as: how the numbers of a row are kept.
-        scale: what logits are multiplied with after the head.
-        softcap: what they are capped at, smoothly; 0 where they are not.
+        kept_as: type of a row's numbers.
+        scale: factor of the logits after the head.
+        softcap: smooth limit of the logits; 0 for none.
         head_CD: float32, float16, or the bits of bfloat16.
-        bias_C: float32; None where the head has none.
+        bias_C: float32; None if the head has none.
     """
 
     row_kind: ClassVar[RowKind] = "hidden_states"
+    name: ClassVar[str] = "hidden"
+    retemperable: ClassVar[bool] = True
 
     classes: int
     kept_as: KeptAs = "f16"
@@ -69,42 +68,32 @@ class Hidden:
     bias_C: NDArray[np.float32] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        wrong = _what_is_wrong(self)
-        if wrong:
-            raise UnknownEncodingError(f"encoding 'hidden' cannot be had so: {wrong}")
+        problem = _find_problem(self)
+        if problem:
+            raise UnknownEncodingError(f"encoding 'hidden' cannot be made: {problem}")
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was derived stays behind: it may live on a device that the other process has not.
+        # Cached properties are not pickled: they may hold tensors on a device that the other process does not have.
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     @property
-    def name(self) -> str:
-        """The name in manifests."""
-        return "hidden"
-
-    @property
     def width(self) -> int:
-        """D: how many numbers a hidden state has."""
+        """D, the number of entries of a hidden state."""
         return int(self.head_CD.shape[1])
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """All that is not an array."""
+        """Everything that is not an array."""
         return {"kept_as": self.kept_as, "scale": self.scale, "softcap": self.softcap}
 
     @property
     def constants(self) -> Mapping[str, NDArray[Any]]:
-        """The last layer: `head`, and `bias` where it has one."""
+        """The last layer: `head`, and `bias` if it has one."""
         return {"head": self.head_CD} | ({} if self.bias_C is None else {"bias": self.bias_C})
 
     @property
-    def retemperable(self) -> bool:
-        """To any T: every class is there."""
-        return True
-
-    @property
     def fields(self) -> Mapping[str, Field]:
-        """One array [rows, D]; and, for q8, the scale of each row."""
+        """One array [rows, D] and, for q8, the scale of each row."""
         if self.kept_as != "q8":
             return self._dense.fields
         return {
@@ -115,27 +104,28 @@ class Hidden:
     def encode(
         self, hidden_BD: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Keep hidden states. Raises EncodingError: NaN, ±inf, or what the type has no number for."""
-        self._refuse_unsound(NUMPY, hidden_BD)
+        """Encode hidden states. Raises EncodingError for NaN, ±inf and numbers outside the type's range."""
+        self._check_rows(NUMPY, hidden_BD)
         if self.kept_as == "q8":
-            return _quantised(NUMPY, np.asarray(hidden_BD))
+            codes_BD, scale_B1 = _quantise(NUMPY, np.asarray(hidden_BD))
+            return {TARGETS: codes_BD.astype(np.int8), SCALES: scale_B1}
         try:
             return self._dense.encode(hidden_BD)
         except EncodingError as error:
             raise _out_of_range(error, self.kept_as) from error
 
     def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """logits_BC, each row's largest 0; leading dimensions are kept."""
+        """Decode to logits_BC, each row's largest 0; leading dimensions are kept."""
         return self.logits_of(self.decode_rows(encoded))
 
     def decode_rows(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """The hidden states as kept, [B, D] float32: for those who bring a student's own head, or few classes of it."""
+        """Decode to hidden states, [B, D] float32: for a student's own head, or for few of the classes."""
         if self.kept_as != "q8":
             return self._dense.decode(encoded)
         return np.asarray(encoded[TARGETS]).astype(np.float32) * np.asarray(encoded[SCALES], dtype=np.float32)
 
     def logits_of(self, hidden_BD: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-        """What the head makes of hidden states, each row's largest 0."""
+        """Return the head's logits of hidden states, each row's largest 0."""
         z = np.asarray(hidden_BD, dtype=np.float32) @ self._head_DC
         if self.bias_C is not None:
             z += self.bias_C
@@ -148,29 +138,29 @@ class Hidden:
         return z
 
     def encode_torch(self, hidden_BD: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
-        """`encode` on the tensor's own device, to the same bytes."""
-        self._refuse_unsound(torch_ops(), hidden_BD)
+        """`encode` on the tensor's device, to the same bytes."""
+        self._check_rows(torch_ops(), hidden_BD)
         if self.kept_as == "q8":
             import torch
 
-            found = _quantised(torch_ops(), hidden_BD.float())
-            return {TARGETS: found[TARGETS].to(torch.int8), SCALES: found[SCALES]}
+            codes_BD, scale_B1 = _quantise(torch_ops(), hidden_BD)
+            return {TARGETS: codes_BD.to(torch.int8), SCALES: scale_B1}
         try:
             return self._dense.encode_torch(hidden_BD)
         except EncodingError as error:
             raise _out_of_range(error, self.kept_as) from error
 
     def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        """`decode` on the tensors' own device."""
+        """`decode` on the tensors' device."""
         if self.kept_as != "q8":
             return self.logits_of_torch(self._dense.decode_torch(encoded))
         return self.logits_of_torch(encoded[TARGETS].float() * encoded[SCALES])
 
     def logits_of_torch(self, hidden_BD: Tensor) -> Tensor:
-        """`logits_of` on the tensor's own device."""
+        """`logits_of` on the tensor's device."""
         import torch
 
-        head_CD, bias_C = self._on(hidden_BD.device)
+        head_CD, bias_C = self._head_on(hidden_BD.device)
         # Autocast would round the product to half precision.
         with torch.autocast(hidden_BD.device.type, enabled=False):
             z = torch.nn.functional.linear(hidden_BD.float(), head_CD, bias_C)
@@ -181,7 +171,7 @@ class Hidden:
         return z - z.amax(dim=-1, keepdim=True) if z.numel() else z
 
     @cached_property
-    def _dense(self) -> F32 | F16 | BF16:
+    def _dense(self) -> DenseEncoding:
         return _DENSE[self.kept_as](classes=self.width)
 
     @cached_property
@@ -189,19 +179,19 @@ class Hidden:
         return _widened(self.head_CD).T
 
     @cached_property
-    def _moved(self) -> dict[Any, tuple[Tensor, Tensor | None]]:
+    def _heads_by_device(self) -> dict[Any, tuple[Tensor, Tensor | None]]:
         return {}
 
-    def _on(self, device: Any) -> tuple[Tensor, Tensor | None]:
+    def _head_on(self, device: Any) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        if device not in self._moved:
+        if device not in self._heads_by_device:
             head_CD = torch.from_numpy(np.array(_widened(self.head_CD)))
             bias_C = None if self.bias_C is None else torch.from_numpy(np.array(self.bias_C)).to(device)
-            self._moved[device] = head_CD.to(device), bias_C
-        return self._moved[device]
+            self._heads_by_device[device] = head_CD.to(device), bias_C
+        return self._heads_by_device[device]
 
-    def _refuse_unsound(self, ops: Ops, hidden_BD: Array) -> None:
+    def _check_rows(self, ops: Ops, hidden_BD: Array) -> None:
         shape = tuple(hidden_BD.shape)
         if len(shape) != 2 or shape[1] != self.width:
             raise ShapeMismatchError(
@@ -218,7 +208,7 @@ class Hidden:
 def hidden_encoding(
     head_CD: NDArray[np.floating[Any]], bias_C: NDArray[np.floating[Any]] | None = None, **params: Any
 ) -> Hidden:
-    """The encoding for a head as a teacher has it, which is kept in as few bytes as hold it exactly.
+    """Return the encoding for a teacher's head, stored in the fewest bytes that hold it exactly.
 
     Args:
         head_CD, bias_C: float32.
@@ -232,18 +222,18 @@ def hidden_encoding(
     )
 
 
-def _quantised(ops: Ops, hidden_BD: Array) -> dict[str, Array]:
+def _quantise(ops: Ops, hidden_BD: Array) -> tuple[Array, Array]:
+    """Return codes of -127 to 127, still float32, and the scale of each row."""
     x = ops.cast(hidden_BD, "f4")
     if x.shape[0] == 0:
-        return {TARGETS: x.astype(np.int8) if ops is NUMPY else x, SCALES: x[:, :1]}
+        return x, x[:, :1]
     scale_B1 = ops.max(abs(x)) / _LARGEST_CODE
     codes = ops.round(x / ops.where(scale_B1 > 0, scale_B1, scale_B1 + 1.0))
-    codes = ops.clip(codes, -_LARGEST_CODE, _LARGEST_CODE)
-    return {TARGETS: codes.astype(np.int8) if ops is NUMPY else codes, SCALES: scale_B1}
+    return ops.clip(codes, -_LARGEST_CODE, _LARGEST_CODE), scale_B1
 
 
 def _narrowed(head_CD: NDArray[np.float32]) -> NDArray[Any]:
-    """The head in half precision, where not a bit is lost by that."""
+    """Return the head in half precision if that loses no bit."""
     with np.errstate(over="ignore"):
         half = head_CD.astype("<f2")
     if np.array_equal(half.astype("<f4"), head_CD):
@@ -265,8 +255,8 @@ def _out_of_range(error: EncodingError, kept_as: str) -> EncodingError:
     )
 
 
-def _what_is_wrong(given: Hidden) -> str:
-    """Why these parameters and constants are none of hidden states; empty where they are."""
+def _find_problem(given: Hidden) -> str:
+    """Return why these parameters and arrays make no encoding, or an empty string."""
     head_CD, bias_C = given.head_CD, given.bias_C
     if head_CD.ndim != 2 or len(head_CD) != given.classes or head_CD.shape[1] < 1:
         return f"a head of {list(head_CD.shape)} for {given.classes} classes"
@@ -277,7 +267,7 @@ def _what_is_wrong(given: Hidden) -> str:
     if bias_C is not None and (
         bias_C.shape != (given.classes,) or bias_C.dtype.str != "<f4" or not np.isfinite(bias_C).all()
     ):
-        return f"a bias {bias_C.dtype.str}{list(bias_C.shape)}, which has to be one finite float32 a class"
+        return f"a bias {bias_C.dtype.str}{list(bias_C.shape)}; it has to be one finite float32 for each class"
     if given.kept_as not in KEPT_AS:
         return f"kept_as = {given.kept_as!r}, not one of {', '.join(KEPT_AS)}"
     if not 0 < given.scale < float("inf") or not 0 <= given.softcap < float("inf"):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.array_ops import Array, Ops, nearest_zero
+from softlabels.encodings.array_ops import Array, Ops, top_k_shifted
 from softlabels.encodings.base import PackedRows, shifted_rows
 from softlabels.encodings.bit_packing import BitPacking
 from softlabels.encodings.scalar_quantiser import FLOOR, head_steps, id_bits, quantise
@@ -87,7 +87,7 @@ class Quantised(PackedRows):
     def _pack(self, ops: Ops, logits_BC: Array, keys_B: NDArray[np.uint64] | None) -> Array:
         z = shifted_rows(ops, logits_BC, name=self.name)
         z = ops.clip(z, -FLOOR, 0.0)
-        nearest = nearest_zero(ops, z, self.head + 1)
+        nearest = top_k_shifted(ops, z, self.head + 1)
         ids_BK = nearest[:, : self.head]
         top_B1 = ops.gather(z, nearest[:, self.head :])
         lo16 = ops.cast(self._lowest(ops, z, ids_BK) * _WIDER, "f2")

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.array_ops import Array, Ops, largest, natural_log
+from softlabels.encodings.array_ops import Array, Ops, natural_log, top_k
 from softlabels.encodings.base import PackedRows, shifted_rows
 from softlabels.encodings.bit_packing import BitPacking
 from softlabels.encodings.scalar_quantiser import id_bits
@@ -116,7 +116,7 @@ class Sampled(PackedRows):
 
     def _draw(self, ops: Ops, p: Array, keys_B: NDArray[np.uint64]) -> tuple[Array, Array, Array]:
         """Head ids int64 [B, H], drawn ids int64 [B, N] ascending, head weights in units int32 [B, H]."""
-        head_ids = largest(ops, ops.cast(p, "f4"), self.head) if self.head else ops.zeros((len(p), 0), "i8", p)
+        head_ids = top_k(ops, ops.cast(p, "f4"), self.head) if self.head else ops.zeros((len(p), 0), "i8", p)
         head_p = ops.gather(p, head_ids)
         # One offset for all heads of a row: each unit count is right on average and their sum is within 1 of its own.
         offset_B1 = ops.constant(uniforms(keys_B, 1)[:, None] + 1e-9, "f8", p)
@@ -156,7 +156,7 @@ class Sampled(PackedRows):
     def _ones(self, ops: Ops, unary: Array) -> Array:
         """Positions of the set bits, int64 [B, N]."""
         rows, length = unary.shape
-        found = ops.positions(unary)
+        found = ops.nonzero(unary)
         if len(found) != rows * self.draws:
             raise EncodingError(
                 "a sampled row does not hold as many draws as it should: its bytes are damaged", rows=[]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.array_ops import NUMPY, Array, Ops, natural_log, nearest_zero, torch_ops
+from softlabels.encodings.array_ops import NUMPY, Array, Ops, natural_log, top_k_shifted, torch_ops
 from softlabels.encodings.base import Field, LogitsEncoding, check_shape, shifted_rows
 from softlabels.errors import EncodingError, UnknownEncodingError
 
@@ -126,7 +126,7 @@ class TopK(LogitsEncoding):
 
     def _encode(self, ops: Ops, logits_BC: Array) -> tuple[Array, Array, Array]:
         z = shifted_rows(ops, logits_BC, name=self.name, minus_inf=True)
-        ids_BK = nearest_zero(ops, z, self.k)
+        ids_BK = top_k_shifted(ops, z, self.k)
         p = ops.exp(ops.cast(z, "f8"))
         total_B1 = ops.sum(p)
         kept = ops.gather(p, ids_BK)

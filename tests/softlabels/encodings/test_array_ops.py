@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from softlabels.encodings.array_ops import NUMPY, largest, natural_log, nearest_zero, torch_ops
+from softlabels.encodings.array_ops import NUMPY, natural_log, top_k, top_k_shifted, torch_ops
 
 
 class TestNaturalLog:
@@ -30,16 +30,16 @@ class TestSelection:
     def test_ties_go_to_the_lower_id_in_both_libraries(self) -> None:
         """A row of equal entries selects 0, 1, 2."""
         row = np.zeros((1, 50), dtype=np.float32)
-        assert nearest_zero(NUMPY, row, 3).tolist() == [[0, 1, 2]]
-        assert nearest_zero(torch_ops(), torch.from_numpy(row), 3).tolist() == [[0, 1, 2]]
+        assert top_k_shifted(NUMPY, row, 3).tolist() == [[0, 1, 2]]
+        assert top_k_shifted(torch_ops(), torch.from_numpy(row), 3).tolist() == [[0, 1, 2]]
 
     def test_the_largest_come_first(self) -> None:
         """By value, then by id; -0.0 is 0."""
         row = np.array([[0.5, 2.0, -0.0, 2.0, 1.0]], dtype=np.float32)
-        assert largest(NUMPY, row, 3).tolist() == [[1, 3, 4]]
-        assert nearest_zero(NUMPY, -row, 5).tolist() == [[2, 0, 4, 1, 3]]
+        assert top_k(NUMPY, row, 3).tolist() == [[1, 3, 4]]
+        assert top_k_shifted(NUMPY, -row, 5).tolist() == [[2, 0, 4, 1, 3]]
 
     def test_all_of_a_row_can_be_selected(self) -> None:
         """As many as there are."""
         row = -np.arange(4, dtype=np.float32)[None]
-        assert nearest_zero(NUMPY, row, 4).tolist() == nearest_zero(torch_ops(), torch.from_numpy(row), 4).tolist()
+        assert top_k_shifted(NUMPY, row, 4).tolist() == top_k_shifted(torch_ops(), torch.from_numpy(row), 4).tolist()
