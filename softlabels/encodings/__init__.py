@@ -1,22 +1,23 @@
-"""How one distribution becomes bytes: one file an encoding, and the way from a name to it."""
+"""Encodings: how one distribution becomes bytes. One file for each encoding, and `make_encoding` from a name to it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from inspect import signature
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.base import TARGETS, Encoding, Field, RowKind, row_bytes
+from softlabels.documents import Document, Number, as_json, parse_document
+from softlabels.encodings.base import TARGETS, Encoding, Field, RowKind, encoding_label, row_bytes
 from softlabels.encodings.basis import Basis
 from softlabels.encodings.dense import BF16, F16, F32
-from softlabels.encodings.hidden import HEAD_TYPES, Hidden, hidden_encoding
+from softlabels.encodings.hidden import HEAD_TYPES, Hidden, KeptAs, hidden_encoding
 from softlabels.encodings.quantised import Quantised
 from softlabels.encodings.sampled import Sampled
-from softlabels.encodings.topk import TAIL_RULES, TopK
+from softlabels.encodings.topk import TAIL_RULES, TailRule, TopK
 from softlabels.errors import UnknownEncodingError
 from softlabels.splitmix64 import rng_keys
 
@@ -35,22 +36,80 @@ __all__ = [
     "RowKind",
     "Sampled",
     "TopK",
+    "encoding_label",
     "hidden_encoding",
     "make_encoding",
     "rng_keys",
     "row_bytes",
 ]
 
-_QUANTISED = {f"q{bits}": bits for bits in range(8, 1, -1)}
+DEFAULT_HEAD = 16
+"""Head of quantised rows if none is given; an eighth of the classes if these are few."""
 
-ENCODING_NAMES: tuple[str, ...] = ("f32", "f16", "bf16", *_QUANTISED, "topk", "sampled", "basis", "hidden")
+
+class _NoParams(Document):
+    """Parameters of dense encodings."""
+
+
+class _QuantisedParams(Document):
+    head: int | None = None
+
+
+class _TopKParams(Document):
+    k: int
+    tail: TailRule = "uniform"
+
+
+class _SampledParams(Document):
+    head: int
+    draws: int
+
+
+class _BasisParams(Document):
+    head: int
+    head_bits: int
+    depth: Number
+    residual_bits: int
+    unit_log2: int
+    refine: int
+
+
+class _HiddenParams(Document):
+    kept_as: KeptAs = "f16"
+    scale: Number = 1.0
+    softcap: Number = 0.0
+
+
+def _quantised(*, classes: int, bits: int, head: int | None = None) -> Quantised:
+    default = max(1, min(DEFAULT_HEAD, classes // 8))
+    return Quantised(classes=classes, bits=bits, head=default if head is None else head)
+
+
+_KINDS: Mapping[str, tuple[Callable[..., Encoding], type[Document]]] = {
+    "f32": (F32, _NoParams),
+    "f16": (F16, _NoParams),
+    "bf16": (BF16, _NoParams),
+    **{f"q{bits}": (partial(_quantised, bits=bits), _QuantisedParams) for bits in range(8, 1, -1)},
+    "topk": (TopK, _TopKParams),
+    "sampled": (Sampled, _SampledParams),
+    "basis": (Basis, _BasisParams),
+    "hidden": (Hidden, _HiddenParams),
+}
+
+ENCODING_NAMES: tuple[str, ...] = tuple(_KINDS)
 """Every encoding that a manifest may name."""
 
-DEFAULT_HEAD = 16
-"""Classes that quantised rows keep exactly unless told otherwise; of few classes, an eighth."""
+_CONSTANTS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "basis": {"basis": ("basis_RC", ("<i2",)), "mean": ("mean_C", ("<i4",)), "widths": ("widths_R", ("|u1",))},
+    "hidden": {"head": ("head_CD", HEAD_TYPES), "bias": ("bias_C", ("<f4",))},
+}
+"""Arrays that belong to a store's encoding: the constructor's argument for each, and its element types."""
 
-_OTHERS: Mapping[str, Any] = {"topk": TopK, "sampled": Sampled, "basis": Basis, "hidden": Hidden}
-_DENSE: Mapping[str, type[F32] | type[F16] | type[BF16]] = {"f32": F32, "f16": F16, "bf16": BF16}
+_OPTIONAL = frozenset({"bias"})
+_SOURCES = {
+    "basis": "; learn them from a pilot of real rows (learn_basis)",
+    "hidden": "; take them from the teacher's last layer (hidden_encoding)",
+}
 
 
 def make_encoding(
@@ -60,54 +119,31 @@ def make_encoding(
     params: Mapping[str, Any] | None = None,
     constants: Mapping[str, NDArray[Any]] | None = None,
 ) -> Encoding:
-    """The encoding of this name for rows of `classes` classes.
+    """Return the encoding of this name for rows of `classes` classes.
 
     Args:
         name: one of `ENCODING_NAMES`.
-        classes: at least 2 (1 for dense rows and topk).
-        params: as `Encoding.params` gave them; what may be left out: `head` of q8 … q2, `tail` of topk.
-        constants: as `Encoding.constants` gave them; `basis` and `hidden` alone have some.
+        classes: number of classes, at least 2 (1 for dense rows and topk).
+        params: what `Encoding.params` returned; `head` of q8 … q2 and `tail` of topk may be left out.
+        constants: what `Encoding.constants` returned; only for `basis` and `hidden`.
     Raises:
         UnknownEncodingError: no encoding has that name, or it does not take these parameters or constants.
     """
-    given = dict(params or {})
-    if name in _DENSE:
-        kind: Any = _DENSE[name]
-    elif name in _QUANTISED:
-        kind = Quantised
-        given = {"head": max(1, min(DEFAULT_HEAD, classes // 8)), **given}
-    elif name in _OTHERS:
-        kind = _OTHERS[name]
-    else:
+    if name not in _KINDS:
         near = get_close_matches(name, ENCODING_NAMES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UnknownEncodingError(f"there is no encoding {name!r}{hint}; known are {', '.join(ENCODING_NAMES)}")
-    _check_params(name, kind, given)
-    fixed = {"bits": _QUANTISED[name]} if name in _QUANTISED else {}
-    encoding: Encoding = kind(classes=classes, **fixed, **given, **_arrays(name, constants))
-    return encoding
+    kind, params_type = _KINDS[name]
+    parsed = parse_document(dict(params or {}), params_type, what=f"encoding {name!r}", error=UnknownEncodingError)
+    return kind(classes=classes, **as_json(parsed), **_checked_arrays(name, constants or {}))
 
 
-_CONSTANTS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
-    "basis": {"basis": ("basis_RC", ("<i2",)), "mean": ("mean_C", ("<i4",)), "widths": ("widths_R", ("|u1",))},
-    "hidden": {"head": ("head_CD", HEAD_TYPES), "bias": ("bias_C", ("<f4",))},
-}
-"""Arrays that belong to a store's encoding: the parameter that each is, and the types that it may have."""
-
-_MAY_LACK = frozenset({"bias"})
-_SOURCE = {
-    "basis": "; learn them from a pilot of real rows (learn_basis)",
-    "hidden": "; take them from the teacher's last layer (hidden_encoding)",
-}
-
-
-def _arrays(name: str, constants: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
+def _checked_arrays(name: str, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     expected = _CONSTANTS.get(name, {})
-    given = {} if constants is None else constants
-    if not set(expected) - _MAY_LACK <= set(given) <= set(expected):
+    if not set(expected) - _OPTIONAL <= set(given) <= set(expected):
         raise UnknownEncodingError(
-            f"encoding {name!r} goes with the arrays {sorted(expected)}, learnt for one store, and got {sorted(given)}"
-            + _SOURCE.get(name, "")
+            f"encoding {name!r} needs the arrays {sorted(expected)}, which belong to one store, and got {sorted(given)}"
+            + _SOURCES.get(name, "")
         )
     for array, values in given.items():
         if values.dtype.str not in expected[array][1]:
@@ -115,30 +151,3 @@ def _arrays(name: str, constants: Mapping[str, NDArray[Any]] | None) -> dict[str
                 f"array {array!r} of encoding {name!r} is {' or '.join(expected[array][1])}, not {values.dtype.str}"
             )
     return {expected[array][0]: np.asarray(values) for array, values in given.items()}
-
-
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    **{"tail": (str,), "kept_as": (str,)},
-    **dict.fromkeys(("depth", "scale", "softcap"), (float, int)),
-}
-
-
-def _check_params(name: str, kind: Any, given: Mapping[str, Any]) -> None:
-    """Names and types, before a constructor sees them: they may come from a manifest that nobody vouches for."""
-    arrays = {field for field, _ in _CONSTANTS.get(name, {}).values()}
-    fields = {p.name: p for p in signature(kind).parameters.values() if p.name not in arrays | {"classes", "bits"}}
-    unknown = [key for key in given if key not in fields]
-    if unknown:
-        near = get_close_matches(unknown[0], list(fields), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        takes = f"takes {', '.join(fields)}" if fields else "takes no parameters"
-        raise UnknownEncodingError(f"encoding {name!r} {takes}, not {unknown[0]!r}{hint}")
-    missing = [key for key, parameter in fields.items() if parameter.default is parameter.empty and key not in given]
-    if missing:
-        raise UnknownEncodingError(f"encoding {name!r} needs {', '.join(missing)}")
-    for key, value in given.items():
-        wanted: tuple[type, ...] = _TYPES.get(key, (int,))
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise UnknownEncodingError(
-                f"parameter {key!r} of encoding {name!r} is {value!r}: give {wanted[0].__name__}"
-            )

@@ -26,7 +26,8 @@ class Ops:
     Reductions are along each row and keep the dimension: [B, N] gives [B, 1].
     """
 
-    _xp: Any = np  # torch's functions take NumPy's keywords (axis, keepdims), so many methods need no second version
+    xp: Any = np
+    """NumPy or torch, for elementwise functions; torch takes NumPy's keywords, such as `axis`, too."""
 
     def cast(self, x: Array, kind: str) -> Array:
         """Convert to another element type, as a new contiguous array if the type changes; overflow gives infinity."""
@@ -47,51 +48,19 @@ class Ops:
 
     def max(self, x: Array) -> Array:
         """Return each row's maximum; NaN if the row has one."""
-        return self._xp.amax(x, axis=-1, keepdims=True)
+        return self.xp.amax(x, axis=-1, keepdims=True)
 
     def min(self, x: Array) -> Array:
         """Return each row's minimum; NaN if the row has one."""
-        return self._xp.amin(x, axis=-1, keepdims=True)
+        return self.xp.amin(x, axis=-1, keepdims=True)
 
     def sum(self, x: Array) -> Array:
         """Return each row's sum."""
         return x.sum(axis=-1, keepdims=True)
 
-    def cumsum(self, x: Array) -> Array:
-        """Return cumulative sums along each row."""
-        return self._xp.cumsum(x, axis=-1)
-
-    def clip(self, x: Array, low: Any, high: Any) -> Array:
-        """Limit to two scalars; None for no limit."""
-        return self._xp.clip(x, low, high)
-
-    def maximum(self, x: Array, y: Array) -> Array:
-        """Return the elementwise maximum."""
-        return self._xp.maximum(x, y)
-
-    def where(self, condition: Array, x: Any, y: Any) -> Array:
-        """Select elementwise."""
-        return self._xp.where(condition, x, y)
-
-    def round(self, x: Array) -> Array:
-        """Round to integers, ties to even."""
-        return self._xp.round(x)
-
-    def floor(self, x: Array) -> Array:
-        """Round down to integers."""
-        return self._xp.floor(x)
-
-    def exp(self, x: Array) -> Array:
-        """Return e^x. Only for encoders: libraries differ in the last bit."""
-        return self._xp.exp(x)
-
-    def isfinite(self, x: Array) -> Array:
-        """Tell which entries are neither NaN nor infinite."""
-        return self._xp.isfinite(x)
-
     def concat(self, parts: list[Array]) -> Array:
         """Join columns."""
-        return self._xp.concatenate(parts, axis=-1)
+        return self.xp.concatenate(parts, axis=-1)
 
     def gather(self, x: Array, ids_BK: Array) -> Array:
         """Return x[b, ids[b, k]]."""
@@ -134,7 +103,7 @@ class _TorchOps(Ops):
     def __init__(self) -> None:
         import torch
 
-        self._xp = torch
+        self.xp = torch
         self._dtypes: dict[str, torch.dtype] = {
             "b1": torch.bool,
             "u1": torch.uint8,
@@ -150,10 +119,10 @@ class _TorchOps(Ops):
 
     def constant(self, x: Any, kind: str, like: Array) -> Array:
         # A copy, because torch warns of read-only arrays.
-        return self._xp.from_numpy(np.array(x, dtype=kind)).to(like.device)
+        return self.xp.from_numpy(np.array(x, dtype=kind)).to(like.device)
 
     def zeros(self, shape: tuple[int, ...], kind: str, like: Array) -> Array:
-        return self._xp.zeros(shape, dtype=self._dtypes[kind], device=like.device)
+        return self.xp.zeros(shape, dtype=self._dtypes[kind], device=like.device)
 
     def bits(self, x: Array, kind: str) -> Array:
         wanted = self._dtypes[kind]
@@ -170,14 +139,14 @@ class _TorchOps(Ops):
         x.scatter_(-1, ids_BK, values_BK)
 
     def count(self, ids_BN: Array, classes: int) -> Array:
-        counts = self._xp.zeros((len(ids_BN), classes), dtype=self._xp.int32, device=ids_BN.device)
-        return counts.scatter_add_(-1, ids_BN, self._xp.ones_like(ids_BN, dtype=self._xp.int32))
+        counts = self.xp.zeros((len(ids_BN), classes), dtype=self.xp.int32, device=ids_BN.device)
+        return counts.scatter_add_(-1, ids_BN, self.xp.ones_like(ids_BN, dtype=self.xp.int32))
 
     def smallest(self, keys_BC: Array, count: int) -> Array:
         return keys_BC.topk(count, dim=-1, largest=False, sorted=True).values
 
     def rank(self, sorted_BC: Array, values_BN: Array) -> Array:
-        return self._xp.searchsorted(sorted_BC.contiguous(), values_BN.contiguous(), right=True)
+        return self.xp.searchsorted(sorted_BC.contiguous(), values_BN.contiguous(), right=True)
 
     def rows_where(self, flags_B: Array) -> list[int]:
         return cast("list[int]", flags_B.nonzero()[:, 0].tolist())
@@ -230,11 +199,11 @@ def natural_log(ops: Ops, x: Array) -> Array:
     Waite 1980), the larger exact.
     """
     tiny = x < 2.0**-126
-    bits = ops.bits(x * ops.where(tiny, ops.constant(2.0**24, "f4", x), ops.constant(1.0, "f4", x)), "i4")
+    bits = ops.bits(x * ops.xp.where(tiny, ops.constant(2.0**24, "f4", x), ops.constant(1.0, "f4", x)), "i4")
     exponent = (bits >> 23) - 127
     m = ops.bits((bits & 0x7FFFFF) | 0x3F800000, "f4")
     high = m > 1.4142135
-    m = ops.where(high, m * 0.5, m)
+    m = ops.xp.where(high, m * 0.5, m)
     e = ops.cast(exponent + ops.cast(high, "i4") - 24 * ops.cast(tiny, "i4"), "f4")
     s = (m - 1.0) / (m + 1.0)
     t = s * s
@@ -242,4 +211,4 @@ def natural_log(ops: Ops, x: Array) -> Array:
     series = (series * t + 0.4) * t + 0.6666666667
     log_m = s * 2.0 + s * (t * series)
     result = e * 0.693145751953125 + (e * 1.4286068203e-6 + log_m)
-    return ops.where(x > 0, result, -float("inf"))
+    return ops.xp.where(x > 0, result, -float("inf"))

@@ -24,6 +24,8 @@ TARGETS = "targets"
 RowKind: TypeAlias = Literal["logits", "hidden_states"]
 """What an encoding takes as a row: the logits themselves, or hidden states that a stored head turns into logits."""
 
+_LABELLED = ("head", "k", "tail", "residual_bits", "draws", "kept_as")
+
 # Encoders on the CPU work on blocks of about this many entries: 256 kB of float32, so that what one step writes is
 # still in the core's second-level cache for the next. A GPU takes the whole batch at once.
 _BLOCK_ENTRIES = 1 << 16
@@ -234,6 +236,11 @@ def _rows_numbered_from(start: int) -> Iterator[None]:
         raise
 
 
+def encoding_label(encoding: Encoding) -> str:
+    """Return a short description for tables and messages, for example "q6 head=16"."""
+    return " ".join([encoding.name, *(f"{key}={value}" for key, value in encoding.params.items() if key in _LABELLED)])
+
+
 def row_bytes(encoding: Encoding) -> int:
     """Return the bytes of one row in all arrays together."""
     return sum(field.row_bytes for field in encoding.fields.values())
@@ -269,10 +276,10 @@ def shifted_rows(ops: Ops, logits_BC: Array, *, name: str, minus_inf: bool = Fal
     if z.shape[0] == 0:
         return z
     high_B1 = ops.max(z)
-    bad_B1 = ~ops.isfinite(high_B1)
+    bad_B1 = ~ops.xp.isfinite(high_B1)
     if not minus_inf:
         with np.errstate(over="ignore", invalid="ignore"):
-            bad_B1 = bad_B1 | ~ops.isfinite(ops.min(z) - high_B1)
+            bad_B1 = bad_B1 | ~ops.xp.isfinite(ops.min(z) - high_B1)
     rows = ops.rows_where(bad_B1[:, 0])
     if rows:
         refused = "" if minus_inf else ", -inf (a class of probability 0) or a span beyond float32"

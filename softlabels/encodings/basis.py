@@ -1,17 +1,17 @@
-"""Rows as coefficients of a basis learnt for the store, an exact head and, if wanted, a quantised rest. Name `basis`.
+"""Rows in a learnt basis: quantised coefficients, a finer head and an optional quantised residual. Name `basis`.
 
 Row, little-endian: offset (f16) · step (f16, only with a residual) · coefficients (`widths[j]` bits for direction j) ·
-ids of the head · values of the head · residual (C codes), packed as `planes` says. With whole numbers q_j (see
-`levels`), B and mean of the constants, a class decodes to
+ids of the head · values of the head · residual (C codes), packed as in `bit_packing`. With integer levels q_j (see
+`scalar_quantiser`) and the constants B and mean, a class decodes to
 
     unit x (Σ_j q_j B_jc + mean_c) + offset + residual_c x step
 
-but at most -2⁻¹⁰, and one of the head to value x -depth / (2^head_bits - 1). A row's largest class always stands in the
-head (if there is one), so it stays the largest. q, B and mean are whole numbers whose sums stay below 2²⁴, so
-that the product is exact in float32 whatever the order of adding: every library and device gives the same bits.
+but at most -2⁻¹⁰, and a class of the head to value x -depth / (2^head_bits - 1). A row's largest class is always in the
+head (if there is one), so it stays the largest. q, B and mean are integers whose sums stay below 2²⁴, so the product is
+exact in float32 in any order of additions: every library and device gives the same bits.
 
-Bound: with a residual of b bits, half its step for every class whose residual is not cut, as in `quantised`; the head
-as quoted above. Without one there is no bound a row: the error is what the audit measures. Refused: NaN, ±inf.
+Bound: with a residual of b bits, half its step for every class whose residual is not clipped, as in `quantised`; the
+head as given above. Without a residual rows have no bound: the audit measures the error. Refused: NaN, ±inf.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,6 @@ from softlabels.encodings.bit_packing import BitPacking
 from softlabels.encodings.scalar_quantiser import (
     FLOOR,
     TABLE,
-    UNITS,
     WIDEST,
     code_table,
     head_steps,
@@ -41,15 +40,17 @@ from softlabels.encodings.scalar_quantiser import (
 )
 from softlabels.errors import UnknownEncodingError
 
-EXACT = 1 << 24
-"""Whole numbers below this add up exactly in float32."""
+_PARAMS = ("head", "head_bits", "depth", "residual_bits", "unit_log2", "refine")
 
-# What a class's squared error weighs in an encoder's choices: p at T = 1 plus this share of p at T = 4. KL is p e²/(2
-# T²) to second order; 0.75 for 1/16 holds the two KLs at the ratio that top-k rows of equal size have (about 12 : 1).
+EXACT = 1 << 24
+"""Sums of integers are exact in float32 below this."""
+
+# Weight of a class's squared error in the encoder's choices: p at T = 1, plus this share of p at T = 4. KL is p e²/(2
+# T²) to second order, which suggests 1/16; 0.75 keeps the two KLs at the ratio of top-k rows of equal size, about 12:1.
 _FLAT_SHARE, _FLAT_TEMPERATURE = 0.75, 4.0
-_HIGHEST = -(2.0**-10)  # of a class outside the head, where the largest of the row stands in it
-_HEAVIEST = 60.0  # weights above this multiple of the mean are cut: it keeps conjugate gradients well conditioned
-_LOADING = {2: 1.5, 3: 2.1, 4: 2.7, 5: 3.2, 6: 3.7, 7: 4.2, 8: 6.0}  # as in `quantised`, on either side
+_HIGHEST = -(2.0**-10)  # upper limit of classes outside the head, so that the largest, in the head, stays the largest
+_HEAVIEST = 60.0  # weights are limited to this multiple of their mean, which keeps conjugate gradients conditioned
+_LOADING = {2: 1.5, 3: 2.1, 4: 2.7, 5: 3.2, 6: 3.7, 7: 4.2, 8: 6.0}  # as in `quantised`, on both sides
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,16 +59,19 @@ class Basis(PackedRows):
 
     Attributes:
         classes: C.
-        head: how many classes are kept exactly, 0 to C - 1; which ones the encoder picks by what they would cost.
-        head_bits: of a head's value, 6 to 16.
-        depth: how far below the maximum a head's value may lie, natural-log units.
-        residual_bits: 0 for none, or 2 to 8 for each class.
-        unit_log2: log2 of the unit of the whole-numbered product.
-        refine: steps of conjugate gradients by which an encoder fits coefficients to the classes that matter.
-        basis_RC: int16, one direction a row, scaled by its coefficients' deviation.
+        head: number of classes in the head, 0 to C - 1; the encoder picks those that would otherwise cost most.
+        head_bits: bits of a head's value, 6 to 16.
+        depth: largest distance of a head's value below the maximum, natural-log units.
+        residual_bits: 0 for no residual, or 2 to 8 for each class.
+        unit_log2: log2 of the unit of the integer product.
+        refine: steps of conjugate gradients that fit coefficients to the classes of most weight.
+        basis_RC: int16, one direction per row, scaled by the standard deviation of its coefficients.
         mean_C: int32.
         widths_R: uint8, bits of each coefficient, 1 to 9.
     """
+
+    name: ClassVar[str] = "basis"
+    retemperable: ClassVar[bool] = True  # every class is present
 
     classes: int
     head: int
@@ -81,36 +85,19 @@ class Basis(PackedRows):
     widths_R: NDArray[np.uint8] = field(repr=False)
 
     def __post_init__(self) -> None:
-        wrong = _what_is_wrong(self)
-        if wrong:
-            raise UnknownEncodingError(f"encoding 'basis' cannot be had so: {wrong}")
-
-    @property
-    def name(self) -> str:
-        """The name in manifests."""
-        return "basis"
+        problem = _find_problem(self)
+        if problem:
+            raise UnknownEncodingError(f"encoding 'basis' cannot be made: {problem}")
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """All that is not an array."""
-        return {
-            "head": self.head,
-            "head_bits": self.head_bits,
-            "depth": self.depth,
-            "residual_bits": self.residual_bits,
-            "unit_log2": self.unit_log2,
-            "refine": self.refine,
-        }
+        """Everything that is not an array."""
+        return {name: getattr(self, name) for name in _PARAMS}
 
     @property
     def constants(self) -> Mapping[str, NDArray[Any]]:
-        """What was learnt: `basis`, `mean`, `widths`."""
+        """The learnt arrays: `basis`, `mean`, `widths`."""
         return {"basis": self.basis_RC, "mean": self.mean_C, "widths": self.widths_R}
-
-    @property
-    def retemperable(self) -> bool:
-        """Every class is there: to any T, with the error that the audit measures."""
-        return True
 
     @property
     def size_bytes(self) -> int:
@@ -128,34 +115,34 @@ class Basis(PackedRows):
 
     @cached_property
     def _ids(self) -> BitPacking:
-        return BitPacking.even(self.head, id_bits(self.classes))
+        return BitPacking.uniform(self.head, id_bits(self.classes))
 
     @cached_property
     def _values(self) -> BitPacking:
-        return BitPacking.even(self.head, self.head_bits)
+        return BitPacking.uniform(self.head, self.head_bits)
 
     @cached_property
     def _residuals(self) -> BitPacking:
-        return BitPacking.even(self.classes if self.residual_bits else 0, self.residual_bits)
+        return BitPacking.uniform(self.classes if self.residual_bits else 0, self.residual_bits)
 
     @cached_property
-    def _held(self) -> dict[tuple[str, str], Array]:
+    def _constants_by_device(self) -> dict[tuple[str, str], Array]:
         return {}
 
-    def _on(self, ops: Ops, name: str, like: Array) -> Array:
-        """A large constant in float32 where `like` lives, sent there once."""
+    def _constant_on(self, ops: Ops, name: str, like: Array) -> Array:
+        """Return a large constant in float32 on the device of `like`, copied there once."""
         key = (name, str(getattr(like, "device", "")) + type(like).__name__)
-        if key not in self._held:
+        if key not in self._constants_by_device:
             given: dict[str, Callable[[], NDArray[Any]]] = {
                 "basis": lambda: self.basis_RC.astype(np.float32),
                 "mean": lambda: self.mean_C,
                 "projection": self._projection,
             }
-            self._held[key] = ops.constant(given[name](), "f4", like)
-        return self._held[key]
+            self._constants_by_device[key] = ops.constant(given[name](), "f4", like)
+        return self._constants_by_device[key]
 
     def _projection(self) -> NDArray[np.float32]:
-        """Least squares: coefficients are (row - mean) @ this, in units of a level."""
+        """Return the least-squares projection: (row - mean) @ projection are coefficients, in units of a level."""
         basis = self.basis_RC.astype(np.float64) * 2.0**self.unit_log2
         gram = basis @ basis.T
         gram[np.diag_indices(len(gram))] += 1e-9 * np.trace(gram) / len(gram) + 1e-200  # never singular
@@ -164,7 +151,7 @@ class Basis(PackedRows):
     # -- encoding -----------------------------------------------------------------------------------------------------
 
     def _pack(self, ops: Ops, logits_BC: Array, keys_B: NDArray[np.uint64] | None) -> Array:
-        z = ops.clip(shifted_rows(ops, logits_BC, name=self.name), -FLOOR, 0.0)
+        z = ops.xp.clip(shifted_rows(ops, logits_BC, name=self.name), -FLOOR, 0.0)
         weights_BC = self._weights(ops, z)
         codes_BR, product_BC = self._fit(ops, z, weights_BC)
         offset_B1 = ops.sum((z - product_BC) * weights_BC) / ops.sum(weights_BC)
@@ -175,32 +162,32 @@ class Basis(PackedRows):
             step_B1 = head_steps(ops, ops.constant([[-self.depth]], "f4", z), self.head_bits)
             exact_BK = ops.gather(z, ids_BK)
             values = quantise(ops, exact_BK, 0.0, step_B1, (1 << self.head_bits) - 1, kind="i4")
-            # A runner-up within half a step of the largest must not draw level with it.
-            values = ops.maximum(values, ops.cast(exact_BK < 0, "i4"))
+            # A class within half a step of the largest must not become equal to it.
+            values = ops.xp.maximum(values, ops.cast(exact_BK < 0, "i4"))
             parts += [self._ids.pack(ops, ops.cast(ids_BK, "i4")), self._values.pack(ops, values)]
         return ops.concat(parts + residual)
 
     def _weights(self, ops: Ops, z: Array) -> Array:
-        p, flat = ops.exp(z), ops.exp(z / _FLAT_TEMPERATURE)
+        p, flat = ops.xp.exp(z), ops.xp.exp(z / _FLAT_TEMPERATURE)
         weights = p / ops.sum(p) + flat * (_FLAT_SHARE / ops.sum(flat))
         if self.head:
-            # The head will be exact whatever the fit: the rest's mean decides how far weights may go up.
+            # The head is kept finely whatever the fit: only the other classes determine the limit on weights.
             ids_BK = top_k_shifted(ops, z, self.head)
             ops.scatter(weights, ids_BK, ops.zeros(tuple(ids_BK.shape), "f4", z))
         weights = weights / (ops.sum(weights) / self.classes + 1e-30)
-        return ops.clip(weights, 1e-6, _HEAVIEST)
+        return ops.xp.clip(weights, 1e-6, _HEAVIEST)
 
     def _fit(self, ops: Ops, z: Array, weights_BC: Array) -> tuple[Array, Array]:
-        """Codes of the coefficients, and the product that decoding will make of them."""
+        """Return the codes of the coefficients, and the product that they decode to."""
         if not len(self.widths_R):
             return ops.zeros((len(z), 0), "u1", z), self._product(ops, ops.zeros((len(z), 0), "u1", z))
         unit = 2.0**self.unit_log2
         centred = z - ops.sum(z) / self.classes - ops.constant(self.mean_C * unit, "f4", z)
-        q_BR = centred @ self._on(ops, "projection", z)
+        q_BR = centred @ self._constant_on(ops, "projection", z)
         if self.refine:
-            basis_RC = self._on(ops, "basis", z) * unit
+            basis_RC = self._constant_on(ops, "basis", z) * unit
             q_BR = weighted_fit(ops, basis_RC, centred, weights_BC, q_BR, self.refine)
-        cell = ops.cast(ops.clip(ops.floor(q_BR), -TABLE // 2, TABLE // 2 - 1), "i8") + TABLE // 2
+        cell = ops.cast(ops.xp.clip(ops.xp.floor(q_BR), -TABLE // 2, TABLE // 2 - 1), "i8") + TABLE // 2
         first_R = self.widths_R.astype(np.int64) * TABLE
         codes = ops.constant(code_table().ravel(), "i4", z)[cell + ops.constant(first_R, "i8", z)]
         if max(self._coefficients.widths) <= 8:
@@ -208,18 +195,18 @@ class Basis(PackedRows):
         return codes, self._product(ops, codes)
 
     def _residual(self, ops: Ops, z: Array, product_BC: Array, offset_B1: Array) -> tuple[Array, Array, list[Array]]:
-        """Header bytes, rows as they will decode before the head, and the packed residual if there is one."""
+        """Return header bytes, rows as they decode before the head, and the packed residual if there is one."""
         if not self.residual_bits:
             offset16 = ops.cast(offset_B1, "f2")
             return ops.bits(offset16, "u1"), product_BC + ops.cast(offset16, "f4"), []
         rest = z - product_BC
         wide = ops.cast(rest, "f8")
         mean_B1 = ops.sum(wide) / self.classes
-        spread_B1 = ops.clip(ops.sum(wide * wide) / self.classes - mean_B1 * mean_B1, 0.0, None) ** 0.5
+        spread_B1 = ops.xp.clip(ops.sum(wide * wide) / self.classes - mean_B1 * mean_B1, 0.0, None) ** 0.5
         reach_B1 = ops.cast(spread_B1 * _LOADING[self.residual_bits], "f4")
         mean_B1 = ops.cast(mean_B1, "f4")
-        lo_B1 = ops.maximum(ops.min(rest), mean_B1 - reach_B1)
-        hi_B1 = -ops.maximum(-ops.max(rest), -mean_B1 - reach_B1)
+        lo_B1 = ops.xp.maximum(ops.min(rest), mean_B1 - reach_B1)
+        hi_B1 = -ops.xp.maximum(-ops.max(rest), -mean_B1 - reach_B1)
         levels = (1 << self.residual_bits) - 1
         step16 = ops.cast((hi_B1 - lo_B1) * (1.001 / levels) + 2.0**-25, "f2")
         lo16, step_B1 = ops.cast(lo_B1, "f2"), ops.cast(step16, "f4")
@@ -229,14 +216,14 @@ class Basis(PackedRows):
         return header, decoded, [self._residuals.pack(ops, codes)]
 
     def _choose_head(self, ops: Ops, z: Array, approximate_BC: Array) -> Array:
-        """The largest class, and those that would add most to the error if they were left as they are."""
-        approximate_BC = ops.clip(approximate_BC, None, _HIGHEST)
-        p, flat = ops.exp(z), ops.exp(z / _FLAT_TEMPERATURE)
+        """Return the ids of the largest class and of those that would otherwise add most to the error."""
+        approximate_BC = ops.xp.clip(approximate_BC, None, _HIGHEST)
+        p, flat = ops.xp.exp(z), ops.xp.exp(z / _FLAT_TEMPERATURE)
         error = approximate_BC - z
-        # A class raised by e gains e^e times its mass: beyond second order that is what counts.
-        gain = ops.exp(ops.clip(error, -20.0, 20.0)) - 1.0 - error
+        # A class raised by e gains e^e times its mass, which dominates beyond second order.
+        gain = ops.xp.exp(ops.xp.clip(error, -20.0, 20.0)) - 1.0 - error
         cost = (p / ops.sum(p) * 2.0 * gain) + flat * (_FLAT_SHARE / ops.sum(flat)) * error * error
-        cost = ops.where(z < -self.depth, 0.0, ops.clip(cost, 0.0, 1e30)) + ops.cast(z == 0, "f4") * 1e35
+        cost = ops.xp.where(z < -self.depth, 0.0, ops.xp.clip(cost, 0.0, 1e30)) + ops.cast(z == 0, "f4") * 1e35
         return top_k(ops, ops.cast(cost, "f4"), self.head)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
@@ -254,7 +241,7 @@ class Basis(PackedRows):
         if self.residual_bits:
             z += ops.cast(residual_BC, "f4") * header[:, 1:]
         if self.head:
-            z = ops.clip(z, None, _HIGHEST)
+            z = ops.xp.clip(z, None, _HIGHEST)
             step_B1 = head_steps(ops, ops.constant([[-self.depth]], "f4", z), self.head_bits)
             ops.scatter(z, ops.cast(ids_BK, "i8"), ops.cast(values_BK, "f4") * step_B1)
         return z
@@ -263,14 +250,14 @@ class Basis(PackedRows):
         first_R = (1 << self.widths_R.astype(np.int64)) - 2
         cells = ops.cast(codes_BR, "i8") + ops.constant(first_R, "i8", codes_BR)
         q_BR = ops.constant(level_table(), "f4", codes_BR)[cells]
-        total = q_BR @ self._on(ops, "basis", codes_BR)
-        total += self._on(ops, "mean", codes_BR)
+        total = q_BR @ self._constant_on(ops, "basis", codes_BR)
+        total += self._constant_on(ops, "mean", codes_BR)
         total *= 2.0**self.unit_log2  # a power of two: exact
         return total
 
 
-def _what_is_wrong(given: Basis) -> str:
-    """Why these parameters and constants are none of a basis; empty where they are."""
+def _find_problem(given: Basis) -> str:
+    """Return why these parameters and arrays make no encoding, or an empty string."""
     rank = len(given.widths_R)
     if given.basis_RC.shape != (rank, given.classes) or given.mean_C.shape != (given.classes,):
         return (
@@ -287,25 +274,25 @@ def _what_is_wrong(given: Basis) -> str:
     if not -40 <= given.unit_log2 <= 0 or not 0 <= given.refine <= 64:
         return f"a unit of 2^{given.unit_log2} and {given.refine} steps of refinement"
     if largest_sum(given.basis_RC, given.mean_C, given.widths_R) >= EXACT:
-        return "its sums could pass 2^24 and round, so NumPy and torch would decode to different bits"
+        return "its sums could exceed 2^24 and round, so NumPy and torch would decode to different bits"
     return ""
 
 
 def largest_sum(basis_RC: NDArray[Any], mean_C: NDArray[Any], widths_R: NDArray[np.uint8]) -> float:
-    """The largest absolute partial sum that any codes can lead to."""
+    """Return the largest absolute partial sum of any codes."""
     reach_R = np.array([levels_of(int(width))[-1] for width in widths_R], dtype=np.float64)
     sums_C = np.abs(mean_C.astype(np.float64))
-    for start in range(0, len(reach_R), 64):  # in parts: the absolute basis in float64 is four times as large
+    for start in range(0, len(reach_R), 64):  # in parts, because the basis in float64 is four times as large
         part = slice(start, start + 64)
         sums_C += reach_R[part] @ np.abs(basis_RC[part].astype(np.float64))
     return float(sums_C.max(initial=0.0))
 
 
-__all__ = ["EXACT", "UNITS", "Basis", "largest_sum"]
-
-
 def weighted_fit(ops: Ops, basis_RC: Array, y: Array, weights_BC: Array, q_BR: Array, steps: int) -> Array:
-    """Lessen Σ_c w_c (y - q B)²_c row by row from a first guess. Source: Hestenes and Stiefel 1952, with scaling."""
+    """Minimise Σ_c w_c (y - q B)²_c for each row by conjugate gradients, from a first guess `q_BR`.
+
+    Source: Hestenes and Stiefel 1952, with diagonal scaling.
+    """
     scale_R = (basis_RC * basis_RC).sum(-1) + 1e-20
     rest = ((y - q_BR @ basis_RC) * weights_BC) @ basis_RC.T
     scaled = rest / scale_R

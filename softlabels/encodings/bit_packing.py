@@ -1,9 +1,9 @@
-"""How are codes of 1 to 31 bits packed into bytes and unpacked again, at full vector speed?
+"""Bit packing: codes of 1 to 31 bits to bytes and back, in whole-array operations.
 
-A width is a sum of 16, 8, 4, 2 and 1; each such part is a *plane*. A plane of w < 8 bits puts 8/w codes in a byte: with
+A width is a sum of 16, 8, 4, 2 and 1; each part is a bit plane. A plane of w < 8 bits puts 8/w codes into a byte: with
 n codes in the plane and s = ⌈n w / 8⌉ bytes, byte j holds codes j, j + s, j + 2s, … from its low bits up. So a plane is
-taken apart by 8/w shifts over whole runs of bytes and never by walking through bits. A plane of 16 bits is two of 8.
-Planes follow each other from the wide to the narrow; of a code's bits the widest plane has the lowest.
+unpacked by 8/w shifts of whole runs of bytes, without loops over bits. A plane of 16 bits is two of 8. Planes are
+stored from wide to narrow; the widest holds a code's lowest bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLANE_BITS = (8, 4, 2, 1)
 @dataclass(frozen=True, kw_only=True)
 class _Plane:
     bits: int
-    columns: NDArray[np.int64] | None  # None: every column
+    columns: NDArray[np.int64] | None  # None for all columns
     shift: int | NDArray[np.int32]
     count: int
 
@@ -34,18 +34,18 @@ class _Plane:
 
 @dataclass(frozen=True)
 class BitPacking:
-    """The layout of one row of codes, `widths[i]` bits for code i."""
+    """Layout of one row of codes, with `widths[i]` bits for code i."""
 
     widths: tuple[int, ...]
 
     @staticmethod
-    def even(count: int, bits: int) -> BitPacking:
-        """`count` codes of the same width."""
+    def uniform(count: int, bits: int) -> BitPacking:
+        """Return the layout of `count` codes of the same width."""
         return BitPacking((bits,) * count)
 
     @cached_property
     def size_bytes(self) -> int:
-        """Bytes that a row of codes takes."""
+        """Bytes of one row of codes."""
         return sum(plane.size_bytes for plane in self._planes)
 
     @cached_property
@@ -54,7 +54,7 @@ class BitPacking:
         planes: list[_Plane] = []
         done = np.zeros(len(widths), dtype=np.int32)
         for bits in (8, 8, *_PLANE_BITS):
-            # While 8 or more bits are left a whole byte is taken: 18 is 8 + 8 + 2, 31 is 8 + 8 + 8 + 4 + 2 + 1.
+            # Whole bytes as long as 8 or more bits are left: 18 is 8 + 8 + 2, 31 is 8 + 8 + 8 + 4 + 2 + 1.
             left = widths - done
             columns = np.flatnonzero(left >= 8 if bits == 8 else left & bits)
             if not len(columns):
@@ -66,7 +66,7 @@ class BitPacking:
         return planes
 
     def pack(self, ops: Ops, codes_BN: Array) -> Array:
-        """Codes (int32, or uint8 where no width is above 8), each below 2^width, to bytes, uint8 [B, size_bytes]."""
+        """Pack codes (int32, or uint8 if no width is above 8), each below 2^width, to uint8 [B, size_bytes]."""
         parts = []
         for plane in self._planes:
             codes = codes_BN if plane.columns is None else codes_BN[:, ops.constant(plane.columns, "i8", codes_BN)]
@@ -78,7 +78,7 @@ class BitPacking:
         return ops.concat(parts) if len(parts) != 1 else parts[0]
 
     def unpack(self, ops: Ops, bytes_BS: Array) -> Array:
-        """Bytes back to codes: uint8 [B, N] where no width is above 8, else int32."""
+        """Unpack bytes to codes, [B, N]: uint8 if no width is above 8, else int32."""
         kind = "u1" if max(self.widths, default=0) <= 8 else "i4"
         whole: Array = None
         start = 0
@@ -104,8 +104,7 @@ def _pack_plane(ops: Ops, codes_BN: Array, plane: _Plane) -> Array:
         return ops.cast(codes_BN & 0xFF, "u1")
     codes_BN = ops.cast(codes_BN & ((1 << plane.bits) - 1), "u1")
     size = plane.size_bytes
-    packed = codes_BN[:, :size]
-    packed = packed | 0  # a copy, to be or-ed into
+    packed = codes_BN[:, :size] | 0  # a copy, changed in place below
     for part in range(1, 8 // plane.bits):
         run = codes_BN[:, part * size : (part + 1) * size]
         packed[:, : run.shape[-1]] |= run << (part * plane.bits)

@@ -80,7 +80,7 @@ class DenseEncoding(LogitsEncoding):
         if len(rows_BC) == 0:
             return
         # A finite maximum means no NaN, no +inf, and at least one class with a probability.
-        bad = ops.rows_where(~ops.isfinite(ops.max(rows_BC))[:, 0])
+        bad = ops.rows_where(~ops.xp.isfinite(ops.max(rows_BC))[:, 0])
         if bad:
             raise EncodingError(
                 f"{len(bad)} row(s) hold NaN, +inf or nothing finite, which are no distributions; check the teacher",

@@ -41,6 +41,7 @@ HEAD_TYPES = ("<f4", "<f2", "<u2")
 
 _DENSE: Mapping[str, type[DenseEncoding]] = {"f32": F32, "f16": F16, "bf16": BF16}
 _LARGEST_CODE = 127.0
+_LARGEST_FACTOR = 1e30  # of `scale` and `softcap`: any integer is allowed in JSON, and float32 ends at 3.4e38
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,7 +201,7 @@ class Hidden:
                 shape=list(shape),
                 width=self.width,
             )
-        rows = ops.rows_where(~ops.isfinite(hidden_BD).all(-1)) if shape[0] else []
+        rows = ops.rows_where(~ops.xp.isfinite(hidden_BD).all(-1)) if shape[0] else []
         if rows:
             raise EncodingError(f"{len(rows)} hidden state(s) hold NaN or Inf; check the teacher", rows=rows)
 
@@ -228,8 +229,8 @@ def _quantise(ops: Ops, hidden_BD: Array) -> tuple[Array, Array]:
     if x.shape[0] == 0:
         return x, x[:, :1]
     scale_B1 = ops.max(abs(x)) / _LARGEST_CODE
-    codes = ops.round(x / ops.where(scale_B1 > 0, scale_B1, scale_B1 + 1.0))
-    return ops.clip(codes, -_LARGEST_CODE, _LARGEST_CODE), scale_B1
+    codes = ops.xp.round(x / ops.xp.where(scale_B1 > 0, scale_B1, scale_B1 + 1.0))
+    return ops.xp.clip(codes, -_LARGEST_CODE, _LARGEST_CODE), scale_B1
 
 
 def _narrowed(head_CD: NDArray[np.float32]) -> NDArray[Any]:
@@ -270,6 +271,6 @@ def _find_problem(given: Hidden) -> str:
         return f"a bias {bias_C.dtype.str}{list(bias_C.shape)}; it has to be one finite float32 for each class"
     if given.kept_as not in KEPT_AS:
         return f"kept_as = {given.kept_as!r}, not one of {', '.join(KEPT_AS)}"
-    if not 0 < given.scale < float("inf") or not 0 <= given.softcap < float("inf"):
+    if not 0 < given.scale <= _LARGEST_FACTOR or not 0 <= given.softcap <= _LARGEST_FACTOR:
         return f"a scale of {given.scale} and a softcap of {given.softcap}"
     return ""

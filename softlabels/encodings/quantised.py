@@ -1,13 +1,13 @@
-"""Quantised rows: every class kept in 2 to 8 bits, the largest few exactly. Names `q8`, `q7`, … `q2`.
+"""Quantised rows: every class in 2 to 8 bits, and the largest few (the head) with 8 bits more. Names `q8` … `q2`.
 
 Row, little-endian: lo (f16) · step (f16) · ids of the head (K codes of ⌈log₂ C⌉ bits) · high bytes of the head (K) ·
-codes (C of `bits` bits), packed as `planes` says. A class outside the head decodes to lo + code x step, one in the head
-to (high x 2^bits + code) x lo / (2^(bits+8) - 1): the code that it has anyway carries its value's low bits.
+codes (C of `bits` bits), packed as in `bit_packing`. A class outside the head decodes to lo + code x step, one of the
+head to (high x 2^bits + code) x lo / (2^(bits+8) - 1): its code holds the low bits of its value.
 
-Bound: z being a logit (row maximum 0) or -FLOOR where it lies below that, z of the rest comes back within
-step/2 + 2⁻²⁰|lo| where z ≥ lo, and as lo below that, step being at most 1.003 (largest of the rest - lo)/(2^bits - 1) +
-2⁻²⁴; one of the head within 2^-(bits+8)|lo|. So where nothing is clipped KL ≤ step²/(8 T²) (Hoeffding's lemma). lo is
-the row's minimum; but never below -FLOOR, and under 8 bits never further below the mean of the rest than `_LOADING`
+Bounds, where z is a logit (row maximum 0), or -FLOOR if it is below that: outside the head z decodes within
+step/2 + 2⁻²⁰|lo| if z ≥ lo, and to lo otherwise, with step at most 1.003 (largest outside the head - lo)/(2^bits - 1) +
+2⁻²⁴; in the head within 2^-(bits+8)|lo|. Where nothing is clipped, KL ≤ step²/(8 T²) (Hoeffding's lemma). lo is the
+row's minimum, but not below -FLOOR and, under 8 bits, not further below the mean outside the head than `_LOADING`
 standard deviations: a range that only a few improbable classes need costs all others resolution. Refused: NaN, ±inf.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,23 +27,25 @@ from softlabels.encodings.bit_packing import BitPacking
 from softlabels.encodings.scalar_quantiser import FLOOR, head_steps, id_bits, quantise
 from softlabels.errors import UnknownEncodingError
 
-# Standard deviations below the mean of the rest where the range is cut; swept on rows of EfficientNet-Lite0 for the sum
-# of KL at T = 1 and T = 4. At 8 bits nothing is gained.
+# Where the range is cut, in standard deviations below the mean outside the head: chosen on rows of EfficientNet-Lite0
+# for the least sum of KL at T = 1 and T = 4. At 8 bits a cut gains nothing.
 _LOADING = {2: 1.2, 3: 1.8, 4: 2.4, 5: 2.8, 6: 3.3, 7: 3.7}
 _HEADER_BYTES = 4
-_HALF_OF_SMALLEST = 2.0**-25  # and among the smallest numbers, where float16 rounds by this, it is added
-_WIDER = 1.001  # float16 rounds by 2⁻¹¹: what is made this much wider still covers its range
+# float16 rounds by up to 2⁻¹¹ relative, and by 2⁻²⁵ absolute near 0: so much wider, a range still covers its values.
+_WIDER, _HALF_OF_SMALLEST = 1.001, 2.0**-25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantised(PackedRows):
-    """Uniform steps over each row's own range, with an exact head.
+    """Uniform steps over each row's own range, and a head of finer values.
 
     Attributes:
         classes: C, at least 2.
-        bits: of one code, 2 to 8.
-        head: how many of the largest are kept exactly, 1 to C - 1.
+        bits: width of a code, 2 to 8.
+        head: number of largest classes kept with 8 bits more, 1 to C - 1.
     """
+
+    retemperable: ClassVar[bool] = True  # every class is present; the error shrinks as T grows
 
     classes: int
     bits: int
@@ -58,18 +60,13 @@ class Quantised(PackedRows):
 
     @property
     def name(self) -> str:
-        """q8, q7, … q2."""
+        """Name in manifests: q8, q7, … q2."""
         return f"q{self.bits}"
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """`head`: the number of classes kept exactly."""
+        """`head`."""
         return {"head": self.head}
-
-    @property
-    def retemperable(self) -> bool:
-        """Every class is there: to any T, with an error that shrinks as T grows."""
-        return True
 
     @property
     def size_bytes(self) -> int:
@@ -78,15 +75,15 @@ class Quantised(PackedRows):
 
     @cached_property
     def _ids(self) -> BitPacking:
-        return BitPacking.even(self.head, id_bits(self.classes))
+        return BitPacking.uniform(self.head, id_bits(self.classes))
 
     @cached_property
     def _codes(self) -> BitPacking:
-        return BitPacking.even(self.classes, self.bits)
+        return BitPacking.uniform(self.classes, self.bits)
 
     def _pack(self, ops: Ops, logits_BC: Array, keys_B: NDArray[np.uint64] | None) -> Array:
         z = shifted_rows(ops, logits_BC, name=self.name)
-        z = ops.clip(z, -FLOOR, 0.0)
+        z = ops.xp.clip(z, -FLOOR, 0.0)
         nearest = top_k_shifted(ops, z, self.head + 1)
         ids_BK = nearest[:, : self.head]
         top_B1 = ops.gather(z, nearest[:, self.head :])
@@ -126,10 +123,10 @@ class Quantised(PackedRows):
         lowest_B1 = ops.min(z)
         if self.bits == 8:
             return lowest_B1
-        # In float64, where the order of adding does not show.
+        # In float64, so that the order of additions does not change the result.
         wide, head = ops.cast(z, "f8"), ops.cast(ops.gather(z, ids_BK), "f8")
         count = self.classes - self.head
         mean_B1 = (ops.sum(wide) - ops.sum(head)) / count
         square_B1 = (ops.sum(wide * wide) - ops.sum(head * head)) / count
-        spread_B1 = ops.clip(square_B1 - mean_B1 * mean_B1, 0.0, None) ** 0.5
-        return ops.maximum(lowest_B1, ops.cast(mean_B1 - _LOADING[self.bits] * spread_B1, "f4"))
+        spread_B1 = ops.xp.clip(square_B1 - mean_B1 * mean_B1, 0.0, None) ** 0.5
+        return ops.xp.maximum(lowest_B1, ops.cast(mean_B1 - _LOADING[self.bits] * spread_B1, "f4"))

@@ -1,21 +1,21 @@
-"""Rows of few classes whose expectation is the row: threshold sampling, unbiased. Name `sampled`.
+"""Sampled rows: a few classes whose weights are an unbiased estimate of the distribution. Name `sampled`.
 
-The H largest entries are kept, the rest of the mass is split evenly over N systematic draws (class i is drawn with
-probability p_i/τ, τ = rest/N, and weighs τ; Madow 1949). With H at or above the number of entries with p ≥ τ this is
-threshold sampling: the variance is the least that H + N kept entries can have (Duffield, Lund, Thorup 2007). With H
-below it an entry may be drawn more than once; that is unbiased too. So H and N can be the same for every row, and a row
-has a fixed size.
+The H largest entries (the head) are kept. The remaining mass is split evenly over N systematic draws: class i is drawn
+with probability p_i/τ, τ = rest/N, and weighs τ (Madow 1949). If H is at least the number of entries with p ≥ τ, this
+is threshold sampling, which has the least variance that H + N kept entries can have (Duffield, Lund, Thorup 2007). With
+a smaller H an entry may be drawn more than once, which is unbiased too. So H and N are the same for every row, and a
+row has a fixed size.
 
 Row: ids of the head (⌈log₂ C⌉ bits each) · weights of the head (16 bits, in units of 1/65535) · low bits of the drawn
-ids · their high bits in unary, packed as `planes` says. Drawn ids ascend and are kept as Elias 1974 and Fano 1971 do: l
-= ⌊log₂ C/N⌋ low bits each, then bit (id >> l) + j set for the j-th. That is about 2 + log₂ C/N bits an id instead of
-log₂ C. Heads are rounded to the grid by one random offset a row, so their expectation is exact as well, and the draws
-share what is left to 1.
+ids · their high bits in unary, packed as in `bit_packing`. Drawn ids ascend and are stored in Elias-Fano code (Elias
+1974, Fano 1971): l = ⌊log₂ C/N⌋ low bits each, then bit (id >> l) + j is set for the j-th. That is about 2 + log₂ C/N
+bits per id instead of log₂ C. The head's weights are rounded by one random offset per row, so their expectation is
+exact as well; the draws share the remainder to 1.
 
-Decoded rows are log-probabilities, -inf for classes that were not drawn: their KL to the exact row is infinite and
-means nothing; what counts is that every gradient is right on average. Locked to the T that the rows were tempered with.
-Bound: E[q] = p within 10⁻⁹; Var q_i ≤ p_i τ for what is drawn. Refused: NaN, +inf, rows without a key. -inf is kept, as
-probability 0.
+Decoded rows are log-probabilities, -inf for classes that were not drawn. Their KL to the exact row is infinite and says
+nothing: what matters is that gradients are right on average. Locked to the T that the rows were tempered with. Bounds:
+E[q] = p within 10⁻⁹; Var q_i ≤ p_i τ for drawn entries. Refused: NaN, +inf, rows without a key. -inf is a probability
+of 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,18 +36,21 @@ from softlabels.errors import EncodingError, UnknownEncodingError
 from softlabels.splitmix64 import uniforms
 
 WHOLE = 65535
-"""Units of a head's weight: the weight 1."""
+"""The weight 1, in units of a head's weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled(PackedRows):
-    """`head` largest entries and `draws` systematic draws from the rest.
+    """The `head` largest entries, and `draws` systematic draws from the rest.
 
     Attributes:
         classes: C, at least 2.
         head: H, 0 to C - 1.
         draws: N, at least 1.
     """
+
+    name: ClassVar[str] = "sampled"
+    retemperable: ClassVar[bool] = False  # a sample of p is no sample of p at another T
 
     classes: int
     head: int
@@ -61,19 +64,9 @@ class Sampled(PackedRows):
             )
 
     @property
-    def name(self) -> str:
-        """The name in manifests."""
-        return "sampled"
-
-    @property
     def params(self) -> Mapping[str, Any]:
         """`head` and `draws`."""
         return {"head": self.head, "draws": self.draws}
-
-    @property
-    def retemperable(self) -> bool:
-        """Never: a sample of p is no sample of p at another T."""
-        return False
 
     @property
     def size_bytes(self) -> int:
@@ -88,21 +81,21 @@ class Sampled(PackedRows):
     def _parts(self) -> tuple[BitPacking, BitPacking, BitPacking, BitPacking]:
         unary = self.draws + ((self.classes - 1) >> self._low_bits)
         return (
-            BitPacking.even(self.head, id_bits(self.classes)),
-            BitPacking.even(self.head, 16),
-            BitPacking.even(self.draws, self._low_bits),
-            BitPacking.even(unary, 1),
+            BitPacking.uniform(self.head, id_bits(self.classes)),
+            BitPacking.uniform(self.head, 16),
+            BitPacking.uniform(self.draws, self._low_bits),
+            BitPacking.uniform(unary, 1),
         )
 
     def _pack(self, ops: Ops, logits_BC: Array, keys_B: NDArray[np.uint64] | None) -> Array:
         if keys_B is None:
             raise EncodingError(
-                "sampled rows need a key each, made from store, sample and view by rng_keys(): without it a resumed "
-                "capture would not draw the same again",
+                "sampled rows need a key each, made from store, sample and view by rng_keys(): without keys a resumed "
+                "capture would draw other samples",
                 rows=list(range(min(8, len(logits_BC)))),
             )
         z = shifted_rows(ops, logits_BC, name=self.name, minus_inf=True)
-        p = ops.exp(ops.cast(z, "f8"))
+        p = ops.xp.exp(ops.cast(z, "f8"))
         p = p / ops.sum(p)
         head_ids, draws_BN, units = self._draw(ops, p, keys_B)
         low = ops.cast(draws_BN & ((1 << self._low_bits) - 1), "i4")
@@ -115,32 +108,32 @@ class Sampled(PackedRows):
         )
 
     def _draw(self, ops: Ops, p: Array, keys_B: NDArray[np.uint64]) -> tuple[Array, Array, Array]:
-        """Head ids int64 [B, H], drawn ids int64 [B, N] ascending, head weights in units int32 [B, H]."""
+        """Return head ids int64 [B, H], drawn ids int64 [B, N] ascending, head weights in units int32 [B, H]."""
         head_ids = top_k(ops, ops.cast(p, "f4"), self.head) if self.head else ops.zeros((len(p), 0), "i8", p)
         head_p = ops.gather(p, head_ids)
-        # One offset for all heads of a row: each unit count is right on average and their sum is within 1 of its own.
+        # One offset for all entries of a head: each count of units is right on average, and so is their sum within 1.
         offset_B1 = ops.constant(uniforms(keys_B, 1)[:, None] + 1e-9, "f8", p)
-        upto = ops.floor(ops.cumsum(head_p) * WHOLE + offset_B1)
+        upto = ops.xp.floor(ops.xp.cumsum(head_p, axis=-1) * WHOLE + offset_B1)
         before = ops.concat([ops.zeros((len(p), 1), "f8", p), upto])[:, :-1]
-        units = ops.cast(ops.clip(upto - before, 0, WHOLE), "i4")
+        units = ops.cast(ops.xp.clip(upto - before, 0, WHOLE), "i4")
         rest = p + 0.0
         ops.scatter(rest, head_ids, head_p * 0.0)
-        upto_BC = ops.cumsum(rest)
+        upto_BC = ops.xp.cumsum(rest, axis=-1)
         position_BN = ops.constant((np.arange(self.draws) + uniforms(keys_B, 0)[:, None]) / self.draws, "f8", p)
         drawn = ops.rank(upto_BC, position_BN * upto_BC[:, -1:])
-        return head_ids, ops.clip(drawn, 0, self.classes - 1), units
+        return head_ids, ops.xp.clip(drawn, 0, self.classes - 1), units
 
     def _unpack(self, ops: Ops, bytes_BS: Array) -> Array:
         head_ids, head_q, draws_BN, weight_B1 = self._entries(ops, bytes_BS)
         z = ops.zeros((len(bytes_BS), self.classes), "f4", bytes_BS) - float("inf")
         times_BN = ops.gather(ops.count(draws_BN, self.classes), draws_BN)
         ops.scatter(z, draws_BN, natural_log(ops, ops.cast(times_BN, "f4") * weight_B1))
-        # The head last: where it holds all the mass, draws of weight 0 point anywhere.
+        # The head last: if it holds all the mass, draws have weight 0 and arbitrary ids, the head's among them.
         ops.scatter(z, head_ids, natural_log(ops, head_q))
         return z
 
     def _entries(self, ops: Ops, bytes_BS: Array) -> tuple[Array, Array, Array, Array]:
-        """Head ids and weights [B, H], drawn ids [B, N], and the weight of one draw [B, 1]."""
+        """Return head ids and weights [B, H], drawn ids [B, N], and the weight of one draw [B, 1]."""
         pieces, start = [], 0
         for part in self._parts:
             pieces.append(part.unpack(ops, bytes_BS[:, start : start + part.size_bytes]))
@@ -150,39 +143,37 @@ class Sampled(PackedRows):
         high = self._ones(ops, pieces[3]) - ops.constant(np.arange(self.draws), "i8", bytes_BS)
         draws_BN = (high << self._low_bits) + ops.cast(pieces[2], "i8")
         if len(bytes_BS) and not (int(draws_BN.min()) >= 0 and int(draws_BN.max()) < self.classes):
-            raise EncodingError("a sampled row names classes that there are none of: its bytes are damaged", rows=[])
+            raise EncodingError("a sampled row has class ids out of range: its bytes are damaged", rows=[])
         return ops.cast(pieces[0], "i8"), ops.cast(units, "f4") / float(WHOLE), draws_BN, weight_B1
 
     def _ones(self, ops: Ops, unary: Array) -> Array:
-        """Positions of the set bits, int64 [B, N]."""
+        """Return the positions of set bits, int64 [B, N]."""
         rows, length = unary.shape
         found = ops.nonzero(unary)
         if len(found) != rows * self.draws:
-            raise EncodingError(
-                "a sampled row does not hold as many draws as it should: its bytes are damaged", rows=[]
-            )
+            raise EncodingError("a sampled row holds the wrong number of draws: its bytes are damaged", rows=[])
         first_B1 = ops.constant(np.arange(rows)[:, None] * length, "i8", unary)
         return found.reshape(rows, self.draws) - first_B1
 
 
 def expected_error(sampled: Sampled, p_BC: NDArray[np.float64]) -> float:
-    """Root of the mean over rows of E‖q - p‖²: sum over the drawn of p_i (τ - p_i), multiplicities included."""
+    """Return the root of the mean over rows of E‖q - p‖², in closed form."""
     ordered = -np.sort(-p_BC, axis=1)
     rest = ordered[:, sampled.head :]
     tau_B1 = rest.sum(axis=1, keepdims=True) / sampled.draws
-    # An entry of k + f thresholds is drawn k or k + 1 times: variance τ² f (1 - f).
+    # An entry of (k + f) τ, 0 ≤ f < 1, is drawn k or k + 1 times: variance τ² f (1 - f).
     share = rest / np.maximum(tau_B1, 1e-300)
     share -= np.floor(share)
     return float(np.sqrt((tau_B1**2 * share * (1 - share)).sum(axis=1).mean()))
 
 
 def sampled_within(row_bytes: int, *, classes: int, p_BC: NDArray[np.float64] | None = None) -> Sampled:
-    """The sampled encoding of at most `row_bytes` a row with the least expected error on a pilot's distributions.
+    """Return the sampled encoding with the least expected error that fits into `row_bytes` per row.
 
     Args:
-        row_bytes: what one row may take.
+        row_bytes: upper limit of a row's size.
         classes: C.
-        p_BC: distributions at the T that will be captured; without them a sixth of the entries is head.
+        p_BC: pilot distributions at the T that will be captured; if None, a sixth of the entries becomes head.
     Raises:
         EncodingError: nothing fits.
     """
@@ -195,7 +186,7 @@ def sampled_within(row_bytes: int, *, classes: int, p_BC: NDArray[np.float64] | 
         raise EncodingError(f"not one draw of {classes} classes fits into {row_bytes} bytes a row: allow more", rows=[])
     if p_BC is None:
         return min(choices, key=lambda choice: abs(6 * choice.head - choice.head - choice.draws))
-    # Every second head size is enough: the error is flat around its least.
+    # Some 24 head sizes are enough: the error is flat around its minimum.
     return min(choices[:: 1 + len(choices) // 24], key=lambda choice: expected_error(choice, p_BC))
 
 

@@ -1,16 +1,15 @@
-"""Truncated rows: the k largest entries, what was cut off, and a named rule for where that went. Name `topk`.
+"""Truncated rows: the k largest entries, the mass of the rest (the tail), and a rule for the tail. Name `topk`.
 
-Three arrays, since peers that kept ids among float16 values lost every id above 2,048: `class_ids` (uint16 up to 65,536
-classes, else uint32) · `values` (f16, log-probabilities) · `tail_mass` (f32, exact: the sum of what was cut off, not 1
-minus the kept).
+Three arrays: `class_ids` (uint16 up to 65,536 classes, else uint32) · `values` (f16, log-probabilities) · `tail_mass`
+(f32, the sum of the truncated probabilities, which is more exact than 1 minus the kept ones). Ids are separate because
+float16 holds no integer above 2,048 exactly.
 
-Rules: `uniform` spreads the tail mass evenly over the classes cut off. `renormalise` gives them nothing and scales the
-kept ones up (biased: a student learns that they are impossible). `ghost` keeps the tail as one class of its own, to be
-compared with the student's summed mass outside the ids (`entries`); where all classes are asked for, it spreads as
-`uniform` does.
+Tail rules: `uniform` spreads the tail mass evenly over the truncated classes. `renormalise` gives them 0 and scales the
+kept ones up (biased: a student learns that they are impossible). `ghost` keeps the tail as one extra class, to be
+compared with the student's total mass outside the ids (`entries`); decoded to all classes, it is as `uniform`.
 
-Bound: kept log-probabilities within 2⁻¹¹ relative (2⁻²⁵ absolute near 0); nothing is promised of the rest. Locked to
-the T that the rows were tempered with: tempering does not commute with cutting. Refused: NaN, +inf, log-probabilities
+Bound: kept log-probabilities within 2⁻¹¹ relative (2⁻²⁵ absolute near 0); no bound for the rest. Locked to the T that
+the rows were tempered with, since tempering does not commute with truncation. Refused: NaN, +inf, log-probabilities
 under -65,504.
 """
 
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,19 +32,22 @@ if TYPE_CHECKING:
 TailRule = Literal["uniform", "ghost", "renormalise"]
 TAIL_RULES: tuple[TailRule, ...] = get_args(TailRule)
 
-# Not `ids`: that is what a store calls its samples' ids, and both travel in one reply.
+# Not `ids`: a store uses that name for sample ids, and both are in one reply.
 CLASS_IDS, VALUES, TAIL_MASS = "class_ids", "values", "tail_mass"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(LogitsEncoding):
-    """The k largest of each row.
+    """The k largest entries of each row.
 
     Attributes:
         classes: C.
-        k: how many are kept, 1 to C.
-        tail: the rule for the rest.
+        k: number of entries kept, 1 to C.
+        tail: rule for the rest.
     """
+
+    name: ClassVar[str] = "topk"
+    retemperable: ClassVar[bool] = False  # the shape of the tail at another T is lost
 
     classes: int
     k: int
@@ -59,19 +61,9 @@ class TopK(LogitsEncoding):
             )
 
     @property
-    def name(self) -> str:
-        """The name in manifests."""
-        return "topk"
-
-    @property
     def params(self) -> Mapping[str, Any]:
         """`k` and `tail`."""
         return {"k": self.k, "tail": self.tail}
-
-    @property
-    def retemperable(self) -> bool:
-        """Never: the tail's own shape at another T is gone."""
-        return False
 
     @property
     def fields(self) -> Mapping[str, Field]:
@@ -85,21 +77,18 @@ class TopK(LogitsEncoding):
     def encode(
         self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """The k largest, their log-probabilities, and the mass of the rest."""
+        """Encode rows. Raises EncodingError for what is refused (see the module)."""
         check_shape(logits_BC.shape, self.classes)
         ids, values, tail_mass = self._encode(NUMPY, logits_BC)
         return {CLASS_IDS: ids.astype(self.fields[CLASS_IDS].dtype), VALUES: values, TAIL_MASS: tail_mass}
 
     def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Log-probabilities of all classes, the tail by its rule."""
-        ids = encoded[CLASS_IDS]
-        flat = ids.reshape(-1, self.k).astype(np.int64)
-        values, tail_mass = encoded[VALUES].reshape(-1, self.k), encoded[TAIL_MASS].reshape(-1, 1)
-        decoded: NDArray[np.float32] = self._decode(NUMPY, flat, values, tail_mass)
-        return decoded.reshape(*ids.shape[:-1], self.classes)
+        """Decode to log-probabilities of all classes, the tail by its rule."""
+        decoded: NDArray[np.float32] = self._decode(NUMPY, encoded)
+        return decoded
 
     def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
-        """`encode` on the rows' device."""
+        """`encode` on the tensor's device."""
         import torch
 
         check_shape(tuple(logits_BC.shape), self.classes)
@@ -109,48 +98,44 @@ class TopK(LogitsEncoding):
 
     def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
         """`decode` on the tensors' device."""
-        import torch
-
-        ids = encoded[CLASS_IDS]
-        flat = ids.to(torch.int64).reshape(-1, self.k)
-        values, tail_mass = encoded[VALUES].reshape(-1, self.k), encoded[TAIL_MASS].reshape(-1, 1)
-        decoded = cast("Tensor", self._decode(torch_ops(), flat, values, tail_mass))
-        return decoded.reshape(*ids.shape[:-1], self.classes)
+        decoded: Tensor = self._decode(torch_ops(), encoded)
+        return decoded
 
     def entries(
         self, encoded: Mapping[str, NDArray[Any]]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        """What is kept, without a row of all classes: ids and log-probabilities [B, k], log of the tail mass [B, 1]."""
+        """Return only what is kept: ids and log-probabilities [B, k], and the log of the tail mass [B, 1]."""
         tail = natural_log(NUMPY, encoded[TAIL_MASS].astype(np.float32))
         return encoded[CLASS_IDS].astype(np.int64), encoded[VALUES].astype(np.float32), tail
 
     def _encode(self, ops: Ops, logits_BC: Array) -> tuple[Array, Array, Array]:
         z = shifted_rows(ops, logits_BC, name=self.name, minus_inf=True)
         ids_BK = top_k_shifted(ops, z, self.k)
-        p = ops.exp(ops.cast(z, "f8"))
+        p = ops.xp.exp(ops.cast(z, "f8"))
         total_B1 = ops.sum(p)
         kept = ops.gather(p, ids_BK)
         ops.scatter(p, ids_BK, kept * 0.0)
-        # ln of a float64 sum in float32: two libraries differ by less than float16 shows.
+        # The logarithm in float32 of a float64 sum: libraries differ by less than float16 resolves.
         scale_B1 = natural_log(ops, ops.cast(total_B1, "f4"))
         exact_BK = ops.gather(z, ids_BK)
         values = ops.cast(exact_BK - scale_B1, "f2")
         rows = ops.rows_where(((values == -float("inf")) & (exact_BK > -float("inf"))).any(-1))
         if rows:
             raise EncodingError(
-                f"topk cannot hold {len(rows)} row(s): a kept log-probability lies under -65,504, which float16 has "
-                "not; keep fewer classes, or use encoding 'f32'",
+                f"topk cannot hold {len(rows)} row(s): a kept log-probability is under -65,504, the range of float16; "
+                "keep fewer classes, or use encoding 'f32'",
                 rows=rows,
             )
         return ids_BK, values, ops.cast(ops.sum(p) / total_B1, "f4")
 
-    def _decode(self, ops: Ops, ids_BK: Array, values: Array, tail_mass: Array) -> Array:
-        shape = (len(ids_BK), self.classes)
-        z = ops.zeros(shape, "f4", values)
+    def _decode(self, ops: Ops, encoded: Mapping[str, Array]) -> Array:
+        leading = encoded[CLASS_IDS].shape[:-1]
+        ids_BK = ops.cast(encoded[CLASS_IDS], "i8").reshape(-1, self.k)
+        z = ops.zeros((len(ids_BK), self.classes), "f4", ids_BK)
         if self.tail == "renormalise":
             z -= float("inf")
         else:
-            share_B1 = ops.cast(tail_mass, "f4") / float(max(1, self.classes - self.k))
+            share_B1 = ops.cast(encoded[TAIL_MASS], "f4").reshape(-1, 1) / float(max(1, self.classes - self.k))
             z += natural_log(ops, share_B1)
-        ops.scatter(z, ids_BK, ops.cast(values, "f4"))
-        return z
+        ops.scatter(z, ids_BK, ops.cast(encoded[VALUES], "f4").reshape(-1, self.k))
+        return z.reshape(*leading, self.classes)

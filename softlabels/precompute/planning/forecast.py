@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from softlabels.audit import Audit
-from softlabels.encodings import Encoding, RowKind, TopK, rng_keys, row_bytes
+from softlabels.encodings import Encoding, RowKind, TopK, encoding_label, rng_keys, row_bytes
 from softlabels.encodings.sampled import sampled_within
 from softlabels.encodings.selection import EncodingTrial, choose_encoding
 from softlabels.errors import EncodingError, TeacherError
@@ -58,8 +58,6 @@ _TEACHERS_S = 1.0
 _ENCODING_S = 0.03
 _ENCODED_ROWS = 64
 """Rows on which an encoding is timed, and audited where `choose_encoding` has not done that."""
-
-_SHOWN = ("head", "k", "tail", "residual_bits", "draws", "kept_as")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +191,9 @@ class EncodingBenchmark:
         choice = choose_encoding(few, budget_kl=np.inf, temperatures=relative, locked=self._plan.temperature.locked)
         yield from (self._from_trial(trial, rows_RC) for trial in choice.table)
         if classes >= MANY_CLASSES:
-            known = {_label(trial.encoding) for trial in choice.table}
+            known = {encoding_label(trial.encoding) for trial in choice.table}
             small = self._small_encodings(rows_RC)
-            yield from (self.option(encoding, rows_RC) for encoding in small if _label(encoding) not in known)
+            yield from (self.option(encoding, rows_RC) for encoding in small if encoding_label(encoding) not in known)
         for kept_as in ("f16", "q8"):
             encoding = self._hidden_encoding(kept_as)
             if encoding is not None:
@@ -224,7 +222,7 @@ class EncodingBenchmark:
         infinite: dict[str, float] = dict.fromkeys(("mean", "p99", "max"), np.inf)
         unbounded = {float(t): infinite for t in summary["infinite_kl_rows"]}
         return Option(
-            label=_label(encoding),
+            label=encoding_label(encoding),
             row_bytes=row_bytes(encoding),
             constant_bytes=_constant_bytes(encoding),
             kl={float(t): figures for t, figures in summary["kl_nats"].items()} | unbounded,
@@ -238,7 +236,7 @@ class EncodingBenchmark:
         captured = self._plan.temperature.captured
         encoding_s = self._time_encoding(trial.encoding, rows_RC[:_ENCODED_ROWS], self.temperatures, captured)
         return Option(
-            label=_label(trial.encoding),
+            label=encoding_label(trial.encoding),
             row_bytes=trial.row_bytes,
             constant_bytes=_constant_bytes(trial.encoding),
             kl={t * captured: figures for t, figures in trial.kl.items()},
@@ -330,10 +328,6 @@ def _sample_bytes(plan: Manifest) -> int:
     """Return bytes per sample: the id index where ids are not dense, and a sequence's offset and fingerprint."""
     ids = 0 if plan.ids.dense_start is not None else _OFFSET_BYTES + (plan.ids.width_bytes or _OFFSET_BYTES)
     return ids + (_OFFSET_BYTES + FINGERPRINT_BYTES if plan.layout.kind == "sequences" else 0)
-
-
-def _label(encoding: Encoding) -> str:
-    return " ".join([encoding.name, *(f"{key}={value}" for key, value in encoding.params.items() if key in _SHOWN)])
 
 
 def _constant_bytes(encoding: Encoding) -> int:

@@ -18,7 +18,7 @@ class TestBitPacking:
         """Every width, with the smallest and the largest code, in both libraries, to the same bytes."""
         codes = np.random.default_rng(bits).integers(0, 1 << bits, size=(3, 37)).astype(np.int32)
         codes[0, :2] = 0, (1 << bits) - 1
-        packing = BitPacking.even(37, bits)
+        packing = BitPacking.uniform(37, bits)
         packed = packing.pack(NUMPY, codes)
         assert packed.shape == (3, packing.size_bytes)
         assert packed.dtype == np.uint8
@@ -37,12 +37,12 @@ class TestBitPacking:
 
     def test_four_bit_codes_lie_as_the_page_says(self) -> None:
         """Byte j holds code j in its low half and code j + s in its high half."""
-        packed = BitPacking.even(5, 4).pack(NUMPY, np.array([[1, 2, 3, 4, 5]], dtype=np.int32))
+        packed = BitPacking.uniform(5, 4).pack(NUMPY, np.array([[1, 2, 3, 4, 5]], dtype=np.int32))
         assert packed.tolist() == [[1 | 4 << 4, 2 | 5 << 4, 3]]
 
     def test_six_bit_codes_are_a_plane_of_four_and_one_of_two(self) -> None:
         """The wider plane comes first and has the low bits."""
-        packed = BitPacking.even(2, 6).pack(NUMPY, np.array([[0b10_0011, 0b01_0100]], dtype=np.int32))
+        packed = BitPacking.uniform(2, 6).pack(NUMPY, np.array([[0b10_0011, 0b01_0100]], dtype=np.int32))
         assert packed.tolist() == [[0x43, 0b0110]]
 
     def test_nothing_to_pack_takes_no_bytes(self) -> None:

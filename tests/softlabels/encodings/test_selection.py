@@ -43,17 +43,17 @@ class TestParse:
         [
             ("q9", "known are"),
             ("f61", "'f16'"),
-            ({"name": "topk", "kk": 5}, "did you mean 'k'"),
-            ({"name": "topk"}, "needs k"),
-            ({"name": "topk", "k": "five"}, "give int"),
-            ({"name": "topk", "k": True}, "give int"),
-            ("topk5-zero", "tail rule"),
-            ({"name": "q8", "bits": 4}, "not 'bits'"),
+            ({"name": "topk", "kk": 5}, "did you mean `k`"),
+            ({"name": "topk"}, "missing required field `k`"),
+            ({"name": "topk", "k": "five"}, r"`int`, got `str` \(at `k`\)"),
+            ({"name": "topk", "k": True}, "`k`"),
+            ("topk5-zero", "uniform"),
+            ({"name": "q8", "bits": 4}, "unknown field `bits`"),
             ({"name": "basis"}, "row_bytes"),
-            ({"name": "basis", "row_bytes": 1.5}, "cannot be"),
+            ({"name": "basis", "row_bytes": 1.5}, "`row_bytes`"),
             ({"name": "auto"}, "kl"),
-            ({"name": "auto", "kl": 1e-3, "statistic": "median"}, "cannot be"),
-            ({"name": "sampled", "bytes": 5}, "not 'bytes'"),
+            ({"name": "auto", "kl": 1e-3, "statistic": "median"}, "`statistic`"),
+            ({"name": "sampled", "bytes": 5}, "unknown field `bytes`"),
             ({"k": 5}, "a name"),
             (8, "a name"),
         ],
@@ -94,7 +94,7 @@ class TestMakeEncoding:
         more = {"topk": {"k": 2}, "sampled": {"head": 1, "draws": 2}}
         for name in ENCODING_NAMES:
             if name in ("basis", "hidden"):
-                with pytest.raises(UnknownEncodingError, match=r"needs|goes with the arrays"):
+                with pytest.raises(UnknownEncodingError, match=r"missing required|needs the arrays"):
                     make_encoding(name, classes=10)
                 continue
             encoding = make_encoding(name, classes=10, params=more.get(name))
