@@ -47,25 +47,25 @@ DEFAULT_HEAD = 16
 """Head of quantised rows if none is given; an eighth of the classes if these are few."""
 
 
-class _NoParams(Document):
+class _NoParams(Document, frozen=True):
     """Parameters of dense encodings."""
 
 
-class _QuantisedParams(Document):
+class _QuantisedParams(Document, frozen=True):
     head: int | None = None
 
 
-class _TopKParams(Document):
+class _TopKParams(Document, frozen=True):
     k: int
     tail: TailRule = "uniform"
 
 
-class _SampledParams(Document):
+class _SampledParams(Document, frozen=True):
     head: int
     draws: int
 
 
-class _BasisParams(Document):
+class _BasisParams(Document, frozen=True):
     head: int
     head_bits: int
     depth: Number
@@ -74,7 +74,7 @@ class _BasisParams(Document):
     refine: int
 
 
-class _HiddenParams(Document):
+class _HiddenParams(Document, frozen=True):
     kept_as: KeptAs = "f16"
     scale: Number = 1.0
     softcap: Number = 0.0

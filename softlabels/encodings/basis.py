@@ -2,7 +2,7 @@
 
 Row, little-endian: offset (f16) · step (f16, only with a residual) · coefficients (`widths[j]` bits for direction j) ·
 ids of the head · values of the head · residual (C codes), packed as in `bit_packing`. With integer levels q_j (see
-`scalar_quantiser`) and the constants B and mean, a class decodes to
+`quantised`) and the constants B and mean, a class decodes to
 
     unit x (Σ_j q_j B_jc + mean_c) + offset + residual_c x step
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from softlabels.encodings.array_ops import Array, Ops, top_k, top_k_shifted
 from softlabels.encodings.base import PackedRows, shifted_rows
 from softlabels.encodings.bit_packing import BitPacking
-from softlabels.encodings.scalar_quantiser import (
+from softlabels.encodings.quantised import (
     FLOOR,
     TABLE,
     WIDEST,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from softlabels.encodings.basis import EXACT, Basis, largest_sum
 from softlabels.encodings.bit_packing import BitPacking
-from softlabels.encodings.scalar_quantiser import FLOOR, UNITS, WIDEST, distortion, levels_of
+from softlabels.encodings.quantised import FLOOR, UNITS, WIDEST, distortion, levels_of
 from softlabels.errors import EncodingError
 from softlabels.softmath import kl_divergence, log_soften
 

@@ -126,7 +126,7 @@ class F16(DenseEncoding):
     def _narrow(self, rows_BC: NDArray[Any]) -> NDArray[Any]:
         self._check_rows(NUMPY, rows_BC)
         with np.errstate(over="ignore"):
-            rounded = rows_BC.astype("<f2")
+            rounded: NDArray[Any] = rows_BC.astype("<f2")
         self._check_range(NUMPY, np.isinf(rounded))
         return rounded
 
@@ -152,7 +152,8 @@ class BF16(DenseEncoding):
         # Round half to even: add just under half of the dropped half-word, and 1 more if the kept half-word is odd.
         rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
         self._check_range(NUMPY, ((rounded & np.uint32(0x7FFF)) == _BF16_INFINITY) & np.isfinite(rows))
-        return rounded.astype("<u2")
+        kept: NDArray[Any] = rounded.astype("<u2")
+        return kept
 
     def _narrow_torch(self, rows_BC: Tensor) -> Tensor:
         import torch

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from softlabels.encodings.array_ops import Array, Ops, natural_log, top_k
 from softlabels.encodings.base import PackedRows, shifted_rows
 from softlabels.encodings.bit_packing import BitPacking
-from softlabels.encodings.scalar_quantiser import id_bits
+from softlabels.encodings.quantised import id_bits
 from softlabels.errors import EncodingError, UnknownEncodingError
 from softlabels.splitmix64 import uniforms
 

@@ -41,17 +41,17 @@ _SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 _MAX_LEARNING_ENTRIES = 1 << 25
 
 
-class _BasisRequest(Document):
+class _BasisRequest(Document, frozen=True):
     row_bytes: Annotated[int, Meta(ge=0)]
     max_rank: Annotated[int, Meta(ge=0)] | None = None
     refine: Annotated[int, Meta(ge=0)] | None = None
 
 
-class _SampledRequest(Document):
+class _SampledRequest(Document, frozen=True):
     row_bytes: Annotated[int, Meta(ge=0)]
 
 
-class _AutoRequest(Document):
+class _AutoRequest(Document, frozen=True):
     kl: Annotated[float, Meta(ge=0)]
     statistic: Statistic = "mean"
 
@@ -116,7 +116,7 @@ class EncodingRequest:
             assert pilot_BC is not None
             return learn_basis(pilot_BC, temperatures=temperatures, **params)
         if self.name == "sampled" and "row_bytes" in params:
-            p_BC = None if pilot_BC is None else soften(np.asarray(pilot_BC, np.float64), temperature=1.0)
+            p_BC = None if pilot_BC is None else soften(pilot_BC.astype(np.float64), temperature=1.0).astype(np.float64)
             return sampled_within(params["row_bytes"], classes=classes, p_BC=p_BC)
         return make_encoding(self.name, classes=classes, params=params)
 

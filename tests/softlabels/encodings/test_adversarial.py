@@ -24,7 +24,7 @@ from softlabels.encodings import (
 )
 from softlabels.encodings.basis_learning import build_basis, spectrum_of
 from softlabels.encodings.hidden import KEPT_AS
-from softlabels.encodings.scalar_quantiser import FLOOR
+from softlabels.encodings.quantised import FLOOR
 from softlabels.errors import EncodingError
 
 CLASS_COUNTS = (2, 10, 1_000, 14_000, 21_841, 32_768, 65_536, 65_537, 131_073, 262_144)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from softlabels.encodings import Basis, make_encoding, row_bytes
 from softlabels.encodings.basis import EXACT, largest_sum
 from softlabels.encodings.basis_learning import allocate, build_basis, learn_basis, spectrum_of
-from softlabels.encodings.scalar_quantiser import WIDEST, code_table, distortion, levels_of
+from softlabels.encodings.quantised import WIDEST, code_table, distortion, levels_of
 from softlabels.errors import EncodingError, UnknownEncodingError
 from softlabels.softmath import kl_divergence, log_soften
 
