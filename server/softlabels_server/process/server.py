@@ -1,4 +1,4 @@
-"""How is an app run? By one process that listens, announces itself, and stops when told to; `workers` runs several."""
+"""One serving process: the listening socket, uvicorn's configuration, signals and memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from softlabels_server.fast_path.protocol import make_protocol
 from softlabels_server.process.memory import HeapTrimmer, configure_malloc
 from softlabels_server.settings import Settings
 
-TICKS_BETWEEN_LOOKS = 100
-"""uvicorn ticks ten times a second: every 10 s it is seen whether much freed memory can be given back."""
+TICKS_PER_TRIM = 100
+"""uvicorn ticks ten times a second, so the heap is checked every 10 s."""
 
 BACKLOG = 2048
-"""Connections that may wait to be accepted: uvicorn's own choice."""
+"""Connections that may wait to be accepted: uvicorn's own default."""
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A socket that listens where the settings say.
+    """Return a socket that listens on the address in the settings.
 
     Raises:
         PortInUseError: another process listens there.
@@ -47,18 +47,18 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """The address to reach a listening socket at, from this machine when it listens on every address."""
+    """Return the URL of a listening socket, as reached from this machine where it listens on every address."""
     host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
 def make_server(app: FastAPI, settings: Settings, *, announce: Callable[[], None] = lambda: None) -> StoppableServer:
-    """A server of this app; `run(sockets=[listener])` runs it until it is told to stop.
+    """Return a server of this application; `run(sockets=[listener])` runs it until it is told to stop.
 
     Args:
-        app: what answers.
-        settings: bounds of connections; the address is the listener's business.
+        app: the application.
+        settings: limits of connections; the address is the listener's.
         announce: called once, when requests are being answered.
     """
     config = uvicorn.Config(
@@ -66,10 +66,9 @@ def make_server(app: FastAPI, settings: Settings, *, announce: Callable[[], None
         http=make_protocol(header_timeout_s=settings.header_timeout_s),
         ws="none",
         lifespan="on",
-        # Logging is set up by whoever starts the process.
-        log_config=None,
+        log_config=None,  # logging belongs to whoever starts the process
         access_log=settings.access_log,
-        # Nothing here depends on where a request came from; a proxy's word on it would be one more thing to trust.
+        # Nothing here depends on a client's address, so there is no reason to trust X-Forwarded-For.
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=settings.keep_alive_timeout_s,
@@ -80,16 +79,16 @@ def make_server(app: FastAPI, settings: Settings, *, announce: Callable[[], None
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Warnings and errors on standard error; requests too where that was asked for."""
+    """Log warnings and errors to standard error, and requests where the settings ask for it."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     if settings.access_log:
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
 
 
 def raise_open_file_limit() -> None:
-    """Let this process have as many connections as the system allows it at all.
+    """Allow this process as many open files, and so connections, as the system's hard limit.
 
-    Shells start with a soft limit of 1,024 files, for programs that still use `select`; a stream takes two.
+    Shells start with a soft limit of 1,024, for programs that still use `select`; a stream needs two files.
     """
     if sys.platform == "win32":
         return
@@ -99,15 +98,15 @@ def raise_open_file_limit() -> None:
     if limit != most:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        except (OSError, ValueError) as error:  # macOS has a lower limit than the one that it names
+        except (OSError, ValueError) as error:  # macOS refuses the hard limit that it reports
             logging.getLogger(__name__).warning("only %d files may be open at once: %s", limit, error)
 
 
 class StoppableServer(uvicorn.Server):
-    """uvicorn, ending quietly on SIGTERM and Ctrl-C: being told to stop is no failure.
+    """uvicorn's server that ends quietly on SIGTERM and Ctrl-C.
 
     Args:
-        config: uvicorn's.
+        config: uvicorn's configuration.
         announce: called once, when requests are being answered.
     """
 
@@ -117,13 +116,13 @@ class StoppableServer(uvicorn.Server):
         self._heap_trimmer = HeapTrimmer()
 
     async def on_tick(self, counter: int) -> bool:
-        """What uvicorn does, and now and then a look at the memory: in a thread, for it may take some milliseconds."""
-        if counter % TICKS_BETWEEN_LOOKS == TICKS_BETWEEN_LOOKS - 1:
+        """Check the heap now and then, in a thread since it takes milliseconds; then do what uvicorn does."""
+        if counter % TICKS_PER_TRIM == TICKS_PER_TRIM - 1:
             await asyncio.to_thread(self._heap_trimmer.trim_if_idle)
         return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to answer, then say so."""
+        """Start to answer requests, then announce it."""
         configure_malloc()
         raise_open_file_limit()
         await super().startup(sockets=sockets)
@@ -132,7 +131,7 @@ class StoppableServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop on SIGINT and SIGTERM; unlike uvicorn's own, do not raise them again afterwards."""
+        """Stop on SIGINT and SIGTERM. uvicorn raises them again afterwards, which would end the process by a signal."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
