@@ -68,7 +68,6 @@ def create_app(store_folder: StoreFolder, settings: Settings) -> FastAPI:
     app.router.routes += [
         batch.make_route(store_folder, settings),
         epochs.make_route(store_folder, settings),
-        stores.make_constants_route(store_folder),
     ]
     problems.install(app)
     if settings.token is not None:

@@ -64,7 +64,7 @@ class BatchEndpoint:
             selection = await self._read(scope, receive, headers, store)
         except ClientDisconnect:
             return
-        check_if_match(headers.get("if-match"), store)
+        check_version(store, if_match=headers.get("if-match"))
         plan = plan_batch(store, selection, self._settings)
         buffers = await store.executor_policy.run(_gather_in(reply_format, plan), reply_bytes=plan.reply_bytes)
         if reply_format == "safetensors":
@@ -186,7 +186,7 @@ def plan_batch(store: ServedStore, selection: BatchSelection, settings: Settings
         BatchTooLargeError.
     """
     options = selection.options
-    check_version(store, options.digest)
+    check_version(store, digest=options.digest)
     check_transfer_set(store.manifest, options.transfer_set)
     temperature = reply_temperature(store, options.temperature)
     names = array_names(store, options.fields, encoded=options.decode is None)
@@ -208,25 +208,16 @@ async def opened(stores: StoreFolder, scope: Scope) -> ServedStore:
     return await run_in_threadpool(stores.get, name) if store is None else store
 
 
-def check_if_match(if_match: str | None, store: ServedStore) -> None:
-    """Raise StoreChangedError unless If-Match names this version; None skips the check."""
-    if if_match is not None and not names_digest(if_match, store.digest):
+def check_version(store: ServedStore, *, digest: str | None = None, if_match: str | None = None) -> None:
+    """Raise StoreChangedError unless the digest or If-Match header names this version; None skips the check."""
+    is_other = digest not in (None, store.digest) or (if_match is not None and not names_digest(if_match, store.digest))
+    if is_other:
+        yours = (digest or if_match or "")[:128]
         raise StoreChangedError(
-            f"store {store.name!r} is now at version {store.digest}, If-Match names {if_match[:128]}: rows of two "
-            "versions must not be mixed; open the store again",
-            store=store.digest,
-            yours=if_match[:128],
-        )
-
-
-def check_version(store: ServedStore, digest: str | None) -> None:
-    """Raise StoreChangedError unless the digest is this version's; None skips the check."""
-    if digest is not None and digest != store.digest:
-        raise StoreChangedError(
-            f"store {store.name!r} is now at version {store.digest}, you hold {short(digest)}: rows of two versions "
+            f"store {store.name!r} is now at version {store.digest}, you hold {short(yours)}: rows of two versions "
             "must not be mixed; open the store again",
             store=store.digest,
-            yours=digest[:128],
+            yours=yours,
         )
 
 

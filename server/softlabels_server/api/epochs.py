@@ -20,7 +20,6 @@ from starlette.types import Receive, Scope, Send
 
 from softlabels import wire
 from softlabels.epochs import END_FORMAT
-from softlabels.errors import RequestError
 from softlabels.ids import to_fixed_bytes
 from softlabels.manifest import IDS, ROW_OFFSETS
 from softlabels.order import EpochConfig, RankBatches, StepBatch
@@ -28,13 +27,12 @@ from softlabels.target_store import check_transfer_set
 from softlabels_server.api.batch import (
     array_names,
     bytes_a_row,
-    check_if_match,
     check_version,
     opened,
     reply_temperature,
 )
 from softlabels_server.api.replies import accepted_format
-from softlabels_server.api.requests import EpochQuery, parse_query, read_query, short, too_large
+from softlabels_server.api.requests import RowOptions, parse_query, read_query, too_large
 from softlabels_server.catalog import ServedStore, StoreFolder
 from softlabels_server.fast_path.safetensors_header import metadata_of, reply_headers
 from softlabels_server.fast_path.socket_writer import AdaptiveChunkSize, Chunk, writer_for
@@ -43,8 +41,6 @@ from softlabels_server.settings import Settings
 PATH = "/v1/stores/{name}/epochs/{epoch}"
 
 FRAME_FORMAT = "softlabels-epoch/1"
-
-_CONFIG = frozenset(EpochConfig.__struct_fields__)
 
 _MAX_DIGITS = 20
 """More digits than any cursor or row count has; the header's size is computed with numbers of this length."""
@@ -71,7 +67,7 @@ class EpochEndpoint:
         if accepted_format(headers.get("accept")) != "safetensors":
             raise HTTPException(406, "epochs are sent only as streams of safetensors files")
         store = await opened(self._stores, scope)
-        check_if_match(headers.get("if-match"), store)
+        check_version(store, if_match=headers.get("if-match"))
         query = scope["query_string"].decode("latin-1")
         stream = plan_stream(store, scope["path_params"]["epoch"], query, self._settings)
         size_bytes = await run_in_threadpool(_checked_size, stream, self._settings.max_reply_bytes)
@@ -281,9 +277,11 @@ def plan_stream(store: ServedStore, epoch: str, query: str, settings: Settings) 
         RequestError, StoreChangedError, FingerprintMismatchError, TemperatureError, TemperatureLockedError,
         UnknownFieldError, RowsNotCommittedError, BatchTooLargeError.
     """
-    options = parse_query(read_query(query), EpochQuery)
-    config = _config(epoch, options)
-    check_version(store, options.digest)
+    parameters = read_query(query)
+    named = {name: parameters.pop(name) for name in EpochConfig.__struct_fields__ if name in parameters}
+    config = parse_query({**named, "epoch": epoch}, EpochConfig)
+    options = parse_query(parameters, RowOptions)
+    check_version(store, digest=options.digest)
     check_transfer_set(store.manifest, options.transfer_set)
     if config.batch_size > settings.max_batch_ids:
         raise too_large(config.batch_size, settings.max_batch_ids)
@@ -306,13 +304,6 @@ def _dtype_of(store: ServedStore, name: str) -> np.dtype[Any]:
         return np.dtype(spec.dtype)
     is_number = name == ROW_OFFSETS or (name == IDS and store.manifest.ids.kind == "int")
     return np.dtype("<i8") if is_number else np.dtype("|u1")
-
-
-def _config(epoch: str, query: EpochQuery) -> EpochConfig:
-    if not (epoch.isascii() and epoch.isdecimal() and len(epoch) <= 20):
-        raise RequestError(f"epoch is {short(epoch)}: give a whole number of 0 or more")
-    named = {name: getattr(query, name) for name in EpochQuery.__struct_fields__ if name in _CONFIG}
-    return EpochConfig(epoch=int(epoch), **named)
 
 
 def _checked_size(stream: EpochStream, most_bytes: int) -> int:

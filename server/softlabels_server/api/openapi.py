@@ -5,20 +5,21 @@ Parameters and bodies follow from the models in `api.requests`, replies to error
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
 import msgspec
 
 from softlabels import errors, wire
+from softlabels.order import EpochConfig
 from softlabels_server.api.problems import MEDIA_TYPE as PROBLEM_TYPE
 from softlabels_server.api.problems import Problem
 from softlabels_server.api.replies import MEDIA_TYPES
-from softlabels_server.api.requests import BatchQuery, BatchRequest, EpochQuery
+from softlabels_server.api.requests import BatchQuery, BatchRequest, RowOptions
 
 BATCH_PATH = "/v1/stores/{name}/batch"
 EPOCH_PATH = "/v1/stores/{name}/epochs/{epoch}"
-CONSTANTS_PATH = "/v1/stores/{name}/constants"
 
 _REFERENCE = "#/components/schemas/{name}"
 _PROBLEM_CONTENT = {PROBLEM_TYPE: {"schema": {"$ref": _REFERENCE.format(name="Problem")}}}
@@ -67,6 +68,18 @@ _EXAMPLES = {
     "string ids": {"summary": "A store whose ids are strings", "value": {"ids": ["n01440764/10026.JPEG"]}},
 }
 
+_EPOCH_FIELDS = {
+    "seed": "training seed, 0 … 2⁶⁴ − 1",
+    "batch_size": "samples in a batch, at least 1",
+    "rank": "rank of the client",
+    "world_size": "number of ranks that share the epoch",
+    "cursor": "samples that all ranks together have taken; the stream starts there",
+    "shuffle": "`false` for the store's own order",
+    "block": "shuffle blocks of this many consecutive samples",
+    "remainder": "what becomes of the samples that do not fill a last step",
+    "view": "view of every sample; default: the epoch number modulo the number of views",
+}
+
 _NAME = {
     "name": "name",
     "in": "path",
@@ -90,20 +103,28 @@ def _schema_of(model: type[msgspec.Struct]) -> dict[str, Any]:
     return schema
 
 
-def _query_parameters(model: type[msgspec.Struct]) -> list[dict[str, Any]]:
-    """Return the query parameters that a model stands for; lists are written with commas."""
+def _query_parameters(
+    model: type[msgspec.Struct], descriptions: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Return the query parameters that a model stands for; lists are written with commas.
+
+    Args:
+        model: model of the query string.
+        descriptions: fields to list and their descriptions; None takes all from the model.
+    """
     schema = _schema_of(model)
+    fields = {name: part for name, part in schema["properties"].items() if descriptions is None or name in descriptions}
     return [
         {
             "name": name,
             "in": "query",
             "required": name in schema.get("required", ()),
-            "description": described["description"],
-            "schema": {key: value for key, value in described.items() if key != "description"},
+            "description": descriptions[name] if descriptions else part["description"],
+            "schema": {key: value for key, value in part.items() if key != "description"},
             "style": "form",
             "explode": False,
         }
-        for name, described in schema["properties"].items()
+        for name, part in fields.items()
     ]
 
 
@@ -168,7 +189,13 @@ def _epoch_operation() -> dict[str, Any]:
         "Safetensors files end to end, one for each batch, and at the end one without arrays that says how many there "
         "were. The order follows from the store's digest, the seed and the epoch number.",
         "epoch",
-        parameters=[_NAME, epoch, _IF_MATCH, *_query_parameters(EpochQuery)],
+        parameters=[
+            _NAME,
+            epoch,
+            _IF_MATCH,
+            *_query_parameters(EpochConfig, _EPOCH_FIELDS),
+            *_query_parameters(RowOptions),
+        ],
         responses={
             "200": {
                 "description": "The stream. Metadata of a frame: those of a batch reply, `cursor` and `repeated`.",
@@ -177,21 +204,6 @@ def _epoch_operation() -> dict[str, Any]:
             },
             "406": _problem("No available format is acceptable"),
             **_ROW_PROBLEMS,
-            **PROBLEMS,
-        },
-    )
-
-
-def _constants_operation() -> dict[str, Any]:
-    return _operation(
-        "Arrays that the encoding learned for this store",
-        "A safetensors file of the arrays that decoding needs; without arrays for most encodings.",
-        "constants",
-        parameters=[_NAME, _header("If-None-Match", "ETag of the client's copy")],
-        responses={
-            "200": {"description": "The arrays; `ETag` is the store's digest", "content": {wire.MEDIA_TYPE: _FILE}},
-            "304": {"description": "The client's copy is of this version"},
-            "404": NOT_FOUND,
             **PROBLEMS,
         },
     )
@@ -210,7 +222,6 @@ def complete(document: dict[str, Any], *, with_token: bool) -> dict[str, Any]:
     document["paths"] |= {
         BATCH_PATH: {"post": _batch_operation()},
         EPOCH_PATH: {"get": _epoch_operation()},
-        CONSTANTS_PATH: {"get": _constants_operation()},
     }
     if with_token:
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}

@@ -23,7 +23,7 @@ from softlabels.documents import Document, parse_document
 from softlabels.errors import BadIdsError, BatchTooLargeError, EmptyBatchError, RequestError, UnknownIdError
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import Manifest
-from softlabels.order import Remainder
+from softlabels.order import EpochConfig
 from softlabels_server.fast_path.response_plan import COLUMN_WIDTHS, split_columns
 from softlabels_server.settings import Settings
 
@@ -31,13 +31,12 @@ TARGETS = "targets"
 """In `fields`: every array of the store's encoding."""
 
 _LISTS = frozenset({"fields", "columns"})
-_NUMBERS = frozenset({"seed", "rank", "world_size", "batch_size", "cursor", "block", "view"})
+_NUMBERS = frozenset(EpochConfig.__struct_fields__) - {"shuffle", "remainder"}
 
 Int64: TypeAlias = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
-Count: TypeAlias = Annotated[int, Meta(ge=0)]
 Span: TypeAlias = Annotated[list[Int64], Meta(min_length=2, max_length=2)]
 
-Q = TypeVar("Q", bound="RowOptions")
+Q = TypeVar("Q", bound=Document)
 
 
 class RowOptions(Document, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,26 +127,6 @@ class BatchQuery(BatchOptions, frozen=True, kw_only=True, forbid_unknown_fields=
         """Refuse columns in another order or repeated ones."""
         if self.columns[0] != "ids" or len(set(self.columns)) != len(self.columns):
             raise ValueError("columns must begin with ids and name each column once, as columns=ids,views")
-
-
-class EpochQuery(RowOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Query string of an epoch request. `softlabels.order.EpochConfig` checks what depends on other values."""
-
-    seed: Annotated[Count, Meta(description="training seed, 0 … 2⁶⁴ − 1")]
-    batch_size: Annotated[Count, Meta(description="samples in a batch, at least 1")]
-    rank: Annotated[Count, Meta(description="rank of the client among `world_size`")] = 0
-    world_size: Annotated[Count, Meta(description="number of ranks that share the epoch")] = 1
-    cursor: Annotated[
-        Count, Meta(description="samples that all ranks together have taken; the stream starts there")
-    ] = 0
-    shuffle: Annotated[bool, Meta(description="`false` for the store's own order")] = True
-    block: Annotated[Count | None, Meta(description="shuffle blocks of this many consecutive samples")] = None
-    remainder: Annotated[Remainder, Meta(description="what becomes of the samples that do not fill a last step")] = (
-        "split"
-    )
-    view: Annotated[
-        Count | None, Meta(description="view of every sample; default: the epoch number modulo the number of views")
-    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

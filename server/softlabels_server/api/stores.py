@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from fastapi import APIRouter, Header, Path, Request, Response
 from pydantic import BaseModel, Field
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from softlabels import __version__, wire
 from softlabels.problem_details import to_problem
-from softlabels_server.api.batch import opened
 from softlabels_server.api.openapi import NOT_FOUND, PROBLEMS
 from softlabels_server.api.requests import etag_of, names_digest
 from softlabels_server.catalog import BrokenStore, ServedStore, StoreFolder
@@ -21,6 +16,19 @@ from softlabels_server.fast_path.safetensors_header import DIGEST_HEADER
 
 CONSTANTS_PATH = "/v1/stores/{name}/constants"
 CONSTANTS_FORMAT = "softlabels-constants/1"
+
+StoreName: TypeAlias = Annotated[str, Path(description="name of the store")]
+IfNoneMatch: TypeAlias = Annotated[str | None, Header(description="ETag of the client's copy")]
+
+_MAY_BE_CACHED: dict[int | str, dict[str, Any]] = {
+    304: {"description": "The client's copy is of this version"},
+    404: NOT_FOUND,
+    **PROBLEMS,
+}
+_CONSTANTS_REPLY = {
+    "description": "The arrays; `ETag` is the store's digest",
+    "content": {wire.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+}
 
 
 class Health(BaseModel):
@@ -81,14 +89,10 @@ def make_router(stores: StoreFolder) -> APIRouter:
         "/v1/stores/{name}",
         summary="Describe a store",
         tags=["stores"],
-        responses={304: {"description": "The client's copy is of this version"}, 404: NOT_FOUND, **PROBLEMS},
+        responses=_MAY_BE_CACHED,
         response_model=StoreDescription,
     )
-    def describe_store(
-        response: Response,
-        name: Annotated[str, Path(description="name of the store")],
-        if_none_match: Annotated[str | None, Header(description="ETag of the client's copy")] = None,
-    ) -> Any:
+    def describe_store(response: Response, name: StoreName, if_none_match: IfNoneMatch = None) -> Any:
         store = stores.get(name)
         headers = {"ETag": etag_of(store.digest), "Cache-Control": "no-cache"}
         if names_digest(if_none_match, store.digest):
@@ -99,39 +103,26 @@ def make_router(stores: StoreFolder) -> APIRouter:
             name=store.name, digest=store.digest, finished=manifest.finished, manifest=manifest.to_json()
         )
 
-    return router
-
-
-class ConstantsEndpoint:
-    """Answers with the arrays that a store's encoding learned; with a file of no arrays for most encodings.
-
-    Args:
-        stores: stores to serve.
-    """
-
-    def __init__(self, stores: StoreFolder) -> None:
-        self._stores = stores
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the arrays, or 304 to a client that holds those of this version."""
-        store = await opened(self._stores, scope)
+    @router.head(CONSTANTS_PATH, include_in_schema=False)
+    @router.get(
+        CONSTANTS_PATH,
+        summary="Arrays that the encoding learned for this store",
+        description="A safetensors file of the arrays that decoding needs; without arrays for most encodings.",
+        tags=["stores"],
+        operation_id="constants",
+        response_class=Response,
+        responses={200: _CONSTANTS_REPLY, **_MAY_BE_CACHED},
+    )
+    def constants(name: StoreName, if_none_match: IfNoneMatch = None) -> Response:
+        store = stores.get(name)
         headers = {"ETag": etag_of(store.digest), "Cache-Control": "no-cache", DIGEST_HEADER: store.digest}
-        if names_digest(Headers(scope=scope).get("if-none-match"), store.digest):
-            reply = Response(status_code=304, headers=headers)
-        else:
-            body = await run_in_threadpool(_constants_file, store)
-            reply = Response(body, media_type=wire.MEDIA_TYPE, headers=headers)
-        await reply(scope, receive, send)
+        if names_digest(if_none_match, store.digest):
+            return Response(status_code=304, headers=headers)
+        metadata = {"format": CONSTANTS_FORMAT, "store": store.name, "digest": store.digest}
+        file = wire.to_bytes(store.encoding.constants, metadata)
+        return Response(file, media_type=wire.MEDIA_TYPE, headers=headers)
 
-
-def make_constants_route(stores: StoreFolder) -> Route:
-    """Return the constants route over these stores."""
-    return Route(CONSTANTS_PATH, ConstantsEndpoint(stores), methods=["GET"], name="constants")
-
-
-def _constants_file(store: ServedStore) -> bytes:
-    metadata = {"format": CONSTANTS_FORMAT, "store": store.name, "digest": store.digest}
-    return wire.to_bytes(store.encoding.constants, metadata)
+    return router
 
 
 def _entry(store: ServedStore | BrokenStore, *, base: str) -> StoreSummary | UnreadableStore:

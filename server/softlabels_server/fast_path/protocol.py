@@ -18,73 +18,30 @@ from numpy.typing import NDArray
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from softlabels_server.fast_path.response_plan import (
-    EXTENSION as PLANS_EXTENSION,
-)
-from softlabels_server.fast_path.response_plan import (
     MAX_HEAD_BYTES,
     MAX_RESPONSE_PLANS,
+    PLANS_EXTENSION,
     ResponsePlan,
     ResponsePlans,
 )
 from softlabels_server.fast_path.safetensors_header import as_buffer
-from softlabels_server.fast_path.socket_writer import EXTENSION as SOCKET_EXTENSION
-from softlabels_server.fast_path.socket_writer import SocketAccess
+from softlabels_server.fast_path.socket_writer import SOCKET_EXTENSION, SocketAccess
 
 MAX_HEADER_BYTES = 64 << 10
 """The limit of h11, uvicorn's other parser; real request headers are far smaller."""
 
 
-class HeaderLimits(asyncio.Protocol):
-    """Closes a connection whose request header takes too long or is too large. A base class before uvicorn's protocol.
+class FastPathProtocol(asyncio.Protocol):
+    """A base class before uvicorn's HTTP protocol: header limits, and replies to requests that have a response plan.
 
-    uvicorn 0.54 has neither limit: a connection that sends half a header, or nothing, is held for ever, and httptools
-    takes headers of any size. Bodies are limited in `api.requests.read_body`, idle connections by uvicorn's keep-alive.
+    uvicorn 0.54 limits neither time nor size of a request's header: a connection that sends half a header, or nothing,
+    is held for ever. Bodies are limited in `api.requests.read_body`, idle connections by uvicorn's keep-alive timeout.
+    tests/server/fast_path/test_uvicorn_internals.py checks what is used of uvicorn beyond its documentation.
     """
 
     header_timeout_s: float
-    cycle: Any  # uvicorn's RequestResponseCycle: the request under way or just answered, None before the first
-    transport: asyncio.Transport
-    _deadline: asyncio.TimerHandle | None = None
-    _header_bytes = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start the timeout of the first request."""
-        super().connection_made(transport)
-        self._await_header()
-
-    def data_received(self, data: bytes) -> None:
-        """Pass bytes on, then check whether they completed a header."""
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.stop_waiting_for_header()
-            return
-        self._await_header()
-        self._header_bytes += len(data)
-        if self._header_bytes > MAX_HEADER_BYTES:
-            self.transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timeout."""
-        self.stop_waiting_for_header()
-        super().connection_lost(exc)
-
-    def stop_waiting_for_header(self) -> None:
-        """Cancel the timeout: a whole request has arrived."""
-        self._header_bytes = 0
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _await_header(self) -> None:
-        if self._deadline is None:
-            loop = asyncio.get_running_loop()
-            self._deadline = loop.call_later(self.header_timeout_s, self.transport.close)
-
-
-class FastPathProtocol(asyncio.Protocol):
-    """Answers requests that have a response plan. A base class before uvicorn's `HttpToolsProtocol`."""
-
     response_plans: ResponsePlans
+    # Attributes of uvicorn's protocol. `cycle` is the request under way or just answered, None before the first.
     transport: asyncio.Transport
     cycle: Any
     scope: Any
@@ -93,27 +50,29 @@ class FastPathProtocol(asyncio.Protocol):
     timeout_keep_alive: float
     timeout_keep_alive_task: asyncio.TimerHandle | None
     expect_100_continue: bool
-    flow: Any
-    stop_waiting_for_header: Callable[[], None]
+    _header_deadline: asyncio.TimerHandle | None = None
+    _header_bytes = 0
     _head: bytes | None = None
     _in_message = False
     _answered_s = 0.0
     _descriptor = -1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Note whether bytes may be written to the socket directly, which TLS rules out."""
+        """Start the header timeout; note whether bytes may be written to the socket directly, which TLS rules out."""
         super().connection_made(transport)
+        self._await_header()
         sock = transport.get_extra_info("socket")
         if sock is not None and transport.get_extra_info("ssl_object") is None and not isinstance(sock, ssl.SSLSocket):
             self._descriptor = sock.fileno()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the descriptor, whose number may name another file from now on."""
+        """Cancel the timeout, and forget the descriptor, whose number may name another file from now on."""
         self._descriptor = -1
+        self._stop_waiting_for_header()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Answer a request that has a response plan, or pass the bytes on."""
+        """Answer a request that has a response plan, or pass the bytes on and check the header limits."""
         if self._descriptor >= 0 and self._is_between_requests():
             end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
             if end > 4:
@@ -123,6 +82,13 @@ class FastPathProtocol(asyncio.Protocol):
                     return
                 self._head = head
         super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting_for_header()
+            return
+        self._await_header()
+        self._header_bytes += len(data)
+        if self._header_bytes > MAX_HEADER_BYTES:
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         """Let the application keep a plan for the request that begins, if its head came in one piece."""
@@ -161,6 +127,18 @@ class FastPathProtocol(asyncio.Protocol):
             and not transport.is_closing()
         )
 
+    def _await_header(self) -> None:
+        if self._header_deadline is None:
+            loop = asyncio.get_running_loop()
+            self._header_deadline = loop.call_later(self.header_timeout_s, self.transport.close)
+
+    def _stop_waiting_for_header(self) -> None:
+        """Cancel the timeout: a whole request has arrived."""
+        self._header_bytes = 0
+        if self._header_deadline is not None:
+            self._header_deadline.cancel()
+            self._header_deadline = None
+
     def _keep(self, head: bytes, scope: Any, make: Callable[[], ResponsePlan]) -> None:
         cycle = self.cycle
         if cycle.scope is not scope or not cycle.keep_alive or self.expect_100_continue:
@@ -173,7 +151,7 @@ class FastPathProtocol(asyncio.Protocol):
         arrays = plan.answer(memoryview(data)[body_begin:])
         if arrays is None:
             return False
-        self.stop_waiting_for_header()
+        self._stop_waiting_for_header()
         date = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
         self._send([b"HTTP/1.1 200 OK\r\n" + date + plan.head + plan.layout.header, *arrays])
         self.server_state.total_requests += 1
@@ -204,8 +182,7 @@ class FastPathProtocol(asyncio.Protocol):
 def make_protocol(*, header_timeout_s: float) -> type[asyncio.Protocol]:
     """Return uvicorn's HTTP protocol with header limits and, where httptools is installed, the fast path.
 
-    h11, the parser that uvicorn falls back to, has no message callbacks for the fast path to hook into.
+    With h11, the parser that uvicorn falls back to, `on_message_begin` is never called, so that no plan is kept.
     """
-    parses_in_c = hasattr(AutoHTTPProtocol, "on_message_begin")
-    bases = (FastPathProtocol, HeaderLimits, AutoHTTPProtocol) if parses_in_c else (HeaderLimits, AutoHTTPProtocol)
-    return type("SoftLabelsProtocol", bases, {"header_timeout_s": header_timeout_s, "response_plans": {}})
+    attributes = {"header_timeout_s": header_timeout_s, "response_plans": {}}
+    return type("SoftLabelsProtocol", (FastPathProtocol, AutoHTTPProtocol), attributes)

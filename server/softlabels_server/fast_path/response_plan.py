@@ -22,7 +22,7 @@ from softlabels.manifest import IDS
 from softlabels_server.catalog import ServedStore, StoreFolder
 from softlabels_server.fast_path.safetensors_header import ReplyLayout, layout_for, reply_headers
 
-EXTENSION = "softlabels.response_plans"
+PLANS_EXTENSION = "softlabels.response_plans"
 """ASGI scope extension: a function that keeps a plan for the head of this request."""
 
 MAX_RESPONSE_PLANS = 1024
@@ -80,7 +80,7 @@ ResponsePlans: TypeAlias = dict[bytes, ResponsePlan]
 
 def plan_keeper(scope: Scope) -> Callable[[Callable[[], ResponsePlan]], None] | None:
     """Return the function that keeps a plan for this request, or None where the protocol offers none."""
-    keep: Callable[[Callable[[], ResponsePlan]], None] | None = scope.get("extensions", {}).get(EXTENSION)
+    keep: Callable[[Callable[[], ResponsePlan]], None] | None = scope.get("extensions", {}).get(PLANS_EXTENSION)
     return keep
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from starlette.types import Scope, Send
 
 from softlabels_server.fast_path.safetensors_header import as_buffer
 
-EXTENSION = "softlabels.socket_access"
+SOCKET_EXTENSION = "softlabels.socket_access"
 """ASGI scope extension: the `SocketAccess` of this request."""
 
 WRITABLE_TIMEOUT_MS = 20
@@ -107,27 +107,31 @@ class ThreadedWriter:
 
     def __init__(self, access: SocketAccess) -> None:
         self._access = access
+        self._written = 0
 
     async def send_all(self, chunks: Iterator[Chunk], size: AdaptiveChunkSize, *, stall_timeout_s: float) -> bool:
         """Send all chunks; return False where the client is gone or took longer than the timeout for one.
 
+        Args:
+            chunks: buffers to send; each chunk is gathered when it is asked for.
+            size: is told how much the reader took.
+            stall_timeout_s: how long the reader may take for what is left of a chunk.
         Raises: what gathering a chunk raises; the connection is then closed.
         """
         access = self._access
         if not await access.drain():
             return False
         descriptor = access.duplicate_descriptor()
-        writer = ChunkWriter(descriptor, chunks, size, access.is_closed)
         try:
-            while (left := await run_in_threadpool(writer.run)) is not None:
-                access.account(writer.take_count())
+            while (left := await run_in_threadpool(self._write_chunks, descriptor, chunks, size)) is not None:
+                self._account()
                 if access.is_closed():
                     return False
                 access.write(left)
                 async with asyncio.timeout(stall_timeout_s):
                     if not await access.drain():
                         return False
-            access.account(writer.take_count())
+            self._account()
             return True
         except TimeoutError:
             return False  # the reader stopped; it can resume at its cursor
@@ -138,49 +142,34 @@ class ThreadedWriter:
         """Close the connection in the middle of the reply."""
         self._access.abort()
 
+    def _account(self) -> None:
+        # In the event loop, since uvicorn's cycle is not thread-safe.
+        count, self._written = self._written, 0
+        self._access.account(count)
 
-class ChunkWriter:
-    """Gathers chunks and writes them to a socket, in a thread.
-
-    Args:
-        descriptor: non-blocking socket.
-        chunks: buffers to write; each chunk is gathered when it is asked for.
-        size: is told how much the reader took.
-        is_closed: whether to stop.
-    """
-
-    def __init__(
-        self, descriptor: int, chunks: Iterator[Chunk], size: AdaptiveChunkSize, is_closed: Callable[[], bool]
-    ) -> None:
-        self._descriptor, self._chunks, self._size, self._is_closed = descriptor, chunks, size, is_closed
-        self._written = 0
-        self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
-
-    def run(self) -> list[memoryview] | None:
+    def _write_chunks(
+        self, descriptor: int, chunks: Iterator[Chunk], size: AdaptiveChunkSize
+    ) -> list[memoryview] | None:
         """Write until done (None) or until the socket had no room for a while; return what is left of that chunk."""
-        for chunk in self._chunks:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        for chunk in chunks:
             left = [as_view(buffer) for buffer in chunk]
             while left:
                 try:
-                    count = os.writev(self._descriptor, left)
+                    count = os.writev(descriptor, left)
                 except BlockingIOError:
-                    if self._is_closed() or not self._poll.poll(WRITABLE_TIMEOUT_MS):
-                        self._size.paused()
+                    if self._access.is_closed() or not poll.poll(WRITABLE_TIMEOUT_MS):
+                        size.paused()
                         # Copied, so that a waiting reader holds only what it has not read, not whole arrays.
                         return [memoryview(bytes(buffer)) for buffer in left]
                     continue
                 except OSError:
                     return left  # the client is gone, as the event loop will find
                 self._written += count
-                self._size.took(count)
+                size.took(count)
                 left = _skip(left, count)
         return None
-
-    def take_count(self) -> int:
-        """Return the number of bytes written since the last call."""
-        count, self._written = self._written, 0
-        return count
 
 
 class AsgiWriter:
@@ -203,7 +192,7 @@ class AsgiWriter:
 
 def writer_for(scope: Scope, send: Send) -> ThreadedWriter | AsgiWriter:
     """Return the fastest writer for a reply to this request."""
-    access: SocketAccess | None = scope.get("extensions", {}).get(EXTENSION)
+    access: SocketAccess | None = scope.get("extensions", {}).get(SOCKET_EXTENSION)
     return AsgiWriter(send) if access is None else ThreadedWriter(access)
 
 

@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -36,7 +36,8 @@ SHORT_LIFE_S = 10.0
 RESTART_DELAY_S = 1.0
 """Delay before such a worker is restarted."""
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POLL_S = 0.1
+"""How often the supervisor looks at its workers: as often as uvicorn looks whether it should stop."""
 
 
 @dataclass(kw_only=True)
@@ -91,16 +92,34 @@ class WorkerSupervisor:
         """
         # Started now, because its start unblocks SIGINT, which `_start` has to block.
         resource_tracker.ensure_running()
-        with self._signals_caught() as wake:
-            try:
-                while not self._signal_count:
-                    for worker in self._workers:
-                        if worker.process is None and worker.restart_s <= time.monotonic():
-                            self._start(worker)
-                    self._wait(wake)
-                    self._check_workers()
-            finally:
-                self._stop(wake)
+        before = {number: signal.signal(number, self._count_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while not self._signal_count:
+                for worker in self._workers:
+                    self._check(worker)
+                if not self._is_announced and all(worker.was_ready for worker in self._workers):
+                    self._is_announced = True
+                    self._announce()
+                time.sleep(POLL_S)
+        finally:
+            self._stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _check(self, worker: _Worker) -> None:
+        """Start a worker that is due, note whether it is ready, clear away one that ended."""
+        process = worker.process
+        if process is None:
+            if worker.restart_s <= time.monotonic():
+                self._start(worker)
+            return
+        if worker.ready is not None and worker.ready.poll():
+            with contextlib.suppress(EOFError):  # it ended before it was ready
+                worker.was_ready |= worker.ready.recv_bytes(16) == b"ready"
+            worker.ready.close()
+            worker.ready = None
+        if process.exitcode is not None and not self._signal_count:
+            self._reap(worker, process)
 
     def _start(self, worker: _Worker) -> None:
         reader, writer = self._context.Pipe(duplex=False)
@@ -119,28 +138,6 @@ class WorkerSupervisor:
         writer.close()
         worker.process, worker.ready, worker.started_s = process, reader, time.monotonic()
 
-    def _wait(self, wake: socket.socket) -> None:
-        """Sleep until a worker is ready or ends, a signal comes, or a restart is due."""
-        awaited: list[Connection | socket.socket | int] = [wake]
-        awaited += [worker.process.sentinel for worker in self._workers if worker.process is not None]
-        awaited += [worker.ready for worker in self._workers if worker.ready is not None]
-        restarts = [worker.restart_s for worker in self._workers if worker.process is None]
-        wait(awaited, timeout=max(0.0, min(restarts) - time.monotonic()) if restarts else None)
-
-    def _check_workers(self) -> None:
-        """Note which workers are ready, and clear away those that ended."""
-        for worker in self._workers:
-            if worker.ready is not None and worker.ready.poll():
-                with contextlib.suppress(EOFError):  # it ended before it was ready
-                    worker.was_ready |= worker.ready.recv_bytes(16) == b"ready"
-                worker.ready.close()
-                worker.ready = None
-            if worker.process is not None and worker.process.exitcode is not None and not self._signal_count:
-                self._reap(worker, worker.process)
-        if not self._is_announced and all(worker.was_ready for worker in self._workers):
-            self._is_announced = True
-            self._announce()
-
     def _reap(self, worker: _Worker, process: SpawnProcess) -> None:
         how = _describe_exit(process.exitcode or 0)
         if not self._is_announced:
@@ -157,7 +154,7 @@ class WorkerSupervisor:
             worker.ready = None
         self._say(f"worker {worker.number} {how} and is started again; its clients connect to the others meanwhile")
 
-    def _stop(self, wake: socket.socket) -> None:
+    def _stop(self) -> None:
         """Tell all workers to stop, wait for them, and kill those that take too long or if a second signal comes."""
         processes = [worker.process for worker in self._workers if worker.process is not None]
         for process in processes:
@@ -165,32 +162,13 @@ class WorkerSupervisor:
         signals_before = max(self._signal_count, 1)
         # Longer than uvicorn grants replies, since a worker may still be importing.
         deadline_s = time.monotonic() + self._settings.shutdown_timeout_s + 5.0
-        while (left := [p for p in processes if p.exitcode is None]) and self._signal_count <= signals_before:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
+        while any(process.exitcode is None for process in processes):
+            if self._signal_count > signals_before or time.monotonic() > deadline_s:
                 break
-            with contextlib.suppress(BlockingIOError):
-                wake.recv(4096)
-            wait([wake, *(process.sentinel for process in left)], timeout=left_s)
+            time.sleep(POLL_S)
         for process in processes:
             process.kill()
             process.join()
-
-    @contextlib.contextmanager
-    def _signals_caught(self) -> Iterator[socket.socket]:
-        """Count SIGINT and SIGTERM, and yield a socket that becomes readable with each."""
-        wake, waker = socket.socketpair()
-        with wake, waker:
-            wake.setblocking(False)
-            waker.setblocking(False)
-            before = {number: signal.signal(number, self._count_signal) for number in _STOP_SIGNALS}
-            fd_before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-            try:
-                yield wake
-            finally:
-                signal.set_wakeup_fd(fd_before)
-                for number, handler in before.items():
-                    signal.signal(number, handler)
 
     def _count_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal_count += 1
