@@ -1,4 +1,8 @@
-"""How a file comes to be whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+"""Atomic files: a file appears whole or not at all (temporary file, fsync, rename, fsync of the folder).
+
+The order matters after a power failure: a rename may reach the disk before the contents that were not synced, which
+leaves an empty file under the final name; and without an fsync of the folder the rename itself may be lost.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,22 @@ from typing import Any, TypeAlias
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 TEMPORARY = ".part"
-"""Ending of a file that is still being written; such a file is never read, and purged by the next writer."""
+"""Ending of a file that is still being written: never read, and removed by the next writer."""
 
 _WRITE_BYTES = 8 << 20
-"""One write call at most: large enough to stream, small enough that Ctrl-C is heard."""
+"""Most bytes of one write call: large enough for full speed, small enough that Ctrl-C is noticed soon."""
 
-_MOST_BUFFERS = 512
-"""One write call takes: POSIX promises 16, Linux and macOS take 1,024."""
+_MAX_BUFFERS = 512
+"""Most buffers of one write call (IOV_MAX): POSIX promises 16, Linux and macOS take 1,024."""
 
 
 def write_atomically(path: Path, buffers: Iterable[Buffer], *, staging: Path | None = None) -> tuple[int, str]:
     """Write a file so that, whatever fails, `path` is the old file, the new one, or absent, and never half of one.
 
     Args:
-        path: the final place; its folder is made where it is missing.
+        path: final path; its folder is created if missing.
         buffers: contents, in order.
-        staging: the temporary file, on the same file system; beside `path` when left out.
+        staging: path of the temporary file, on the same file system; beside `path` when left out.
     Returns:
         Size in bytes and SHA-256 in hex.
     Raises:
@@ -47,8 +51,29 @@ def write_atomically(path: Path, buffers: Iterable[Buffer], *, staging: Path | N
     return size, digest
 
 
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there replaces `path` once the context ends well.
+
+    For libraries that write to a path of their own accord; its folder must exist.
+
+    Raises:
+        OSError: as the operating system reports it; an existing file at `path` is unchanged.
+    """
+    # With the process's number, since two processes may write the same file at once; the last one wins.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, each of them durable."""
+    """Create a folder and its parents, durably."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -57,14 +82,14 @@ def make_folder(path: Path) -> None:
     try:
         sync_folder(path.parent)
     except OSError:
-        # Or the next attempt would find the folder there and take it for durable.
+        # Otherwise the next attempt would find the folder and take it for durable.
         with contextlib.suppress(OSError):
             path.rmdir()
         raise
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable: after a power loss a renamed file is where it was renamed to."""
+    """Make the names in a folder durable, so that a renamed file keeps its new name after a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,13 +98,13 @@ def sync_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's contents, in hex."""
+    """Return the SHA-256 of a file's contents, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def purge(folder: Path) -> list[Path]:
-    """Remove the temporary files directly in a folder; returns what was removed."""
+    """Remove the temporary files directly inside a folder; return their paths."""
     removed = []
     for path in sorted(folder.glob("*" + TEMPORARY)) if folder.is_dir() else []:
         path.unlink(missing_ok=True)
@@ -105,9 +130,9 @@ def _write_and_sync(path: Path, buffers: Iterable[Buffer]) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def _hashing_beside() -> Iterator[tuple[Callable[[list[memoryview]], None], Any]]:
-    """SHA-256 of what is fed, done when the context ends; in a thread, unless there is little of it.
+    """Compute SHA-256 while the file is written: in a thread, unless there is little to hash.
 
-    SHA-256 runs at the disk's own speed, so one after the other they would take twice as long. Both leave Python alone.
+    SHA-256 runs at about the disk's speed, so one after the other would take twice as long; both release the GIL.
     """
     digest = hashlib.sha256()
     pending: list[Future[None]] = []
@@ -120,7 +145,7 @@ def _hashing_beside() -> Iterator[tuple[Callable[[list[memoryview]], None], Any]
 
         def feed(batch: list[memoryview]) -> None:
             if pending or sum(map(len, batch)) >= _WRITE_BYTES // 2:
-                # A copy of the list: what was written is taken off the other one.
+                # A copy of the list, since `_write_all` replaces entries that were written in part.
                 pending.append(beside.submit(update, list(batch)))
             else:
                 update(batch)
@@ -131,7 +156,7 @@ def _hashing_beside() -> Iterator[tuple[Callable[[list[memoryview]], None], Any]
 
 
 def _batches(buffers: Iterable[Buffer]) -> Iterator[list[memoryview]]:
-    """Buffers in groups of about one write call's size."""
+    """Group buffers into batches of at most one write call."""
     batch: list[memoryview] = []
     room = _WRITE_BYTES
     for buffer in buffers:
@@ -140,7 +165,7 @@ def _batches(buffers: Iterable[Buffer]) -> Iterator[list[memoryview]]:
             piece, view = view[:room], view[room:]
             batch.append(piece)
             room -= len(piece)
-            if not room or len(batch) == _MOST_BUFFERS:
+            if not room or len(batch) == _MAX_BUFFERS:
                 yield batch
                 batch, room = [], _WRITE_BYTES
     if batch:

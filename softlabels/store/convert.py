@@ -1,4 +1,4 @@
-"""How does a finished store come into another container, bit by bit the same?"""
+"""Conversion of a finished store to another container or compression; its rows stay the same, bit by bit."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from softlabels.store.store_reader import LocalRows
 from softlabels.store.writer import StoreWriter
 from softlabels.transfer_set import FingerprintSum
 
-MAX_BESIDE_BYTES = 1 << 40
-"""Files beside the rows that were known before these: offsets of sequences, what an encoding learnt."""
+MAX_METADATA_BYTES = 1 << 40
+"""Largest file beside the rows: offsets of sequences, learnt arrays of an encoding."""
 
 
 def convert_store(
@@ -34,19 +34,21 @@ def convert_store(
     compression: str | None = None,
     advance: Callable[[int], object] = lambda rows: None,
 ) -> Manifest:
-    """Copy a finished store into another container, chunk by verified chunk; interrupted, it goes on where it stopped.
+    """Copy a finished store into another container, verifying every chunk; continue where it was interrupted.
 
-    The plan stays the same but for container and compression, and so do the versions that it records: they are those
-    that made the targets. So a store that is converted there and back ends as the very store it was, digest included.
+    The plan stays the same except for container and compression. The library versions in it stay too, since they made
+    the targets. So a store that is converted there and back is the same store again, digest included.
 
     Args:
-        container: the source's own when left out.
-        compression: of chunks, for archives; None leaves rows their addresses.
-        advance: told how many rows are there, as shards come to be.
+        source: folder of the store to copy.
+        target: folder of the new store.
+        container: container of the new store; the source's when left out.
+        compression: compression of chunks, for archives; None for fixed-size chunks.
+        advance: called with the number of rows of each shard that is done.
     Returns:
         The manifest of the new store.
     Raises:
-        RowsNotCommittedError: the source is unfinished. JobError: a compression that the container does not know.
+        RowsNotCommittedError: the source is unfinished. JobError: the container has no such compression.
         ChecksumError, TruncatedError, ManifestError: the source is damaged. StoreExistsError, ShardClaimedError.
     """
     rows = LocalRows(source)
@@ -54,8 +56,8 @@ def convert_store(
         raise RowsNotCommittedError(f"{source} is unfinished: run `softlabels resume {source}`, then convert it")
     plan = _plan(load_plan(source), container, compression)
     ledger = Ledger(source, plan_sha256=plan_digest(rows.manifest))
-    beside = {path: _beside(source, path, sha256) for path, sha256 in plan.metadata_sha256.items()}
-    writer = StoreWriter.create_with_files(target, plan, beside)
+    files = {path: _metadata_file(source, path, sha256) for path, sha256 in plan.metadata_sha256.items()}
+    writer = StoreWriter.create_with_files(target, plan, files)
     missing = writer.missing_shards()
     advance(plan.rows - sum(len(shard_rows(plan, shard)) for shard in missing))
     for shard in missing:
@@ -75,14 +77,14 @@ def _plan(plan: Manifest, container: Container | None, compression: str | None) 
     chosen = container or plan.container
     if compression is not None and compression not in COMPRESSIONS[chosen]:
         raise JobError(
-            f"{chosen} chunks cannot be compressed with {compression}: any reader of {chosen} knows "
-            f"{' and '.join(COMPRESSIONS[chosen])}, the rest would need plugins"
+            f"{chosen} chunks cannot be compressed with {compression}: every reader of {chosen} supports "
+            f"{' and '.join(COMPRESSIONS[chosen])}, others would need plugins"
         )
     return replace(plan, container=chosen, shards=replace(plan.shards, compression=compression))
 
 
 def _arrays(rows: LocalRows, shard: int, receipt: Receipt) -> dict[str, NDArray[Any]]:
-    """The arrays of a shard as they are stored, every chunk verified, and the samples those that the receipt names."""
+    """Return the arrays of a shard as stored, with every chunk and the receipt's fingerprint verified."""
     manifest = rows.manifest
     span = shard_rows(manifest, shard)
     arrays = rows.fetch_rows(np.arange(span.start, span.stop, dtype=np.int64), tuple(manifest.arrays))
@@ -96,8 +98,8 @@ def _arrays(rows: LocalRows, shard: int, receipt: Receipt) -> dict[str, NDArray[
     return arrays
 
 
-def _beside(source: Path, path: str, sha256: str) -> bytes:
-    contents = safe_read(source, path, max_bytes=MAX_BESIDE_BYTES)
+def _metadata_file(source: Path, path: str, sha256: str) -> bytes:
+    contents = safe_read(source, path, max_bytes=MAX_METADATA_BYTES)
     if hashlib.sha256(contents).hexdigest() != sha256:
         raise ChecksumError(f"{source / path} is not what was written: run `softlabels verify {source}`", path=path)
     return contents

@@ -1,8 +1,8 @@
-"""How a store lies in HDF5: one file a shard, and `store.h5`, whose virtual datasets show them all as one.
+"""HDF5 container: one file per shard, and `store.h5`, whose virtual datasets show all shards as one.
 
-h5py lays a shard's file out once, in memory, with room for its chunks; rows and their Fletcher-32 sums are then put in
-that room by ourselves. So the file is written as every other is (h5py reports nothing when a disk is full, and crashes
-on closing), its bytes are the same each time, and no library call is made a shard.
+h5py lays out a shard's file once, in memory, with room for its chunks (a template); rows and their Fletcher-32
+checksums are then put in that room here. So the file is written as every other one is (h5py does not report a full
+disk, and crashes on closing), its bytes are the same each time, and a shard needs no call of the library.
 """
 
 from __future__ import annotations
@@ -40,39 +40,39 @@ class Hdf5Container:
     """A store as a folder of HDF5 files."""
 
     def metadata(self, plan: Manifest) -> dict[str, bytes]:
-        """The file of virtual datasets: it names the shards' files relative to itself."""
+        """Return the file of virtual datasets, which names the shards' files relative to itself."""
         return {VIRTUAL: _virtual_file(plan)}
 
     def shard_files(self, plan: Manifest, shard: int, arrays: Mapping[str, NDArray[Any]]) -> list[ShardFile]:
-        """One file, every array a dataset in it."""
+        """Return one file, with a dataset for each array."""
         rows = len(shard_rows(plan, shard))
         path = shard_path(shard)
         bodies = {name: chunk_bodies(plan, name, arrays[name]) for name in sorted(plan.arrays)}
-        skeleton = _skeleton(plan, rows, bodies)
+        template = _template(plan, rows, bodies)
         buffers: list[Buffer] = []
         parts = {}
         for name in bodies:
-            buffers.append(skeleton.before[name])
+            buffers.append(template.before[name])
             chunks = [(body, fletcher32(body).to_bytes(4, "little")) for body in bodies[name]]
             for body, checksum in chunks:
                 buffers += [body.data, checksum]
-            parts[name] = part_of(plan, name, chunks, path=path, offset=skeleton.offsets[name], rows=rows)
-        buffers.append(skeleton.after)
+            parts[name] = part_of(plan, name, chunks, path=path, offset=template.offsets[name], rows=rows)
+        buffers.append(template.after)
         return [ShardFile(path=path, buffers=buffers, parts=parts)]
 
     def is_chunk_intact(self, chunk: NDArray[Any]) -> bool:
-        """Whether Fletcher-32 of all but the last four bytes is what these say."""
+        """Return whether the last four bytes are the Fletcher-32 of the others."""
         return int.from_bytes(chunk[-4:].tobytes(), "little") == fletcher32(chunk[:-4])
 
 
 def shard_path(shard: int) -> str:
-    """Where a shard's file lies in the store."""
+    """Return the path of a shard's file in the store."""
     return f"shards/{shard:08d}.h5"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Geometry:
-    """All that the layout of a shard's file hangs on, so that shards of equal geometry share a skeleton."""
+    """Everything that the layout of a shard's file depends on; shards of equal geometry share a template."""
 
     store: str
     arrays: tuple[tuple[str, ArraySpec], ...]
@@ -80,10 +80,10 @@ class _Geometry:
     rows_per_shard: int
     rows_per_chunk: int
     sizes: tuple[tuple[int, ...], ...] | None
-    """Of each array's chunks, where they are compressed."""
+    """Bytes of each array's chunks, where they are compressed."""
 
     def sizes_of(self, position: int) -> Sequence[int]:
-        """Bytes of each chunk of an array, with its checksum."""
+        """Return the bytes of each chunk of an array, checksum included."""
         if self.sizes is not None:
             return self.sizes[position]
         stride = chunk_stride(self.arrays[position][1], self.rows_per_chunk)
@@ -91,8 +91,8 @@ class _Geometry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Skeleton:
-    """A shard's file without its chunks: what stands before each array's, where these begin, and what follows all."""
+class _Template:
+    """A shard's file without its chunks: bytes before each array, offset of each, and bytes after the last."""
 
     before: Mapping[str, bytes]
     offsets: Mapping[str, int]
@@ -104,7 +104,7 @@ def _in_order(plan: Manifest) -> tuple[tuple[str, ArraySpec], ...]:
     return tuple(sorted(plan.arrays.items()))
 
 
-def _skeleton(plan: Manifest, rows: int, bodies: Mapping[str, Sequence[NDArray[np.uint8]]]) -> _Skeleton:
+def _template(plan: Manifest, rows: int, bodies: Mapping[str, Sequence[NDArray[np.uint8]]]) -> _Template:
     compressed = plan.shards.compression is not None
     geometry = _Geometry(
         store=plan.name,
@@ -117,7 +117,7 @@ def _skeleton(plan: Manifest, rows: int, bodies: Mapping[str, Sequence[NDArray[n
     return _lay_out(geometry) if compressed else _lay_out_once(geometry)
 
 
-def _lay_out(geometry: _Geometry) -> _Skeleton:
+def _lay_out(geometry: _Geometry) -> _Template:
     image = io.BytesIO()
     offsets: dict[str, int] = {}
     ends: dict[str, int] = {}
@@ -133,23 +133,23 @@ def _lay_out(geometry: _Geometry) -> _Skeleton:
     before, cursor = {}, 0
     for name, _ in geometry.arrays:
         if offsets[name] < cursor:
-            raise _laid_out_otherwise(name)
+            raise _unexpected_layout(name)
         before[name] = bytes(contents[cursor : offsets[name]])
         cursor = ends[name]
-    return _Skeleton(before=before, offsets=offsets, after=bytes(contents[cursor:]))
+    return _Template(before=before, offsets=offsets, after=bytes(contents[cursor:]))
 
 
 _lay_out_once = lru_cache(maxsize=8)(_lay_out)
-"""A store has two geometries, that of the last shard and that of all others; some kilobytes are kept of each."""
+"""A store has two geometries, of the last shard and of all others; a template takes some kilobytes."""
 
 
 @contextmanager
 def _new_file(image: io.BytesIO, store: str) -> Iterator[Any]:
     """A new HDF5 file in memory.
 
-    It is written through h5py's driver for Python files, which hands out space in the order asked, without blocks kept
-    for small pieces: so chunks follow each other without a gap. The oldest format that knows virtual datasets (1.10) is
-    pinned, for readers' sake and so that two versions of the library write the same; no object carries a time.
+    h5py's driver for Python files allocates space in the order asked, without blocks reserved for small pieces, so that
+    chunks follow each other without a gap. The oldest format with virtual datasets (1.10) is pinned: the most readers
+    open it, and two versions of the library write the same bytes. For the same reason no object stores a time.
     """
     import h5py
 
@@ -165,7 +165,7 @@ def _new_file(image: io.BytesIO, store: str) -> Iterator[Any]:
 
 
 def _new_dataset(file: Any, geometry: _Geometry, name: str, array: ArraySpec) -> Any:
-    """A chunked dataset without rows, its chunk index in place."""
+    """Create a chunked dataset without rows, with its chunk index in place."""
     import h5py
 
     properties = _dataset_properties(array)
@@ -174,11 +174,11 @@ def _new_dataset(file: Any, geometry: _Geometry, name: str, array: ArraySpec) ->
         properties.set_shuffle()
         properties.set_deflate(GZIP_LEVEL)
     properties.set_fletcher32()
-    # A chunk may be larger than the rows there are, but not than the rows there may be.
+    # HDF5 refuses chunks larger than the maximum shape, so the maximum is a whole shard, also for the short last one.
     space = h5py.h5s.create_simple((geometry.rows, *array.row_shape), (geometry.rows_per_shard, *array.row_shape))
     dataset = _create(file, name, array, space, properties)
-    # The index of chunks is made when the first chunk is written, and would stand between that and the second. So one
-    # byte goes first; chunk 0 then moves behind the index, where the others follow.
+    # HDF5 creates the chunk index when the first chunk is written, which would put it between the first and the second.
+    # So one byte is written first; the real chunk 0 then moves behind the index, and the others follow it.
     dataset.write_direct_chunk(_corner(0, geometry, array), b"\0")
     return dataset
 
@@ -194,7 +194,7 @@ def _dataset_properties(array: ArraySpec) -> Any:
 
 
 def _create(file: Any, name: str, array: ArraySpec, space: Any, properties: Any) -> Any:
-    """Create a dataset and name its dimensions."""
+    """Create a dataset and label its dimensions."""
     import h5py
 
     kind = h5py.h5t.py_create(np.dtype(array.dtype), logical=True)
@@ -209,24 +209,24 @@ def _corner(number: int, geometry: _Geometry, array: ArraySpec) -> tuple[int, ..
 
 
 def _checked_offset(dataset: Any, geometry: _Geometry, name: str, array: ArraySpec, sizes: Sequence[int]) -> int:
-    """Where the first chunk lies, if all others follow it as `sizes` say."""
+    """Return the offset of the first chunk; raise unless all others follow it without a gap."""
     expected = first = None
     for number, size in enumerate(sizes):
         found = dataset.get_chunk_info_by_coord(_corner(number, geometry, array))
         first = found.byte_offset if first is None else first
         if (expected is not None and found.byte_offset != expected) or found.size != size or found.filter_mask:
-            raise _laid_out_otherwise(name)
+            raise _unexpected_layout(name)
         expected = found.byte_offset + size
     assert isinstance(first, int), "a shard has at least one row"
     return first
 
 
-def _laid_out_otherwise(name: str) -> JobError:
+def _unexpected_layout(name: str) -> JobError:
     import h5py
 
     return JobError(
         f"HDF5 {h5py.version.hdf5_version} with h5py {h5py.__version__} does not lay the chunks of {name!r} out one "
-        "after the other, so rows would have no address: use container 'zarr', or another version of h5py"
+        "after the other, so rows would have no fixed address: use container 'zarr', or another version of h5py"
     )
 
 
@@ -275,14 +275,14 @@ def fletcher32(data: NDArray[np.uint8]) -> int:
     total = running = 0
     for start in range(0, data.size, _BLOCK_BYTES):
         block = data[start : start + _BLOCK_BYTES]
-        sum_of_words, sum_of_products = _sums(block if block.size == _BLOCK_BYTES else _padded(block))
+        sum_of_words, sum_of_products = _sums(block if block.size == _BLOCK_BYTES else _pad(block))
         total += sum_of_words
         running += (words - start // 2) * sum_of_words - sum_of_products
-    return _folded(running) << 16 | _folded(total)
+    return _fold(running) << 16 | _fold(total)
 
 
 def _sums(block: NDArray[np.uint8]) -> tuple[int, int]:
-    """Σ wᵢ and Σ i wᵢ of the little-endian words of a block of whole rows."""
+    """Return Σ wᵢ and Σ i wᵢ of the little-endian words of a block of whole rows."""
     words_RC = block.view("<u2").reshape(-1, _COLUMNS).astype(np.float32)
     # Not `words_RC @ ones`: BLAS may start threads, which is more than a checksum should do.
     of_rows = np.einsum("rc->r", words_RC).astype(np.int64)
@@ -291,13 +291,13 @@ def _sums(block: NDArray[np.uint8]) -> tuple[int, int]:
     return int(of_rows.sum()), below + int(np.dot(_NUMBERS, of_columns))
 
 
-def _padded(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _pad(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
     # Zeros after the end change neither sum: their weight does not matter.
     whole: NDArray[Any] = np.zeros(-(-block.size // (2 * _COLUMNS)) * 2 * _COLUMNS, dtype=np.uint8)
     whole[: block.size] = block
     return whole
 
 
-def _folded(total: int) -> int:
+def _fold(total: int) -> int:
     # HDF5 folds carries back in, which gives 65,535 where a remainder would be 0, unless every word is 0.
     return (total * 256 - 1) % _MODULUS + 1 if total else 0

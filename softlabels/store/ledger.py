@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,13 @@ class Ledger:
         if receipt.shard != shard or receipt.plan_sha256 != self._plan_sha256:
             raise ManifestError(f"receipt {path} belongs to another shard or another store: do not mix stores' files")
         return receipt
+
+    def receipts(self, shards: Iterable[int]) -> Iterator[Receipt]:
+        """Yield the receipts of those of these shards that are committed, one at a time, since many are large."""
+        for shard in shards:
+            receipt = self.read(shard)
+            if receipt is not None:
+                yield receipt
 
     def committed(self) -> list[int]:
         """Return the numbers of the shards that have a receipt, in order."""

@@ -1,4 +1,4 @@
-"""How do shards that were computed in several places become one store? Copied, verified, and one owner a shard."""
+"""Merge: committed shards of stores with the same plan, copied into one store and verified on the way."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Merge:
     """What `merge` did.
 
     Attributes:
-        copied: number of shards copied from each source.
-        kept: shards that the destination had already, with the same contents.
-        damaged: what was wrong with shards that a source could not give, by shard.
+        copied: number of shards copied, by source.
+        kept: number of shards that the destination had already, with the same contents.
+        damaged: message for each shard that is damaged in a source and still missing, by shard.
         missing: shards that the destination still lacks.
-        digest: of the published store; None while shards are missing.
+        digest: digest of the published store; None while shards are missing.
     """
 
     copied: dict[str, int] = field(default_factory=dict)
@@ -50,25 +50,25 @@ class Merge:
 
 
 def merge(sources: Sequence[Path], destination: Path, *, show: ShowProgress = silent) -> Merge:
-    """Unite the committed shards of stores that were begun from the very same plan.
+    """Copy the committed shards of stores with the very same plan into one store.
 
-    Every file is read, compared with its receipt's SHA-256 and made durable before the shard's receipt is written: a
-    merge that dies leaves an unfinished store, and goes on when it is run again. When no shard is missing, the store is
-    published. The sources are left as they are.
+    Every file is read, compared with its receipt's SHA-256 and made durable before the shard's receipt is written. An
+    interrupted merge leaves an unfinished store and continues when it is run again. When no shard is missing, the store
+    is published. The sources are not changed.
 
     Args:
-        sources: stores' folders, finished or not, at least one.
-        destination: a folder that is empty or missing, or a store of the same plan.
-        show: how progress is shown.
+        sources: folders of stores, finished or not, at least one.
+        destination: folder that is empty or missing, or holds a store of the same plan.
+        show: progress display.
     Raises:
         ConflictError: the plans differ; the message says how.
         ShardConflictError: two of the stores hold the same shard with different contents.
-        UnknownStoreError, ManifestError: a source that is no store, or whose plan cannot be believed.
-        StoreExistsError: something else stands at the destination.
+        UnknownStoreError, ManifestError: a source is not a store, or its plan is invalid.
+        StoreExistsError: the destination holds something else.
     """
     plan = _common_plan([Path(source) for source in sources], Path(destination))
     writer = StoreWriter.create_with_files(
-        Path(destination), plan, _beside_rows([Path(source) for source in sources], plan)
+        Path(destination), plan, _metadata_files([Path(source) for source in sources], plan)
     )
     done = Merge()
     with show(plan.shards.count * len(sources), f"merge {plan.name}", "shards") as progress:
@@ -99,8 +99,8 @@ def _common_plan(sources: Sequence[Path], destination: Path) -> Manifest:
             found = list(_differences(plan.to_json(), other.to_json(), ""))
             more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise ConflictError(
-                f"the stores at {first} and {where} were begun from different plans, so their rows do not belong in "
-                f"one store: {'; '.join(found[:_SHOWN])}{more}. Run both with one job, one set of weights and the same "
+                f"the stores at {first} and {where} have different plans, so their rows do not belong in one "
+                f"store: {'; '.join(found[:_SHOWN])}{more}. Run both with one job, one set of weights and the same "
                 "library versions",
                 differs=[text.partition(":")[0] for text in found],
             )
@@ -108,7 +108,7 @@ def _common_plan(sources: Sequence[Path], destination: Path) -> Manifest:
 
 
 def _differences(ours: Any, theirs: Any, where: str) -> Iterator[str]:
-    """Where two JSON documents differ: "teachers.0.weights_sha256: 'ab' and 'cd'"."""
+    """Yield where two JSON documents differ, as "teachers.0.weights_sha256: 'ab' and 'cd'"."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         for key in sorted({*ours, *theirs}):
             yield from _differences(ours.get(key), theirs.get(key), f"{where}.{key}" if where else str(key))
@@ -120,8 +120,8 @@ def _differences(ours: Any, theirs: Any, where: str) -> Iterator[str]:
         yield f"{where}: {ours!r} and {theirs!r}"
 
 
-def _beside_rows(sources: Sequence[Path], plan: Manifest) -> dict[str, bytes]:
-    """The files that the plan names, from the first source that has them sound.
+def _metadata_files(sources: Sequence[Path], plan: Manifest) -> dict[str, bytes]:
+    """Return the files that the plan lists, each from the first source where it is intact.
 
     Raises:
         DamageError: none has.
@@ -147,7 +147,7 @@ def _merge_shard(source: Path, ledger: Ledger, shard: int, writer: StoreWriter, 
         with own.claim(shard):
             before = own.read(shard)
             if before is not None:
-                _refuse_other_contents(before, receipt, source, writer.root)
+                _check_same_contents(before, receipt, source, writer.root)
                 done.kept += 1
                 return
             for path, record in receipt.files.items():
@@ -161,12 +161,14 @@ def _merge_shard(source: Path, ledger: Ledger, shard: int, writer: StoreWriter, 
 
 
 def _verified(source: Path, path: str, sha256: str) -> Iterator[bytes]:
-    """A file's contents in blocks; what was read must have been what was written, or the last block is an error."""
+    """Yield a file's contents in blocks; raise after the last one if its SHA-256 differs."""
     digest = hashlib.sha256()
     try:
         descriptor = safe_open(source, path)
     except FileNotFoundError as error:
-        raise TruncatedError(f"{source / path} is gone though the ledger has it: run `softlabels repair`") from error
+        raise TruncatedError(
+            f"{source / path} is missing though its shard is committed: run `softlabels repair`"
+        ) from error
     with os.fdopen(descriptor, "rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
@@ -175,12 +177,12 @@ def _verified(source: Path, path: str, sha256: str) -> Iterator[bytes]:
         raise ChecksumError(f"{source / path} is not what was written: run `softlabels repair` and `softlabels resume`")
 
 
-def _refuse_other_contents(before: Receipt, receipt: Receipt, source: Path, root: Path) -> None:
+def _check_same_contents(before: Receipt, receipt: Receipt, source: Path, root: Path) -> None:
     ours = {path: record.sha256 for path, record in before.files.items()}
     theirs = {path: record.sha256 for path, record in receipt.files.items()}
     if ours != theirs:
         raise ShardConflictError(
-            f"shard {receipt.shard} of {source} has other contents than the one that {root} has already: the teachers "
-            "are not deterministic across these machines, or the inputs changed; find out which is right first",
+            f"shard {receipt.shard} of {source} has other contents than the one in {root}: the teachers are not "
+            "deterministic across these machines, or the inputs changed; find out which is right first",
             shard=receipt.shard,
         )

@@ -1,4 +1,4 @@
-"""How is a damaged store made sound again? What is wrong is taken out, so that `resume` computes just that anew."""
+"""Repair: damaged shards and files are moved out of a store, so that `resume` computes just these again."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Repair:
 
     Attributes:
         faults: everything that was wrong.
-        dropped: shards that are committed no more; `resume` computes them.
-        busy: faulty shards that a living writer holds; left to it.
-        moved: where what was taken out lies now, by the path that it had, both relative to the store.
-        rebuilt: files that were written again, from what is sound.
-        plan_lost: nothing tells any more what the store should hold; `precompute` with the same job does.
-        digest: of the published store; None while it is unfinished.
+        dropped: shards that are no longer committed; `resume` computes them again.
+        busy: faulty shards that a living writer holds; these were left alone.
+        moved: new path of each file that was moved out, by its old path, both relative to the store.
+        rebuilt: files that were written again, from what is intact.
+        plan_lost: whether the plan is lost; run `precompute` with the same job to restore it.
+        digest: digest of the published store; None while it is unfinished.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -45,15 +45,18 @@ class Repair:
 
 
 def repair(root: Path, *, show: ShowProgress = silent) -> Repair:
-    """Verify a store and take out what is faulty, into its folder `damaged/`; nothing is deleted.
+    """Verify a store and move what is faulty into its folder `damaged/`; nothing is deleted.
 
-    A faulty shard loses its receipt first, so that its rows stop existing before their bytes do; then the manifest
-    goes, then the shard's files. What follows from sound parts is written again: a lost plan, metadata files, the id
-    index, and, where no shard is missing, the manifest. Killed at any point and run again, it ends the same.
+    What follows from intact parts is written again: a lost plan, metadata files, the id index, and, where no shard is
+    missing, the manifest. Interrupted at any point and run again, it ends the same.
+
+    Args:
+        root: the store's folder.
+        show: progress display.
 
     Raises:
         UnknownStoreError: there is no store. FormatVersionError: a newer softlabels wrote it.
-        BadIdsError: an id stands twice, so that the store cannot be published.
+        BadIdsError: a sample id is repeated, so that the store cannot be published.
     """
     root = Path(root)
     done = Repair()
@@ -61,40 +64,44 @@ def repair(root: Path, *, show: ShowProgress = silent) -> Repair:
     if documents.plan is None:
         done.faults, done.plan_lost = documents.faults, True
         for path in (PLAN, MANIFEST):
-            _take_out(root, path, done.moved)
+            _move_out(root, path, done.moved)
         return done
     ledger = Ledger(root, plan_sha256=documents.plan.digest)
     with ledger.exclusive():
-        ready = _mend(root, documents, documents.plan, ledger, done, show)
-    # Outside the lock, which `finish` takes itself.
+        ready = _move_out_and_rebuild(root, documents, documents.plan, ledger, done, show)
+    # After the lock is released, since `finish` takes it too.
     writer = StoreWriter.resume(root)
     if ready and not writer.missing_shards():
         done.digest = writer.finish().digest
     return done
 
 
-def _mend(
+def _move_out_and_rebuild(
     root: Path, documents: StoreDocuments, plan: Manifest, ledger: Ledger, done: Repair, show: ShowProgress
 ) -> bool:
-    """Take out and rebuild; returns whether the store may be published as far as files beside the shards go."""
+    """Move out what is faulty, rebuild what can be; return whether all files beside the shards are intact."""
     if any(fault.path == PLAN for fault in documents.faults):
-        _take_out(root, PLAN, done.moved)
+        _move_out(root, PLAN, done.moved)
         _write(root, PLAN, seal(plan.to_json()), done)
     done.faults = tuple(find_faults(root, Report(root=str(root)), show=show))
     done.faults = (*(fault for fault in documents.faults if fault.path == PLAN), *done.faults)
+    # A faulty shard loses its receipt first, so that its rows stop existing before their bytes do; then the manifest
+    # is moved out, and the shard's files last.
     files = _drop_shards(root, ledger, done)
     manifest = documents.manifest
     wrong = {fault.path for fault in done.faults if fault.path is not None and fault.shard is None} - {PLAN}
     metadata = _rebuilt_metadata(root, manifest, plan, wrong) if manifest is not None and not done.dropped else {}
-    # What cannot be written again to the same bytes changes the store's digest: then it is published anew.
-    lasting = manifest is not None and not done.dropped and not done.busy and MANIFEST not in wrong
-    lasting = lasting and all(path in metadata for path in wrong & set(manifest.metadata_sha256 if manifest else ()))
-    if not lasting:
-        _take_out(root, MANIFEST, done.moved)
+    # A file that is not rebuilt to the same bytes changes the store's digest, so a new manifest has to be published.
+    keep_manifest = manifest is not None and not done.dropped and not done.busy and MANIFEST not in wrong
+    keep_manifest = keep_manifest and all(
+        path in metadata for path in wrong & set(manifest.metadata_sha256 if manifest else ())
+    )
+    if not keep_manifest:
+        _move_out(root, MANIFEST, done.moved)
     for path in [*files, *sorted(wrong - {MANIFEST})]:
-        _take_out(root, path, done.moved)
+        _move_out(root, path, done.moved)
     for path, contents in metadata.items():
-        if lasting:
+        if keep_manifest:
             _write(root, path, contents, done)
     for folder in {root, *(root / path for path in metadata)}:
         purge(folder if folder == root else folder.parent)
@@ -104,7 +111,7 @@ def _mend(
 
 
 def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
-    """Take the receipts of faulty shards away; returns the files that these shards leave behind."""
+    """Move out the receipts of faulty shards; return the files that these shards leave behind."""
     files: list[str] = []
     for shard in sorted({fault.shard for fault in done.faults if fault.shard is not None}):
         try:
@@ -112,7 +119,7 @@ def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
                 with contextlib.suppress(DamageError):
                     receipt = ledger.read(shard)
                     files += [] if receipt is None else list(receipt.files)
-                _take_out(root, f"{LEDGER_FOLDER}/{ledger.path(shard).name}", done.moved)
+                _move_out(root, f"{LEDGER_FOLDER}/{ledger.path(shard).name}", done.moved)
                 done.dropped.append(shard)
         except ShardClaimedError:
             done.busy.append(shard)
@@ -120,7 +127,7 @@ def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
 
 
 def _rebuilt_metadata(root: Path, manifest: Manifest, plan: Manifest, wrong: set[str]) -> dict[str, bytes]:
-    """Those of the wrong metadata files that come out the same, byte for byte, when they are made again."""
+    """Return the damaged metadata files that come out the same, byte for byte, when they are built again."""
     expected = {path: manifest.metadata_sha256[path] for path in wrong if path in manifest.metadata_sha256}
     if not expected:
         return {}
@@ -139,18 +146,19 @@ def _write(root: Path, path: str, contents: bytes, done: Repair) -> None:
     done.rebuilt.append(path)
 
 
-def _take_out(root: Path, path: str, moved: dict[str, str]) -> None:
-    """Move a file of the store into its folder `damaged/`, durably; one that is gone already is none to move."""
-    place = root / DAMAGED_FOLDER / path
-    make_folder(place.parent)
+def _move_out(root: Path, path: str, moved: dict[str, str]) -> None:
+    """Move a file of the store into its folder `damaged/`, durably; do nothing where it is missing already."""
+    target = root / DAMAGED_FOLDER / path
+    make_folder(target.parent)
     number = 0
-    while place.exists() or place.is_symlink():
+    while target.exists() or target.is_symlink():
         number += 1
-        place = root / DAMAGED_FOLDER / f"{path}.{number}"
+        target = root / DAMAGED_FOLDER / f"{path}.{number}"
     try:
-        os.rename(root / path, place)
+        os.rename(root / path, target)
     except FileNotFoundError:
         return
-    sync_folder(place.parent)
+    # The new name before the old one's removal: after a power failure both may exist, never neither.
+    sync_folder(target.parent)
     sync_folder((root / path).parent)
-    moved[path] = str(place.relative_to(root))
+    moved[path] = str(target.relative_to(root))

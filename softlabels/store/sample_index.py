@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from softlabels.atomic_files import sha256_of, write_atomically
 from softlabels.errors import BadIdsError, ManifestError, RequestError, ShapeMismatchError, UnknownIdError
-from softlabels.ids import IdArray, id_kind, utf8
+from softlabels.ids import IdArray, from_fixed_bytes, id_kind, utf8
 from softlabels.manifest import Manifest
 from softlabels.store.safe_open import safe_load_npy
 from softlabels.transfer_set import FINGERPRINT_BYTES, FingerprintSum
@@ -151,6 +151,11 @@ def index_files(ids: IdArray) -> dict[str, bytes]:
         example = ids[order[1:][repeated][0]]
         raise BadIdsError(f"{int(repeated.sum())} sample ids are repeated in the transfer set, for example {example!r}")
     return {SORTED_IDS: npy_bytes(ordered), POSITIONS: npy_bytes(order.astype("<i8"))}
+
+
+def ids_of_rows(stored: NDArray[Any]) -> IdArray:
+    """Return sample ids from rows of a store's array `ids`, where string ids are zero-padded UTF-8."""
+    return from_fixed_bytes(stored) if stored.ndim == 2 else stored
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:

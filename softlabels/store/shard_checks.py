@@ -1,4 +1,4 @@
-"""Is one shard what was written, and does what was written make sense?"""
+"""Checks of one shard: file sizes, digests, chunk checksums, and whether the decoded rows are plausible."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError, UnknownIdError
-from softlabels.ids import IdArray, from_fixed_bytes
+from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
 from softlabels.store.array_reader import checked_part
 from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunks_in, decompress, shard_rows
 from softlabels.store.containers import StoreContainer
 from softlabels.store.ledger import FileRecord, Receipt
 from softlabels.store.safe_open import safe_open
-from softlabels.store.sample_index import DenseIdIndex, SortedIdIndex
+from softlabels.store.sample_index import DenseIdIndex, SortedIdIndex, ids_of_rows
 from softlabels.store.verify_report import Fault, Report
 from softlabels.transfer_set import UNLABELLED, FingerprintSum, sample_fingerprints
 
 Piece: TypeAlias = NDArray[np.uint8]
 Read: TypeAlias = Callable[[str, int, int], Piece]
-"""Bytes of a file of the shard: path, offset, length."""
+"""Returns bytes of a file of the shard, given path, offset and length."""
 
 ROW_MAX_TOLERANCE = 0.1
-"""Nats. Rows are kept with their largest logit at 0, and no encoding whose rows re-temper moves it further."""
+"""Nats. Rows are stored with their largest logit at 0, and no encoding that can be re-tempered moves it further."""
 
 _BLOCK_BYTES = 4 << 20
 """Files are read, and rows decoded, in blocks of about this size."""
 
 
 class ShardChecks:
-    """Checks of one store's shards.
+    """Checks of the shards of one store.
 
     Args:
-        plan: what the store is to hold.
-        encoding: of its rows; None where it cannot be had, and rows are then not decoded.
-        index: from ids to positions; None where it cannot be had, and ids are then not looked up.
-        report: its counters go up as chunks, rows and files are verified.
+        plan: the store's plan.
+        encoding: encoding of its rows; None where it is damaged: rows are then not decoded.
+        index: index from ids to positions; None where it is damaged: ids are then not looked up.
+        report: report whose counters are increased as chunks, rows and files are verified.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class ShardChecks:
         self._index, self._report = index, report
 
     def receipt_fault(self, receipt: Receipt) -> Fault | None:
-        """What in a receipt contradicts the plan; None where nothing does."""
+        """Return what in a receipt contradicts the plan; None where nothing does."""
         rows = shard_rows(self._plan, receipt.shard)
         try:
             if receipt.rows != (rows.start, rows.stop):
-                raise ManifestError(f"it speaks of rows {receipt.rows[0]} to {receipt.rows[1] - 1}")
+                raise ManifestError(f"it is of rows {receipt.rows[0]} to {receipt.rows[1] - 1}")
             for name in self._plan.arrays:
                 checked_part(receipt, name, self._plan)
         except ManifestError as error:
@@ -71,7 +71,7 @@ class ShardChecks:
         return None
 
     def faults(self, receipt: Receipt) -> Iterator[Fault]:
-        """Every fault of a shard: each byte of its files is read once."""
+        """Yield every fault of a shard; each byte of its files is read once."""
         contents: dict[str, Piece] = {}
         sound = True
         for path, record in receipt.files.items():
@@ -96,13 +96,13 @@ class ShardChecks:
             self._report.files += 1
             if path not in broken and hashlib.sha256(whole.data).hexdigest() != receipt.files[path].sha256:
                 broken.add(path)
-                message = "its SHA-256 is not the receipt's, though every chunk in it is sound"
+                message = "its SHA-256 is not the receipt's, though every chunk in it is intact"
                 yield self.fault("checksum", message, receipt.shard, path=path)
         if sound and not broken:
             yield from self._contents_faults(receipt, read, self._numbers(receipt), whole=True)
 
     def sampled_faults(self, receipt: Receipt, numbers: Sequence[int]) -> Iterator[Fault]:
-        """Faults of some chunks of a shard, every array of each; nothing else of the files is read."""
+        """Yield faults of some chunks of a shard, in every array; nothing else of the files is read."""
         for path, record in receipt.files.items():
             fault = self._size_fault(path, record, receipt.shard)
             if fault is not None:
@@ -121,7 +121,7 @@ class ShardChecks:
         yield from self._contents_faults(receipt, read, numbers, whole=False)
 
     def fault(self, kind: Any, message: str, shard: int, **where: Any) -> Fault:
-        """A fault of a shard; of all its rows unless said otherwise."""
+        """Return a fault of a shard, of all its rows unless `where` says otherwise."""
         rows = shard_rows(self._plan, shard)
         return Fault(**{"kind": kind, "message": message, "shard": shard, "rows": (rows.start, rows.stop - 1), **where})
 
@@ -141,7 +141,7 @@ class ShardChecks:
         try:
             descriptor = safe_open(self._root, path)
         except FileNotFoundError:
-            return self.fault("missing", "it is gone though the ledger has it", shard, path=path)
+            return self.fault("missing", "it is missing though its shard is committed", shard, path=path)
         except (ManifestError, OSError) as error:
             return self.fault("missing", f"it cannot be read: {error}", shard, path=path)
         try:
@@ -158,10 +158,10 @@ class ShardChecks:
         for number in numbers:
             chunk = read(part.path, *part.span(number))
             self._report.chunks += 1
-            sound = len(chunk) > CHECKSUM_BYTES and self._container.is_chunk_intact(chunk)
-            if not sound or chunk[-CHECKSUM_BYTES:].tobytes() != part.checksum(number):
+            intact = len(chunk) > CHECKSUM_BYTES and self._container.is_chunk_intact(chunk)
+            if not intact or chunk[-CHECKSUM_BYTES:].tobytes() != part.checksum(number):
                 where = {"path": part.path, "array": name, "chunk": number, "rows": self._rows(receipt, number)}
-                message = "its checksum is not the receipt's: it belongs elsewhere" if sound else "its checksum fails"
+                message = "its checksum is not the receipt's: it is another chunk" if intact else "its checksum fails"
                 yield self.fault("checksum", message, receipt.shard, **where)
 
     def _rows(self, receipt: Receipt, number: int) -> tuple[int, int]:
@@ -179,18 +179,20 @@ class ShardChecks:
                 return
             rows = np.concatenate([np.arange(a, b + 1) for a, b in (self._rows(receipt, number) for number in block)])
             self._report.rows += len(rows)
-            for name, bad, message in self._senseless(arrays, rows):
+            for name, bad, message in self._implausible(arrays, rows):
                 first = int(rows[bad][0])
                 chunk = (first - receipt.rows[0]) // self._plan.shards.rows_per_chunk
                 where = {"array": name, "chunk": chunk, "rows": (first, int(rows[bad][-1]))}
                 yield self.fault("contents", f"{message} ({int(bad.sum())} rows)", receipt.shard, **where)
             if keyed and whole:
-                fingerprint.add(_as_ids(arrays["ids"]), arrays["fingerprints"])
+                fingerprint.add(ids_of_rows(arrays["ids"]), arrays["fingerprints"])
         if whole and keyed and fingerprint.hexdigest() != receipt.fingerprint:
-            yield self.fault("contents", "ids and fingerprints are not those that the receipt sums up", receipt.shard)
+            yield self.fault(
+                "contents", "ids and fingerprints do not add up to the receipt's fingerprint", receipt.shard
+            )
 
     def _decoded(self, receipt: Receipt, name: str, read: Read, numbers: Sequence[int]) -> NDArray[Any]:
-        """Rows of these chunks, [rows, *row_shape]; those that the last chunk is padded with are cut off."""
+        """Return the rows of these chunks, [rows, *row_shape], without padding."""
         spec, shards, part = self._plan.arrays[name], self._plan.shards, checked_part(receipt, name, self._plan)
         dtype, size_bytes = np.dtype(spec.dtype), spec.row_bytes * shards.rows_per_chunk
         bodies = [read(part.path, *part.span(number))[:-CHECKSUM_BYTES] for number in numbers]
@@ -200,12 +202,12 @@ class ShardChecks:
         wanted = sum(last - first + 1 for first, last in (self._rows(receipt, number) for number in numbers))
         return rows[:wanted]
 
-    def _senseless(
+    def _implausible(
         self, arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]
     ) -> Iterator[tuple[str, NDArray[np.bool_], str]]:
-        """Which rows make no sense, and why: (array, [rows] bool, message)."""
+        """Yield which rows have invalid values, and why: array, [rows] mask, message."""
         if self._encoding is not None:
-            yield from _senseless_logits(self._encoding, arrays, self._plan.members)
+            yield from _implausible_rows(self._encoding, arrays, self._plan.members)
         if "labels" in arrays:
             labels = arrays["labels"]
             bad = (labels < UNLABELLED) | (labels >= self._plan.classes)
@@ -214,14 +216,14 @@ class ShardChecks:
         if "inputs" in arrays:
             bad = (sample_fingerprints(arrays["inputs"]) != arrays["fingerprints"]).any(axis=1)
             if bad.any():
-                yield "inputs", bad, "inputs that are not those of their fingerprints"
+                yield "inputs", bad, "inputs that do not have their fingerprints"
         if "ids" in arrays and self._index is not None:
-            bad = _misplaced(self._index, _as_ids(arrays["ids"]), rows // self._plan.layout.views)
+            bad = _misplaced(self._index, ids_of_rows(arrays["ids"]), rows // self._plan.layout.views)
             if bad.any():
                 yield "ids", bad, "ids that belong to other rows"
 
 
-def _senseless_logits(
+def _implausible_rows(
     encoding: Encoding, arrays: Mapping[str, NDArray[Any]], members: int | None
 ) -> Iterator[tuple[str, NDArray[np.bool_], str]]:
     encoded = {name: arrays[name] for name in encoding.fields}
@@ -229,14 +231,14 @@ def _senseless_logits(
         encoded = {name: array.reshape(-1, *array.shape[2:]) for name, array in encoded.items()}
     rows_RW = encoding.decode_rows(encoded)
     if encoding.row_kind == "hidden_states":
-        # The head is verified and finite; every class of every row would take a teacher's time to make.
+        # Only the hidden states: the logits of every class would take as long as the teacher's head took.
         no_numbers_R: NDArray[np.bool_] = np.asarray(~np.isfinite(rows_RW).all(axis=1))
         if no_numbers_R.any():
             yield next(iter(encoding.fields)), no_numbers_R, "NaN or Inf"
         return
     largest_R = rows_RW.max(axis=1)
     no_logits_R = np.isnan(rows_RW).any(axis=1) | ~np.isfinite(largest_R)
-    # Truncated and sampled rows are log-probabilities, and learnt ones approximate: both keep their own maximum.
+    # Truncated and sampled rows are log-probabilities, and learnt ones approximate: their maximum may be below 0.
     exact = encoding.retemperable and not encoding.constants
     unshifted_R = ~no_logits_R & ((np.abs(largest_R) if exact else largest_R) > ROW_MAX_TOLERANCE)
     for bad_R, message in ((no_logits_R, "NaN or Inf"), (unshifted_R, "rows whose largest logit is not 0")):
@@ -268,7 +270,8 @@ def _blocks(numbers: Sequence[int], plan: Manifest) -> Iterator[Sequence[int]]:
 
 
 def _read(root: Path, path: str, offset: int, length: int) -> Piece:
-    """Bytes of a file, fewer where it ends; an error of the disk is an error here, not a signal as in a mapping."""
+    """Return bytes of a file, fewer where it ends."""
+    # Read, not mapped: a failing disk raises an error here, where it would kill a reader of a mapping (SIGBUS).
     out = bytearray(length)
     view, done = memoryview(out), 0
     with os.fdopen(safe_open(root, path), "rb", buffering=0) as file:
@@ -281,7 +284,3 @@ def _read(root: Path, path: str, offset: int, length: int) -> Piece:
     found = np.frombuffer(out, dtype=np.uint8)[:done]
     found.flags.writeable = False
     return found
-
-
-def _as_ids(kept: NDArray[Any]) -> IdArray:
-    return from_fixed_bytes(kept) if kept.ndim == 2 else kept

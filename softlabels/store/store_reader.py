@@ -1,4 +1,4 @@
-"""How a store on disk is read: ids to rows, rows only where the ledger says so, chunks verified at first touch."""
+"""Store reader: rows of a store on disk by sample id, from committed shards, each chunk verified when first read."""
 
 from __future__ import annotations
 
@@ -11,31 +11,26 @@ from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
 from softlabels.epochs import EpochRows
-from softlabels.errors import (
-    ManifestError,
-    RequestError,
-    RowsNotCommittedError,
-    UnknownFieldError,
-)
-from softlabels.ids import IdArray, from_fixed_bytes
+from softlabels.errors import ManifestError, RequestError, RowsNotCommittedError, UnknownFieldError
+from softlabels.ids import IdArray
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, Manifest
 from softlabels.order import EpochConfig
 from softlabels.store.array_reader import ArrayReader
 from softlabels.store.encoding_files import load_encoding
-from softlabels.store.sample_index import SequenceIndex, make_index
+from softlabels.store.sample_index import SequenceIndex, ids_of_rows, make_index
 from softlabels.store.store_documents import load_manifest, plan_digest, store_digest
 
 
 class LocalRows:
     """The rows of a store in a folder. Opening takes constant time and memory, whatever the number of rows.
 
-    Safe under threads and after fork; pickling re-opens.
+    Safe under threads and after fork; unpickling opens the store again.
 
     Args:
         root: the store's folder.
-        manifest: what the store holds, where the caller knows; read from the folder when left out.
+        manifest: the store's manifest or plan; read from the folder when left out.
     Raises:
-        UnknownStoreError: there is no store. ManifestError, FormatVersionError: it cannot be believed or understood.
+        UnknownStoreError: there is no store. ManifestError, FormatVersionError: its manifest is invalid or too new.
     """
 
     def __init__(self, root: Path, *, manifest: Manifest | None = None) -> None:
@@ -49,19 +44,19 @@ class LocalRows:
 
     @property
     def manifest(self) -> Manifest:
-        """What the store says of itself; of an unfinished one, its plan."""
+        """The store's manifest; for an unfinished store, its plan."""
         return self._manifest
 
     @property
     def encoding(self) -> Encoding:
-        """How the rows are decoded, with what the encoding learnt for this store."""
+        """The encoding of the rows, with its learnt arrays."""
         if self._encoding is None:
             self._encoding = load_encoding(self._root, self._manifest)
         return self._encoding
 
     @property
     def digest(self) -> str:
-        """The version of the store; of an unfinished one, of its plan, since committed rows never change."""
+        """Digest of this version of the store; of an unfinished one, of its plan, since committed rows never change."""
         return self._digest
 
     def fetch(
@@ -72,14 +67,15 @@ class LocalRows:
         views: NDArray[np.int64] | None = None,
         spans: NDArray[np.int64] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """Rows of these ids, in the order asked; ids may repeat.
+        """Return rows of these ids, in the order asked; ids may repeat.
 
         Args:
-            ids: [B].
-            views: [B] which view of each sample; needed where the store keeps views, refused elsewhere.
+            ids: [B] sample ids.
+            fields: names of the arrays to return.
+            views: [B] view of each sample; required where the store keeps views, refused elsewhere.
             spans: [B, 2] first row and the one after the last of each sample, for sequences; None for whole samples.
         Returns:
-            One array a field, [B, ...]; of sequences the ranges joined, and `row_offsets` [B + 1] where each begins.
+            One array per field, [B, ...]; for sequences the ranges joined, with their offsets `row_offsets` [B + 1].
         Raises:
             UnknownIdError, BadIdsError, UnknownFieldError, RequestError, RowsNotCommittedError, ChecksumError,
             TruncatedError.
@@ -87,28 +83,32 @@ class LocalRows:
         positions = self.positions_of(ids)
         layout = self._manifest.layout
         if layout.kind == "sequences":
-            _refuse(views is not None, f"{self._manifest.name!r} keeps sequences, not views: ask for spans")
+            _check(views is None, f"{self._manifest.name!r} keeps sequences, not views: ask for spans")
             return self._fetch_sequences(positions, fields, spans)
-        _refuse(spans is not None, f"{self._manifest.name!r} keeps no sequences: it has no spans to ask for")
+        _check(spans is None, f"{self._manifest.name!r} keeps no sequences: it has no spans to ask for")
         rows = positions
         if layout.kind == "views":
-            rows = positions * layout.views + checked_views(views, len(ids), self._manifest)
+            rows = positions * layout.views + _checked_views(views, len(ids), self._manifest)
         else:
-            _refuse(views is not None, f"{self._manifest.name!r} keeps one row a sample: it has no views to ask for")
+            _check(views is None, f"{self._manifest.name!r} keeps one row a sample: it has no views to ask for")
         return self.fetch_rows(rows, fields, ids=ids)
 
     def row_counts(self, ids: IdArray) -> NDArray[np.int64]:
-        """How many rows each of these samples has, [B]: what a batch of sequences will hold, before it is read."""
+        """Return how many rows each of these samples has, [B], without reading them."""
         return self.row_counts_at(self.positions_of(ids))
 
     def row_counts_at(self, positions_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many rows each of the samples at these positions has, [B]."""
+        """Return how many rows each of the samples at these positions has, [B]."""
         if self._manifest.layout.kind != "sequences":
             return np.full(len(positions_B), self._manifest.layout.views, dtype=np.int64)
         return self._sequences.lengths(positions_B)
 
     def positions_of(self, ids: IdArray) -> NDArray[np.int64]:
-        """Positions of these ids in the transfer set."""
+        """Return the positions of these ids in the transfer set.
+
+        Raises:
+            UnknownIdError, BadIdsError. RowsNotCommittedError: an unfinished store has no index of such ids yet.
+        """
         if self._index is None:
             if self._manifest.ids.dense_start is None and self._manifest.layout.kind != "sequences":
                 raise RowsNotCommittedError(
@@ -131,25 +131,34 @@ class LocalRows:
     def fetch_rows(
         self, rows_B: NDArray[np.int64], fields: tuple[str, ...], *, ids: IdArray | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Rows by number; with `ids`, checked to be theirs where the ids were looked up. Raises as `fetch` does."""
-        self._refuse_unknown(fields)
+        """Return rows by number.
+
+        Args:
+            rows_B: row numbers of the store.
+            fields: names of the arrays to return.
+            ids: [B] ids that the rows must have; None skips the check.
+        Raises:
+            As `fetch`.
+        """
+        self._check_fields(fields)
         found = {field: self._arrays.gather(field, rows_B) for field in fields}
         if ids is not None and self._manifest.ids.dense_start is None:
+            # The index is not verified on opening; a flipped bit in it could lead to other rows, which carry their ids.
             kept_ids = found[IDS] if IDS in found else self._arrays.gather(IDS, rows_B)
-            self._refuse_other_ids(_as_ids(kept_ids), ids)
+            self._check_ids(ids_of_rows(kept_ids), ids)
         if IDS in found:
-            found[IDS] = _as_ids(found[IDS])
+            found[IDS] = ids_of_rows(found[IDS])
         return found
 
     def at_positions(
         self, positions_B: NDArray[np.int64], fields: tuple[str, ...], *, view: int | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Rows of the samples at these positions of a finished store, as `fetch` gives them; `ids` may be asked for.
+        """Return rows of the samples at these positions of a finished store, as `fetch` does.
 
         Args:
-            positions_B: [B], each inside the store.
-            fields: one array each.
-            view: of every sample, where the store keeps views.
+            positions_B: positions, each inside the store.
+            fields: names of the arrays to return; `ids` may be among them.
+            view: view of every sample, where the store keeps views.
         """
         layout = self._manifest.layout
         if layout.kind != "sequences":
@@ -161,12 +170,12 @@ class LocalRows:
         return found
 
     def word_sum_at(self, positions_B: NDArray[np.int64], field: str, *, view: int | None = None) -> int | None:
-        """The sum of the 64-bit words of rows that `at_positions` gave, modulo 2⁶⁴, without reading them again.
+        """Return the sum of the 64-bit words of rows that `at_positions` returned, modulo 2⁶⁴, without another read.
 
-        As they were when they were verified, so that bytes which change later no longer add up to it.
+        It is of the bytes as they were verified, so that a receiver notices bytes that changed later.
 
         Returns:
-            None where no sums are kept: of short rows, rows of no whole words, compressed stores and sequences.
+            None where sums are not kept: short rows, rows that are not whole words, compressed stores, sequences.
         """
         layout = self._manifest.layout
         if layout.kind == "sequences":
@@ -174,7 +183,7 @@ class LocalRows:
         return self._arrays.word_sum(field, positions_B if view is None else positions_B * layout.views + view)
 
     def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
-        """The rows of each step of an epoch. Raises, when it is read, as `fetch` does."""
+        """Yield the rows of each step of an epoch; raises as `fetch` does."""
         view = config.view_of(self._manifest)
         wanted = tuple(dict.fromkeys((*fields, IDS)))
         for step in config.batches(self._manifest, self._digest):
@@ -182,31 +191,31 @@ class LocalRows:
             ids: Any = arrays[IDS]
             yield EpochRows(ids=ids, arrays=arrays, repeated=step.repeated, cursor_after=step.cursor_after)
 
-    def _refuse_unknown(self, fields: tuple[str, ...]) -> None:
+    def _check_fields(self, fields: tuple[str, ...]) -> None:
         for field in fields:
             if field not in self._manifest.arrays:
                 kept = ", ".join(self._manifest.arrays)
                 raise UnknownFieldError(f"{self._manifest.name!r} keeps no {field!r}; it keeps {kept}", field=field)
 
     def close(self) -> None:
-        """Let go of the mapped files; views that were handed out keep theirs."""
+        """Release the mapped files; arrays that views still refer to stay mapped."""
         self._arrays.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self._root,))
 
-    def _refuse_other_ids(self, kept: IdArray, asked: IdArray) -> None:
-        if not np.array_equal(kept, asked):
+    def _check_ids(self, kept: IdArray, wanted: IdArray) -> None:
+        if not np.array_equal(kept, wanted):
             raise ManifestError(
-                f"the id index of {self._manifest.name!r} leads to other samples' rows: run `softlabels repair`"
+                f"the id index of {self._manifest.name!r} points to rows of other samples: run `softlabels repair`"
             )
 
 
-def checked_views(views: NDArray[np.int64] | None, count: int, manifest: Manifest) -> NDArray[np.int64]:
-    """Views that a store of views can be asked for, one a sample.
+def _checked_views(views: NDArray[np.int64] | None, count: int, manifest: Manifest) -> NDArray[np.int64]:
+    """Return the views asked for, one per sample.
 
     Raises:
-        RequestError: none named, another number of them than ids, or one that the store does not keep.
+        RequestError: none given, another number of them than ids, or one that the store does not keep.
     """
     kept = manifest.layout.views
     if views is None:
@@ -222,10 +231,6 @@ def checked_views(views: NDArray[np.int64] | None, count: int, manifest: Manifes
     return views
 
 
-def _refuse(wrong: bool, message: str) -> None:
-    if wrong:
+def _check(valid: bool, message: str) -> None:
+    if not valid:
         raise RequestError(message)
-
-
-def _as_ids(kept: NDArray[Any]) -> IdArray:
-    return from_fixed_bytes(kept) if kept.ndim == 2 else kept

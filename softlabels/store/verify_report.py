@@ -1,4 +1,4 @@
-"""What can be wrong with a store: a fault, where it lies, and the report that lists them."""
+"""Verification report: the faults of a store, and counts of what was verified."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from softlabels.progress import QUIET, Progress
 
 FaultKind = Literal["missing", "checksum", "document", "contents", "stray", "unfinished"]
 """missing: a file is gone, short or unreadable. checksum: bytes are not what was written. document: a plan, manifest or
-receipt cannot be believed. contents: bytes are as written, and make no sense. stray: a file that nobody vouches for.
-unfinished: nothing is damaged, something is not there yet."""
+receipt is invalid. contents: bytes are as written, but their values are invalid. stray: a file that neither the
+manifest nor a receipt lists. unfinished: nothing is damaged, the store is not complete yet."""
 
 ShowProgress = Callable[..., AbstractContextManager[Progress]]
-"""As `softlabels.progress.track`: total, description, unit."""
+"""Called with total, description and unit, as `softlabels.progress.track`."""
 
 
 def silent(total: int, description: str, unit: str) -> AbstractContextManager[Progress]:
-    """Show nothing."""
+    """Show no progress."""
     return nullcontext(QUIET)
 
 
@@ -28,9 +28,9 @@ class Fault:
     """One thing that is wrong with a store.
 
     Attributes:
-        message: what is wrong, in plain words.
-        path: the file, relative to the store.
-        shard, array, chunk: where, as far as it can be told; the chunk counts within its shard.
+        message: what is wrong.
+        path: file, relative to the store.
+        shard, array, chunk: location, as far as it is known; `chunk` counts within its shard.
         rows: first and last row of the store that may be wrong.
     """
 
@@ -43,17 +43,17 @@ class Fault:
     rows: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        places = [
+        location = [
             f"{name} {value}" for name in ("shard", "array", "chunk") if (value := getattr(self, name)) is not None
         ]
         if self.rows is not None:
-            places.append(f"rows {self.rows[0]} to {self.rows[1]}")
+            location.append(f"rows {self.rows[0]} to {self.rows[1]}")
         if self.path is not None:
-            places.append(self.path)
-        return f"{', '.join(places)}: {self.message}" if places else self.message
+            location.append(self.path)
+        return f"{', '.join(location)}: {self.message}" if location else self.message
 
     def to_json(self) -> dict[str, Any]:
-        """The fault as JSON-able facts."""
+        """Return the fault as JSON-like values."""
         return asdict(self)
 
 
@@ -62,10 +62,10 @@ class Report:
     """What `verify` found.
 
     Attributes:
-        finished: the manifest is published.
-        committed: how many of the store's `shards` have a receipt.
-        chunks, rows, files: how many were verified.
-        faults: in the order found; the first alone unless all were asked for.
+        finished: whether the manifest is published.
+        committed: number of the store's `shards` that have a valid receipt.
+        chunks, rows, files: numbers verified.
+        faults: in the order found; only the first one unless all were asked for.
     """
 
     root: str
@@ -79,9 +79,9 @@ class Report:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong and nothing missing."""
+        """Whether nothing is wrong or missing."""
         return not self.faults
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON-able facts."""
+        """Return the report as JSON-like values."""
         return {**asdict(self), "sound": self.sound}

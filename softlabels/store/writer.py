@@ -1,4 +1,8 @@
-"""How a store comes to be: planned once, shards committed one by one in any order, the manifest last."""
+"""Store writer: shards are committed one by one in any order, and the manifest is published last.
+
+A commit writes the shard's files, makes each durable, and then writes its receipt (`softlabels.store.ledger`): a reader
+sees either no shard or a whole one, and a writer that dies loses only the shards that it had not committed.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +40,9 @@ from softlabels.transfer_set import UNLABELLED, FingerprintSum
 
 
 class StoreWriter:
-    """Writes shards of one store; several writers, in one process or many, may work on different shards at once.
+    """Writer of one store. Several writers, in one process or many, may work on different shards at once.
 
-    Made by `create` or `resume`.
+    Constructed by `create` or `resume`.
     """
 
     def __init__(self, root: Path, plan: Manifest) -> None:
@@ -54,16 +58,16 @@ class StoreWriter:
     def create(
         cls, root: Path, plan: Manifest, *, table: SampleTable | None = None, encoding: Encoding | None = None
     ) -> StoreWriter:
-        """Begin a store, or go on with one begun from the very same plan.
+        """Create a store, or open one of the very same plan to continue it.
 
         Args:
             root: the store's folder.
-            plan: see `plan_store`.
-            table: the samples, for a layout of sequences.
-            encoding: with what it learnt, for one that learns.
+            plan: plan of the store, see `plan_store`.
+            table: samples, for a layout of sequences.
+            encoding: the encoding with its learnt arrays, for one that learns.
         Raises:
             ManifestError: the plan was made with another table or encoding than these.
-            StoreExistsError: something else stands there: a store of another plan, or files that are no store.
+            StoreExistsError: the folder holds a store of another plan, or files that are not a store.
         """
         return cls.create_with_files(
             Path(root),
@@ -73,20 +77,20 @@ class StoreWriter:
 
     @classmethod
     def create_with_files(cls, root: Path, plan: Manifest, files: Mapping[str, bytes]) -> StoreWriter:
-        """As `create`, from the contents of the files beside the rows that the plan names, by path."""
+        """Do as `create`, with the contents by path of the metadata files that the plan lists."""
         if {path: hashlib.sha256(contents).hexdigest() for path, contents in files.items()} != plan.metadata_sha256:
             raise ManifestError(
-                "the plan was made with another sample table or encoding: hand both to `create` as well"
+                "the plan was made with another sample table or encoding: pass both to `create` as well"
             )
         initialize_store(root, plan, files)
         return cls(root, plan)
 
     @classmethod
     def resume(cls, root: Path) -> StoreWriter:
-        """Go on with the store at `root`.
+        """Open the unfinished store at `root` to continue it.
 
         Raises:
-            UnknownStoreError: nothing was begun there.
+            UnknownStoreError: there is no store. ManifestError: its plan is missing or damaged.
         """
         load_manifest(Path(root))
         return cls(Path(root), load_plan(Path(root)))
@@ -97,17 +101,17 @@ class StoreWriter:
         return (self.root / MANIFEST).exists()
 
     def missing_shards(self) -> list[int]:
-        """Numbers of the shards that are not committed, in order."""
+        """Return the numbers of the shards that are not committed, in order."""
         committed = set(self._ledger.committed())
         return [shard for shard in range(self.plan.shards.count) if shard not in committed]
 
     def receipt(self, shard: int) -> Receipt | None:
-        """The receipt of a shard, None where it is not committed."""
+        """Return the receipt of a shard, None where it is not committed."""
         return self._ledger.read(shard)
 
     @contextlib.contextmanager
     def claim(self, shard: int) -> Iterator[ShardClaim]:
-        """Hold a shard alone in order to write it.
+        """Hold a shard exclusively inside this context, in order to write it.
 
         Raises:
             ShardClaimedError: another writer holds it.
@@ -116,22 +120,25 @@ class StoreWriter:
             yield ShardClaim(self, shard)
 
     def keep_job(self, document: Mapping[str, Any]) -> None:
-        """Keep the job beside the plan, for `resume`; several processes may run one job at the same time."""
+        """Write the job beside the plan, for `softlabels resume`."""
+        # Exclusively: several processes may run one job at the same time, and share the temporary file's name.
         with self._ledger.exclusive():
             write_atomically(self.root / JOB, [seal(document)])
 
     def finish(self) -> Manifest:
-        """Publish the manifest: from here on the store is complete and never changes. Idempotent.
+        """Publish the manifest: from now on the store is complete and never changes. Idempotent.
 
         Raises:
-            TruncatedError: a shard is missing. BadIdsError: a sample id stands twice.
+            TruncatedError: a shard is missing. BadIdsError: a sample id is repeated.
+            ManifestError: a metadata file is missing or damaged.
         """
         with self._ledger.exclusive():
             if self.finished:
                 return load_manifest(self.root)
-            self._refuse_missing(self.missing_shards())
-            self._refuse_lost_tables()
-            # A receipt whose commit failed at the very last step may be there and not be durable yet.
+            self._check_complete(self.missing_shards())
+            self._check_planned_files()
+            # A commit may have failed at its very last step, the fsync of this folder: the receipt is visible then, but
+            # not durable.
             sync_folder(self.root / LEDGER_FOLDER)
             fingerprint, audit, ledger = FingerprintSum(), Audit(), hashlib.sha256()
             for receipt in self._receipts():
@@ -151,17 +158,18 @@ class StoreWriter:
                 audit=audit.summary(),
                 metadata_sha256=metadata,
             )
+            # Last of all: where the manifest exists, everything that it covers is durable.
             write_atomically(self.root / MANIFEST, [seal(manifest.to_json())])
             return manifest
 
     def commit(
         self, shard: int, arrays: Mapping[str, NDArray[Any]], *, fingerprint: str, audit: Mapping[str, Any]
     ) -> Receipt:
-        """Write and commit a shard that the caller holds; see `ShardClaim.commit`."""
+        """Write and commit a shard whose claim the caller holds; see `ShardClaim.commit`."""
         files = self._container.shard_files(self.plan, shard, arrays)
         before = self._ledger.read(shard)
         if before is not None:
-            _refuse_other_contents(self.root, before, files)
+            _check_same_contents(self.root, before, files)
             return before
         records = {}
         for file in files:
@@ -178,19 +186,20 @@ class StoreWriter:
             fingerprint=fingerprint,
             audit=dict(audit),
         )
+        # After the files: a receipt must never list bytes that a power failure could take away.
         self._ledger.write(receipt)
         return receipt
 
     def _receipts(self) -> Iterator[Receipt]:
-        """The receipts of all shards, one at a time: a large store has more of them than memory is for."""
+        """Yield the receipts of all shards, one at a time: those of a large store may not fit in memory."""
         for shard in range(self.plan.shards.count):
             receipt = self._ledger.read(shard)
-            if receipt is None:  # gone since they were counted
-                self._refuse_missing([shard])
+            if receipt is None:  # removed since they were counted
+                self._check_complete([shard])
             else:
                 yield receipt
 
-    def _refuse_missing(self, missing: list[int]) -> None:
+    def _check_complete(self, missing: list[int]) -> None:
         if missing:
             raise TruncatedError(
                 f"{len(missing)} of {self.plan.shards.count} shards of {self.root} are not committed (the first is "
@@ -199,13 +208,14 @@ class StoreWriter:
             )
 
     def _purge(self) -> None:
-        """Remove what writers left behind that died; a file of a living writer is held by its claim."""
+        """Remove the temporary files of writers that died."""
         for path in sorted((self.root / STAGING_FOLDER).glob("*" + TEMPORARY)):
             if path.name[:8].isdigit():
+                # Under the claim of its shard, which the writer of the file holds as long as it lives.
                 with contextlib.suppress(ShardClaimedError), self._ledger.claim(int(path.name[:8])):
                     path.unlink(missing_ok=True)
 
-    def _refuse_lost_tables(self) -> None:
+    def _check_planned_files(self) -> None:
         for path, digest in self.plan.metadata_sha256.items():
             if not has_file(self.root / path, digest):
                 raise ManifestError(
@@ -215,10 +225,10 @@ class StoreWriter:
 
 
 class ShardClaim:
-    """One shard, held alone by this writer while its `claim` context lasts.
+    """One shard, held exclusively by this writer inside its `claim` context.
 
     Attributes:
-        rows: the rows of the store that the shard holds.
+        rows: row numbers of the store that the shard holds.
     """
 
     def __init__(self, writer: StoreWriter, shard: int) -> None:
@@ -237,27 +247,28 @@ class ShardClaim:
         inputs: NDArray[Any] | None = None,
         audit: Mapping[str, Any],
     ) -> Receipt:
-        """Write the shard's files and, when all of them are durable, its receipt.
+        """Write the shard's files and, once all of them are durable, its receipt.
 
-        Committing the same contents again changes nothing and returns the receipt there is.
+        Committing the same contents again changes nothing and returns the existing receipt.
 
         Args:
-            encoded: the encoding's arrays, [rows of the shard, ...] each, [rows, members, ...] where those are kept.
-            ids: [rows], None for sequences.
-            fingerprints: [rows, 16], None for sequences.
-            labels: [rows]; None where no row has one.
+            encoded: arrays of the encoding by name, each [rows of the shard, ...], or [rows, members, ...] where the
+                store keeps members.
+            ids: [rows] sample ids, None for sequences.
+            fingerprints: [rows, 16] content fingerprints, None for sequences.
+            labels: [rows] hard labels; None where no row has one.
             view_parameters: [rows, parameters], where the store records them.
-            inputs: [rows, ...], the samples themselves, where the store keeps them; left unused where it does not.
+            inputs: [rows, ...] samples, where the store keeps them; ignored where it does not.
             audit: `Audit.to_json()` of these rows.
         Raises:
-            ShapeMismatchError: arrays of another shape or type than the plan's, or ids that the plan excludes.
+            ShapeMismatchError: arrays of another shape or dtype than planned, or other ids than planned.
             ShardConflictError: the shard is committed with other contents.
         """
         plan = self._writer.plan
         arrays: dict[str, NDArray[Any]] = dict(encoded)
         total = FingerprintSum()
         if ids is not None and fingerprints is not None:
-            self._refuse_other_ids(ids)
+            self._check_dense_ids(ids)
             as_strings = plan.ids.kind == "str"
             arrays["ids"] = to_fixed_bytes(ids, width_bytes=plan.ids.width_bytes) if as_strings else ids
             arrays["fingerprints"] = fingerprints
@@ -269,10 +280,10 @@ class ShardClaim:
         if "labels" in plan.arrays:
             found = np.full(len(self.rows), UNLABELLED, dtype=np.int64) if labels is None else labels
             arrays["labels"] = found.astype(plan.arrays["labels"].dtype)
-        self._check(arrays)
+        self._check_arrays(arrays)
         return self._writer.commit(self.shard, arrays, fingerprint=total.hexdigest(), audit=audit)
 
-    def _check(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def _check_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         plan = self._writer.plan
         if set(arrays) != set(plan.arrays):
             raise ShapeMismatchError(f"a shard needs the arrays {sorted(plan.arrays)}, not {sorted(arrays)}")
@@ -284,7 +295,7 @@ class ShardClaim:
                     f"says {spec.dtype}{list(expected)}"
                 )
 
-    def _refuse_other_ids(self, ids: IdArray) -> None:
+    def _check_dense_ids(self, ids: IdArray) -> None:
         plan = self._writer.plan
         start = plan.ids.dense_start
         if start is None:
@@ -298,23 +309,23 @@ class ShardClaim:
 
 
 def stored_ids(root: Path, manifest: Manifest) -> IdArray:
-    """The id of every sample, in the order of the store, as the committed shards keep them.
+    """Return the id of every sample, in the order of the store, read from its shards.
 
     Raises:
-        RowsNotCommittedError, ChecksumError, TruncatedError: not every shard is committed and sound.
+        RowsNotCommittedError, ChecksumError, TruncatedError: a shard is missing or damaged.
     """
-    # Read by the rows' numbers, as an unfinished store is: the index of ids may be what is missing.
+    # By row number, since the id index may be what is missing.
     rows = LocalRows(root, manifest=manifest)
     pieces = []
     for shard in range(manifest.shards.count):
         span = shard_rows(manifest, shard)
         pieces.append(rows.fetch_rows(np.arange(span.start, span.stop), ("ids",))["ids"])
-    # With views an id stands once a view; the index is of samples.
+    # With views an id is repeated once per view; the index is of samples.
     joined: IdArray = np.concatenate(pieces)
     return joined[:: manifest.layout.views]
 
 
-def _refuse_other_contents(root: Path, before: Receipt, files: list[ShardFile]) -> None:
+def _check_same_contents(root: Path, before: Receipt, files: list[ShardFile]) -> None:
     for file in files:
         digest = hashlib.sha256()
         for buffer in file.buffers:

@@ -1,7 +1,7 @@
-"""How a store lies in Zarr v3: one sharded array a field, inner chunks with crc32c, uncompressed unless asked.
+"""Zarr v3 container: one sharded array per field, inner chunks with crc32c, uncompressed unless asked.
 
-Metadata are written by zarr-python, shards by ourselves to the letter of the specification (sharding_indexed: chunks in
-order, then an index of (offset, size) pairs as little-endian uint64 with its own crc32c), because zarr-python writes a
+zarr-python writes the metadata; shards are written here, as the specification says (sharding_indexed: chunks in order,
+then an index of (offset, size) pairs as little-endian uint64, followed by its own crc32c), because zarr-python writes a
 shard at a tenth of the disk's speed, without fsync, and in place.
 """
 
@@ -29,19 +29,19 @@ from softlabels.store.chunks import (
 )
 
 EMPTY_CHUNK = np.iinfo(np.uint64).max
-"""What the shard index says of a chunk that is not there."""
+"""Offset and size of a missing chunk in the shard index."""
 
 
 class ZarrContainer:
     """A store as a Zarr v3 group."""
 
     def metadata(self, plan: Manifest) -> dict[str, bytes]:
-        """The `zarr.json` of the group and of every array, as zarr-python writes them."""
+        """Return the `zarr.json` of the group and of every array, as zarr-python writes them."""
         import zarr
         from zarr.storage import MemoryStore
 
         facts = {"format": FORMAT, "format_version": plan.format_version, "manifest": "manifest.json"}
-        # In memory first: on disk, zarr-python would neither sync the files nor keep its hands off what lies beside.
+        # In memory first: on disk, zarr-python would not sync the files, and would touch others in the folder.
         store = MemoryStore()
         group = zarr.create_group(store=store, zarr_format=3, attributes={"softlabels": {**facts, "name": plan.name}})
         for name, array in plan.arrays.items():
@@ -60,22 +60,22 @@ class ZarrContainer:
         return _consolidated({path: value.to_bytes() for path, value in store._store_dict.items()})
 
     def shard_files(self, plan: Manifest, shard: int, arrays: Mapping[str, NDArray[Any]]) -> list[ShardFile]:
-        """One file an array, named as Zarr's default chunk keys are."""
+        """Return one file per array, at the path of Zarr's default chunk key."""
         return [_shard_file(plan, shard, name, arrays[name]) for name in plan.arrays]
 
     def is_chunk_intact(self, chunk: NDArray[Any]) -> bool:
-        """Whether crc32c of all but the last four bytes is what these say."""
+        """Return whether the last four bytes are the CRC-32C of the others."""
         return int.from_bytes(chunk[-4:].tobytes(), "little") == crc32c(chunk[:-4])
 
 
 def crc32c(chunk: NDArray[np.uint8]) -> int:
-    """CRC-32C (RFC 3720) of bytes that are contiguous and read-only."""
+    """Return the CRC-32C (RFC 3720) of bytes that are contiguous and read-only."""
     return int(google_crc32c.value(chunk))
 
 
 def _consolidated(documents: dict[str, bytes]) -> dict[str, bytes]:
-    # With the arrays' metadata in the group's own, zarr-python need not look through the folder, where it would warn of
-    # everything that is no array: ledger, index, manifest.
+    # With the arrays' metadata in the group's own, zarr-python does not search the folder, where it would warn of every
+    # entry that is not an array: ledger, index, manifest.
     root = json.loads(documents["zarr.json"])
     arrays = {path.removesuffix("/zarr.json"): json.loads(raw) for path, raw in documents.items() if "/" in path}
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from softlabels.atomic_files import make_folder, purge, write_atomically
+from softlabels.atomic_files import atomic_path, make_folder, purge, write_atomically
 
 
 class TestWriteAtomically:
@@ -61,3 +61,21 @@ class TestMakeFolder:
         make_folder(tmp_path / "a" / "b")
         make_folder(tmp_path / "a" / "b")
         assert (tmp_path / "a" / "b").is_dir()
+
+
+class TestAtomicPath:
+    def test_a_finished_file_replaces_the_old_one(self, tmp_path: Path) -> None:
+        """And no temporary file is left."""
+        (tmp_path / "file").write_bytes(b"old")
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_bytes(b"new")
+        assert (tmp_path / "file").read_bytes() == b"new"
+        assert os.listdir(tmp_path) == ["file"]
+
+    def test_an_error_leaves_the_old_file(self, tmp_path: Path) -> None:
+        """And removes the temporary one."""
+        (tmp_path / "file").write_bytes(b"old")
+        with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "file") as temporary:
+            temporary.write_bytes(bytes(1 // 0))
+        assert (tmp_path / "file").read_bytes() == b"old"
+        assert os.listdir(tmp_path) == ["file"]

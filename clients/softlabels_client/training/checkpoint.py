@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from softlabels.atomic_files import TEMPORARY, atomic_path
 from softlabels.errors import ChecksumError, ConflictError, FormatVersionError, ManifestError, RequestError
 from softlabels.extras import needs_extra
 
@@ -28,9 +27,6 @@ with needs_extra("torch", "saving a student or a checkpoint"):
 FORMAT = "softlabels-checkpoint/2"
 READABLE = ("softlabels-checkpoint/1", FORMAT)
 """Format 2 added the sums for the accuracy and left out the loader's state."""
-
-PARTIAL = ".partial"
-"""Suffix of a file that is still being written."""
 
 TENSOR, TUPLE, DICT = "tensor", "tuple", "dict"
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
@@ -58,7 +54,7 @@ class CheckpointFolder:
         if not self.path.parent.is_dir():
             raise RequestError(f"there is no folder {str(self.path.parent)!r} for the checkpoints: make it first")
         self.path.mkdir(exist_ok=True)
-        for partial in self.path.glob(f".*{PARTIAL}"):  # left by a process that was killed while it wrote
+        for partial in self.path.glob(f".*{TEMPORARY}"):  # left by a process that was killed while it wrote
             partial.unlink(missing_ok=True)
         if self.steps and not resume:
             raise ConflictError(
@@ -199,25 +195,3 @@ def _checksum(document: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what is written there replaces `path` once the context ends well.
-
-    Raises:
-        OSError: the folder does not exist, or the disk is full; an existing file at `path` is unchanged.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # without it the rename could be lost in a power cut
-    finally:
-        os.close(folder)

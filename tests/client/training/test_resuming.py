@@ -346,7 +346,7 @@ class TestCheckpointFolder:
         for step in (5, 10, 15):
             folder.write(step, {"a": torch.full((3,), step)})
         assert folder.steps == [10, 15]
-        (tmp_path / "c" / ".step-000000000020.safetensors.7.partial").write_bytes(b"half")
+        (tmp_path / "c" / ".step-000000000020.safetensors.7.part").write_bytes(b"half")
         again = CheckpointFolder(tmp_path / "c", resume=True)
         assert torch.equal(again.newest()["a"], torch.full((3,), 15))
         assert sorted(path.name[-24:] for path in (tmp_path / "c").iterdir()) == [
