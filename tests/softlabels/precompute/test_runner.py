@@ -204,7 +204,7 @@ class TestRefusals:
         """Nobody's files are written over."""
         (job_folder / "store").mkdir()
         (job_folder / "store" / "thesis.tex").write_text("precious")
-        with pytest.raises(StoreExistsError, match="no store"):
+        with pytest.raises(StoreExistsError, match="not a store"):
             precompute(load_job(job_folder / "job.toml"))
 
     def test_resume_where_nothing_was_begun(self, tmp_path: Path) -> None:
