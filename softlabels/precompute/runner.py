@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
+from msgspec import structs
 
 from softlabels.documents import open_sealed
 from softlabels.encodings import Encoding
@@ -92,8 +93,8 @@ def resume(where: Path, *, show: ShowProgress = track, metrics: Path | None = No
     base = Path(document.pop("base"))
     job = job_from_json(document, base=base, what=str(path))
     # The store may have been moved since: it is resumed where it is, under the name that its rows were drawn with.
-    store = replace(job.store, path=str(where.resolve()), name=job.store_name)
-    return precompute(replace(job, store=store), show=show, metrics=metrics)
+    store = structs.replace(job.store, path=str(where.resolve()), name=job.store_name)
+    return precompute(structs.replace(job, store=store), show=show, metrics=metrics)
 
 
 def _compute(
@@ -101,27 +102,27 @@ def _compute(
 ) -> None:
     """Compute the missing shards, with the batch size that the job or an earlier run of it says."""
     plan, run, missing = writer.plan, planned.prepared.job.run, writer.missing_shards()
-    ensemble = planned.prepared.ensemble
-    step = DeviceStep(plan, ensemble, encoding=planned.encoding, streams=DeviceStreams(ensemble.device))
+    ensemble, streams = planned.prepared.ensemble, DeviceStreams(planned.prepared.ensemble.device)
     done = plan.rows - sum(len(shard_rows(plan, shard)) for shard in missing)
     unit = "samples" if plan.layout.kind == "single" else "rows"
+    lines = None if metrics is None else RunMetrics(metrics, plan, done=done, streams=streams)
 
     def keep_batch_size(size: int) -> None:
         kept.batch_size = size
         kept.write(writer)
 
-    with ExitStack() as stack:
-        lines = None
-        if metrics is not None:
-            lines = stack.enter_context(RunMetrics(metrics, plan, done=done, streams=step.streams))
-        progress = stack.enter_context(show(plan.rows, f"precompute {plan.name}", unit, done=done))
+    with show(plan.rows, f"precompute {plan.name}", unit, done=done) as progress:
+        step = DeviceStep(plan, ensemble, encoding=planned.encoding, streams=streams)
         if kept.batch_size is None:
             keep_batch_size(find_batch_size(step, limit_gib=run.memory_limit_gib))
             progress.note(f"batches of {kept.batch_size}")
         assert kept.batch_size is not None
+        if run.compile:  # after the search for a batch size, which would compile for each size
+            ensemble = replace(ensemble, teachers=with_compile(ensemble.teachers))
+            step = DeviceStep(plan, ensemble, encoding=planned.encoding, streams=streams)
         compute_shards(
             writer,
-            step.with_teachers(with_compile(step.ensemble.teachers, run)),
+            step,
             missing,
             batch_size=kept.batch_size,
             loaders=run.loaders,

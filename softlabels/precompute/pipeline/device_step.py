@@ -9,9 +9,9 @@ Legend: B or R rows, C classes, A audited rows, T temperatures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from softlabels.precompute.pipeline.inference import TeacherEnsemble, audit_temp
 from softlabels.precompute.row_batches import RowBatch
 from softlabels.precompute.teachers import Teacher
 
+if TYPE_CHECKING:
+    from softlabels.precompute.pipeline.shard_loading import ClaimedShard
+
 MOST_ENTRIES_A_ROW = 1 << 14
 """Classes up to which every row is audited; above, one row in classes / 8,192.
 
@@ -40,22 +43,6 @@ _BLOCK_ENTRIES = 1 << 22
 
 _SUMS = 3
 """Scalars at the head of a packed tensor: top-1 agreements, dropped mass, squared error."""
-
-
-class RowSink(Protocol):
-    """Receives the encoded rows of batches: a shard in work, or nothing in a trial of a batch size."""
-
-    def write(self, batch: RowBatch, encoded: Mapping[str, Tensor]) -> int:
-        """Begin to copy a batch's rows to the host; return the number of its first row in the store."""
-        ...
-
-    def write_figures(self, packed: Tensor) -> None:
-        """Begin to copy the audit figures of a batch."""
-        ...
-
-    def set_done(self, done: torch.cuda.Event | None) -> None:
-        """Set the event after which everything begun so far is copied; None where it is already."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,11 +77,6 @@ class DeviceStep:
         self.ensemble = replace(ensemble, teachers=teachers)
         self._temperatures = audit_temperatures(plan)
 
-    def with_teachers(self, teachers: Sequence[Teacher]) -> DeviceStep:
-        """Return the same step with other teachers."""
-        ensemble = replace(self.ensemble, teachers=teachers)
-        return DeviceStep(self.plan, ensemble, encoding=self._encoding, streams=self.streams)
-
     def start(self, batch: RowBatch, inputs: Tensor) -> StartedBatch:
         """Queue the forward passes of a batch.
 
@@ -109,8 +91,8 @@ class DeviceStep:
                 outputs = self.ensemble.forward(uploaded, batch, row_kind=self._encoding.row_kind)
         return StartedBatch(batch=batch, outputs=outputs, mark=self.streams.mark())
 
-    def finish(self, started: StartedBatch, sink: RowSink) -> None:
-        """Encode a batch's rows and begin to copy them out.
+    def finish(self, started: StartedBatch, shard: ClaimedShard | None) -> None:
+        """Encode a batch's rows and begin to copy them into their shard; None copies and drops them, for trials.
 
         Raises:
             NonFiniteLogitsError, TeacherError, EncodingError: with the sample ids at fault.
@@ -120,11 +102,12 @@ class DeviceStep:
             self.ensemble.check_finite(started.outputs, batch.ids)
             rows_RC = self.ensemble.rows_to_store(started.outputs, self.plan, row_kind=self._encoding.row_kind)
             encoded = self._encode(rows_RC, batch)
-            first_row = sink.write(batch, encoded)
-            figures = self._figures(rows_RC, encoded, first_row)
-            if figures is not None:
-                sink.write_figures(figures)
-            sink.set_done(self.streams.copies_done())
+            figures = self._figures(rows_RC, encoded, 0 if shard is None else shard.next_row)
+            if shard is not None:
+                shard.write(batch, encoded, figures)
+                return
+            for tensor in encoded.values():
+                tensor.cpu()
 
     def _encode(self, rows_RC: Tensor, batch: RowBatch) -> dict[str, Tensor]:
         # A store of members has no encoding that draws, and more rows than keys.

@@ -131,19 +131,14 @@ class TeacherEnsemble:
 
 
 def with_numerics(teachers: Sequence[Teacher], run: RunTable) -> list[Teacher]:
-    """Return the teachers with the precision, memory format and kernels of [run]; their specs stay as they are.
-
-    `torch.compile` comes later, by `with_compile`: the search for a batch size would compile for each size.
-    """
+    """Return the teachers with the precision, memory format and kernels of [run]; their specs stay as they are."""
     if run.precision == "float32" and not (run.channels_last or run.deterministic):
         return list(teachers)
     return [replace(teacher, model=_WithNumerics(teacher.model, run)) for teacher in teachers]
 
 
-def with_compile(teachers: Sequence[Teacher], run: RunTable) -> list[Teacher]:
-    """Return the teachers through `torch.compile` where the job asks for it; they compile on their first batch."""
-    if not run.compile:
-        return list(teachers)
+def with_compile(teachers: Sequence[Teacher]) -> list[Teacher]:
+    """Return the teachers through `torch.compile`; they compile on their first batch."""
     return [replace(teacher, model=_Compiled(teacher.model)) for teacher in teachers]
 
 

@@ -50,7 +50,7 @@ class ClaimedShard:
     Args:
         claim: claim context, not entered yet: held from here until `commit` or `release`.
         plan: plan of the store.
-        pinned: pin the arrays.
+        streams: of the device that fills the shard.
     Attributes:
         shard: number of the shard.
         rows: its rows in the store.
@@ -59,10 +59,10 @@ class ClaimedShard:
         ShardClaimedError: another writer holds the shard.
     """
 
-    def __init__(self, claim: AbstractContextManager[ShardClaim], plan: Manifest, *, pinned: bool) -> None:
+    def __init__(self, claim: AbstractContextManager[ShardClaim], plan: Manifest, streams: DeviceStreams) -> None:
         self._held = ExitStack()
         self._claim = self._held.enter_context(claim)
-        self._plan, self._pinned, self._temperatures = plan, pinned, audit_temperatures(plan)
+        self._plan, self._streams, self._temperatures = plan, streams, audit_temperatures(plan)
         self.shard, self.rows = self._claim.shard, self._claim.rows
         self.written_rows = 0
         self._done: torch.cuda.Event | None = None
@@ -76,29 +76,26 @@ class ClaimedShard:
         """Return whether all rows were written."""
         return self.written_rows == len(self.rows)
 
-    def write(self, batch: RowBatch, encoded: Mapping[str, Tensor]) -> int:
-        """Begin to copy the next rows into the shard; return the first one's row number in the store."""
+    @property
+    def next_row(self) -> int:
+        """Return the row number in the store of the next row to write."""
+        return self.rows.start + self.written_rows
+
+    def write(self, batch: RowBatch, encoded: Mapping[str, Tensor], figures: Tensor | None) -> None:
+        """Begin to copy a batch into the shard: its encoded rows, and the audit figures of those that were audited."""
         if not self._arrays:
             self._arrays = {name: self._empty(name) for name in encoded}
-        first = self.rows.start + self.written_rows
         part = slice(self.written_rows, self.written_rows + batch.rows)
         for name, tensor in encoded.items():
             target = self._arrays[name][part]
             assert tensor.dtype == target.dtype, f"{name}: {tensor.dtype} is not the plan's {target.dtype}"
-            target.copy_(tensor.reshape(target.shape), non_blocking=self._pinned)
+            target.copy_(tensor.reshape(target.shape), non_blocking=self._streams.pinned)
+        if figures is not None:
+            on_host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=self._streams.pinned)
+            self._figures.append(on_host.copy_(figures, non_blocking=self._streams.pinned))
+        self._done = self._streams.copies_done()
         self._keep_facts(part, batch)
         self.written_rows += batch.rows
-        return first
-
-    def write_figures(self, packed: Tensor) -> None:
-        """Begin to copy the audit figures of a batch."""
-        target = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=self._pinned)
-        target.copy_(packed, non_blocking=self._pinned)
-        self._figures.append(target)
-
-    def set_done(self, done: torch.cuda.Event | None) -> None:
-        """Set the event after which all copies begun so far are complete."""
-        self._done = done
 
     def commit(self) -> Audit:
         """Wait for the last copy, write the shard, release it, and return the audit of its rows.
@@ -132,7 +129,7 @@ class ClaimedShard:
     def _empty(self, name: str) -> Tensor:
         spec = self._plan.arrays[name]
         dtype = torch.from_numpy(np.empty(0, dtype=spec.dtype)).dtype
-        return torch.empty((len(self.rows), *spec.row_shape), dtype=dtype, pin_memory=self._pinned)
+        return torch.empty((len(self.rows), *spec.row_shape), dtype=dtype, pin_memory=self._streams.pinned)
 
     def _keep_facts(self, part: slice, batch: RowBatch) -> None:
         self._ids.append(batch.ids)
@@ -163,20 +160,20 @@ class ShardClaims:
 
     Args:
         writer: writer of the store.
-        pinned: pin the shards' arrays.
+        streams: of the device.
         slots: one per shard that may be held at a time.
         progress: advanced by rows that other processes computed.
     """
 
-    def __init__(self, writer: StoreWriter, *, pinned: bool, slots: Slots, progress: Progress) -> None:
-        self._writer, self._pinned, self._progress = writer, pinned, progress
-        self.slots = slots
+    def __init__(self, writer: StoreWriter, streams: DeviceStreams, slots: Slots, progress: Progress) -> None:
+        self._writer, self._progress = writer, progress
+        self.streams, self.slots = streams, slots
         self._held: list[ClaimedShard] = []
 
     def claim(self, shard: int) -> ClaimedShard | None:
         """Claim a shard, in a slot acquired before; None where another process holds it or has committed it by now."""
         try:
-            claimed = ClaimedShard(self._writer.claim(shard), self._writer.plan, pinned=self._pinned)
+            claimed = ClaimedShard(self._writer.claim(shard), self._writer.plan, self.streams)
         except ShardClaimedError:
             self._progress.note("other processes work on this store too")
             self.slots.release()
@@ -219,7 +216,6 @@ class Prefetcher:
         rows: loader of their rows.
         batch_size: inputs per batch.
         loaders: threads that make batches.
-        streams: of the device.
         stop: stop signal of the whole run.
     """
 
@@ -231,12 +227,11 @@ class Prefetcher:
         *,
         batch_size: int,
         loaders: int,
-        streams: DeviceStreams,
         stop: StopSignal,
     ) -> None:
         self._shards, self._claims, self._rows, self._batch_size = shards, claims, rows, batch_size
         self._loaders = loaders if rows.layout.kind != "sequences" else 1
-        self._streams = streams
+        self._streams = claims.streams
         self._stop = StopSignal(stop)
         self._batches: Channel[PrefetchedBatch] = Channel(_PREFETCHED_BATCHES, self._stop)
         self._error: Exception | None = None

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from softlabels.audit import Audit
 from softlabels.errors import TeacherError
@@ -36,7 +36,7 @@ OnCommit = Callable[[ClaimedShard, Audit], None]
 
 
 class RunMetrics:
-    """A JSON-lines file of progress figures, one line per committed shard, flushed at once.
+    """A JSON-lines file of progress figures, one line per committed shard.
 
     Each line has `time` (seconds since 1970), `store`, `shards` and `rows` committed by this run, `rows_done` and
     `rows_total` of the store (other processes' rows as of the start of this run), `rows_per_s`, `left_s`, `kl_nats`
@@ -54,22 +54,15 @@ class RunMetrics:
         self._done_before, self._rows, self._shards = done, 0, 0
         self._audit = Audit()
         self._began_s = time.monotonic()
-
-    def __enter__(self) -> RunMetrics:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = self._path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, shard: ClaimedShard, audit: Audit) -> None:
         """Write the line of a shard that was just committed."""
         self._shards += 1
         self._rows += len(shard.rows)
         self._audit.merge(audit)
-        self._file.write(json.dumps(self._line()) + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self._line()) + "\n")
 
     def _line(self) -> dict[str, Any]:
         rate = self._rows / max(1e-9, time.monotonic() - self._began_s)
@@ -117,14 +110,12 @@ def compute_shards(
     Raises:
         SoftLabelsError, OSError: from whichever stage failed first. TeacherError: not even one input fits.
     """
-    left, stop, streams = list(shards), StopSignal(), step.streams
-    claims = ShardClaims(writer, pinned=streams.pinned, slots=Slots(_MOST_CLAIMS, stop), progress=progress)
+    left, stop, rows = list(shards), StopSignal(), step.ensemble.rows
+    claims = ShardClaims(writer, step.streams, Slots(_MOST_CLAIMS, stop), progress)
     try:
         with _CommitStage(claims, stop, on_commit) as commits:
             while True:
-                batches = Prefetcher(
-                    left, claims, step.ensemble.rows, batch_size=batch_size, loaders=loaders, streams=streams, stop=stop
-                )
+                batches = Prefetcher(left, claims, rows, batch_size=batch_size, loaders=loaders, stop=stop)
                 try:
                     with batches:
                         fits = _all_fit(batches, step, commits, progress)

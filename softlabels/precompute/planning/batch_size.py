@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from softlabels.errors import JobError, TeacherError
@@ -68,23 +66,6 @@ def find_batch_size(step: DeviceStep, *, limit_gib: float | None) -> int:
     return min(size for size, speed in speeds.items() if speed >= _NEARLY * max(speeds.values()))
 
 
-class _DiscardRows:
-    """A sink that copies rows to the host and drops them."""
-
-    def write(self, batch: RowBatch, encoded: Mapping[str, Tensor]) -> int:
-        """Copy and drop."""
-        for tensor in encoded.values():
-            tensor.cpu()
-        return 0
-
-    def write_figures(self, packed: Tensor) -> None:
-        """Copy and drop."""
-        packed.cpu()
-
-    def set_done(self, done: torch.cuda.Event | None) -> None:
-        """Ignore: the copies above have waited already."""
-
-
 def _first_batch(step: DeviceStep, size: int) -> RowBatch | None:
     """Return the first batch of this size, or None where the first shard has fewer inputs."""
     batch = next(step.ensemble.rows.batches(shard_rows(step.plan, 0), size))
@@ -120,10 +101,10 @@ def _time_passes(step: DeviceStep, batch: RowBatch, inputs: Tensor, *, passes: i
     for _ in range(passes):
         started = step.start(batch, inputs)
         if before is not None:
-            step.finish(before, _DiscardRows())
+            step.finish(before, None)
         before = started
     if before is not None:
-        step.finish(before, _DiscardRows())
+        step.finish(before, None)
     step.streams.synchronize()
     return time.perf_counter() - began_s
 

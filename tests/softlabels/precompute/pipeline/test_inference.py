@@ -128,7 +128,7 @@ class TestLayoutAndKernels:
             np.testing.assert_allclose(
                 store.batch(range(1000)).logits(), expected - expected.max(axis=1, keepdims=True), atol=1e-4
             )
-        (teacher,) = with_compile([teacher_from_module(Convolution(), name="t")], RunTable(compile=True))
+        (teacher,) = with_compile([teacher_from_module(Convolution(), name="t")])
         assert sum(isinstance(part, nn.Conv2d) for part in teacher.model.modules()) == 1
         teacher.model.train()
         with pytest.raises(TeacherError, match="training mode"):
