@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeAlias, TypeVar
@@ -106,6 +106,12 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return the end of an error message that names the nearest known word, or an empty string if none is near."""
+    near = get_close_matches(str(word).lower(), list(known), n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
 def _explain(message: str, kind: Any) -> str:
     """Return msgspec's message with the path in words; an unknown key with the nearest, a wrong value with the choices.
 
@@ -115,8 +121,7 @@ def _explain(message: str, kind: Any) -> str:
     message = re.sub(r" - at `\$\.?(.*?)`$", r" (at `\1`)", message).removesuffix(" (at ``)")
     unknown = re.match(r"Object contains unknown field `(.*?)`", message)
     if unknown:
-        near = get_close_matches(unknown[1], set(_keys_of(info, set())), n=1)
-        message += f"; did you mean `{near[0]}`?" if near else ""
+        message += did_you_mean(unknown[1], set(_keys_of(info, set())))
     if message.startswith("Invalid enum value"):
         choices = _choices_at(info, path[1] if path else "")
         message += f"; it must be one of {', '.join(map(repr, choices))}" if choices else ""

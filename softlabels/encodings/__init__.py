@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.documents import Document, Number, as_json, parse_document
+from softlabels.documents import Document, Number, as_json, did_you_mean, parse_document
 from softlabels.encodings.base import TARGETS, Encoding, Field, RowKind, encoding_label, row_bytes
 from softlabels.encodings.basis import Basis
 from softlabels.encodings.dense import BF16, F16, F32
@@ -130,8 +129,7 @@ def make_encoding(
         UnknownEncodingError: no encoding has that name, or it does not take these parameters or constants.
     """
     if name not in _KINDS:
-        near = get_close_matches(name, ENCODING_NAMES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, ENCODING_NAMES)
         raise UnknownEncodingError(f"there is no encoding {name!r}{hint}; known are {', '.join(ENCODING_NAMES)}")
     kind, params_type = _KINDS[name]
     parsed = parse_document(dict(params or {}), params_type, what=f"encoding {name!r}", error=UnknownEncodingError)

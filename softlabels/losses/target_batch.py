@@ -1,4 +1,4 @@
-"""What does a loss have to know of its targets? One batch of them as tensors, with the temperature that they carry."""
+"""One batch of soft targets as tensors, with the temperature that they carry: what a loss takes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from softlabels.targets import SoftTargets, check_unlocked
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SoftTargetBatch:
-    """One batch of targets as tensors, with all that a loss needs to know of them.
+    """One batch of targets as tensors.
 
     Attributes:
-        logits_BC: rows tempered with `captured_temperature`, floating point, free up to a row constant.
-        temperature: the T that the loss works at.
-        captured_temperature: the T that the rows are tempered with; softmax(logits_BC captured/T) is the target at T.
-        locked: whether the targets exist at the captured temperature only.
-        labels_B: int64 classes, -1 for unlabelled; None where no row has one.
+        logits_BC: rows tempered with `captured_temperature`, floating point, up to a row constant.
+        temperature: T of the loss.
+        captured_temperature: T that the rows are tempered with; softmax(logits_BC captured/T) is the target at T.
+        locked: whether the targets exist only at the captured temperature.
+        labels_B: int64 classes, -1 for unlabelled; None if no row has a label.
     Raises:
-        ShapeMismatchError, RequestError: rows or labels that cannot be; labels outside [-1, C) are named.
-        TemperatureError, TemperatureLockedError: a bad temperature, or another than the captured one of locked targets.
+        ShapeMismatchError, RequestError: malformed rows or labels, for example labels outside [-1, C).
+        TemperatureError, TemperatureLockedError: a bad temperature, or locked targets at another than the captured one.
     """
 
     logits_BC: Tensor
@@ -49,19 +49,19 @@ class SoftTargetBatch:
         check_unlocked(self.temperature, captured=self.captured_temperature, locked=self.locked)
         if self.labels_B is not None:
             rows, classes = self.logits_BC.shape
-            # Once, here: in the loss it would make the host wait for the accelerator at every step.
+            # Checked here and not in the loss, where the host would wait for the accelerator at every step.
             labels_B = check_labels(self.labels_B.detach().cpu().numpy(), rows=rows, classes=classes)
             if self.labels_B.dtype != torch.int64:
                 object.__setattr__(self, "labels_B", torch.from_numpy(labels_B).to(self.labels_B.device))
 
     @classmethod
     def from_soft_targets(cls, targets: SoftTargets, *, device: torch.device | str | None = None) -> SoftTargetBatch:
-        """What a store's batch becomes for torch, at the temperature it carries.
+        """Return a store's batch as tensors, at the temperature it carries.
 
         Args:
-            targets: as a store gave them.
-            device: where rows are decoded: their encoded bytes go there, a fraction of what decoded ones would be, from
-                pinned memory where it is an accelerator. None decodes with NumPy on the host.
+            targets: targets as a store returned them.
+            device: device on which rows are decoded; their encoded bytes are copied there, through pinned memory if it
+                is an accelerator. None decodes with NumPy on the host.
         """
         logits_BC = torch.from_numpy(_writable(targets.logits())) if device is None else _decoded_on(device, targets)
         made = cls(
@@ -74,35 +74,35 @@ class SoftTargetBatch:
         return made if device is None else made.to(device, non_blocking=True)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftTargetBatch:
-        """The same batch on another device."""
-        moved = copy.copy(self)  # already checked, and checking on an accelerator would wait for it
+        """Return the same batch on another device."""
+        moved = copy.copy(self)  # not made anew: the checks would wait for the accelerator
         object.__setattr__(moved, "logits_BC", self.logits_BC.to(device, non_blocking=non_blocking))
         if self.labels_B is not None:
             object.__setattr__(moved, "labels_B", self.labels_B.to(device, non_blocking=non_blocking))
         return moved
 
     def tempered(self) -> Tensor:
-        """logits_BC whose softmax is the target at `temperature`; float32, or float64 where the rows are."""
+        """Return logits_BC whose softmax is the target at `temperature`; float32, or float64 if the rows are."""
         wide_BC = widened(self.logits_BC)
         if self.captured_temperature == self.temperature:
             return wide_BC
         return wide_BC * (self.captured_temperature / self.temperature)
 
     def log_p(self) -> Tensor:
-        """logp_BC of the target at `temperature`."""
+        """Return logp_BC of the target at `temperature`."""
         return torch.log_softmax(self.tempered(), dim=-1)
 
 
 def widened(values: Tensor) -> Tensor:
-    """The same values in the dtype that losses work in: float32, or float64 where they are float64."""
+    """Return the values in the dtype that losses compute in: float32, or float64 if they are float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _decoded_on(device: torch.device | str, targets: SoftTargets) -> Tensor:
-    """logits_BC as kept, decoded on a device from its encoded bytes."""
+    """Return logits_BC, decoded on the device from their encoded bytes."""
     where = torch.device(device)
     if targets.members is not None:
-        # Members are averaged at the temperature first, which the reference does on the host.
+        # Members are first averaged at the temperature, by the reference implementation on the host.
         return torch.from_numpy(_writable(targets.logits())).to(where)
     moved = {name: _moved(array, where) for name, array in targets.encoded.items()}
     return targets.encoding.decode_torch(moved)
@@ -117,5 +117,5 @@ def _moved(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _writable(array: NDArray[Any]) -> NDArray[Any]:
-    """The array, copied where it is a view on a reply: torch has no read-only tensors."""
+    """Return the array, copied if it is a read-only view of a reply: torch has no read-only tensors."""
     return array if array.flags.writeable else array.copy()

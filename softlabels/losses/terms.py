@@ -1,11 +1,13 @@
-"""What are losses made of? The checks and the terms that more than one of them has.
+"""Checks and terms that several losses share.
 
-Source: Hinton, Vinyals, Dean 2015, sections 2 and 2.1; the reference is `softlabels.softmath`.
+Source: Hinton, Vinyals, Dean 2015, sections 2 and 2.1; the reference implementation is `softlabels.softmath`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import NamedTuple
 
@@ -25,14 +27,14 @@ from softlabels.softmath import UNLABELLED
 
 
 class LossParts(NamedTuple):
-    """A distillation loss and what it is made of, all scalars.
+    """A distillation loss and its terms, all scalars.
 
     Attributes:
         total: soft_weight soft + hard_weight hard; call `backward` on this.
-        soft: what the loss makes of the soft targets, T² included; in plain distillation the cross-entropy.
-        hard: mean cross-entropy with the labels at T = 1 over the labelled rows; 0 where there are none.
-        kl: mean KL(p, q) at T in nats of the distributions that the loss compares, not times T², without gradient: 0
-            when the student has learnt the targets, while a cross-entropy stops at the targets' own entropy.
+        soft: loss on the soft targets, T² included; in Hinton's objective the cross-entropy.
+        hard: mean cross-entropy with the labels at T = 1 over the labelled rows; 0 if there are none.
+        kl: mean KL(p, q) at T in nats, without T² and without gradient, of the distributions that the loss compares: 0
+            when the student has learnt the targets, whereas the cross-entropy stops at the targets' entropy.
     """
 
     total: Tensor
@@ -41,61 +43,69 @@ class LossParts(NamedTuple):
     kl: Tensor
 
 
-class SoftRows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SoftRows:
     """Targets and student as distributions at the targets' T.
 
     Attributes:
-        logp_BC: of the targets, without gradient; the most negative number where p is 0.
-        p_BC: of the targets, without gradient.
-        logq_BC: of the student.
+        logp_BC: log-probabilities of the targets, without gradient; the lowest finite number where p is 0.
+        p_BC: probabilities of the targets, without gradient.
+        logq_BC: log-probabilities of the student.
     """
 
     logp_BC: Tensor
     p_BC: Tensor
     logq_BC: Tensor
 
-    def entropy(self) -> Tensor:
-        """H(p) of each row, nats, [B]."""
+    def entropy_B(self) -> Tensor:
+        """Return H(p) of each row, nats."""
         return -(self.logp_BC * self.p_BC).sum(dim=-1)
 
-    def cross_entropy(self) -> Tensor:
-        """-sum_i p_i log q_i of each row, nats, [B]."""
-        # Where p = 0 a class adds nothing, even if the student rules it out too and log q is -inf.
+    @cached_property
+    def cross_entropy_B(self) -> Tensor:
+        """-sum_i p_i log q_i of each row, nats."""
+        # A class of p = 0 adds nothing, even if the student gives it 0 as well and log q is -inf.
         return -torch.where(self.p_BC == 0, 0.0, self.p_BC * self.logq_BC).sum(dim=-1)
 
-    def kl(self, cross_entropy_B: Tensor) -> Tensor:
-        """Mean KL(p, q), nats, without gradient, of what `cross_entropy` gave."""
-        return (cross_entropy_B.detach().mean() - self.entropy().mean()).clamp_min(0.0)  # rounding may leave -1e-7
+    def kl(self) -> Tensor:
+        """Return the mean KL(p, q), nats, without gradient."""
+        with torch.no_grad():
+            # Rounding may leave -1e-7.
+            return (self.cross_entropy_B.mean() - self.entropy_B().mean()).clamp_min(0.0)
 
 
 def soft_rows(z_BC: Tensor, targets: SoftTargetBatch) -> SoftRows:
-    """Both sides at the targets' T, in the dtype of `z_BC`."""
+    """Return both distributions at the targets' T, in the dtype of `z_BC`."""
     with torch.no_grad():
         logp_BC = torch.log_softmax(targets.tempered().to(z_BC.dtype), dim=-1)
         p_BC = logp_BC.exp()
-        # In place, on what is ours alone: 0 times the most negative number is 0, and 0 times -inf is not.
+        # 0 times the lowest finite number is 0, but 0 times -inf is NaN.
         logp_BC.clamp_min_(torch.finfo(logp_BC.dtype).min)
     return SoftRows(logp_BC, p_BC, torch.log_softmax(z_BC / targets.temperature, dim=-1))
 
 
 def hard_term(z_BC: Tensor, labels_B: Tensor | None) -> Tensor:
-    """Cross-entropy with the labels at T = 1, its mean over the labelled rows; 0 without any."""
+    """Return the mean cross-entropy with the labels at T = 1 over the labelled rows; 0 without any."""
     if labels_B is None:
         return z_BC.new_zeros(())
     summed = functional.cross_entropy(z_BC, labels_B, ignore_index=UNLABELLED, reduction="sum")
     return summed / (labels_B != UNLABELLED).sum().clamp_min(1)
 
 
-def weighted_sum(*, soft: Tensor, hard: Tensor, kl: Tensor, soft_weight: float, hard_weight: float) -> LossParts:
-    """The parts with their total."""
-    return LossParts(total=soft_weight * soft + hard_weight * hard, soft=soft, hard=hard, kl=kl)
+def loss_parts(
+    z_BC: Tensor, targets: SoftTargetBatch, rows: SoftRows, *, soft: Tensor, soft_weight: float, hard_weight: float
+) -> LossParts:
+    """Return a loss with this soft term, the hard term beside it, and the KL divergence of the rows."""
+    hard = hard_term(z_BC, targets.labels_B)
+    total = check_weight("soft_weight", soft_weight) * soft + check_weight("hard_weight", hard_weight) * hard
+    return LossParts(total=total, soft=soft, hard=hard, kl=rows.kl())
 
 
 def matched(student_logits_BC: Tensor, targets: SoftTargetBatch) -> Tensor:
-    """The student's logits in the dtype the loss works in, once it is certain that they belong to these targets.
+    """Return the student's logits in the dtype of the loss, after checks against the targets.
 
     Raises:
-        ShapeMismatchError: another number of rows or classes than the targets have.
+        ShapeMismatchError: the number of rows or classes differs from the targets'.
         EmptyBatchError: no rows.
         RequestError: targets on another device.
     """
@@ -125,22 +135,22 @@ def matched(student_logits_BC: Tensor, targets: SoftTargetBatch) -> Tensor:
 
 
 def whole_logits(targets: SoftTargetBatch, *, dtype: torch.dtype, purpose: str, otherwise: str) -> Tensor:
-    """The teacher's own logits v_BC, up to a row constant.
+    """Return the teacher's own logits v_BC, up to a row constant.
 
     Args:
-        targets: as a store gave them.
-        dtype: of the result.
-        purpose: what the logits are wanted for, for the message.
-        otherwise: the loss that takes such targets, for the message.
+        targets: targets as a store returned them.
+        dtype: type of the result.
+        purpose: verb for the message, for example "match".
+        otherwise: loss that accepts such targets, for the message.
     Raises:
-        TemperatureLockedError: locked targets, a mean of probabilities for one, hold no teacher's logits.
+        TemperatureLockedError: locked targets, for example a mean of probabilities, hold no teacher's logits.
         NonFiniteLogitsError: a row holds NaN or an infinity.
     """
     if targets.locked:
         raise TemperatureLockedError(
-            f"these targets are locked to temperature {targets.captured_temperature}, as an arithmetic mean, a cut "
-            f"or a sampled row is: they hold no teacher's logits to {purpose}. Use {otherwise}, or precompute whole "
-            "rows of one teacher or of the geometric mean",
+            f"these targets are locked to temperature {targets.captured_temperature}, as arithmetic means, truncated "
+            f"and sampled rows are: they hold no teacher's logits to {purpose}. Use {otherwise}, or precompute all "
+            "classes of one teacher or of the geometric mean",
             captured=targets.captured_temperature,
         )
     v_BC = targets.logits_BC.to(dtype) * targets.captured_temperature
@@ -156,7 +166,7 @@ def whole_logits(targets: SoftTargetBatch, *, dtype: torch.dtype, purpose: str, 
 
 
 def check_weight(name: str, weight: object) -> float:
-    """The weight of a term as a float; `RequestError` unless it is a finite number of 0 or more."""
+    """Return the weight of a term as a float; raise RequestError unless it is finite and not negative."""
     if isinstance(weight, Real) and not isinstance(weight, bool):
         try:
             value = float(weight)
@@ -164,6 +174,4 @@ def check_weight(name: str, weight: object) -> float:
             value = math.inf
         if math.isfinite(value) and value >= 0:
             return value
-    raise RequestError(
-        f"{name} is {weight!r}; a term of the loss is weighed with a finite number of 0 or more", name=name
-    )
+    raise RequestError(f"{name} is {weight!r}; the weight of a loss term is a finite number of at least 0", name=name)

@@ -42,7 +42,7 @@ class TestParse:
         ("given", "said"),
         [
             ("q9", "known are"),
-            ("f61", "'f16'"),
+            ("f61", "did you mean `f16`"),
             ({"name": "topk", "kk": 5}, "did you mean `k`"),
             ({"name": "topk"}, "missing required field `k`"),
             ({"name": "topk", "k": "five"}, r"`int`, got `str` \(at `k`\)"),

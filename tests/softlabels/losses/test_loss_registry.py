@@ -72,7 +72,7 @@ class TestMakeLoss:
     @pytest.mark.parametrize(("given", "meant"), [("dkdd", "dkd"), ("DIST", "dist"), ("distt", "dist")])
     def test_an_unknown_name_names_the_nearest(self, given: str, meant: str) -> None:
         """And all there are."""
-        with pytest.raises(RequestError, match=rf"did you mean '{meant}'\?.*kd, dkd, dist"):
+        with pytest.raises(RequestError, match=rf"did you mean `{meant}`\?.*kd, dkd, dist"):
             make_loss(given)
 
     @pytest.mark.parametrize("name", ["", "huber", None, 3, ["kd"]])
@@ -83,7 +83,7 @@ class TestMakeLoss:
 
     def test_an_unknown_option_names_the_nearest(self) -> None:
         """And what the loss takes: the temperature for one is not among it."""
-        with pytest.raises(RequestError, match=r"'dkd' has no option 'bet'; did you mean 'beta'\?.*alpha, beta"):
+        with pytest.raises(RequestError, match=r"'dkd' has no option 'bet'; did you mean `beta`\?.*alpha, beta"):
             make_loss("dkd", bet=2.0)
         with pytest.raises(RequestError, match="no option 'temperature'"):
             make_loss("kd", temperature=4.0)

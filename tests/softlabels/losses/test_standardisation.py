@@ -94,7 +94,7 @@ class TestZScores:
 
     def test_an_unknown_deviation_names_the_nearest(self) -> None:
         """And what both mean."""
-        with pytest.raises(RequestError, match=r"did you mean 'sample'\?.*authors' code"):
+        with pytest.raises(RequestError, match=r"did you mean `sample`\?.*authors' code"):
             standardise_logits(torch.zeros(1, 2), deviation="samples")  # type: ignore[arg-type]
 
 
