@@ -1,7 +1,7 @@
-"""How do the logits of an ensemble's members become the one row that a store keeps? On the members' own device.
+"""Ensemble means of teachers' logits, arithmetic or geometric, on the device of the first member.
 
-Shapes: B rows, C classes. The reference is `softlabels.softmath`; this does the same in float32, within
-1e-6 (1 + max |z/T|) of it, without ever stacking the members.
+The reference is `softlabels.softmath`; this computes the same in float32, within 1e-6 (1 + max |z/T|) of it, without
+stacking the members. Shapes: B rows, C classes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from softlabels.softmath import Mean, check_mean, check_temperature, check_weigh
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Combined:
-    """What a store keeps of one batch of an ensemble.
+    """Ensemble mean of one batch.
 
     Attributes:
         logits_BC: float32 on the members' device, each row's largest entry 0.
-        captured_temperature: what the rows are tempered with; softmax(logits_BC) is the target at this T.
-        locked: whether the target exists at that T only.
+        captured_temperature: T that the rows are tempered with; softmax(logits_BC) is the target at this T.
+        locked: whether the target exists only at that T.
     """
 
     logits_BC: Tensor
@@ -47,33 +47,33 @@ def combine(
     two or more keeps log-probabilities at `temperature`, locked.
 
     Args:
-        logits: one [B, C] tensor a member, any float dtype; another device than the first one's is copied from.
-        mean: "none" takes exactly one member.
-        temperature: what an arithmetic mean is taken at; no other result depends on it.
-        weights: one a member, above 0; None weighs all alike.
-        names: the members' names for messages; None numbers them.
+        logits: one [B, C] tensor for each member, any float dtype; tensors are copied to the first one's device.
+        mean: kind of mean; "none" takes exactly one member.
+        temperature: temperature of an arithmetic mean; other results do not depend on it.
+        weights: one positive weight for each member; None for equal weights.
+        names: names of the members for messages; None for numbers.
     Raises:
         TeacherShapeError: the members' shapes differ or are not [rows, classes].
         TeacherError: a member's output is not floating point.
         TemperatureError, RequestError, ShapeMismatchError: bad temperature, mean or weights.
     Source: Hinton, Vinyals, Dean 2015, section 1: arithmetic or geometric mean.
     """
-    kind, asked = check_mean(mean), check_temperature(temperature)
+    kind, wanted = check_mean(mean), check_temperature(temperature)
     _check_members(logits, names)
     shares = check_weights(weights, len(logits)).tolist()
     if kind == "none" and len(logits) > 1:
         raise RequestError(
-            f"there are {len(logits)} members and the mean is 'none': choose 'geometric', which serves every "
-            "temperature, or 'arithmetic', which serves the one that it is taken at",
+            f"there are {len(logits)} members and the mean is 'none': choose 'geometric', which gives targets "
+            "at every temperature, or 'arithmetic', which gives them at one",
             members=len(logits),
         )
     locked = is_locked(kind, len(logits))
-    mixed_BC = _log_of_mean(logits, shares, asked) if locked else _mean_of_logits(logits, shares)
-    return Combined(logits_BC=_shifted(mixed_BC), captured_temperature=asked if locked else 1.0, locked=locked)
+    mixed_BC = _log_of_mean(logits, shares, wanted) if locked else _mean_of_logits(logits, shares)
+    return Combined(logits_BC=_shifted(mixed_BC), captured_temperature=wanted if locked else 1.0, locked=locked)
 
 
 def _mean_of_logits(logits: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    # Shifted first: members are free up to a row constant each, and a large one would cost the mean its digits.
+    # Shifted first: each member has an arbitrary row constant, and a large one would cost precision in the mean.
     total_BC = _shifted(logits[0]) * shares[0]
     for member_BC, share in zip(logits[1:], shares[1:], strict=True):
         total_BC += _shifted(member_BC).to(total_BC.device) * share
@@ -89,7 +89,7 @@ def _log_of_mean(logits: Sequence[Tensor], shares: Sequence[float], temperature:
 
 
 def _shifted(logits_BC: Tensor) -> Tensor:
-    # In float64 if they come so: two logits near 1e9 that differ by 1 are one number in float32.
+    # float64 is kept until the shift: two logits near 1e9 that differ by 1 are equal in float32.
     wide_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
     return (wide_BC - wide_BC.amax(dim=-1, keepdim=True)).float()
 
@@ -102,19 +102,19 @@ def _check_members(logits: Sequence[Tensor], names: Sequence[str] | None) -> Non
     listed = ", ".join(f"{name}: {shape}" for name, shape in zip(named, shapes, strict=True))
     if any(len(shape) != 2 or shape[1] == 0 for shape in shapes):
         raise TeacherShapeError(
-            f"a teacher gives [rows, classes], one row of logits a sample; here {listed}. Let the teacher return "
-            "its logits alone, flattened to one row a sample",
+            f"a teacher returns [rows, classes], one row of logits for each sample; here {listed}. Let the teacher "
+            "return only its logits, flattened to one row for each sample",
             shapes=shapes,
         )
     if any(shape != shapes[0] for shape in shapes):
         raise TeacherShapeError(
-            f"the members disagree in shape, so their rows cannot be averaged: {listed}. They have to see the same "
+            f"the members' shapes differ, so their rows cannot be averaged: {listed}. They have to run on the same "
             "batch and share one list of classes",
             shapes=shapes,
         )
     for name, member in zip(named, logits, strict=True):
         if not member.is_floating_point():
             raise TeacherError(
-                f"{name} gives {member.dtype}, not floating-point logits: return the values before any argmax",
+                f"{name} returns {member.dtype}, not floating-point logits: return the values before any argmax",
                 dtype=str(member.dtype),
             )

@@ -1,4 +1,4 @@
-"""How are views of samples made once, and made again exactly? Seeds, transforms, replay."""
+"""Views of samples: augmentations that precompute makes once and trainers replay exactly."""
 
 from __future__ import annotations
 

@@ -1,23 +1,19 @@
-"""What makes a view of a sample, so that the same arguments give the same bytes wherever it is made again?
+"""View transforms: augmentations that make the same view of a sample again, bit for bit.
 
-A transform works on one sample at a time, on the host: a view must not depend on what else is in its batch, nor on the
-device that a trainer happens to have. Two kinds exist: those whose random numbers follow from a seed
-(`SeededTransform`) and those whose random numbers are written down and given back (`softlabels.views.transforms`).
+A transform works on one sample at a time, on the host: a view must not depend on the other samples of its batch or on
+the trainer's device. There are two kinds. A `SeededTransform` draws its random numbers from a seed. A
+`RecordedTransform` (kornia) stores the numbers that were drawn as named columns of float64: kornia draws all parameters
+of an augmentation before it applies them, and accepts stored ones instead, so nothing random is left in a replay.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import inspect
 import random
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -27,17 +23,16 @@ from torch import Tensor, nn
 
 from softlabels.errors import JobError, SoftLabelsError
 from softlabels.ids import IdArray
-from softlabels.references import code_sha256, load_reference
-
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+from softlabels.references import load_reference
+from softlabels.views.transform_identity import libraries_of, qualified_name, transform_identity
 
 
 class ViewTransform(Protocol):
-    """Makes views of single samples."""
+    """An augmentation of single samples."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of what is recorded of each view; empty where the seed says all."""
+        """Names of the numbers recorded for each view; empty if the seed determines the view."""
         ...
 
     @property
@@ -47,33 +42,32 @@ class ViewTransform(Protocol):
 
     @property
     def libraries(self) -> Mapping[str, str]:
-        """Versions of the installed packages that the transform is made of."""
+        """Versions of the installed packages that the transform uses."""
         ...
 
     @property
     def needs_main_thread(self) -> bool:
-        """Whether making a view again draws from random generators that the whole process shares."""
+        """Whether a replay draws from random generators that the whole process shares."""
         ...
 
     def draw(self, sample: Tensor, seed: int) -> NDArray[np.float64]:
-        """What is recorded of a view, [parameters]."""
+        """Return the numbers to record for the view with this seed, [parameters]."""
         ...
 
     def view(self, sample: Tensor, *, seed: int, parameters: NDArray[np.float64]) -> Tensor:
-        """The view of a sample that this seed and these parameters make."""
+        """Return the view of a sample with this seed and these parameters."""
         ...
 
 
 class SeededTransform:
-    """A callable whose random numbers come from torch, NumPy or Python's `random`: seeded before each view.
+    """A callable with random numbers from torch, NumPy or Python's `random`, which are seeded before each view.
 
-    One that takes a `generator` (a `torch.Generator`) is handed one of its own, which makes it safe in threads. All
-    others draw from the generators of the whole process, which are given their states back afterwards: the transforms
-    of torchvision v2 work like this.
+    A callable that takes a `generator` (a `torch.Generator`) gets its own, which makes it safe in threads. All others
+    draw from the generators of the whole process, whose states are restored afterwards; torchvision v2 works like this.
 
     Args:
-        transform: maps a sample, a tensor as the transfer set keeps it, to a view: a tensor or an array.
-        arguments: that it was made with; they count for its identity.
+        transform: maps a sample, a tensor as in the transfer set, to a view, a tensor or an array.
+        arguments: arguments that it was made with, as a part of its identity.
     """
 
     parameters: tuple[str, ...] = ()
@@ -86,27 +80,27 @@ class SeededTransform:
 
     @property
     def needs_main_thread(self) -> bool:
-        """Whether it draws from generators that others in this process draw from, too."""
+        """Whether it draws from generators that the whole process shares."""
         return not self._takes_generator
 
     def draw(self, sample: Tensor, seed: int) -> NDArray[np.float64]:
-        """Nothing: the seed says all."""
+        """Return no numbers: the seed determines the view."""
         return np.empty(0, dtype=np.float64)
 
     def view(self, sample: Tensor, *, seed: int, parameters: NDArray[np.float64]) -> Tensor:
-        """The view of a sample that this seed makes. Raises JobError: the transform gives neither tensor nor array."""
+        """Return the view with this seed. Raise JobError if the transform returns neither a tensor nor an array."""
         if self._takes_generator:
-            return as_tensor(self._transform(sample, generator=torch.Generator().manual_seed(seed)), self._transform)
+            return _as_tensor(self._transform(sample, generator=torch.Generator().manual_seed(seed)), self._transform)
         with seeded(seed):
-            return as_tensor(self._transform(sample), self._transform)
+            return _as_tensor(self._transform(sample), self._transform)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed every generator that a transform may draw from, and give each its state back afterwards."""
+    """Seed every generator that a transform may draw from, and restore their states afterwards."""
     of_random, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # and not those of accelerators, which `manual_seed` reaches, too
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed accelerators
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         try:
@@ -116,122 +110,15 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(of_numpy)
 
 
-def as_tensor(made: Any, transform: object) -> Tensor:
-    """What a transform gave, as a tensor on the host. Raises JobError: it is none."""
+def _as_tensor(made: Any, transform: object) -> Tensor:
     if isinstance(made, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(made))
     if not isinstance(made, Tensor):
         raise JobError(
-            f"the view transform {_name(transform)} gives a {type(made).__name__}: a view is a tensor or an array, as "
-            "the teachers take it"
+            f"the view transform {qualified_name(transform)} returns a {type(made).__name__}: a view is a tensor or an "
+            "array, as the teachers take it"
         )
     return made.detach().cpu()
-
-
-def as_view_transform(transform: Any, *, arguments: Mapping[str, Any] | None = None) -> ViewTransform:
-    """A transform of any kind behind the one interface.
-
-    Args:
-        transform: one with `draw` and `view` of its own, a kornia augmentation, whose parameters are recorded, or any
-            callable from a sample to a view, which is seeded.
-        arguments: that it was made with.
-    Raises:
-        JobError: nothing that makes views.
-    """
-    if callable(getattr(transform, "draw", None)) and callable(getattr(transform, "view", None)):
-        return cast(ViewTransform, transform)
-    if type(transform).__module__.partition(".")[0] == "kornia":
-        return RecordedTransform(transform, arguments=arguments)
-    if not callable(transform):
-        raise JobError(f"a {type(transform).__name__} makes no views: give a callable from a sample to a view")
-    return SeededTransform(transform, arguments=arguments)
-
-
-def load_view_transform(
-    reference: str, *, arguments: Mapping[str, Any] | None = None, base: Path | None = None
-) -> ViewTransform:
-    """The transform that a reference makes.
-
-    Args:
-        reference: `package.module:name` or `file.py:name` of a function or class that is called with the arguments and
-            gives the transform, or of a transform that is a torch module already.
-        arguments: for that call.
-        base: the folder that file references are relative to.
-    Raises:
-        ReferenceLoadError: it leads nowhere. JobError: it does not take the arguments, or gives no transform.
-    """
-    found = load_reference(reference, base=base)
-    keywords = dict(arguments or {})
-    if isinstance(found, nn.Module) or not callable(found):
-        return as_view_transform(found, arguments=keywords)
-    try:
-        made = found(**keywords)
-    except SoftLabelsError:
-        raise
-    except Exception as error:  # whatever a user's function raises
-        raise JobError(
-            f"the view transform {reference!r} called with {keywords} failed with {type(error).__name__}: {error}; it "
-            "is called once, and gives the callable that makes views"
-        ) from error
-    return as_view_transform(made, arguments=keywords)
-
-
-def transform_identity(transform: object, arguments: Mapping[str, Any]) -> str:
-    """64 hex digits over what a transform is: its name, its source file, and its settings as Python prints them."""
-    maker = transform if inspect.isroutine(transform) else type(transform)
-    settings = _ADDRESS.sub("", repr(_settings(transform)))
-    text = "\0".join([_name(transform), _own_source(maker), settings, repr(sorted(arguments.items()))])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def libraries_of(transform: object) -> dict[str, str]:
-    """Versions of the packages that a transform is made of: its own, and those that its module names."""
-    maker: Any = transform if inspect.isroutine(transform) else type(transform)
-    module = sys.modules.get(maker.__module__)
-    parts = {maker.__module__, "torch", "numpy"}
-    if isinstance(transform, nn.Module):
-        parts |= {type(part).__module__ for part in transform.modules()}
-    for found in vars(module).values() if module is not None else ():
-        parts.add(found.__name__ if isinstance(found, ModuleType) else str(getattr(found, "__module__", "")))
-    return versions_of(part.partition(".")[0] for part in parts)
-
-
-def versions_of(packages: Any) -> dict[str, str]:
-    """The versions of those packages that are installed, by name; what belongs to Python itself is left out.
-
-    Builds of one version (`+cpu`, `+cu130`) count as the same: they run the same code on the host.
-    """
-    found = {}
-    for package in sorted(set(packages) - set(sys.stdlib_module_names)):
-        try:
-            found[package] = importlib.metadata.version(package).partition("+")[0]
-        except (importlib.metadata.PackageNotFoundError, ValueError):
-            continue
-    return found
-
-
-def _settings(transform: Any) -> Any:
-    if isinstance(transform, nn.Module):
-        return transform
-    if isinstance(transform, functools.partial):
-        inner = transform.func
-        return _name(inner), _own_source(inner), transform.args, sorted(transform.keywords.items())
-    if inspect.isfunction(transform):
-        return [cell.cell_contents for cell in transform.__closure__ or ()], transform.__defaults__
-    return sorted(getattr(transform, "__dict__", {}).items())
-
-
-def _own_source(maker: Any) -> str:
-    # What is installed as a library is named by its version instead.
-    package = str(maker.__module__).partition(".")[0]
-    return "" if versions_of([package]) else code_sha256(maker) or ""
-
-
-def _name(transform: object) -> str:
-    maker: Any = transform if inspect.isroutine(transform) else type(transform)
-    # A file's module has a name that holds its path, which differs from machine to machine.
-    module = re.sub(r"^softlabels_user_(.*)_[0-9a-f]{12}$", r"\1", str(maker.__module__))
-    return f"{module}:{maker.__qualname__}"
 
 
 def _takes_generator(transform: Callable[..., Any]) -> bool:
@@ -242,16 +129,16 @@ def _takes_generator(transform: Callable[..., Any]) -> bool:
 
 
 _EXACT = 1 << 53
-"""Whole numbers up to here are float64 exactly; float32 and bool always are."""
+"""float64 holds integers up to here exactly; float32 and bool values always."""
 
 
 class RecordedTransform:
     """A kornia augmentation, or an `AugmentationSequential` of them, with the parameters of every view recorded.
 
     Args:
-        augmentation: takes float tensors [1, channels, height, width]; the samples are [channels, height, width],
-            float or uint8, which becomes 0 … 1.
-        arguments: that it was made with; they count for its identity.
+        augmentation: takes float tensors [1, channels, height, width]; samples are [channels, height, width], float,
+            or uint8 that is scaled to 0 … 1. Parameters are drawn for batches of one, independent of other samples.
+        arguments: arguments that it was made with, as a part of its identity.
     """
 
     needs_main_thread = False
@@ -259,8 +146,8 @@ class RecordedTransform:
     def __init__(self, augmentation: Any, *, arguments: Mapping[str, Any] | None = None) -> None:
         if not hasattr(augmentation, "forward_parameters"):
             raise JobError(
-                f"kornia's {type(augmentation).__name__} does not say what it draws, so its views cannot be recorded: "
-                "use an AugmentationSequential of augmentations"
+                f"kornia's {type(augmentation).__name__} does not return its parameters, so its views cannot be "
+                "recorded: use an AugmentationSequential of augmentations"
             )
         self._augmentation = augmentation
         self.identity = transform_identity(augmentation, arguments or {})
@@ -270,36 +157,36 @@ class RecordedTransform:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the columns; known once a first view was drawn or `probe` was called."""
+        """Names of the columns, known after `probe` or `draw`."""
         if self._columns is None:
-            raise JobError("what this augmentation draws is known when it has seen a sample: call `probe` first")
+            raise JobError("the parameters of this augmentation are known after a first sample: call `probe` first")
         return self._columns
 
     def probe(self, sample: Tensor) -> None:
-        """Find out what is drawn for a sample of this shape."""
+        """Determine the parameters that are drawn for a sample of this shape."""
         if self._columns is None:
             with seeded(0):
                 self._like = self._drawn(sample)
             self._columns = tuple(name for name, _ in _leaves(self._like))
 
     def draw(self, sample: Tensor, seed: int) -> NDArray[np.float64]:
-        """The parameters of the view with this seed, [parameters].
+        """Return the parameters of the view with this seed, [parameters].
 
         Raises:
-            JobError: another number of them than for the samples before, or numbers that float64 does not hold.
+            JobError: other parameters than for earlier samples, or numbers that float64 does not hold.
         """
         self.probe(sample)
         with seeded(seed):
             drawn = dict(_leaves(self._drawn(sample)))
         if tuple(drawn) != self._columns:
             raise JobError(
-                "this augmentation draws other parameters for another sample (random_apply, or inputs of several "
-                "sizes), which no store of equal rows holds: wrap it in a function, and its views are seeded instead"
+                "this augmentation draws other parameters for other samples (random_apply, or inputs of several sizes),"
+                " which do not fit into equal rows: wrap it in a function, and its views are seeded instead"
             )
         return np.array([_exact(name, value) for name, value in drawn.items()], dtype=np.float64)
 
     def view(self, sample: Tensor, *, seed: int, parameters: NDArray[np.float64]) -> Tensor:
-        """The view of a sample that these parameters make."""
+        """Return the view of a sample with these parameters."""
         self.probe(sample)
         columns: tuple[str, ...] = self.parameters
         given = _filled(self._like, dict(zip(columns, parameters.tolist(), strict=True)))
@@ -315,16 +202,16 @@ def _as_image(sample: Tensor) -> Tensor:
     if sample.ndim != 3 or not (sample.is_floating_point() or sample.dtype == torch.uint8):
         raise JobError(
             f"kornia augments images [channels, height, width], float or uint8; a sample is {sample.dtype} "
-            f"{list(sample.shape)}: have the transfer set give such images"
+            f"{list(sample.shape)}: the transfer set has to return such images"
         )
     return sample.float() / 255 if sample.dtype == torch.uint8 else sample
 
 
 def _leaves(drawn: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every single number of what kornia drew, by the name of its column."""
+    """Yield each number that kornia drew, with the name of its column."""
     if isinstance(drawn, Tensor):
-        for place, value in enumerate(drawn.flatten().tolist()):
-            yield f"{path}.{place}", float(value)
+        for index, value in enumerate(drawn.flatten().tolist()):
+            yield f"{path}.{index}", float(value)
     elif isinstance(drawn, Mapping):
         for name in sorted(drawn):
             yield from _leaves(drawn[name], f"{path}/{name}" if path else str(name))
@@ -336,9 +223,9 @@ def _leaves(drawn: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _filled(like: Any, values: Mapping[str, float], path: str = "") -> Any:
-    """What kornia drew, with other numbers in the same places."""
+    """Return kornia's parameters with other numbers."""
     if isinstance(like, Tensor):
-        numbers = [values[f"{path}.{place}"] for place in range(like.numel())]
+        numbers = [values[f"{path}.{index}"] for index in range(like.numel())]
         return torch.tensor(numbers, dtype=torch.float64).to(like.dtype).reshape(like.shape)
     if isinstance(like, Mapping):
         return {name: _filled(like[name], values, f"{path}/{name}" if path else str(name)) for name in like}
@@ -359,14 +246,14 @@ def _exact(name: str, value: float) -> float:
 
 
 def view_seeds(key: str, ids: IdArray, views_B: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """The seed of each view, by counter and not by sequence: a resumed or reordered run draws the same ones.
+    """Return the seed of each view, a function of key, id and view: a resumed or reordered run uses the same seeds.
 
     Args:
-        key: the store's `views.seed_key`.
-        ids: [B] sample ids.
-        views_B: [B] the views' numbers, from 0.
+        key: `views.seed_key` of the store.
+        ids: sample ids, shape [B].
+        views_B: view numbers from 0, shape [B].
     Returns:
-        uint64, shape [B], below 2^63 so that every library takes them: BLAKE2b of key, id and view.
+        uint64, shape [B]: BLAKE2b of key, id and view, below 2^63, which every library accepts.
     """
     seeds = np.empty(len(ids), dtype=np.uint64)
     for row, (sample_id, view) in enumerate(zip(ids.tolist(), views_B.tolist(), strict=True)):
@@ -374,3 +261,51 @@ def view_seeds(key: str, ids: IdArray, views_B: NDArray[np.int64]) -> NDArray[np
         text = f"{key}\0{kind}{sample_id}\0{view}".encode()
         seeds[row] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
     return seeds
+
+
+def as_view_transform(transform: Any, *, arguments: Mapping[str, Any] | None = None) -> ViewTransform:
+    """Return a transform of any kind as a `ViewTransform`.
+
+    Args:
+        transform: an object with `draw` and `view`; a kornia augmentation, whose parameters are recorded; or any
+            callable from a sample to a view, which is seeded.
+        arguments: arguments that it was made with.
+    Raises:
+        JobError: not a transform.
+    """
+    if callable(getattr(transform, "draw", None)) and callable(getattr(transform, "view", None)):
+        return cast(ViewTransform, transform)
+    if type(transform).__module__.partition(".")[0] == "kornia":
+        return RecordedTransform(transform, arguments=arguments)
+    if not callable(transform):
+        raise JobError(f"a {type(transform).__name__} is no view transform: give a callable from a sample to a view")
+    return SeededTransform(transform, arguments=arguments)
+
+
+def load_view_transform(
+    reference: str, *, arguments: Mapping[str, Any] | None = None, base: Path | None = None
+) -> ViewTransform:
+    """Return the transform that a reference names.
+
+    Args:
+        reference: `package.module:name` or `file.py:name` of a function or class that returns the transform, or of a
+            transform that is a torch module.
+        arguments: arguments of that function or class.
+        base: folder that file references are relative to.
+    Raises:
+        ReferenceLoadError: nothing there. JobError: wrong arguments, or no transform.
+    """
+    found = load_reference(reference, base=base)
+    keywords = dict(arguments or {})
+    if isinstance(found, nn.Module) or not callable(found):
+        return as_view_transform(found, arguments=keywords)
+    try:
+        made = found(**keywords)
+    except SoftLabelsError:
+        raise
+    except Exception as error:  # user code may raise anything
+        raise JobError(
+            f"the view transform {reference!r} called with {keywords} failed with {type(error).__name__}: {error}; it "
+            "is called once and returns the callable that makes views"
+        ) from error
+    return as_view_transform(made, arguments=keywords)
