@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from softlabels.documents import Document
 from softlabels.errors import JobError, MissingExtraError
 from softlabels.extras import needs_extra
-from softlabels.precompute.teachers.teacher import Gives, LoadedModel
+from softlabels.precompute.teachers.checkpoints import file_sha256
+from softlabels.precompute.teachers.model_requests import LoadedModel, ModelRequest
+from softlabels.precompute.teachers.teacher import Gives
 from softlabels.transfer_sets.ragged import PADDING
 
 Task = Literal["image-classification", "sequence-classification", "causal-lm"]
@@ -90,77 +92,76 @@ class TokenModel(nn.Module):
         return cast(Tensor, output.logits)
 
 
-def load_hub_model(name: str, settings: HubSettings, *, base: Path, label: str) -> LoadedModel:
+def load_transformers(request: ModelRequest) -> LoadedModel:
     """Return a `transformers` model from a folder, the hub's cache on this machine, or the hub, in this order.
 
     There is no network access for a folder, for what the cache holds, or under `HF_HUB_OFFLINE=1`.
 
-    Args:
-        name: a folder, relative to `base`, or a repository on the hub.
-        settings: the teacher's `arguments`.
-        base: folder that relative paths start from.
-        label: name of the teacher, for messages.
     Raises:
         MissingExtraError: transformers is not installed.
         JobError: no such model, no task that gives one distribution a row, or weights that are missing.
     """
+    name, label, settings = request.location, request.label, request.settings(HubSettings)
     with needs_extra("transformers", f"{label}: running a `transformers` model"):
         transformers: Any = importlib.import_module("transformers")
         hub: Any = importlib.import_module("huggingface_hub")
-    folder = base / name
+    folder, gguf_file = request.path, settings.gguf_file
     location = str(folder) if folder.is_dir() else name
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     options |= {key: value for key in ("gguf_file", "revision") if (value := getattr(settings, key)) is not None}
     local = folder.is_dir() or bool(hub.constants.HF_HUB_OFFLINE)
     config = _cached_first(transformers.AutoConfig.from_pretrained, location, options, local=local, label=label)
-    task = settings.task or _task_of(config, gguf=settings.gguf_file is not None, label=label)
+    task = settings.task or _task_of(config, gguf=gguf_file is not None, label=label)
     load = getattr(transformers, _CLASSES[task]).from_pretrained
     options |= {"dtype": settings.dtype, "output_loading_info": True}
     model, report = _cached_first(load, location, options, local=local, label=label)
     _refuse_untrained(report, location, label)
     gives: Gives = "positions" if task == "causal-lm" else "rows"
+    file = None if gguf_file is None else folder / gguf_file
     return LoadedModel(
         model=ImageModel(model) if task == "image-classification" else TokenModel(model, gives=gives),
+        sha256=file_sha256(file) if file is not None and file.is_file() else None,
+        weights=gguf_file,
         gives=gives,
         last_layer=_last_layer(model, task),
         class_names=None if task == "causal-lm" else _class_names(model.config),
         revision=None if folder.is_dir() else _commit_of(hub, name, settings),
+        libraries=("transformers",) if gguf_file is None else ("transformers", "gguf"),
     )
 
 
-def load_timm(name: str, arguments: Mapping[str, Any], *, pretrained: bool, label: str) -> LoadedModel:
-    """Return `timm.create_model(name)`.
+def load_timm(request: ModelRequest) -> LoadedModel:
+    """Return `timm.create_model(name)`, with timm's own weights unless the job brings others.
 
-    Args:
-        name: name of the network in timm.
-        arguments: keyword arguments of `create_model`.
-        pretrained: whether timm's own weights are loaded.
-        label: name of the teacher, for messages.
     Raises:
-        MissingExtraError: timm cannot be imported. JobError: no such model, or its weights cannot be loaded.
+        MissingExtraError: timm cannot be imported. JobError: no such model, or weights that cannot be loaded.
     """
-    timm = _import_zoo("timm", label)
+    timm, table = _import_zoo("timm", request.label), request.table
     try:
-        model = timm.create_model(name, **{"pretrained": pretrained, **arguments})
+        model = timm.create_model(request.location, **{"pretrained": table.weights is None, **table.arguments})
     except _LOAD_ERRORS as error:
-        raise JobError(f"{label}: timm gives no model {name!r}: {error}") from error
-    return LoadedModel(model=model, libraries=("timm",))
+        raise JobError(f"{request.label}: timm gives no model {request.location!r}: {error}") from error
+    return request.with_weights(LoadedModel(model=model, libraries=("timm",)))
 
 
-def load_torchvision(name: str, arguments: Mapping[str, Any], *, pretrained: bool, label: str) -> LoadedModel:
-    """Return `torchvision.models.get_model(name)`, by default with its default weights; see `load_timm`."""
-    models = _import_zoo("torchvision.models", label)
-    options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None, **arguments}
+def load_torchvision(request: ModelRequest) -> LoadedModel:
+    """Return `torchvision.models.get_model(name)`, with its default weights unless the job names or brings others.
+
+    Raises:
+        MissingExtraError: torchvision cannot be imported. JobError: no such model, or weights that cannot be loaded.
+    """
+    models, name, table = _import_zoo("torchvision.models", request.label), request.location, request.table
+    options: dict[str, Any] = {"weights": "DEFAULT" if table.weights is None else None, **table.arguments}
     try:
         weights = None
         if isinstance(options["weights"], str):
             weights = options["weights"] = models.get_model_weights(name)[options["weights"]]
         model = models.get_model(name, **options)
     except _LOAD_ERRORS as error:
-        raise JobError(f"{label}: torchvision gives no model {name!r}: {error}") from error
+        raise JobError(f"{request.label}: torchvision gives no model {name!r}: {error}") from error
     categories = None if weights is None else weights.meta.get("categories")
     class_names = None if categories is None else tuple(categories)
-    return LoadedModel(model=model, class_names=class_names, libraries=("torchvision",))
+    return request.with_weights(LoadedModel(model=model, class_names=class_names, libraries=("torchvision",)))
 
 
 def _import_zoo(module: str, label: str) -> Any:

@@ -5,75 +5,28 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softlabels.class_list import make_class_list
-from softlabels.documents import Document, parse_document
+from softlabels.documents import parse_document
 from softlabels.errors import JobError, ReferenceLoadError
 from softlabels.manifest import TeacherSpec
 from softlabels.precompute.job import TeacherTable
-from softlabels.precompute.teachers.checkpoints import file_sha256, read_state, weights_sha256
 from softlabels.precompute.teachers.class_alignment import FROM_MODEL, checked_names, read_class_list
 from softlabels.precompute.teachers.image_preprocessing import ImagePreprocessing
-from softlabels.precompute.teachers.model_hubs import HubSettings, load_hub_model, load_timm, load_torchvision
-from softlabels.precompute.teachers.saved_models import OnnxModel, graph_sha256, load_exported, load_torchscript
-from softlabels.precompute.teachers.teacher import LoadedModel, Teacher, frozen, layer_named, state_sha256
+from softlabels.precompute.teachers.model_hubs import load_timm, load_torchvision, load_transformers
+from softlabels.precompute.teachers.model_requests import LoadedModel, ModelRequest
+from softlabels.precompute.teachers.saved_models import load_exported, load_onnx, load_torchscript
+from softlabels.precompute.teachers.teacher import Teacher, frozen, layer_named, state_sha256
 from softlabels.references import code_sha256, load_reference
 
 PYTHON = "python"
 """Kind of a teacher made by a Python reference: any `model` that does not begin with one of `KINDS` and a colon."""
-
-D = TypeVar("D", bound=Document)
-
-
-class OnnxSettings(Document, frozen=True, kw_only=True):
-    """The `arguments` of an `onnx:` teacher.
-
-    Attributes:
-        output: name of the output that holds the logits; the first when None.
-    """
-
-    output: str | None = None
-
-
-class NoSettings(Document, frozen=True, kw_only=True):
-    """The `arguments` of a saved program, which takes none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelRequest:
-    """A model to load.
-
-    Attributes:
-        location: what follows the kind and its colon in `model`: a file, or a name on a hub.
-        table: the teacher's table in the job.
-        base: folder that relative paths start from.
-        device: torch device that the model is to run on.
-        label: name of the teacher, for messages.
-    """
-
-    location: str
-    table: TeacherTable
-    base: Path
-    device: torch.device
-    label: str
-
-    @property
-    def path(self) -> Path:
-        """The location as a file."""
-        return self.base / self.location
-
-    def settings(self, kind: type[D]) -> D:
-        """Return the table's `arguments` as `kind`. Raises JobError, also where the table brings `weights`."""
-        if self.table.weights is not None:
-            raise JobError(f"{self.label}: {self.table.model} holds its own weights: leave `weights` out")
-        return parse_document(dict(self.table.arguments), kind, what=f"{self.label}: arguments", error=JobError)
 
 
 def load_teacher(table: TeacherTable, *, number: int, base: Path, device: torch.device) -> Teacher:
@@ -136,70 +89,16 @@ def _load_python(request: ModelRequest) -> LoadedModel:
         raise JobError(f"{label}: {table.model} does not take {dict(table.arguments)}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ReferenceLoadError(f"{label}: {table.model} returns a {type(model).__name__}, not a torch.nn.Module")
-    return _with_weights(LoadedModel(model=model, code=make), request)
-
-
-def _with_weights(loaded: LoadedModel, request: ModelRequest) -> LoadedModel:
-    """Return the model with the weights that the job brings, if any."""
-    if request.table.weights is None:
-        return loaded
-    path = request.base / request.table.weights
-    state = read_state(path, label=request.label)
-    try:
-        loaded.model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise JobError(f"{request.label}: {path.name} does not fit the model: {error}") from error
-    return replace(loaded, sha256=weights_sha256(path), weights=path.name)
-
-
-def _load_torchscript(request: ModelRequest) -> LoadedModel:
-    request.settings(NoSettings)
-    model = load_torchscript(request.path, label=request.label)
-    return LoadedModel(model=model, sha256=file_sha256(request.path), weights=request.path.name)
-
-
-def _load_exported(request: ModelRequest) -> LoadedModel:
-    request.settings(NoSettings)
-    model = load_exported(request.path, device=request.device, label=request.label)
-    return LoadedModel(model=model, sha256=file_sha256(request.path), weights=request.path.name)
-
-
-def _load_onnx(request: ModelRequest) -> LoadedModel:
-    output = request.settings(OnnxSettings).output
-    path = request.path
-    model = OnnxModel(path, device=request.device, label=request.label, output=output)
-    return LoadedModel(model=model, sha256=graph_sha256(path), weights=path.name, libraries=("onnxruntime",))
-
-
-def _load_transformers(request: ModelRequest) -> LoadedModel:
-    settings = request.settings(HubSettings)
-    found = load_hub_model(request.location, settings, base=request.base, label=request.label)
-    if settings.gguf_file is None:
-        return replace(found, libraries=("transformers",))
-    file = request.path / settings.gguf_file
-    sha256 = file_sha256(file) if file.is_file() else None
-    return replace(found, sha256=sha256, weights=settings.gguf_file, libraries=("transformers", "gguf"))
-
-
-def _load_timm(request: ModelRequest) -> LoadedModel:
-    brings = request.table.weights is not None
-    found = load_timm(request.location, request.table.arguments, pretrained=not brings, label=request.label)
-    return _with_weights(found, request)
-
-
-def _load_torchvision(request: ModelRequest) -> LoadedModel:
-    brings = request.table.weights is not None
-    found = load_torchvision(request.location, request.table.arguments, pretrained=not brings, label=request.label)
-    return _with_weights(found, request)
+    return request.with_weights(LoadedModel(model=model, code=make))
 
 
 KINDS: Mapping[str, Callable[[ModelRequest], LoadedModel]] = {
-    "torchscript": _load_torchscript,
-    "export": _load_exported,
-    "onnx": _load_onnx,
-    "transformers": _load_transformers,
-    "timm": _load_timm,
-    "torchvision": _load_torchvision,
+    "torchscript": load_torchscript,
+    "export": load_exported,
+    "onnx": load_onnx,
+    "transformers": load_transformers,
+    "timm": load_timm,
+    "torchvision": load_torchvision,
 }
 """What `model` may begin with, before a colon; anything else is a Python reference. Stored plans hold these names."""
 

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from softlabels.documents import Document
 from softlabels.errors import JobError, TeacherError
 from softlabels.extras import needs_extra
 from softlabels.precompute.teachers.checkpoints import file_sha256, files_sha256
+from softlabels.precompute.teachers.model_requests import LoadedModel, ModelRequest
 
 _RANDOM = ("dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "normal", "multinomial", "rrelu")
 """Operators whose result changes from call to call; some have a training switch, which is looked at."""
@@ -43,12 +45,28 @@ ONNX_DTYPES: Mapping[str, torch.dtype] = {
 """Types that ONNX, PyTorch and NumPy have in common."""
 
 
-def load_torchscript(path: Path, *, label: str) -> nn.Module:
+class NoSettings(Document, frozen=True, kw_only=True):
+    """The `arguments` of a saved program, which takes none."""
+
+
+class OnnxSettings(Document, frozen=True, kw_only=True):
+    """The `arguments` of an `onnx:` teacher.
+
+    Attributes:
+        output: name of the output that holds the logits; the first when None.
+    """
+
+    output: str | None = None
+
+
+def load_torchscript(request: ModelRequest) -> LoadedModel:
     """Return the program that `torch.jit.save` wrote, in eval mode.
 
     Raises:
         JobError: no such file, or no TorchScript. TeacherError: it was traced in training mode.
     """
+    request.settings(NoSettings)
+    path, label = request.path, request.label
     _require_file(path, "program", label)
     try:
         with warnings.catch_warnings():
@@ -62,16 +80,18 @@ def load_torchscript(path: Path, *, label: str) -> nn.Module:
     for node in _nodes(model.inlined_graph):
         arguments = [value.toIValue() if value.node().kind() == "prim::Constant" else None for value in node.inputs()]
         _refuse_training(node.kind().removeprefix("aten::"), arguments, label)
-    return model  # type: ignore[no-any-return]
+    return LoadedModel(model=model, sha256=file_sha256(path), weights=path.name)
 
 
-def load_exported(path: Path, *, device: torch.device, label: str) -> nn.Module:
-    """Return the program that `torch.export.save` wrote, on this device.
+def load_exported(request: ModelRequest) -> LoadedModel:
+    """Return the program that `torch.export.save` wrote, on the device.
 
     Raises:
         JobError: no such file, no program, or one with pickled objects in it.
         TeacherError: it was exported in training mode.
     """
+    request.settings(NoSettings)
+    path, label = request.path, request.label
     _require_file(path, "program", label)
     _refuse_pickled(path, label)
     try:
@@ -83,11 +103,21 @@ def load_exported(path: Path, *, device: torch.device, label: str) -> nn.Module:
         if node.op == "call_function":
             operator = str(getattr(node.target, "_opname", node.target))
             _refuse_training(operator, [*node.args, *node.kwargs.values()], label)
-    if device.type != "cpu":
+    if request.device.type != "cpu":
         from torch.export.passes import move_to_device_pass
 
-        program = move_to_device_pass(program, device)
-    return ExportedModel(program.module())
+        program = move_to_device_pass(program, request.device)
+    return LoadedModel(model=ExportedModel(program.module()), sha256=file_sha256(path), weights=path.name)
+
+
+def load_onnx(request: ModelRequest) -> LoadedModel:
+    """Return an ONNX graph, run by onnxruntime; see `OnnxModel`."""
+    path, output = request.path, request.settings(OnnxSettings).output
+    model = OnnxModel(path, device=request.device, label=request.label, output=output)
+    # Tensors outside the graph are in files named after it: net.onnx.data, net.onnx_data.
+    external = sorted(file for file in path.parent.glob(f"{path.name}[._]*") if file.is_file())
+    sha256 = files_sha256([path, *external]) if external else file_sha256(path)
+    return LoadedModel(model=model, sha256=sha256, weights=path.name, libraries=("onnxruntime",))
 
 
 class ExportedModel(nn.Module):
@@ -153,12 +183,6 @@ class OnnxModel(nn.Module):
         except Exception as error:  # onnxruntime's own classes derive from Exception alone
             raise ValueError(f"onnxruntime: {error}") from error
         return torch.from_numpy(np.asarray(output)).to(inputs.device)
-
-
-def graph_sha256(path: Path) -> str:
-    """Return the SHA-256 of a graph and of its external tensors, files named after it (`net.onnx.data`)."""
-    beside = sorted(p for p in path.parent.glob(f"{path.name}[._]*") if p.is_file())
-    return files_sha256([path, *beside]) if beside else file_sha256(path)
 
 
 def _onnx_session(path: Path, device: torch.device, label: str) -> Any:

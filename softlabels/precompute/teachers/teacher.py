@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,31 +36,6 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., C] of hidden states [..., D]."""
         return nn.functional.linear(hidden, self.weight_CD, self.bias_C)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model and what its source knows about it.
-
-    Attributes:
-        model: returns logits alone.
-        sha256: digest of the file that it came from; None where the weights in memory are to be digested.
-        weights: name of that file.
-        code: the object that made it, where that has source code.
-        revision: commit that a name on a hub was resolved to.
-        class_names, last_layer, gives: as in `Teacher`.
-        libraries: names of the libraries whose versions the manifest records.
-    """
-
-    model: nn.Module
-    sha256: str | None = None
-    weights: str | None = None
-    code: Any = None
-    revision: str | None = None
-    class_names: tuple[str, ...] | None = None
-    last_layer: nn.Module | None = None
-    gives: Gives = "rows"
-    libraries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

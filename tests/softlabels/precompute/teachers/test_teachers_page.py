@@ -11,7 +11,8 @@ from softlabels.documents import parse_document
 from softlabels.precompute.job import TeacherTable, job_from_json
 from softlabels.precompute.teachers.image_preprocessing import ImagePreprocessing
 from softlabels.precompute.teachers.model_hubs import HubSettings
-from softlabels.precompute.teachers.model_sources import KINDS, OnnxSettings
+from softlabels.precompute.teachers.model_sources import KINDS
+from softlabels.precompute.teachers.saved_models import OnnxSettings
 
 PAGE = (Path(__file__).resolve().parents[4] / "docs" / "teachers.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)
