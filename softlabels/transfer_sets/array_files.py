@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
 from softlabels.transfer_set import Samples
 from softlabels.transfer_sets.sample_ids import examine_ids
-from softlabels.transfer_sets.source_files import existing_path, file_states
+from softlabels.transfer_sets.source_files import FileTransferSet, existing_path
 from softlabels.transfer_sets.sources import Source
 
 _IDS_PER_BLOCK = 1 << 16
@@ -57,7 +57,7 @@ class Columns:
     ids: Column | None = None
 
 
-class StoredArrays:
+class StoredArrays(FileTransferSet):
     """Samples whose inputs, labels and ids are arrays on disk. Safe for threads and fork; pickling re-opens files.
 
     Args:
@@ -78,14 +78,14 @@ class StoredArrays:
         one_at_a_time: bool = False,
         spec: IdSpec | None = None,
     ) -> None:
-        self.name, self._open, self._files, self._one_at_a_time = name, open_columns, tuple(files), one_at_a_time
+        self._open, self._one_at_a_time = open_columns, one_at_a_time
         self._lock = threading.RLock()
         self._opened, self._pid = open_columns(), os.getpid()
         lengths = {key: len(column) for key, column in vars(self._opened).items() if column is not None}
         self._count = lengths["inputs"]
         if len(set(lengths.values())) > 1:
             raise ShapeMismatchError(f"the arrays of {name!r} differ in length: {lengths}")
-        self._spec = spec or self._examine()
+        super().__init__(name, files, spec or self._examine(name))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, self._open, self._files, self._one_at_a_time, self._spec)
@@ -111,14 +111,6 @@ class StoredArrays:
                 f"check {', '.join(map(str, self._files[:3]))}"
             ) from error
 
-    def id_spec(self) -> IdSpec:
-        """Return how a store keeps the ids."""
-        return self._spec
-
-    def identity(self) -> Iterator[tuple[str, str]]:
-        """Yield size and modification time of each file."""
-        return file_states(self._files)
-
     def _take(self, columns: Columns, positions: NDArray[np.int64]) -> Samples:
         labels = None if columns.labels is None else columns.labels.rows(positions)
         if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1):
@@ -139,7 +131,7 @@ class StoredArrays:
             self._opened, self._pid = self._open(), os.getpid()
         return self._opened
 
-    def _examine(self) -> IdSpec:
+    def _examine(self, name: str) -> IdSpec:
         ids = self._opened.ids
         if ids is None:
             return IdSpec(kind="int", dense_start=0)
@@ -147,7 +139,7 @@ class StoredArrays:
             _as_ids(ids.rows(np.arange(start, min(start + _IDS_PER_BLOCK, self._count), dtype=np.int64)))
             for start in range(0, self._count, _IDS_PER_BLOCK)
         )
-        return examine_ids(blocks, self._count, self.name)
+        return examine_ids(blocks, self._count, name)
 
 
 class NpySource(Source, frozen=True, kw_only=True):

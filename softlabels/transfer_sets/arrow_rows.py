@@ -5,7 +5,7 @@ Shapes: B rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from softlabels.manifest import IdSpec
 from softlabels.transfer_set import UNLABELLED, Samples
 from softlabels.transfer_sets.images import ImageDecoder
 from softlabels.transfer_sets.sample_ids import examine_ids
+from softlabels.transfer_sets.source_files import FileTransferSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +41,21 @@ class ArrowColumns:
         return list(dict.fromkeys(name for name in (*self.inputs, self.label, self.id) if name is not None))
 
 
-class ArrowRows:
+class ArrowRows(FileTransferSet):
     """A transfer set over Arrow tables; subclasses give the rows.
 
     Args:
         columns: columns of input, label and id.
         decoder: decodes images; None where inputs are no images.
         name: name for messages and manifests.
+        files: the files.
     """
 
-    def __init__(self, columns: ArrowColumns, decoder: ImageDecoder | None, name: str) -> None:
-        self._columns, self._decoder, self.name = columns, decoder, name
-        self._spec = IdSpec(kind="int", dense_start=0)
+    def __init__(
+        self, columns: ArrowColumns, decoder: ImageDecoder | None, name: str, files: Sequence[Path] = ()
+    ) -> None:
+        super().__init__(name, files, IdSpec(kind="int", dense_start=0))
+        self._columns, self._decoder = columns, decoder
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -69,10 +73,6 @@ class ArrowRows:
             ids = as_ids(rows.column(columns.id).to_pylist())
         labels = None if columns.label is None else label_array(rows.column(columns.label), columns.label)
         return Samples(ids=ids, inputs=self._inputs(rows, ids), labels=labels)
-
-    def id_spec(self) -> IdSpec:
-        """Return how a store keeps the ids."""
-        return self._spec
 
     def _rows(self, positions: NDArray[np.int64]) -> Any:
         """Return the rows at these positions as one pyarrow table, in this order."""

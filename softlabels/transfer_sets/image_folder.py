@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import DataUnavailableError, JobError
-from softlabels.manifest import IdSpec
 from softlabels.transfer_set import UNLABELLED, Samples
 from softlabels.transfer_sets.images import EXTENSIONS, ImageDecoder, ImageSource
 from softlabels.transfer_sets.sample_ids import PackedStrings
-from softlabels.transfer_sets.source_files import existing_path, file_state, list_files
+from softlabels.transfer_sets.source_files import FileTransferSet, existing_path, file_state, list_files
 
 
-class ImageFolder:
+class ImageFolder(FileTransferSet):
     """Images below a folder. Ids are paths relative to it, with `/` on every system. Can be pickled.
 
     Args:
@@ -32,7 +31,8 @@ class ImageFolder:
     def __init__(
         self, folder: Path, paths: PackedStrings, labels: NDArray[np.int64] | None, decoder: ImageDecoder, name: str
     ) -> None:
-        self._folder, self._paths, self._labels, self._decoder, self.name = folder, paths, labels, decoder, name
+        super().__init__(name, (folder,), paths.id_spec())
+        self._folder, self._paths, self._labels, self._decoder = folder, paths, labels, decoder
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -48,10 +48,6 @@ class ImageFolder:
         files = [(partial(Path, self._folder, path), path) for path in ids.tolist()]
         labels = None if self._labels is None else self._labels[positions]
         return Samples(ids=ids, inputs=self._decoder.decode_batch(files), labels=labels)
-
-    def id_spec(self) -> IdSpec:
-        """Return how a store keeps the paths."""
-        return self._paths.id_spec()
 
     def identity(self) -> Iterator[tuple[str, str]]:
         """Yield path, size and modification time of each image as they are now."""

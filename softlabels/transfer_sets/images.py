@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,21 +35,31 @@ ReadImage = Callable[[], Path | bytes]
 """Returns an image's file, or the contents of the file."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageFormat:
-    """Shape and layout that images are brought to.
+class ImageDecoder:
+    """Decodes images to one shape, batches in threads of its own, since Pillow releases the GIL. Can be pickled.
 
-    Attributes:
+    Args:
         size: (height, width) of the centre crop; None keeps images as they are, all of one shape.
         resize: length of the shorter side before the crop; None takes the least that covers the crop.
         mode: "RGB", or "L" for one grey channel.
         layout: "chw" [channels, height, width], or "hwc"; grey images have a channel axis too.
+        threads: number of threads; one a core, up to `MAX_THREADS`, when None.
+    Raises:
+        MissingExtraError: Pillow is not installed.
     """
 
-    size: tuple[int, int] | None = None
-    resize: int | None = None
-    mode: Literal["RGB", "L"] = "RGB"
-    layout: Literal["chw", "hwc"] = "chw"
+    def __init__(
+        self, size: tuple[int, int] | None, resize: int | None, mode: str, layout: str, threads: int | None = None
+    ) -> None:
+        self._size, self._resize, self._mode, self._layout = size, resize, mode, layout
+        self._threads = threads or min(MAX_THREADS, os.cpu_count() or 1)
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_pid: int | None = None
+        self._lock = threading.Lock()
+        _pillow()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._size, self._resize, self._mode, self._layout, self._threads)
 
     def decode(self, source: Path | bytes, name: str) -> NDArray[np.uint8]:
         """Return the pixels of an image.
@@ -82,48 +91,26 @@ class ImageFormat:
             )
         if "transparency" in image.info:
             image = image.convert("RGBA")
-        image = self._resize_and_crop(image if image.mode == self.mode else image.convert(self.mode))
+        image = self._resize_and_crop(image if image.mode == self._mode else image.convert(self._mode))
         pixels_HWC: NDArray[np.uint8] = np.asarray(image).reshape(image.height, image.width, -1)
-        return pixels_HWC if self.layout == "hwc" else np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
+        return pixels_HWC if self._layout == "hwc" else np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
 
     def _resize_and_crop(self, image: Any) -> Any:
-        if self.size is None:
+        if self._size is None:
             return image
-        height, width = self.size
+        height, width = self._size
         # Rounded as torchvision's Resize and CenterCrop do, which most networks were evaluated with.
-        if self.resize is None:
+        if self._resize is None:
             scale = max(height / image.height, width / image.width)
             new = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
         else:
             short, long = sorted((image.width, image.height))
-            longer = int(self.resize * long / short)
-            new = (self.resize, longer) if image.width <= image.height else (longer, self.resize)
+            longer = int(self._resize * long / short)
+            new = (self._resize, longer) if image.width <= image.height else (longer, self._resize)
         if new != image.size:
             image = image.resize(new, _pillow().Resampling.BILINEAR)
         left, top = round((new[0] - width) / 2.0), round((new[1] - height) / 2.0)
         return image.crop((left, top, left + width, top + height))
-
-
-class ImageDecoder:
-    """Decodes batches of images in threads of its own, since Pillow releases the GIL. Can be pickled.
-
-    Args:
-        image_format: format that images are brought to.
-        threads: number of threads; one a core, up to `MAX_THREADS`, when None.
-    Raises:
-        MissingExtraError: Pillow is not installed.
-    """
-
-    def __init__(self, image_format: ImageFormat, threads: int | None = None) -> None:
-        self.image_format = image_format
-        self._threads = threads or min(MAX_THREADS, os.cpu_count() or 1)
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_pid: int | None = None
-        self._lock = threading.Lock()
-        _pillow()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.image_format, self._threads)
 
     def decode_batch(self, sources: Sequence[tuple[ReadImage, str]]) -> NDArray[np.uint8]:
         """Return images as one array, [B, ...].
@@ -132,7 +119,7 @@ class ImageDecoder:
             sources: a reader and a name for each image; readers are called in the threads.
         Raises:
             UnreadableSampleError: an image cannot be decoded.
-            ShapeMismatchError: images differ in size and the format has none.
+            ShapeMismatchError: images differ in size and there is no `size`.
         """
         images = list(self._map(sources))
         for (_, name), pixels in zip(sources, images, strict=True):
@@ -141,12 +128,12 @@ class ImageDecoder:
                     f"images {sources[0][1]!r} and {name!r} have the shapes {images[0].shape} and {pixels.shape}: "
                     "give a `size` to resize and crop them to"
                 )
-        return np.stack(images) if images else np.empty((0, *(self.image_format.size or (0, 0))), np.uint8)
+        return np.stack(images) if images else np.empty((0, *(self._size or (0, 0))), np.uint8)
 
     def _map(self, sources: Sequence[tuple[ReadImage, str]]) -> Any:
         if self._threads == 1 or len(sources) < 2:
-            return (self.image_format.decode(read(), name) for read, name in sources)
-        return self._executor().map(lambda source: self.image_format.decode(source[0](), source[1]), sources)
+            return (self.decode(read(), name) for read, name in sources)
+        return self._executor().map(lambda source: self.decode(source[0](), source[1]), sources)
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -162,7 +149,7 @@ class ImageSource(Source, frozen=True, kw_only=True):
 
     Attributes:
         size: height and width of the centre crop, one number or [height, width]; needed if images differ in size.
-        resize, mode, layout: see `ImageFormat`.
+        resize, mode, layout: see `ImageDecoder`.
         threads: decoding threads; one a core, up to 16, when left out.
     """
 
@@ -182,8 +169,7 @@ class ImageSource(Source, frozen=True, kw_only=True):
 
     def decoder(self) -> ImageDecoder:
         """Return a decoder for these arguments. Raises MissingExtraError if Pillow is not installed."""
-        image_format = ImageFormat(size=self._sides(), resize=self.resize, mode=self.mode, layout=self.layout)
-        return ImageDecoder(image_format, self.threads)
+        return ImageDecoder(self._sides(), self.resize, self.mode, self.layout, self.threads)
 
     def _sides(self) -> tuple[int, int] | None:
         if self.size is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from softlabels.ids import IdArray
 from softlabels.manifest import IdSpec
 from softlabels.transfer_sets.arrow_rows import ArrowColumns, ArrowRows, image_bytes
 from softlabels.transfer_sets.images import ImageSource
-from softlabels.transfer_sets.source_files import file_states, match_files
+from softlabels.transfer_sets.source_files import match_files
 
 MAX_CACHED_BYTES = 512 << 20
 """Decoded row groups that are kept, least recently used first out; at least one is kept, whatever its size."""
@@ -36,33 +36,32 @@ class ParquetRows(ArrowRows):
     """
 
     def __init__(self, paths: Sequence[Path], source: ParquetSource, name: str, spec: IdSpec | None = None) -> None:
-        self._paths, self._source = tuple(paths), source
-        self._files = [_open(path) for path in paths]
+        self._source = source
+        self._readers = [_open(path) for path in paths]
         columns = source.columns()
-        self._check_columns(columns)
-        self._holds_bytes = _is_bytes(self._files[0].schema_arrow.field(columns.inputs[0]).type)
-        super().__init__(columns, source.decoder() if self._holds_bytes and source.dtype is None else None, name)
+        for path, file in zip(paths, self._readers, strict=True):
+            _check_columns(path, file.schema_arrow.names, columns)
+        self._holds_bytes = _is_bytes(self._readers[0].schema_arrow.field(columns.inputs[0]).type)
+        super().__init__(columns, source.decoder() if self._holds_bytes and source.dtype is None else None, name, paths)
         self._groups = [
-            (file, group) for file in range(len(paths)) for group in range(self._files[file].num_row_groups)
+            (file, group) for file in range(len(paths)) for group in range(self._readers[file].num_row_groups)
         ]
-        counts = [self._files[file].metadata.row_group(group).num_rows for file, group in self._groups]
+        counts = [self._readers[file].metadata.row_group(group).num_rows for file, group in self._groups]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
         if spec is not None:
             self._spec = spec
         elif columns.id is not None:
-            self._examine(batch.column(0) for file in self._files for batch in file.iter_batches(columns=[columns.id]))
+            self._examine(
+                batch.column(0) for file in self._readers for batch in file.iter_batches(columns=[columns.id])
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._paths, self._source, self.name, self._spec)
+        return type(self), (self._files, self._source, self.name, self._spec)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
-
-    def identity(self) -> Iterator[tuple[str, str]]:
-        """Yield size and modification time of each file."""
-        return file_states(self._paths)
 
     def _rows(self, positions: NDArray[np.int64]) -> Any:
         import pyarrow as pa
@@ -89,10 +88,10 @@ class ParquetRows(ArrowRows):
                 return self._cache[group]
             file, number = self._groups[group]
             try:
-                table = self._files[file].read_row_group(number, columns=self._columns.names())
+                table = self._readers[file].read_row_group(number, columns=self._columns.names())
             except (OSError, pa.ArrowException) as error:
                 raise UnreadableSampleError(
-                    f"row group {number} of {self._paths[file]} cannot be read: {error}"
+                    f"row group {number} of {self._files[file]} cannot be read: {error}"
                 ) from error
             self._cache[group] = table
             while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > MAX_CACHED_BYTES:
@@ -110,13 +109,6 @@ class ParquetRows(ArrowRows):
             raise JobError(
                 f"inputs of shape {list(found.shape[1:])} cannot take the shape {list(shape or ())}"
             ) from error
-
-    def _check_columns(self, columns: ArrowColumns) -> None:
-        for path, file in zip(self._paths, self._files, strict=True):
-            known = file.schema_arrow.names
-            for column in columns.names():
-                if column not in known:
-                    raise JobError(f"{path} has no column {column!r}: it has {', '.join(known[:30])}")
 
 
 class ParquetSource(ImageSource, frozen=True, kw_only=True):
@@ -164,6 +156,12 @@ def _open(path: Path) -> Any:
         return pq.ParquetFile(path, memory_map=False)
     except (OSError, pa.ArrowException) as error:
         raise JobError(f"{path} cannot be opened as a Parquet file: {error}") from error
+
+
+def _check_columns(path: Path, known: list[str], columns: ArrowColumns) -> None:
+    for column in columns.names():
+        if column not in known:
+            raise JobError(f"{path} has no column {column!r}: it has {', '.join(known[:30])}")
 
 
 def _is_bytes(kind: Any) -> bool:

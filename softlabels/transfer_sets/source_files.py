@@ -12,11 +12,33 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from softlabels.errors import DataUnavailableError, JobError
+from softlabels.manifest import IdSpec
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MAX_FILES_PER_PATTERN = 1_000_000
 """More files than any brace pattern is meant to name; a typing error must not fill the memory."""
+
+
+class FileTransferSet:
+    """Base of transfer sets that are read from files.
+
+    Args:
+        name: name for messages and manifests.
+        files: files of the samples; folders stand for all files in them.
+        spec: how a store keeps the ids.
+    """
+
+    def __init__(self, name: str, files: Sequence[Path], spec: IdSpec) -> None:
+        self.name, self._files, self._spec = name, tuple(files), spec
+
+    def id_spec(self) -> IdSpec:
+        """Return how a store keeps the ids."""
+        return self._spec
+
+    def identity(self) -> Iterator[tuple[str, str]]:
+        """Yield name and state (size and modification time) of each file."""
+        return file_states(self._files)
 
 
 def resolve_path(path: str | Path, base: Path | None) -> Path:

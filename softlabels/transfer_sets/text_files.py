@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from softlabels.errors import JobError
 from softlabels.extras import needs_extra
-from softlabels.manifest import IdSpec
 from softlabels.transfer_set import Samples
 from softlabels.transfer_sets.ragged import pad_sequences
 from softlabels.transfer_sets.sample_ids import PackedStrings
-from softlabels.transfer_sets.source_files import file_states, match_files
+from softlabels.transfer_sets.source_files import FileTransferSet, match_files
 from softlabels.transfer_sets.sources import Source
 
 _BLOCK_CHARACTERS = 1 << 16
@@ -34,7 +33,7 @@ borders of blocks, and with them the fingerprints of stores."""
 Tokenize = Callable[[str], Sequence[int]]
 
 
-class TokenWindows:
+class TokenWindows(FileTransferSet):
     """Windows of the tokens of text files; the last one of each file may be shorter.
 
     Ids are `name:offset`, the file and the window's first token in it, so that they stay when files are added. Safe
@@ -63,14 +62,15 @@ class TokenWindows:
     ) -> None:
         self._arguments = {"paths": tuple(paths), "load_tokenizer": load_tokenizer, "length": length}
         self._arguments |= {"first_token": first_token, "max_windows": max_windows, "name": name}
-        self.name, self._paths, self._first_token = name, tuple(paths), first_token
+        self._first_token = first_token
         step = length if first_token is None else length - 1
         max_tokens = None if max_windows is None else max_windows * step
-        self._tokens, spans = _tokenize_files(self._paths, load_tokenizer(), max_tokens=max_tokens)
+        self._tokens, spans = _tokenize_files(paths, load_tokenizer(), max_tokens=max_tokens)
         cut = list(_windows(spans, step))[:max_windows]
         if not cut:
             raise JobError(f"the text of {name!r} has no token: the files are empty")
         self._ids = PackedStrings(f"{file}:{offset}" for file, offset, _, _ in cut)
+        super().__init__(name, paths, self._ids.id_spec())
         self._starts = np.array([start for _, _, start, _ in cut], dtype=np.int64)
         self._stops = np.array([stop for _, _, _, stop in cut], dtype=np.int64)
 
@@ -82,14 +82,6 @@ class TokenWindows:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         TokenWindows.__init__(self, **state)
-
-    def id_spec(self) -> IdSpec:
-        """Return how a store keeps the ids."""
-        return self._ids.id_spec()
-
-    def identity(self) -> Iterator[tuple[str, str]]:
-        """Yield size and modification time of each file."""
-        return file_states(self._paths)
 
     def lengths(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of tokens of each of these windows, [B]."""

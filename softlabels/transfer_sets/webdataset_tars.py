@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import JobError, ShapeMismatchError, UnreadableSampleError
-from softlabels.manifest import IdSpec
 from softlabels.transfer_set import UNLABELLED, Samples
 from softlabels.transfer_sets.images import EXTENSIONS, ImageDecoder, ImageSource
 from softlabels.transfer_sets.sample_ids import PackedStrings
-from softlabels.transfer_sets.source_files import file_states, match_files
+from softlabels.transfer_sets.source_files import FileTransferSet, match_files
 
 ABSENT = -1
 """Offset of the label of a sample that has none."""
@@ -46,41 +45,36 @@ class TarIndex:
 
     def __init__(self, paths: Sequence[Path], inputs: Sequence[str], label: str | None) -> None:
         self.paths, self._inputs, self._label = tuple(paths), inputs, label
-        self._columns = {name: array("q") for name in ("shard", "input", "input_size", "label", "label_size")}
-        self.is_npy = array("b")
-        self.keys = [PackedStrings(self._index(shard, path)) for shard, path in enumerate(self.paths)]
-        found = {name: np.array(column, dtype=np.int64) for name, column in self._columns.items()}
-        self.shard, self.input_at, self.input_size = found["shard"], found["input"], found["input_size"]
-        self.label_at, self.label_size = found["label"], found["label_size"]
-        self._columns.clear()
+        numbers = array("q")  # of all samples, one after the other: lists of tuples would take ten times the memory
+        self.keys = [PackedStrings(self._index(shard, path, numbers)) for shard, path in enumerate(self.paths)]
+        table = np.array(numbers, dtype=np.int64).reshape(-1, 6).T
+        self.shard, self.input_at, self.input_size, self.label_at, self.label_size, self.is_npy = table
 
-    def _index(self, shard: int, path: Path) -> Iterator[str]:
-        """Yield the keys of a tar's samples; consecutive members with one key are one sample."""
+    def _index(self, shard: int, path: Path, numbers: array[int]) -> Iterator[str]:
+        """Yield the keys of a tar's samples, and add to `numbers`; consecutive members with one key are one sample."""
         key, parts = None, dict[str, tuple[int, int]]()
         for member_key, extension, offset, size in _members(path):
             if member_key != key and key is not None:
-                yield self._add(shard, path, key, parts)
+                numbers.extend([shard, *self._sample(path, key, parts)])
+                yield key
             if member_key != key:
                 key, parts = member_key, {}
             parts[extension] = (offset, size)
         if key is not None:
-            yield self._add(shard, path, key, parts)
+            numbers.extend([shard, *self._sample(path, key, parts)])
+            yield key
 
-    def _add(self, shard: int, path: Path, key: str, parts: dict[str, tuple[int, int]]) -> str:
+    def _sample(self, path: Path, key: str, parts: dict[str, tuple[int, int]]) -> tuple[int, ...]:
         chosen = next((extension for extension in self._inputs if extension in parts), None)
         if chosen is None:
             raise JobError(
                 f"sample {key!r} of {path} has no input: its members are {', '.join(sorted(parts))}, and an input is "
                 f"one of {', '.join(self._inputs)}; name it by `input`"
             )
-        row = (shard, *parts[chosen], *parts.get(self._label or "", (ABSENT, 0)))
-        for name, value in zip(self._columns, row, strict=True):
-            self._columns[name].append(value)
-        self.is_npy.append(chosen.endswith("npy"))
-        return key
+        return (*parts[chosen], *parts.get(self._label or "", (ABSENT, 0)), chosen.endswith("npy"))
 
 
-class WebDataset:
+class WebDataset(FileTransferSet):
     """Samples in WebDataset tars by position. Safe for use from several threads; pickles with its index.
 
     Args:
@@ -94,7 +88,8 @@ class WebDataset:
     def __init__(
         self, index: TarIndex, ids: PackedStrings, read_label: ReadLabel | None, decoder: ImageDecoder | None, name: str
     ) -> None:
-        self._index, self._ids, self._read_label, self._decoder, self.name = index, ids, read_label, decoder, name
+        super().__init__(name, index.paths, ids.id_spec())
+        self._index, self._ids, self._read_label, self._decoder = index, ids, read_label, decoder
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -120,14 +115,6 @@ class WebDataset:
                         labels[row] = _parsed(self._read_label, text, what)
         inputs = self._decoded(contents, ids.tolist(), positions)
         return Samples(ids=ids, inputs=inputs, labels=None if self._read_label is None else labels)
-
-    def id_spec(self) -> IdSpec:
-        """Return how a store keeps the keys."""
-        return self._ids.id_spec()
-
-    def identity(self) -> Iterator[tuple[str, str]]:
-        """Yield size and modification time of each tar."""
-        return file_states(self._index.paths)
 
     def _decoded(self, contents: list[bytes], ids: list[str], positions: NDArray[np.int64]) -> NDArray[Any]:
         named = list(zip(contents, ids, strict=True))

@@ -158,7 +158,10 @@ class TestStudents:
     def test_a_store_without_names(self, folder: Path) -> None:
         """It cannot be compared, which is an error too."""
         precompute(load_job(write_job(folder, 'weights = "a.safetensors"')))
-        with softlabels.open(folder / "store") as store, pytest.raises(ClassListMismatchError, match="has no class names"):
+        with (
+            softlabels.open(folder / "store") as store,
+            pytest.raises(ClassListMismatchError, match="has no class names"),
+        ):
             store.require(class_names=NAMES)
 
     def test_a_long_list_is_kept_as_a_digest(self) -> None:
