@@ -1,29 +1,25 @@
-"""How does a loop of one's own use accelerate? With a loader that is ready: on the device, shared, checkpointed."""
+"""Accelerate: a loader for custom training loops, sharded by rank, on the device, and checkpointed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from softlabels.errors import MissingExtraError
+from softlabels.extras import needs_extra
 
-try:
+with needs_extra("accelerate", "training with accelerate"):
     from accelerate import Accelerator
     from accelerate.data_loader import DataLoaderStateMixin
-except ImportError as error:
-    raise MissingExtraError(
-        "this needs accelerate, which is not installed: `pip install softlabels[accelerate]`", extra="accelerate"
-    ) from error
 
 from softlabels_client.data.distillation_batch import DistillationBatch
 from softlabels_client.data.loader import StatefulLoader
 
 
 class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
-    """A loader's batches on the accelerator's device; its place goes into `save_state` and comes from `load_state`.
+    """A loader's batches on the accelerator's device; its sampler state is saved and loaded with the accelerator's.
 
-    The order is the loader's own: its ranks are the accelerator's, and `accelerator.prepare` gives this object back as
-    it is instead of sharding it once more. Gradient accumulation learns from it where an epoch ends.
+    The loader is already sharded by the accelerator's ranks, so `accelerator.prepare` returns this object unchanged.
+    It tells the accelerator's gradient accumulation where an epoch ends.
 
     Args:
         loader: from `data_loader` or `stream_loader`, without rank and world size.
@@ -38,15 +34,15 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next pass goes through, or goes on with."""
+        """Epoch of the next pass."""
         return self._loader.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """As `StatefulLoader.set_epoch`; without a call, passes follow each other."""
+        """Choose the epoch of the next pass, as `StatefulLoader.set_epoch`."""
         self._loader.set_epoch(epoch)
 
     def __len__(self) -> int:
-        """Batches of a pass, the same on every rank."""
+        """Number of batches of a pass, the same on every rank."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[DistillationBatch]:
@@ -54,15 +50,16 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
         self.gradient_state._add_dataloader(self)
         try:
             for batch in self._loader:
+                # Set before the batch is handed out: accelerate reads it while the batch is trained on.
                 self.end_of_dataloader = self._loader.finished
                 yield batch.to(self._device, non_blocking=True)
         finally:
             self.gradient_state._remove_dataloader(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's place."""
+        """Return the sampler state."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a kept place, under any number of ranks and workers. Raises as `StatefulLoader`."""
+        """Continue from a saved sampler state, with any number of ranks and workers; raises as `StatefulLoader`."""
         self._loader.load_state_dict(state)

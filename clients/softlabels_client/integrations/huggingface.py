@@ -1,25 +1,19 @@
-"""How does a student learn in Hugging Face's Trainer? A Trainer that takes its order, batches and loss from a store."""
+"""Hugging Face Trainer for a student: sample order, batches and loss come from a store, all else from the Trainer."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from softlabels.errors import ConflictError, MissingExtraError, RequestError
+from softlabels.errors import ConflictError, RequestError
+from softlabels.extras import needs_extra
 
-try:
+with needs_extra("transformers,accelerate", "training with Hugging Face's Trainer"):
     import accelerate  # noqa: F401 - the Trainer does not work without it
+    import torch
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import ExportableState
-except ImportError as error:
-    raise MissingExtraError(
-        "this needs transformers and accelerate, one of which is not installed: "
-        "`pip install 'softlabels[transformers,accelerate]'`",
-        extra="transformers",
-    ) from error
-
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from softlabels.losses import DistillationLoss
 from softlabels_client.data.dataset import SoftTargetDataset
@@ -29,23 +23,23 @@ from softlabels_client.data.sampler_state import EpochProgress
 from softlabels_client.training.step import Loss, step_loss
 
 BATCH = "distillation_batch"
-"""The key of a batch in the dictionary that the Trainer wants; the other keys are its inputs and ids."""
+"""Key of a batch in the dictionary that the Trainer expects; the other keys are its inputs and ids."""
 
 
 class DistillationTrainer(Trainer):
-    """Hugging Face's Trainer for a student of a store: our order and loss, everything else its own.
+    """Hugging Face's Trainer with a store's sample order and a distillation loss.
+
+    A checkpoint holds the sampler state. Resumed in the middle of an epoch, the Trainer skips the samples already
+    trained on without fetching them. That needs the same number of ranks, batch size and accumulation as before;
+    anything else raises a ConflictError. Evaluation is the Trainer's own.
 
     Args:
-        model: maps inputs to logits_BC; a tensor, a tuple that begins with it, or an output with `logits`.
-        args: batch size, seed (`data_seed`, else `seed`), workers and `dataloader_drop_last` are taken from here.
-        train_dataset: inputs with their targets.
-        loss: of logits and targets; the paper's objective when left out.
-        input_name: under which name `model` takes its inputs; the first argument when left out.
-        more: whatever else the Trainer takes.
-
-    A checkpoint carries the place in the data. Resumed in the middle of an epoch, the Trainer skips what was taken
-    without fetching it; that needs as many ranks, the batch size and the accumulation of before, and anything else is
-    a ConflictError. Evaluation is the Trainer's own.
+        model: maps inputs to logits_BC: a tensor, a tuple that starts with it, or an output with `logits`.
+        args: gives batch size, seed (`data_seed`, else `seed`), workers and `dataloader_drop_last`.
+        train_dataset: inputs paired with their targets.
+        loss: maps logits and targets to a scalar; `DistillationLoss()` if None.
+        input_name: keyword by which `model` takes its inputs; its first argument if None.
+        more: further arguments of the Trainer.
     """
 
     def __init__(
@@ -60,16 +54,16 @@ class DistillationTrainer(Trainer):
     ) -> None:
         if args.ignore_data_skip:
             raise RequestError(
-                "ignore_data_skip begins a resumed epoch anew, so samples would come twice; leave it out: what was "
-                "taken is skipped without being fetched"
+                "ignore_data_skip restarts a resumed epoch, so samples would be trained on twice; leave it out: those "
+                "already trained on are skipped without being fetched"
             )
         super().__init__(model=model, args=args, train_dataset=train_dataset, **more)
         self.loss: Loss = DistillationLoss() if loss is None else loss
         self._pairs, self._input_name = train_dataset, input_name
-        self.add_callback(_KeepsPlace())
+        self.add_callback(_SamplerStateCallback())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches in the store's order, shared by the ranks already: accelerate must not share them out again."""
+        """Return batches in the store's order, already sharded by rank: accelerate must not shard them again."""
         dataset, args = self._pairs, self.args
         order = EpochSampler(
             len(dataset),
@@ -95,7 +89,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The distillation loss of a batch of ours; the Trainer's own of any other, an evaluation's for one."""
+        """Return the distillation loss of a training batch, and the Trainer's own loss of an evaluation batch."""
         if BATCH not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs: list[Any] = []
@@ -109,34 +103,37 @@ class DistillationTrainer(Trainer):
 
 
 def as_dictionary(fetched: Any) -> dict[str, Any]:
-    """A batch as the dictionary that the Trainer wants: itself, and `inputs` and `ids` for callbacks and counters."""
+    """Return a batch as the Trainer's dictionary: the batch itself, and `inputs` and `ids` for callbacks."""
     batch = collate_batches(fetched)
     return {BATCH: batch, "inputs": batch.inputs, "ids": batch.ids}
 
 
 def logits_in(output: Any) -> Tensor:
-    """logits_BC in what a model returned: a tensor, a tuple that begins with it, or an output with `logits`."""
+    """Return logits_BC from a model's output: a tensor, a tuple that starts with it, or an output with `logits`."""
     found = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
     if not isinstance(found, Tensor):
         raise RequestError(
-            f"the student returned {type(output).__name__}, in which no logits are: return a tensor, a tuple that "
-            "begins with it, or an output with `logits`"
+            f"the student returned {type(output).__name__}, which has no logits: return a tensor, a tuple that starts "
+            "with it, or an output with `logits`"
         )
     return found
 
 
 class _EpochLoader(DataLoader[DistillationBatch]):
-    """A DataLoader whose order the Trainer can tell the epoch."""
+    """A DataLoader that passes the Trainer's epoch on to its sampler."""
 
     batch_sampler: EpochSampler
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass goes through this epoch."""
+        """Choose the epoch of the next pass."""
         self.batch_sampler.set_epoch(epoch)
 
 
-class _KeepsPlace(TrainerCallback, ExportableState):
-    """Keeps the place in the data with the Trainer's state, and compares it with where the Trainer goes on."""
+class _SamplerStateCallback(TrainerCallback, ExportableState):
+    """Saves the sampler state with the Trainer's state, and compares it on resume."""
+
+    EARLIER_NAME = "_KeepsPlace"
+    """Class name, and so the key, in checkpoints of earlier versions."""
 
     def __init__(self) -> None:
         self._sampler: EpochSampler | None = None
@@ -144,27 +141,27 @@ class _KeepsPlace(TrainerCallback, ExportableState):
         self._steps = 0
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer's state file gets."""
-        return {"args": {}, "attributes": {"place": self._place()}}
+        """Return what the Trainer writes into its state file."""
+        return {"args": {}, "attributes": {"place": self._sampler_state()}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        """Refuse to go on with other data, or with a division of it into steps that is not the checkpoint's."""
+        """Raise unless data, ranks, batch size and accumulation are the checkpoint's."""
         sampler: EpochSampler = more["train_dataloader"].batch_sampler
         self._sampler, self._accumulate = sampler, args.gradient_accumulation_steps
         self._steps = state.global_step
         known: Any = state.stateful_callbacks
-        kept = known.get(type(self).__name__)
-        if not state.global_step or not isinstance(kept, dict):
+        saved = known.get(type(self).__name__, known.get(self.EARLIER_NAME))
+        if not state.global_step or not isinstance(saved, dict):
             return
-        before, here = kept["attributes"]["place"], self._place()
+        before, here = saved["attributes"]["place"], self._sampler_state()
         sampler.state.progress_in(before)
         if before != here:
             raise ConflictError(
-                f"after {state.global_step} steps the checkpoint had taken {before['cursor']} samples of epoch "
-                f"{before['epoch']}; with these ranks, batch size and accumulation that would be {here['cursor']} of "
-                f"epoch {here['epoch']}: resume with those of before, or begin anew",
+                f"after {state.global_step} steps the checkpoint had trained on {before['cursor']} samples of epoch "
+                f"{before['epoch']}; with these ranks, batch size and accumulation it would be {here['cursor']} of "
+                f"epoch {here['epoch']}: resume with the former ones, or start again",
                 kept=before,
                 yours=here,
             )
@@ -173,8 +170,8 @@ class _KeepsPlace(TrainerCallback, ExportableState):
         """Count the step."""
         self._steps = state.global_step
 
-    def _place(self) -> dict[str, Any]:
-        """The place after the steps taken; the Trainer counts those alone, however far its loader has read."""
+    def _sampler_state(self) -> dict[str, Any]:
+        """Return the sampler state after the Trainer's steps; its loader may have read further ahead."""
         sampler = self._sampler
         if sampler is None:
             return {}

@@ -29,7 +29,7 @@ READABLE = ("softlabels-checkpoint/1", FORMAT)
 """Format 2 added the sums for the accuracy and left out the loader's state."""
 
 TENSOR, TUPLE, DICT = "tensor", "tuple", "dict"
-_NAME = re.compile(r"step-(\d{12})\.safetensors")
+_FILE_NAME = re.compile(r"step-(\d{12})\.safetensors")
 
 
 class CheckpointFolder:
@@ -65,7 +65,7 @@ class CheckpointFolder:
     @property
     def steps(self) -> list[int]:
         """Steps that there is a checkpoint of, in increasing order."""
-        return sorted(int(found[1]) for entry in self.path.iterdir() if (found := _NAME.fullmatch(entry.name)))
+        return sorted(int(found[1]) for entry in self.path.iterdir() if (found := _FILE_NAME.fullmatch(entry.name)))
 
     def write(self, step: int, state: Any) -> Path:
         """Write a checkpoint, then remove the oldest ones beyond `keep`.
