@@ -44,7 +44,8 @@ class DenseIdIndex:
         Raises:
             UnknownIdError, BadIdsError.
         """
-        _check_kind(ids, "int", self._name)
+        if ids.dtype.kind == "U":  # not always called: every warm batch request passes here
+            _check_kind(ids, "int", self._name)
         positions = ids.astype(np.int64, copy=False) - self._start
         if len(positions) and _largest(positions) >= self._samples:
             outside = (positions < 0) | (positions >= self._samples)
