@@ -1,59 +1,50 @@
-"""`softlabels cache list | clear`: which rows of served stores are kept on this machine, and how they go."""
+"""`softlabels cache list | clear`: the rows of served stores that are kept on this machine."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cyclopts import App, Parameter
+
 if TYPE_CHECKING:
     from softlabels_client.cache import CacheFolder, KeptStore
 
-
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add this command and its arguments."""
-    parser = commands.add_parser(
-        "cache",
-        help="show or clear the rows that are kept on this machine",
-        description="Rows of served stores that were opened with a cache are kept on this machine, by the version of "
-        "the store. List what is kept, or remove it; what a running trainer has open stays.",
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, run, said in (("list", run_list, "show what is kept"), ("clear", run_clear, "remove what is kept")):
-        action = actions.add_parser(name, help=said)
-        action.add_argument(
-            "--folder",
-            type=Path,
-            help="of the cache; $SOFTLABELS_CACHE or ~/.cache/softlabels when left out",
-        )
-        action.set_defaults(run=run)
-        if name == "clear":
-            action.add_argument("--digest", default="", help="only versions whose digest begins so")
+app = App(name="cache", help_format="markdown", default_parameter=Parameter(negative=()))
 
 
-def run_list(options: argparse.Namespace) -> int:
-    """Print a line for each version that is kept."""
-    where, folder = _folder(options)
+@app.command(name="list")
+def list_stores(*, folder: Path | None = None) -> None:
+    """Show the rows of served stores that are kept on this machine, by store version.
+
+    Args:
+        folder: folder of the cache; $SOFTLABELS_CACHE or ~/.cache/softlabels if not given
+    """
+    where, cache = _open(folder)
     print(f"cache in {where}")
-    _show(folder.kept())
-    return 0
+    _show(cache.kept())
 
 
-def run_clear(options: argparse.Namespace) -> int:
-    """Remove what is not in use, and say what was."""
-    where, folder = _folder(options)
-    removed, stayed = folder.clear(options.digest)
+@app.command(name="clear")
+def clear_stores(*, folder: Path | None = None, digest: str = "") -> None:
+    """Remove the rows of served stores from this machine; versions that a process has open stay.
+
+    Args:
+        folder: folder of the cache; $SOFTLABELS_CACHE or ~/.cache/softlabels if not given
+        digest: remove only versions whose digest begins so
+    """
+    where, cache = _open(folder)
+    removed, stayed = cache.clear(digest)
     print(f"removed from {where}: {len(removed)}; stays, because a process has it open: {len(stayed)}")
     _show(stayed)
-    return 0
 
 
-def _folder(options: argparse.Namespace) -> tuple[Path, CacheFolder]:
+def _open(folder: Path | None) -> tuple[Path, CacheFolder]:
     from softlabels_client.cache import CacheFolder, default_folder
 
-    where = options.folder or default_folder()
+    where = folder or default_folder()
     return where, CacheFolder(where)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
-from softlabels.errors import MissingExtraError
+from softlabels.extras import needs_extra
 from softlabels.progress import duration
 
 NEXT = """\
@@ -18,39 +17,25 @@ try next
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add this command and its arguments."""
-    parser = commands.add_parser(
-        "demo",
-        help="run the whole main job on MNIST: train, precompute, serve, distil, compare",
-        description="Train a small ensemble of teachers on MNIST, precompute their soft targets, serve them from a "
-        "process of their own, train a student alone and one from the service, and compare. Takes a few minutes on two "
-        "cores. MNIST comes from SOFTLABELS_DATA, the cache, its public mirrors or npm; where none can be had, "
-        "scikit-learn's bundled digits stand in.",
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes (%(default)s)")
-    parser.add_argument("--small", action="store_true", help="use the bundled 8 × 8 digits: half a minute")
-    parser.set_defaults(run=run)
+def demo(*, out: Path = Path("runs/demo"), small: bool = False) -> None:
+    """Train teachers on MNIST, precompute and serve their targets, distill a student and compare.
 
+    The targets are served from a process of their own; one student is trained alone, one from the service. Takes a
+    few minutes on two cores. MNIST comes from SOFTLABELS_DATA, the cache, its public mirrors or npm; where it is
+    unavailable, scikit-learn's bundled digits stand in.
 
-def run(options: argparse.Namespace) -> int:
-    """Run the demo and say what came of it."""
-    try:
+    Args:
+        out: folder for everything that the demo writes
+        small: use the bundled 8 × 8 digits: half a minute
+    """
+    with needs_extra("demo", "the demo"):
         from softlabels.demo.end_to_end import run_demo
-    except ImportError as error:
-        if isinstance(error, MissingExtraError):
-            raise
-        raise MissingExtraError(
-            f"the demo needs {error.name or error}, which is not installed: pip install 'softlabels[demo]'",
-            extra="demo",
-        ) from error
 
     started_s = time.monotonic()
-    report = run_demo(options.out, small=options.small)
+    report = run_demo(out, small=small)
     print("\n" + "\n".join(report.lines()))
     print(f"\nall of it took {duration(time.monotonic() - started_s)}")
-    print(f"report   {options.out / 'report.json'}")
-    print(f"picture  {options.out / 'soft_targets.png'}   (digits with their soft targets at T = 1 and T = 20)\n")
-    stores = options.out / "stores"
-    print(NEXT.format(store=stores / report.data, stores=stores, name=report.data, job=options.out / "job.toml"))
-    return 0
+    print(f"report   {out / 'report.json'}")
+    print(f"picture  {out / 'soft_targets.png'}   (digits with their soft targets at T = 1 and T = 20)\n")
+    stores = out / "stores"
+    print(NEXT.format(store=stores / report.data, stores=stores, name=report.data, job=out / "job.toml"))

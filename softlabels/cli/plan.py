@@ -1,8 +1,7 @@
-"""`softlabels plan JOB.toml`: bytes, hours and errors of a job before it runs."""
+"""`softlabels plan`: bytes, hours and errors of a job before it runs."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,39 +13,26 @@ if TYPE_CHECKING:
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add this command and its arguments."""
-    parser = commands.add_parser(
-        "plan",
-        help="bytes, hours and the error of every encoding, before a job runs",
-        description="Run the teachers of a job file over a pilot of its transfer set, encode the rows every way, and "
-        "print what the whole job will take: time on this machine, bytes, KL to the exact targets.",
-    )
-    parser.add_argument("job", type=Path, help="the job file (TOML)")
-    parser.add_argument(
-        "--samples", type=int, metavar="N", help="reckon for this many samples, where the set at hand is only a part"
-    )
-    parser.add_argument(
-        "--rows", type=int, metavar="N", help="the same in rows: frames, tokens or views, where samples have many"
-    )
-    parser.add_argument(
-        "--price", type=float, metavar="P", help="what an hour of this machine costs, in any currency: adds the cost"
-    )
-    parser.set_defaults(run=run)
+def plan(job: Path, /, *, samples: int | None = None, rows: int | None = None, price: float | None = None) -> None:
+    """Forecast a job: time on this machine, bytes, and the error of every encoding.
 
+    Runs the job's teachers over a pilot of its transfer set and encodes those rows in every way.
 
-def run(options: argparse.Namespace) -> int:
-    """Print the forecast."""
+    Args:
+        job: job file (TOML)
+        samples: forecast for this number of samples, where the transfer set at hand is only a part
+        rows: the same in rows: frames, tokens or views, where samples have many
+        price: cost of an hour of this machine, in any currency; adds the cost
+    """
     from softlabels.precompute import load_job
     from softlabels.precompute.planning.forecast import forecast
 
-    found = forecast(load_job(options.job), samples=options.samples, rows=options.rows)
-    print("\n".join(lines(found, price=options.price)))
-    return 0
+    found = forecast(load_job(job), samples=samples, rows=rows)
+    print("\n".join(lines(found, price=price)))
 
 
 def lines(found: Forecast, *, price: float | None) -> list[str]:
-    """The forecast for people."""
+    """Return the forecast as text."""
     kept = f" × {found.members} members" if found.members > 1 else ""
     counted = f" ({found.rows:,} rows)" if found.rows != found.samples else ""
     name, own = found.own
@@ -76,7 +62,6 @@ def _line(found: Forecast, option: Option, price: float | None) -> str:
 
 
 def _nats(option: Option, temperature: float) -> str:
-    """Mean KL; a dash at a temperature that the encoding cannot be had at."""
     if temperature not in option.kl:
         return "–"
     mean = option.kl[temperature]["mean"]
@@ -84,14 +69,13 @@ def _nats(option: Option, temperature: float) -> str:
 
 
 def _inputs_line(found: Forecast) -> list[str]:
-    """What the samples themselves take, where the store keeps them; every store's size has it in."""
     if not found.input_bytes:
         return []
     return [f"inputs: {found.input_bytes:,} bytes a sample, {size(found.samples * found.input_bytes)} in all"]
 
 
 def size(size_bytes: float) -> str:
-    """Bytes for people, in powers of a thousand: "2.6 GB"."""
+    """Return a number of bytes in powers of a thousand, for example "2.6 GB"."""
     value = float(size_bytes)
     for unit in _UNITS:
         if value < 1000 or unit == _UNITS[-1]:

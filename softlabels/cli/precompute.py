@@ -1,8 +1,7 @@
-"""`softlabels precompute JOB.toml`: run the teachers once and keep what they say."""
+"""`softlabels precompute` and `softlabels resume`: run the teachers once and store their soft targets."""
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from pathlib import Path
@@ -13,46 +12,52 @@ if TYPE_CHECKING:
     from softlabels.manifest import Manifest
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add this command and its arguments."""
-    parser = commands.add_parser(
-        "precompute",
-        help="run the teachers of a job file once over its transfer set",
-        description="Run the teachers of a job file once over its transfer set and keep their soft targets in a store. "
-        "Run it again after an interruption: committed shards are kept. Several processes may run the same job.",
-    )
-    parser.add_argument("job", type=Path, help="the job file (TOML)")
-    add_metrics(parser)
-    parser.set_defaults(run=run)
+def run_job(job: Path, /, *, metrics: Path | None = None) -> None:
+    """Run the teachers of a job file once over its transfer set and keep their soft targets in a store.
 
+    Run it again after an interruption: committed shards are kept. Several processes may run the same job.
 
-def run(options: argparse.Namespace) -> int:
-    """Run the job."""
+    Args:
+        job: job file (TOML)
+        metrics: file to add a JSON line to for every shard: rows, rate, time left, KL so far, device's idle share
+    """
     from softlabels.precompute import load_job, precompute
 
-    interrupt_on_sigterm()
-    job = load_job(options.job)
+    _interrupt_on_sigterm()
+    loaded = load_job(job)
     try:
-        manifest = precompute(job, metrics=options.metrics)
+        manifest = precompute(loaded, metrics=metrics)
     except KeyboardInterrupt:
-        print(f"\nall committed shards are kept; go on with: softlabels resume {job.store_path}", file=sys.stderr)
+        _advise_resume(loaded.store_path)
         raise
-    report(manifest, job.store_path)
-    return 0
+    _report(manifest, loaded.store_path)
 
 
-def add_metrics(parser: argparse.ArgumentParser) -> None:
-    """Add the argument for a file of figures."""
-    parser.add_argument(
-        "--metrics",
-        type=Path,
-        metavar="FILE",
-        help="add a JSON line to FILE for every shard: rows, rate, time left, KL so far, the device's idle share",
-    )
+def resume_store(store: Path, /, *, metrics: Path | None = None) -> None:
+    """Continue a store that an interrupted or repaired precompute left unfinished.
+
+    Committed shards stay, all others are computed. Nothing happens to a finished store.
+
+    Args:
+        store: folder of the store
+        metrics: file to add a JSON line to for every shard: rows, rate, time left, KL so far, device's idle share
+    """
+    from softlabels.precompute import resume
+
+    _interrupt_on_sigterm()
+    try:
+        manifest = resume(store, metrics=metrics)
+    except KeyboardInterrupt:
+        _advise_resume(store)
+        raise
+    _report(manifest, store)
 
 
-def report(manifest: Manifest, where: Path) -> None:
-    """Say what was made."""
+def _advise_resume(store: Path) -> None:
+    print(f"\nall committed shards are kept; continue with: softlabels resume {store}", file=sys.stderr)
+
+
+def _report(manifest: Manifest, where: Path) -> None:
     if not manifest.finished:
         print(f"{where}: other processes still work on shards of this store; the last one publishes it")
         return
@@ -65,8 +70,8 @@ def report(manifest: Manifest, where: Path) -> None:
     print(f"  store digest {manifest.digest}")
 
 
-def interrupt_on_sigterm() -> None:
-    """Let `kill` end a run as Ctrl-C does: in order, with what is committed kept."""
+def _interrupt_on_sigterm() -> None:
+    """Make `kill` end a run as Ctrl-C does: in order, with all committed shards kept."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

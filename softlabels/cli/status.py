@@ -1,47 +1,64 @@
-"""`softlabels status STORE`: how far a store is, from another terminal or machine."""
+"""`softlabels status` and `softlabels inspect`: the progress of a store, and its manifest."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
+from cyclopts import Parameter
+
+from softlabels.manifest import INPUTS, ArraySpec, Manifest
 from softlabels.progress import duration
 
 if TYPE_CHECKING:
     from softlabels.store.ledger import Status
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add this command and its arguments."""
-    parser = commands.add_parser(
-        "status",
-        help="how far a store is: shards, rate, time left, workers, error so far",
-        description="Show how far a store is while other processes write it, or that it is finished.",
-    )
-    parser.add_argument("store", type=Path, help="the store's folder")
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="again every so often, until it is finished")
-    parser.add_argument("--json", action="store_true", help="print it as JSON, for programs")
-    parser.set_defaults(run=run)
+def status(
+    store: Path, /, *, watch: Annotated[float | None, Parameter(metavar="SECONDS")] = None, json: bool = False
+) -> None:
+    """Show the progress of a store while other processes write it, or that it is finished.
 
-
-def run(options: argparse.Namespace) -> int:
-    """Print the status, once or until the store is finished."""
+    Args:
+        store: folder of the store
+        watch: repeat at this interval until the store is finished
+        json: print it as JSON, for programs
+    """
     from softlabels.store.ledger import read_status
 
     while True:
-        status = read_status(options.store)
-        print(as_json(status) if options.json else "\n".join(lines(status)), flush=True)
-        if options.watch is None or status.manifest.finished:
-            return 0
-        time.sleep(options.watch)
+        found = read_status(store)
+        print(_as_json(found) if json else "\n".join(_lines(found)), flush=True)
+        if watch is None or found.manifest.finished:
+            return
+        time.sleep(watch)
 
 
-def lines(status: Status) -> list[str]:
-    """The status for people."""
+def inspect(where: str, /, *, json: bool = False) -> None:
+    """Show the manifest of a store in a folder or behind a server.
+
+    It says what was computed, by which teachers, for which data, at which temperature, and how far the stored targets
+    are from the exact ones.
+
+    Args:
+        where: folder of the store, or its http(s) address
+        json: print the whole manifest as JSON
+    """
+    import softlabels
+
+    with softlabels.open(where) as store:
+        manifest, digest = store.manifest, store.digest
+    if json:
+        print(dumps({"digest": digest, "manifest": manifest.to_json()}, indent=2))
+    else:
+        print("\n".join(f"{label:<14}{value}" for label, value in _described(manifest, digest)))
+
+
+def _lines(status: Status) -> list[str]:
     manifest = status.manifest
     count = manifest.shards.count
     state = "finished" if manifest.finished else "in work" if status.in_work else "waiting for `softlabels resume`"
@@ -49,7 +66,7 @@ def lines(status: Status) -> list[str]:
     left = "" if not status.left_s else f", {duration(status.left_s)} left"
     found = [
         f"{manifest.name}: {state}",
-        f"  shards  {len(status.committed)} of {count} committed, {len(status.in_work)} held by a living process",
+        f"  shards  {len(status.committed)} of {count} committed, {len(status.in_work)} held by a running process",
         f"  rows    {status.rows:,} of {manifest.rows:,} ({100 * status.rows / manifest.rows:.0f}%){rate}{left}",
     ]
     for temperature, kl in status.audit["kl_nats"].items():
@@ -57,12 +74,42 @@ def lines(status: Status) -> list[str]:
     return found
 
 
-def as_json(status: Status) -> str:
-    """The status for programs, one line."""
+def _as_json(status: Status) -> str:
     facts = asdict(status)
     facts["manifest"] = {
         "name": status.manifest.name,
         "rows": status.manifest.rows,
         "finished": status.manifest.finished,
     }
-    return json.dumps(facts)
+    return dumps(facts)
+
+
+def _described(manifest: Manifest, digest: str) -> list[tuple[str, str]]:
+    t, shards, data = manifest.temperature, manifest.shards, manifest.transfer_set
+    locked = f"locked to {t.captured:g}" if t.locked else f"{t.default:g} by default, any other on request"
+    lines = [
+        ("store", f"{manifest.name} ({manifest.container}, {'finished' if manifest.finished else 'UNFINISHED'})"),
+        ("digest", digest),
+        ("samples", f"{manifest.samples} × {manifest.classes} classes, ids: {manifest.ids.kind}"),
+        ("encoding", f"{manifest.encoding.name}, {manifest.target_row_bytes} bytes a row"),
+        ("temperature", locked),
+        ("mean", manifest.mean),
+        *(("teacher", f"{m.name}: {m.model}, weights {(m.weights_sha256 or 'none')[:16]}") for m in manifest.teachers),
+        *([("precision", manifest.precision)] if manifest.precision else []),
+        ("transfer set", f"{data.name} from {data.source}, fingerprint {data.fingerprint}"),
+        *(("inputs", f"{kept}, {spec.row_bytes} bytes a sample") for kept, spec in _kept_inputs(manifest)),
+        ("shards", f"{shards.count} of {shards.rows_per_shard} rows, chunks of {shards.rows_per_chunk}"),
+    ]
+    audit = manifest.audit or {}
+    for temperature, kl in audit.get("kl_nats", {}).items():
+        lines.append(
+            (f"KL, T = {temperature}", f"mean {kl['mean']:.3g}, p99 {kl['p99']:.3g}, max {kl['max']:.3g} nats")
+        )
+    if audit:
+        lines.append(("top-1", f"{100 * audit['top1_agreement']:.4g}% as the exact targets"))
+    return lines
+
+
+def _kept_inputs(manifest: Manifest) -> list[tuple[str, ArraySpec]]:
+    spec = manifest.arrays.get(INPUTS)
+    return [] if spec is None else [(f"{np.dtype(spec.dtype)}{list(spec.row_shape)}", spec)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from softlabels.cli import build_parser
+from softlabels.cli import app
 from softlabels_server import Settings, StoreFolder, create_app
 from softlabels_server.api.openapi import BATCH_PATH
 from softlabels_server.api.requests import BatchQuery, BatchRequest
@@ -54,11 +54,11 @@ class TestPage:
 
     def test_every_option_is_described(self, page: str) -> None:
         """Each option of `softlabels serve`; those that set a setting name its default in --help too."""
-        choices = next(action.choices for action in build_parser()._actions if action.choices)
-        parser = dict(choices)["serve"]  # type: ignore[call-overload]
-        options = {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
-        assert [name for name in sorted(options - {"--help"}) if f"`{name}`" not in page] == []
+        arguments = app["serve"].assemble_argument_collection()
+        told = {name: argument.parameter.help or "" for argument in arguments for name in argument.names}
+        options = {name for name in told if name.startswith("--")}
+        assert [name for name in sorted(options) if f"`{name}`" not in page] == []
+        assert {flag_of(name) for name in Settings.model_fields} - options == {"--token"}
         for name, field in Settings.model_fields.items():
-            action = next((action for action in parser._actions if action.dest == name), None)
-            if action is not None and field.default:
-                assert f"default {field.default}" in (action.help or ""), name
+            if field.default:
+                assert f"default {field.default}" in told[flag_of(name)], name

@@ -177,10 +177,8 @@ class TestDistillCommand:
 
     def test_help_explains_every_option(self, capsys: pytest.CaptureFixture[str]) -> None:
         """With its default and an example."""
-        with pytest.raises(SystemExit) as ended:
-            main(["distill", "--help"])
+        assert main(["distill", "--help"]) == 0
         said = capsys.readouterr().out
-        assert ended.value.code == 0
-        assert "example:" in said
+        assert "For example" in said
         for option in ("--student", "--inputs", "--test", "--temperature", "--hard-weight", "--check", "--out"):
             assert option in said
