@@ -10,8 +10,8 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 if TYPE_CHECKING:
-    from softlabels.store.verify_report import Report
     from softlabels.store.repair import Repair
+    from softlabels.store.verify_report import Report
 
 
 def verify_store(
