@@ -38,6 +38,7 @@ class RowBatch:
 
     Attributes:
         inputs: [B, ...], contiguous.
+        numbers: [R] int64, row numbers in the store.
         ids: [R] sample id of each row.
         keys: [R] random-number keys, for encodings that draw.
         labels: [R] int64, `UNLABELLED` where absent; None when no row has one.
@@ -47,6 +48,7 @@ class RowBatch:
     """
 
     inputs: NDArray[Any]
+    numbers: NDArray[np.int64]
     ids: IdArray
     keys: NDArray[np.uint64]
     labels: NDArray[np.int64] | None = None
@@ -147,6 +149,7 @@ class SingleRows(_OneInputPerRow):
         inputs = np.ascontiguousarray(taken.inputs)
         return RowBatch(
             inputs=inputs,
+            numbers=rows,
             ids=taken.ids,
             keys=rng_keys(self._store, taken.ids),
             labels=taken.labels,
@@ -197,6 +200,7 @@ class ViewRows(_OneInputPerRow):
         made, parameters = self._make_views(taken.inputs[which], view_seeds(self._store, ids, views))
         return RowBatch(
             inputs=made,
+            numbers=rows,
             ids=ids,
             keys=view_seeds(self._store + _SPLIT_KEY, ids, views),
             labels=None if taken.labels is None else taken.labels[which],

@@ -129,6 +129,7 @@ class SequenceRows(RowLoader):
         labels = self._labels(taken, lengths)
         return SequenceBatch(
             inputs=inputs,
+            numbers=self._offsets[positions][which] + within,
             ids=ids,
             keys=rng_keys(self._store, ids, within),
             labels=None if labels is None else labels[which, within],

@@ -5,7 +5,7 @@ Legend: R rows of a batch, C classes, D width of hidden states, M members.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,31 +98,17 @@ def verify_against_teachers(
         raise JobError(f"the job has {len(ensemble.teachers)} teachers, the store was made by {len(manifest.teachers)}")
     positions = _draw_positions(ensemble.rows, min(manifest.samples, layout.samples), samples, seed)
     comparison = _Comparison(stored, ensemble)
-    with show(len(positions), "run the teachers again", "samples") as progress:
-        for batch, located in comparison.batches(positions, job.run.pilot_batch_size):
-            report.faults += comparison.faults(batch, located)
-            progress.advance(int((located.within_R == 0).sum()))
+    lengths = layout.views if ensemble.rows.table is None else ensemble.rows.table.lengths[positions]
+    with show(int(np.broadcast_to(lengths, positions.shape).sum()), "run the teachers again", "rows") as progress:
+        for batch in ensemble.rows.samples(positions, job.run.pilot_batch_size):
+            report.faults += comparison.faults(batch)
+            progress.advance(batch.rows)
     return TeacherAgreement(
         samples=len(positions),
         rows=len(comparison.cosines),
         least_cosine=min(comparison.cosines),
         mean_cosine=float(np.mean(comparison.cosines)),
     )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _RowNumbers:
-    """Which rows a batch holds.
-
-    Attributes:
-        position_R: position of the row's sample.
-        within_R: which row of the sample, a view or a position.
-        number_R: row number in the store.
-    """
-
-    position_R: NDArray[np.int64]
-    within_R: NDArray[np.int64]
-    number_R: NDArray[np.int64]
 
 
 class _Comparison:
@@ -132,27 +118,10 @@ class _Comparison:
         self._stored, self._ensemble, self._rows = stored, ensemble, ensemble.rows
         self.cosines: list[float] = []
 
-    def batches(self, positions: NDArray[np.int64], batch_size: int) -> Iterator[tuple[RowBatch, _RowNumbers]]:
-        """Yield batches of all rows of these samples, and which rows those are."""
-        table, views = self._rows.table, self._rows.layout.views
-        lengths = np.full(len(positions), views) if table is None else table.lengths[positions]
-        first = positions * views if table is None else (np.cumsum(table.lengths) - table.lengths)[positions]
-        position_R = np.repeat(positions, lengths)
-        within_R = np.arange(len(position_R)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        number_R = np.repeat(first, lengths) + within_R
-        done = 0
-        for batch in self._rows.samples(positions, batch_size):
-            part = slice(done, done + batch.rows)
-            yield (
-                batch,
-                _RowNumbers(position_R=position_R[part], within_R=within_R[part], number_R=number_R[part]),
-            )
-            done += batch.rows
-
-    def faults(self, batch: RowBatch, located: _RowNumbers) -> list[Fault]:
+    def faults(self, batch: RowBatch) -> list[Fault]:
         """Return the differences in a batch, with the rows' numbers in the store."""
-        stored, other_R = self._stored_rows(batch, located)
-        found = [_fault(row, "its input is not the one that the teachers saw") for row in located.number_R[other_R]]
+        stored, other_R = self._stored_rows(batch)
+        found = [_fault(row, "its input is not the one that the teachers saw") for row in batch.numbers[other_R]]
         kind = self._stored.encoding.row_kind
         outputs = self._ensemble.run(batch, row_kind=kind)
         fresh = self._ensemble.rows_to_store(outputs, self._stored.manifest, row_kind=kind)
@@ -162,23 +131,24 @@ class _Comparison:
         self.cosines += cosine_R.tolist()
         return found + [
             _fault(row, f"the teachers give another target now (cosine {cosine:.6f})")
-            for row, cosine in zip(located.number_R, cosine_R.tolist(), strict=True)
+            for row, cosine in zip(batch.numbers, cosine_R.tolist(), strict=True)
             if not cosine >= LEAST_COSINE  # NaN is a fault too
         ]
 
-    def _stored_rows(self, batch: RowBatch, located: _RowNumbers) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
+    def _stored_rows(self, batch: RowBatch) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
         """Return what these rows hold in the store, and which of them were made of another input."""
-        fields, kind = (*self._stored.encoding.fields, "fingerprints"), self._rows.layout.kind
-        if self._rows.table is None:
-            views = {"views": located.within_R} if kind == "views" else {}
+        fields, layout, table = (*self._stored.encoding.fields, "fingerprints"), self._rows.layout, self._rows.table
+        if table is None:
+            views = {"views": batch.numbers % layout.views} if layout.kind == "views" else {}
             stored = self._stored.fetch(batch.ids, fields, **views)
             assert batch.fingerprints is not None  # rows of such layouts have their own
             return stored, (batch.fingerprints != stored["fingerprints"]).any(axis=1)
         # Sequences are fetched whole, with one fingerprint each, their rows joined.
-        first = np.flatnonzero(np.diff(located.position_R, prepend=-1))
+        starts = np.cumsum(table.lengths) - table.lengths
+        position_R = np.searchsorted(starts, batch.numbers, side="right") - 1
+        first = np.flatnonzero(np.diff(position_R, prepend=-1))
         stored = self._stored.fetch(batch.ids[first], fields)
-        now = self._rows.table.fingerprints[located.position_R[first]]
-        other = (now != stored["fingerprints"]).any(axis=1)
+        other = (table.fingerprints[position_R[first]] != stored["fingerprints"]).any(axis=1)
         if len(stored[fields[0]]) != batch.rows:
             raise JobError(
                 f"samples of {self._stored.manifest.name!r} have other lengths than the transfer set's: the store was "

@@ -102,7 +102,7 @@ class DeviceStep:
             self.ensemble.check_finite(started.outputs, batch.ids)
             rows_RC = self.ensemble.rows_to_store(started.outputs, self.plan, row_kind=self._encoding.row_kind)
             encoded = self._encode(rows_RC, batch)
-            figures = self._figures(rows_RC, encoded, 0 if shard is None else shard.next_row)
+            figures = self._figures(rows_RC, encoded, int(batch.numbers[0]))
             if shard is not None:
                 shard.write(batch, encoded, figures)
                 return

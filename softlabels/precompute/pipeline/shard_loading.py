@@ -76,11 +76,6 @@ class ClaimedShard:
         """Return whether all rows were written."""
         return self.written_rows == len(self.rows)
 
-    @property
-    def next_row(self) -> int:
-        """Return the row number in the store of the next row to write."""
-        return self.rows.start + self.written_rows
-
     def write(self, batch: RowBatch, encoded: Mapping[str, Tensor], figures: Tensor | None) -> None:
         """Begin to copy a batch into the shard: its encoded rows, and the audit figures of those that were audited."""
         if not self._arrays:
