@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cyclopts import App, Parameter
 
 if TYPE_CHECKING:
-    from softlabels_client.cache import CacheFolder, KeptStore
+    from softlabels_client.cache import CachedStore, CacheFolder
 
 app = App(name="cache", help_format="markdown", default_parameter=Parameter(negative=()))
 
@@ -24,7 +24,7 @@ def list_stores(*, folder: Path | None = None) -> None:
     """
     where, cache = _open(folder)
     print(f"cache in {where}")
-    _show(cache.kept())
+    _show(cache.stores())
 
 
 @app.command(name="clear")
@@ -48,10 +48,10 @@ def _open(folder: Path | None) -> tuple[Path, CacheFolder]:
     return where, CacheFolder(where)
 
 
-def _show(stores: Sequence[KeptStore]) -> None:
+def _show(stores: Sequence[CachedStore]) -> None:
     for kept in stores:
         opened = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.last_opened_s))
         print(
-            f"{kept.name}  {kept.digest[:12]}  {kept.kept_rows} of {kept.rows} rows  {kept.disk_bytes / 1e6:.1f} MB on "
+            f"{kept.name}  {kept.digest[:12]}  {kept.cached_rows} of {kept.rows} rows  {kept.disk_bytes / 1e6:.1f} MB on "
             f"disk, {kept.size_bytes / 1e6:.1f} at most  {'in use' if kept.in_use else f'last opened {opened}'}"
         )

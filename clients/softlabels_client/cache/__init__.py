@@ -1,8 +1,8 @@
-"""Rows of served stores, kept on the machine that trains: fetched once, then read from the disk."""
+"""Disk cache of rows from served stores: fetched once, then read from the trainer's disk."""
 
 from __future__ import annotations
 
-from softlabels_client.cache.cache_folder import DEFAULT_BYTES, CacheFolder, KeptStore, default_folder
+from softlabels_client.cache.cache_folder import DEFAULT_BYTES, CachedStore, CacheFolder, default_folder
 from softlabels_client.cache.cached_rows import CachedRows
 
-__all__ = ["DEFAULT_BYTES", "CacheFolder", "CachedRows", "KeptStore", "default_folder"]
+__all__ = ["DEFAULT_BYTES", "CacheFolder", "CachedRows", "CachedStore", "default_folder"]

@@ -1,7 +1,7 @@
-"""Which stores' rows are kept on this machine, and who makes room for whom? A folder of tables, one a store's version.
+"""The cache folder on a trainer's disk: one table per store version, within a size limit.
 
-FOLDER/rows-v1/lock                      held while tables come and go
-FOLDER/rows-v1/DIGEST/table.json         which store, and how large; its age is when it was last opened
+FOLDER/rows-v1/lock                      held while tables are created or removed
+FOLDER/rows-v1/DIGEST/table.json         description of the table; its modification time is when it was last opened
 FOLDER/rows-v1/DIGEST/in-use             locked, shared, by every process that reads or fills the table
 FOLDER/rows-v1/DIGEST/{index,rows,ids}   see `softlabels_client.cache.row_table`
 """
@@ -18,10 +18,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from softlabels.documents import as_json
-from softlabels.manifest import Manifest
+import msgspec
+
+from softlabels.documents import Document, as_json, parse_document
+from softlabels.errors import ManifestError
+from softlabels.manifest import ArraySpec, Manifest
 from softlabels_client.cache.row_index import read_taken
 from softlabels_client.cache.row_table import (
     IDS_FILE,
@@ -35,22 +38,22 @@ from softlabels_client.cache.row_table import (
 )
 
 LAYOUT = "rows-v1"
-"""The folder of this layout of files; another layout has another name, and never reads these."""
+"""Subfolder of this file format; another format gets another name and never reads these files."""
 
 ENVIRONMENT = "SOFTLABELS_CACHE"
-"""Names the cache's folder where the caller does not."""
+"""Environment variable that names the cache folder."""
 
 DEFAULT_BYTES = 16 << 30
-"""What a cache may take unless told otherwise: of 1,000 classes in f16, eight million rows."""
+"""Default size limit: eight million rows of 1,000 classes in f16."""
 
 _TABLE, _IN_USE, _LOCK = "table.json", "in-use", "lock"
 _DIGEST = re.compile("[0-9a-f]{64}")
-_GROWN = 1.25
-"""A table is made anew when there is room for so many times its rows; below that, what it holds is worth more."""
+_GROWTH = 1.25
+"""A table is made anew once there is room for this many times its rows; below that, its content is worth more."""
 
 
 def default_folder() -> Path:
-    """Where a cache lies unless told otherwise: $SOFTLABELS_CACHE, else ~/.cache/softlabels ($XDG_CACHE_HOME)."""
+    """Return the default cache folder: $SOFTLABELS_CACHE, else ~/.cache/softlabels ($XDG_CACHE_HOME)."""
     named = os.environ.get(ENVIRONMENT)
     if named:
         return Path(named).expanduser()
@@ -59,23 +62,23 @@ def default_folder() -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptStore:
-    """One version of a store as the folder holds it.
+class CachedStore:
+    """One store version in the cache.
 
     Attributes:
-        name: of the store.
-        digest: of its version.
-        kept_rows: rows that are here, of `rows`.
-        rows: of the store.
-        size_bytes: most that its files will take.
-        disk_bytes: what they take now.
-        last_opened_s: when, seconds since 1970.
+        name: name of the store.
+        digest: digest of its version.
+        cached_rows: rows in the cache.
+        rows: rows of the store.
+        size_bytes: bytes of its files when full.
+        disk_bytes: bytes they take on disk now.
+        last_opened_s: last opening, seconds since 1970.
         in_use: whether a process has it open.
     """
 
     name: str
     digest: str
-    kept_rows: int
+    cached_rows: int
     rows: int
     size_bytes: int
     disk_bytes: int
@@ -83,8 +86,31 @@ class KeptStore:
     in_use: bool
 
 
-class _Held:
-    """A lock that is held for as long as somebody refers to it, in this process or one forked from it."""
+class TableDescription(Document, frozen=True, kw_only=True):
+    """Content of `table.json`: what must match for the table to be used for a store."""
+
+    name: str
+    digest: str
+    rows: Annotated[int, msgspec.Meta(ge=0)]
+    slots: Annotated[int, msgspec.Meta(ge=1)]
+    files: dict[str, int]
+    fields: dict[str, ArraySpec]
+
+    @classmethod
+    def of(cls, manifest: Manifest, digest: str, shape: TableShape) -> TableDescription:
+        """Return the description of a store's table."""
+        return cls(
+            name=manifest.name,
+            digest=digest,
+            rows=manifest.rows,
+            slots=shape.slots,
+            files=shape.sizes,
+            fields=dict(shape.fields),
+        )
+
+
+class FileLock:
+    """A file lock that is held while any reference to it exists, in this process or one forked from it."""
 
     def __init__(self, path: Path, kind: int, *, create: bool = False) -> None:
         self._fd = -1
@@ -92,7 +118,7 @@ class _Held:
         fcntl.flock(self._fd, kind)
 
     def release(self) -> None:
-        """Let go for all: a child forked meanwhile by another thread would go on holding what is only closed."""
+        """Release for all: closing alone would leave it to a child that another thread forked meanwhile."""
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def __del__(self) -> None:
@@ -102,19 +128,19 @@ class _Held:
 
 @dataclass(frozen=True)
 class OpenTable:
-    """A table, and the lock that says it is in use."""
+    """A table, and the lock that marks it as in use."""
 
     table: RowTable
-    held: _Held
+    lock: FileLock
 
 
 class CacheFolder:
-    """A folder that keeps rows of stores, within a bound.
+    """The cache folder: tables of several store versions, within a size limit.
 
     Args:
-        folder: where; made when something is to be kept.
-        most_bytes: of all tables together.
-        read_only: nothing in it is ever changed.
+        folder: path; created when the first table is.
+        most_bytes: size limit of all tables together.
+        read_only: never change anything in it.
     """
 
     def __init__(self, folder: Path, *, most_bytes: int = DEFAULT_BYTES, read_only: bool = False) -> None:
@@ -122,9 +148,9 @@ class CacheFolder:
         self._most_bytes, self._read_only = most_bytes, read_only
 
     def open(self, manifest: Manifest, digest: str) -> OpenTable | None:
-        """The table of a version of a store, made where there is none; None where there is no room for one.
+        """Return the table of a store version, created if there is none; None if there is no room for one.
 
-        Other versions make room, the longest unused first; those that a process has open stay.
+        Tables of other versions are removed to make room, least recently opened first, but never while in use.
 
         Raises:
             OSError: the folder cannot be read or written.
@@ -134,51 +160,52 @@ class CacheFolder:
             return None if shape is None else self._opened(manifest, digest, shape)
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._locked():
-            self._clear_rubbish()
-            shape = self._settled(manifest, digest)
+            self._remove_leftovers()
+            shape = self._make_room(manifest, digest)
             if shape is None:
                 return None
             os.utime(self._root / digest / _TABLE)
             return self._opened(manifest, digest, shape)
 
-    def kept(self) -> list[KeptStore]:
-        """What the folder holds, the last opened first."""
-        found = [self._described(folder) for folder in self._tables()]
-        return sorted(found, key=lambda kept: -kept.last_opened_s)
+    def stores(self) -> list[CachedStore]:
+        """Return the store versions in the folder, most recently opened first."""
+        folders = list(self._root.iterdir()) if self._root.is_dir() else []
+        found = [_describe(folder) for folder in folders if _DIGEST.fullmatch(folder.name)]
+        return sorted(found, key=lambda store: -store.last_opened_s)
 
-    def clear(self, digest_start: str = "") -> tuple[list[KeptStore], list[KeptStore]]:
-        """Remove tables; those that a process has open stay.
+    def clear(self, digest_start: str = "") -> tuple[list[CachedStore], list[CachedStore]]:
+        """Remove tables that are not in use.
 
         Args:
-            digest_start: of those to be removed; every one when empty.
+            digest_start: beginning of the digests to remove; all when empty.
         Returns:
-            What was removed, and what stayed because it is in use.
+            What was removed, and what was not because it is in use.
         """
+        removed: list[CachedStore] = []
+        in_use: list[CachedStore] = []
         if not self._root.is_dir():
-            return [], []
-        removed: list[KeptStore] = []
-        stayed: list[KeptStore] = []
+            return removed, in_use
         with self._locked():
-            self._clear_rubbish()
-            for kept in self.kept():
-                if kept.digest.startswith(digest_start):
-                    (removed if self._removed(kept.digest) else stayed).append(kept)
-        return removed, stayed
+            self._remove_leftovers()
+            for store in self.stores():
+                if store.digest.startswith(digest_start):
+                    (removed if self._remove(store.digest) else in_use).append(store)
+        return removed, in_use
 
-    def _settled(self, manifest: Manifest, digest: str) -> TableShape | None:
-        """The shape of the table that is there from now on; None where there is no room for one."""
-        others = [kept for kept in self.kept() if kept.digest != digest]
-        room_bytes = self._most_bytes - sum(kept.size_bytes for kept in others if kept.in_use)
-        wanted, there = shape_within(manifest, room_bytes), self._shape(manifest, digest)
+    def _make_room(self, manifest: Manifest, digest: str) -> TableShape | None:
+        """Return the shape of the table, after removing others or making it anew; None if there is no room."""
+        others = [store for store in self.stores() if store.digest != digest]
+        room_bytes = self._most_bytes - sum(store.size_bytes for store in others if store.in_use)
+        wanted, existing = shape_within(manifest, room_bytes), self._shape(manifest, digest)
         slots = 0 if wanted is None else wanted.slots
-        if there is not None and there.slots <= slots <= there.slots * _GROWN:
-            return there
-        if (self._root / digest).exists() and not self._removed(digest):
-            return there
+        if existing is not None and existing.slots <= slots <= existing.slots * _GROWTH:
+            return existing
+        if (self._root / digest).exists() and not self._remove(digest):
+            return existing
         if wanted is not None:
-            idle = [kept for kept in others if not kept.in_use]
-            while wanted.size_bytes + sum(kept.size_bytes for kept in idle) > room_bytes:
-                self._removed(idle.pop().digest)
+            idle = [store for store in others if not store.in_use]
+            while wanted.size_bytes + sum(store.size_bytes for store in idle) > room_bytes:
+                self._remove(idle.pop().digest)
             self._make(manifest, digest, wanted)
         return wanted
 
@@ -187,107 +214,85 @@ class CacheFolder:
         new.mkdir(mode=0o700)
         for name, size_bytes in {**shape.sizes, WRITING_FILE: 0, _IN_USE: 0}.items():
             with (new / name).open("wb") as file:
-                file.truncate(size_bytes)  # holes: the disk is taken as rows come
-        (new / _TABLE).write_text(json.dumps(_document(manifest, digest, shape)))
+                file.truncate(size_bytes)  # sparse: disk is used as rows arrive
+        (new / _TABLE).write_text(json.dumps(as_json(TableDescription.of(manifest, digest, shape))))
         new.rename(self._root / digest)
 
     def _shape(self, manifest: Manifest, digest: str) -> TableShape | None:
-        """The shape of the table that is there; None where there is none that this store could have."""
-        document = self._document(self._root / digest)
-        slots = document.get("slots")
-        if not isinstance(slots, int) or not 0 < slots <= manifest.rows:
+        """Return the shape of the existing table; None if there is none, or one that does not fit this store."""
+        description = _read_description(self._root / digest)
+        if description is None or description.slots > manifest.rows:
             return None
-        shape = shape_of(manifest, slots)
-        if document != _document(manifest, digest, shape):
+        shape = shape_of(manifest, description.slots)
+        if description != TableDescription.of(manifest, digest, shape):
             return None
-        sizes = {name: self._size(self._root / digest / name) for name in shape.sizes}
+        sizes = {name: _size_bytes(self._root / digest / name) for name in shape.sizes}
         return shape if sizes == shape.sizes else None
 
     def _opened(self, manifest: Manifest, digest: str, shape: TableShape) -> OpenTable:
         folder = self._root / digest
-        held = _Held(folder / _IN_USE, fcntl.LOCK_SH)
-        return OpenTable(RowTable(folder, manifest, digest, shape, read_only=self._read_only), held)
+        lock = FileLock(folder / _IN_USE, fcntl.LOCK_SH)
+        return OpenTable(RowTable(folder, manifest, digest, shape, read_only=self._read_only), lock)
 
-    def _removed(self, digest: str) -> bool:
-        """Whether a table could be removed: nobody has it open."""
+    def _remove(self, digest: str) -> bool:
+        """Remove a table, and return whether that was possible: not while a process has it open."""
         folder = self._root / digest
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                held = _Held(folder / _IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            held.release()
-        # Renamed first: a process that is killed in the middle leaves rubbish, and no half table.
+        if _is_in_use(folder):
+            return False
+        # Renamed first: a process killed in the middle leaves leftovers to remove, not half a table.
         gone = self._root / f".gone-{digest}-{os.getpid()}-{time.monotonic_ns()}"
         folder.rename(gone)
         shutil.rmtree(gone)
         return True
 
-    def _clear_rubbish(self) -> None:
+    def _remove_leftovers(self) -> None:
         for left in (*self._root.glob(".new-*"), *self._root.glob(".gone-*")):
             shutil.rmtree(left)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        held = _Held(self._root / _LOCK, fcntl.LOCK_EX, create=True)
+        lock = FileLock(self._root / _LOCK, fcntl.LOCK_EX, create=True)
         try:
             yield
         finally:
-            held.release()
+            lock.release()
 
-    def _tables(self) -> list[Path]:
-        if not self._root.is_dir():
-            return []
-        return [path for path in self._root.iterdir() if _DIGEST.fullmatch(path.name)]
 
-    def _described(self, folder: Path) -> KeptStore:
-        document = self._document(folder)
-        files = [path.stat() for path in folder.iterdir()]
-        table = folder / _TABLE
-        return KeptStore(
-            name=str(document.get("name", "?")),
-            digest=folder.name,
-            kept_rows=read_taken(folder / INDEX_FILE),
-            rows=int(document.get("rows", 0)),
-            size_bytes=sum(max(0, self._size(folder / name)) for name in (INDEX_FILE, ROWS_FILE, IDS_FILE)),
-            disk_bytes=sum(file.st_blocks * 512 for file in files),
-            last_opened_s=table.stat().st_mtime if table.exists() else 0.0,
-            in_use=self._in_use(folder),
-        )
+def _describe(folder: Path) -> CachedStore:
+    description, table = _read_description(folder), folder / _TABLE
+    return CachedStore(
+        name="?" if description is None else description.name,
+        digest=folder.name,
+        cached_rows=read_taken(folder / INDEX_FILE),
+        rows=0 if description is None else description.rows,
+        size_bytes=sum(max(0, _size_bytes(folder / name)) for name in (INDEX_FILE, ROWS_FILE, IDS_FILE)),
+        disk_bytes=sum(path.stat().st_blocks * 512 for path in folder.iterdir()),
+        last_opened_s=table.stat().st_mtime if table.exists() else 0.0,
+        in_use=_is_in_use(folder),
+    )
 
-    @staticmethod
-    def _in_use(folder: Path) -> bool:
-        try:
-            _Held(folder / _IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB).release()
-        except BlockingIOError:
-            return True
-        except FileNotFoundError:
-            return False
+
+def _is_in_use(folder: Path) -> bool:
+    try:
+        FileLock(folder / _IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB).release()
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
         return False
-
-    @staticmethod
-    def _document(folder: Path) -> dict[str, Any]:
-        try:
-            document = json.loads((folder / _TABLE).read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-            return {}  # none, or one that a power failure cut: what is there is made anew
-        return document if isinstance(document, dict) else {}
-
-    @staticmethod
-    def _size(path: Path) -> int:
-        try:
-            return path.stat().st_size
-        except FileNotFoundError:
-            return -1
+    return False
 
 
-def _document(manifest: Manifest, digest: str, shape: TableShape) -> dict[str, Any]:
-    """What `table.json` says; a table that says anything else is not this store's."""
-    return {
-        "name": manifest.name,
-        "digest": digest,
-        "rows": manifest.rows,
-        "slots": shape.slots,
-        "files": shape.sizes,
-        "fields": {name: as_json(spec) for name, spec in shape.fields.items()},
-    }
+def _read_description(folder: Path) -> TableDescription | None:
+    """Return a table's description; None if there is none, or one that a power failure or another version left."""
+    try:
+        document = json.loads((folder / _TABLE).read_bytes())
+        return parse_document(document, TableDescription, what=_TABLE)
+    except (FileNotFoundError, NotADirectoryError, ManifestError, ValueError, RecursionError):
+        return None
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1

@@ -1,7 +1,7 @@
-"""In which slot does a key's row lie? Two indices on disk: an array over row numbers, and a hash table over hashes.
+"""From samples to slots: row keys, and the two indexes on disk, an array over row numbers and a hash table.
 
-Both begin with one word, how many slots are taken: slots are given out in the order in which rows come, and what was
-given out is never taken back.
+Both index files begin with one word, the number of slots assigned. Slots are assigned in the order in which rows arrive
+and are never freed, so readers need no lock.
 """
 
 from __future__ import annotations
@@ -12,48 +12,50 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels_client.cache.checks import Words
-from softlabels_client.cache.row_records import WORD, MappedFile, runs
+from softlabels.ids import IdArray, to_fixed_bytes, utf8
+from softlabels.manifest import Manifest
+from softlabels.splitmix64 import finalise, sequence
+from softlabels_client.cache.row_records import WORD, MappedFile, Words, derive_seed, runs
 
 PROBES = 32
-"""Entries of the hash table in which a key may lie: at the load below, next to none finds all of them taken."""
+"""Entries of the hash table in which a key may be; at the load below, almost no key finds all of them occupied."""
 
 _ENTRIES_A_SLOT = 1.5
 
 
 class SlotIndex(Protocol):
-    """Keys to slots; what is put under one name stays until the whole cache of the store goes."""
+    """Maps keys to slots; entries are never removed while the table exists."""
 
     @property
     def file(self) -> MappedFile:
-        """Where it is kept."""
+        """The index file."""
         ...
 
     def find(self, keys: Words) -> NDArray[np.int64]:
-        """The slot of each key, [B]; -1 where it has none."""
+        """Return the slot of each key, [B]; -1 if it has none."""
         ...
 
-    def places(self, keys: Words) -> NDArray[np.int64]:
-        """Where each of these different keys' entries may be put, [B]; -1 where there is no room for it."""
+    def free_entries(self, keys: Words) -> NDArray[np.int64]:
+        """Return a free entry for each of these distinct keys, [B]; -1 if there is none."""
         ...
 
-    def put(self, places: NDArray[np.int64], keys: Words, slots: NDArray[np.int64]) -> None:
-        """Write the entries of keys into places. Raises OSError."""
+    def put(self, entry_B: NDArray[np.int64], keys: Words, slots: NDArray[np.int64]) -> None:
+        """Write these keys and slots into entries. Raises OSError."""
         ...
 
 
 def index_bytes(keys: int, *, dense: bool) -> int:
-    """Bytes of the index over so many row numbers, or for so many hashes."""
+    """Return the bytes of an index for so many row numbers or hashes."""
     return WORD * (1 + keys) if dense else WORD * (1 + 2 * _table_size(keys))
 
 
 def taken_slots(index: SlotIndex) -> int:
-    """How many slots are given out."""
+    """Return the number of slots assigned."""
     return int(np.frombuffer(index.file.map, dtype="<u8", count=1)[0])
 
 
 def read_taken(path: Path) -> int:
-    """The same of an index that is not open; 0 where there is none."""
+    """Return the number of slots assigned by an index that is not open; 0 if there is none."""
     try:
         with path.open("rb") as file:
             return int.from_bytes(file.read(WORD), "little")
@@ -62,17 +64,17 @@ def read_taken(path: Path) -> int:
 
 
 def take_slots(index: SlotIndex, taken: int) -> None:
-    """Write down that so many slots are given out. Raises OSError."""
+    """Record the number of slots assigned. Raises OSError."""
     index.file.write(0, np.array([taken], dtype="<u8").view(np.uint8))
 
 
 class RowNumberIndex:
-    """For keys that are row numbers: the slot of row i, plus 1, at word 1 + i.
+    """Index for keys that are row numbers: word 1 + i is the slot of row i, plus 1.
 
     Args:
-        path: of the file.
+        path: path of the file.
         keys: rows of the store.
-        read_only: never written to.
+        read_only: never write to it.
     Raises:
         OSError: as `MappedFile`.
     """
@@ -82,28 +84,28 @@ class RowNumberIndex:
         self._entries: Words = np.frombuffer(self.file.map, dtype="<u8", offset=WORD)
 
     def find(self, keys: Words) -> NDArray[np.int64]:
-        """The slot of each key, [B]; -1 where it has none."""
+        """Return the slot of each key, [B]; -1 if it has none."""
         return self._entries[keys].astype(np.int64) - 1
 
-    def places(self, keys: Words) -> NDArray[np.int64]:
-        """Every row number has its place."""
+    def free_entries(self, keys: Words) -> NDArray[np.int64]:
+        """Return the entries of these row numbers; each has its own."""
         return keys.astype(np.int64)
 
-    def put(self, places: NDArray[np.int64], keys: Words, slots: NDArray[np.int64]) -> None:
-        """Write the entries of keys into places. Raises OSError."""
-        order = np.argsort(places)
-        places, entries = places[order], (slots[order] + 1).astype("<u8")
-        for begin, end in runs(places):
-            self.file.write(WORD * (1 + int(places[begin])), entries[begin:end].view(np.uint8))
+    def put(self, entry_B: NDArray[np.int64], keys: Words, slots: NDArray[np.int64]) -> None:
+        """Write these keys and slots into entries. Raises OSError."""
+        order = np.argsort(entry_B)
+        entry_B, entries = entry_B[order], (slots[order] + 1).astype("<u8")
+        for begin, end in runs(entry_B):
+            self.file.write(WORD * (1 + int(entry_B[begin])), entries[begin:end].view(np.uint8))
 
 
 class HashIndex:
-    """For keys that are hashes, none of them 0: a table of (key, slot plus 1), probed from the key's own place on.
+    """Index for keys that are hashes, never 0: a table of (key, slot + 1) with linear probing.
 
     Args:
-        path: of the file.
-        keys: that may come.
-        read_only: never written to.
+        path: path of the file.
+        keys: most keys.
+        read_only: never write to it.
     Raises:
         OSError: as `MappedFile`.
     """
@@ -115,32 +117,32 @@ class HashIndex:
         self._keys, self._slots = table[:, 0], table[:, 1]
 
     def find(self, keys: Words) -> NDArray[np.int64]:
-        """The slot of each key, [B]; -1 where it has none."""
+        """Return the slot of each key, [B]; -1 if it has none."""
         window = self._window(keys)
         found = self._keys[window] == keys[:, None]
         entries = window[np.arange(len(keys)), found.argmax(axis=1)]
         return np.where(found.any(axis=1), self._slots[entries].astype(np.int64) - 1, -1)
 
-    def places(self, keys: Words) -> NDArray[np.int64]:
-        """Where each of these different keys' entries may be put, [B]; -1 where there is no room for it."""
+    def free_entries(self, keys: Words) -> NDArray[np.int64]:
+        """Return a free entry for each of these distinct keys, [B]; -1 if there is none."""
         window = self._window(keys)
         kept = self._keys[window]
         free = (kept == 0) | (kept == keys[:, None])
-        places = np.full(len(keys), -1, dtype=np.int64)
+        entry_B = np.full(len(keys), -1, dtype=np.int64)
         given: set[int] = set()
         for row, allowed in enumerate(free):
-            for place in window[row][allowed].tolist():
-                if place not in given:
-                    given.add(place)
-                    places[row] = place
+            for entry in window[row][allowed].tolist():
+                if entry not in given:
+                    given.add(entry)
+                    entry_B[row] = entry
                     break
-        return places
+        return entry_B
 
-    def put(self, places: NDArray[np.int64], keys: Words, slots: NDArray[np.int64]) -> None:
-        """Write the entries of keys into places. Raises OSError."""
+    def put(self, entry_B: NDArray[np.int64], keys: Words, slots: NDArray[np.int64]) -> None:
+        """Write these keys and slots into entries. Raises OSError."""
         entries = np.stack([keys, (slots + 1).astype(np.uint64)], axis=1).astype("<u8")
-        for place, entry in zip(places.tolist(), entries, strict=True):
-            self.file.write(WORD * (1 + 2 * place), entry.view(np.uint8))
+        for number, entry in zip(entry_B.tolist(), entries, strict=True):
+            self.file.write(WORD * (1 + 2 * number), entry.view(np.uint8))
 
     def _window(self, keys: Words) -> NDArray[np.int64]:
         begin = (keys % np.uint64(self._size)).astype(np.int64)
@@ -150,3 +152,53 @@ class HashIndex:
 
 def _table_size(keys: int) -> int:
     return max(PROBES, int(keys * _ENTRIES_A_SLOT))
+
+
+class RowKeys:
+    """Keys of rows: a 64-bit lookup key for each (sample, view), and a second one that enters the checksum.
+
+    With consecutive integer ids both are the row's number in the store; otherwise both are hashes, 128 bits together.
+
+    Args:
+        manifest: manifest of a store with one row per sample or per view.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._ids, self._layout = manifest.ids, manifest.layout
+        width_words = -(-max(manifest.ids.width_bytes, 8) // 8)
+        self._factors = [sequence(derive_seed("row keys", which), width_words) | np.uint64(1) for which in ("1", "2")]
+
+    @property
+    def dense(self) -> bool:
+        """Whether keys are row numbers."""
+        return self._ids.dense_start is not None
+
+    def of(self, ids: IdArray, views: NDArray[np.int64] | None) -> tuple[Words, Words] | None:
+        """Return both keys, [B] each; None if a sample cannot be in the store, or views do not fit its layout."""
+        if (views is None) != (self._layout.kind == "single") or (ids.dtype.kind == "U") != (self._ids.kind == "str"):
+            return None
+        if views is not None and (
+            views.shape != ids.shape or bool(((views < 0) | (views >= self._layout.views)).any())
+        ):
+            return None
+        if self._ids.dense_start is None:
+            return self._hashed(ids, views)
+        positions = ids.astype(np.int64, copy=False) - self._ids.dense_start
+        if bool(((positions < 0) | (positions >= self._layout.samples)).any()):
+            return None
+        rows = (positions if views is None else positions * self._layout.views + views).astype(np.uint64)
+        return rows, rows
+
+    def _hashed(self, ids: IdArray, views: NDArray[np.int64] | None) -> tuple[Words, Words] | None:
+        if ids.dtype.kind == "U":
+            width = self._factors[0].size * 8
+            if utf8(ids).dtype.itemsize > self._ids.width_bytes:
+                return None
+            words_BW = to_fixed_bytes(ids, width_bytes=width).view("<u8")
+        else:
+            words_BW = ids.astype(np.int64, copy=False).view(np.uint64)[:, None]
+        first, second = (np.einsum("bw,w->b", finalise(words_BW), factors) for factors in self._factors)
+        if views is not None:
+            first += sequence(1, self._layout.views)[views]
+            second += sequence(2, self._layout.views)[views]
+        return np.maximum(finalise(first), np.uint64(1)), finalise(second)

@@ -1,44 +1,89 @@
-"""How do rows lie in a cache's files? As records of one size, in which each field is followed by its own checksum.
+"""Cached rows on disk: fixed-size records in which every field is followed by its own checksum.
 
-    record    key, 8 bytes │ field, filled up with zeros to whole words │ its checksum, 8 bytes │ next field │ …
+    record    key, 8 bytes │ field, zero-padded to whole words │ its checksum, 8 bytes │ next field │ …
 
-A checksum of 0 says that a field was not kept. Written by plain writes and read through a mapping: what is written to a
-full disk is an error then, and not the end of the process.
+A checksum of 0 means that the field is not stored. Records are written by `pwrite` and read through a memory map: a
+full disk is then an error, where a write through the map would kill the process.
+
+Legend: B rows, W little-endian 64-bit words of a row.
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.manifest import ArraySpec
-from softlabels_client.cache.checks import RowChecks, Words, seed_of
+from softlabels.splitmix64 import finalise, sequence
+
+Words: TypeAlias = NDArray[np.uint64]
 
 WORD = 8
+"""Bytes per word."""
+
+_FOLD = np.uint64(32)
+
+_WORDS_AT_ONCE = 8192
+"""Words per step of a checksum: 64 KiB, which the allocator also keeps for the next time."""
+
+
+def derive_seed(*parts: str) -> int:
+    """Return a 64-bit seed derived from these strings."""
+    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
+
+
+class RowChecks:
+    """Checksums of one field's rows: detect every single changed word, and other damage but once in 2⁶⁴.
+
+    Args:
+        words: W, words per row.
+        seed: derived from the field and the store.
+    """
+
+    def __init__(self, words: int, seed: int) -> None:
+        # Odd factors: no single changed word leaves the sum unchanged.
+        self._factors = sequence(seed, words) | np.uint64(1)
+        self._seed = np.uint64(seed)
+
+    def of(self, words_BW: Words, keys_B: Words) -> Words:
+        """Return the checksums of these rows, [B]; never 0, which marks a field that is not stored."""
+        sums = finalise(keys_B ^ self._seed)
+        # A few rows at a time, so that folded words are still in the CPU's cache when they are summed.
+        at_once = max(1, _WORDS_AT_ONCE // len(self._factors))
+        folded = np.empty((min(at_once, len(sums)), len(self._factors)), dtype=np.uint64)
+        for begin in range(0, len(sums), at_once):
+            part_BW = words_BW[begin : begin + at_once]
+            # Folded, because the highest bit of a word survives any odd factor: two such flips would cancel out.
+            folded_BW = np.right_shift(part_BW, _FOLD, out=folded[: len(part_BW)])
+            folded_BW ^= part_BW
+            sums[begin : begin + at_once] += np.einsum("bw,w->b", folded_BW, self._factors)
+        checks: Words = np.maximum(sums, np.uint64(1))
+        return checks
 
 
 def record_bytes(fields: Mapping[str, ArraySpec]) -> int:
-    """Bytes of a record that holds these fields."""
+    """Return the bytes of a record with these fields."""
     return WORD + sum(_words(spec) * WORD + WORD for spec in fields.values())
 
 
-def runs(places: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Where each run of consecutive numbers begins and ends in an ascending array."""
-    if len(places):
-        cuts = np.flatnonzero(np.diff(places) != 1) + 1
-        yield from zip([0, *cuts.tolist()], [*cuts.tolist(), len(places)], strict=True)
+def runs(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of each run of consecutive numbers in an ascending array."""
+    if len(numbers):
+        cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+        yield from zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)], strict=True)
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """A field in a record: where its bytes begin, and everything that its checksum needs."""
+class _Field:
+    """A field of a record: where its bytes begin, and how its checksum is computed."""
 
     spec: ArraySpec
     begin: int
@@ -47,12 +92,12 @@ class _Placed:
 
 
 class MappedFile:
-    """A file of fixed size, read through a mapping and written by plain writes; after fork the child's as well.
+    """An existing file of fixed size, read through a memory map and written by `pwrite`; usable after fork.
 
     Args:
-        path: of the file, which is there.
-        size_bytes: that it must have.
-        read_only: never written to.
+        path: path of the file.
+        size_bytes: size that it must have.
+        read_only: never write to it.
     Raises:
         OSError: it cannot be opened, or has another size.
     """
@@ -61,38 +106,38 @@ class MappedFile:
         self.fd = -1
         self.fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
         self.size_bytes = size_bytes
-        self.refuse_other_size()
+        self.check_size()
         self.map = mmap.mmap(self.fd, size_bytes, prot=mmap.PROT_READ)
 
-    def refuse_other_size(self) -> None:
-        """Raise OSError where somebody cut the file: reading a mapping beyond its file's end ends the process."""
+    def check_size(self) -> None:
+        """Raise OSError if the file was cut: reading a map past the end of its file kills the process (SIGBUS)."""
         found = os.fstat(self.fd).st_size
         if found != self.size_bytes:
             raise OSError(f"a cache file has {found} bytes where it should have {self.size_bytes}")
 
     def write(self, offset: int, data: NDArray[np.uint8]) -> None:
-        """Write all of it. Raises OSError."""
+        """Write all of `data`. Raises OSError."""
         view = data.data.cast("B")
         while view:
             count = os.pwrite(self.fd, view, offset)
             view, offset = view[count:], offset + count
 
     def __del__(self) -> None:
-        # Closed with the last one who refers to it: closed any earlier, a thread that is about to write would write
-        # into whichever file is given the same number next.
+        # Closed with the last reference: if it were closed earlier, a thread about to write could write into whatever
+        # file gets the same descriptor next.
         if self.fd >= 0:
             os.close(self.fd)
 
 
 class RecordFile:
-    """Records of rows, by slot.
+    """A file of records, addressed by slot number.
 
     Args:
-        path: of the file.
-        fields: that a record holds.
-        capacity: records that the file has room for.
-        digest: of the store whose rows they are.
-        read_only: never written to.
+        path: path of the file.
+        fields: fields of a record.
+        capacity: number of records.
+        digest: digest of the store, which enters every checksum.
+        read_only: never write to it.
     Raises:
         OSError: as `MappedFile`.
     """
@@ -103,68 +148,68 @@ class RecordFile:
         self._record_bytes = record_bytes(fields)
         self.file = MappedFile(path, capacity * self._record_bytes, read_only=read_only)
         self._capacity = capacity
-        self._placed: dict[str, _Placed] = {}
+        self._fields: dict[str, _Field] = {}
         begin = WORD
         for name, spec in fields.items():
             words = _words(spec)
-            self._placed[name] = _Placed(spec, begin, words, RowChecks(words, seed_of(digest, name)))
+            self._fields[name] = _Field(spec, begin, words, RowChecks(words, derive_seed(digest, name)))
             begin += (words + 1) * WORD
         self._keys = self._column(0, np.dtype("<u8"))
 
     def read(
         self, slots: NDArray[np.int64], names: tuple[str, ...], keys: Words, checks: Words
     ) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_], NDArray[np.bool_]]:
-        """Fields of the records in these slots.
+        """Return fields of the records in these slots.
 
         Args:
             slots: [B], each below the capacity.
-            names: of the fields.
-            keys, checks: [B] of the rows that should lie there.
+            names: fields to return.
+            keys, checks: [B] keys of the rows expected there.
         Returns:
-            One array a field, [B, ...]; which rows are sound, [B]; and which are neither sound nor merely absent, [B].
+            One array per field, [B, ...]; which rows are valid, [B]; and which are damaged rather than absent, [B].
         """
-        sound = self._keys[slots] == keys
-        spoilt = ~sound
+        valid = self._keys[slots] == keys
+        damaged = ~valid
         arrays = {}
         for name in names:
-            placed = self._placed[name]
-            # The checksum first: whoever writes writes it last, so a row that is being written looks absent.
-            sums = self._column(placed.begin + placed.words * WORD, np.dtype("<u8"))[slots]
-            rows = self._column(placed.begin, np.dtype((np.void, placed.words * WORD)))[slots]
-            words_BW = rows.view("<u8").reshape(len(slots), placed.words)
-            right = sums == placed.checks.of(words_BW, checks)
-            spoilt |= ~right & (sums != 0)
-            sound &= right
-            arrays[name] = _shaped(words_BW, placed.spec)
-        return arrays, sound, spoilt & ~sound
+            field = self._fields[name]
+            # The checksum is read first and written last, so a row that is being written looks absent.
+            sums = self._column(field.begin + field.words * WORD, np.dtype("<u8"))[slots]
+            rows = self._column(field.begin, np.dtype((np.void, field.words * WORD)))[slots]
+            words_BW = rows.view("<u8").reshape(len(slots), field.words)
+            right = sums == field.checks.of(words_BW, checks)
+            damaged |= ~right & (sums != 0)
+            valid &= right
+            arrays[name] = _shaped(words_BW, field.spec)
+        return arrays, valid, damaged & ~valid
 
     def keys_at(self, slots: NDArray[np.int64]) -> Words:
-        """Whose records lie in these slots, [B]."""
+        """Return the keys of the records in these slots, [B]."""
         return self._keys[slots]
 
     def pack(self, keys: Words, checks: Words, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
-        """Whole records, uint8 [B, record]; fields that are not given are absent."""
+        """Return whole records, uint8 [B, record]; fields that are not given are marked absent."""
         block = np.zeros((len(keys), self._record_bytes // WORD), dtype="<u8")
         block[:, 0] = keys
         for name, array in arrays.items():
-            placed = self._placed[name]
-            first = placed.begin // WORD
-            words_BW = _padded(array, placed)
-            block[:, first : first + placed.words] = words_BW
-            block[:, first + placed.words] = placed.checks.of(words_BW, checks)
+            field = self._fields[name]
+            first = field.begin // WORD
+            words_BW = _padded(array, field)
+            block[:, first : first + field.words] = words_BW
+            block[:, first + field.words] = field.checks.of(words_BW, checks)
         return block.view(np.uint8)
 
     def write(self, slots: NDArray[np.int64], block: NDArray[np.uint8]) -> None:
-        """Put packed records into ascending slots, neighbours at one go. Raises OSError."""
+        """Write packed records into ascending slots, consecutive ones with one call. Raises OSError."""
         for begin, end in runs(slots):
             self.file.write(int(slots[begin]) * self._record_bytes, block[begin:end])
 
     def write_fields(self, slot: int, block: NDArray[np.uint8], names: tuple[str, ...]) -> None:
-        """Put some fields of one packed record into its slot, and leave the others. Raises OSError."""
+        """Write some fields of one packed record into its slot and keep its others. Raises OSError."""
         for name in names:
-            placed = self._placed[name]
-            end = placed.begin + placed.words * WORD
-            for part in (slice(placed.begin, end), slice(end, end + WORD)):
+            field = self._fields[name]
+            end = field.begin + field.words * WORD
+            for part in (slice(field.begin, end), slice(end, end + WORD)):
                 self.file.write(slot * self._record_bytes + part.start, block[part])
 
     def _column(self, begin: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -177,11 +222,11 @@ def _words(spec: ArraySpec) -> int:
     return -(-spec.row_bytes // WORD)
 
 
-def _padded(array: NDArray[Any], placed: _Placed) -> Words:
-    flat = np.ascontiguousarray(array, dtype=placed.spec.dtype).reshape(len(array), -1).view(np.uint8)
-    if flat.shape[1] == placed.words * WORD:
+def _padded(array: NDArray[Any], field: _Field) -> Words:
+    flat = np.ascontiguousarray(array, dtype=field.spec.dtype).reshape(len(array), -1).view(np.uint8)
+    if flat.shape[1] == field.words * WORD:
         return flat.view("<u8")
-    padded = np.zeros((len(array), placed.words * WORD), dtype=np.uint8)
+    padded = np.zeros((len(array), field.words * WORD), dtype=np.uint8)
     padded[:, : flat.shape[1]] = flat
     return padded.view("<u8")
 

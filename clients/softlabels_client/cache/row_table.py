@@ -1,11 +1,11 @@
-"""What of one version of a store is kept on this machine? Rows by key, never one that is not as it came.
+"""Table of cached rows of one store version: found by key, verified at every read.
 
-    index     key → slot          see `softlabels_client.cache.row_index`
-    rows      slot → record       see `softlabels_client.cache.row_records`
-    ids       position → id       where ids do not count up, so that an epoch's samples have names without the server
+    index     key → slot          `softlabels_client.cache.row_index`
+    rows      slot → record       `softlabels_client.cache.row_records`
+    ids       position → id       unless ids are consecutive integers; epochs then need no server to name their samples
 
-A row is written into a slot that nobody else has, and only then into the index. Whoever is killed in between leaves a
-slot unused. Writers of several processes take turns by a lock that ends with its owner; readers need none.
+A row is written into a slot that no other row has, and only then into the index; a process killed in between leaves a
+slot unused. Writers of several processes take turns by a file lock that ends with its owner; readers need none.
 """
 
 from __future__ import annotations
@@ -23,24 +23,31 @@ from numpy.typing import NDArray
 
 from softlabels.ids import IdArray, from_fixed_bytes, id_kind, to_fixed_bytes
 from softlabels.manifest import IDS, ArraySpec, Manifest
-from softlabels_client.cache.checks import RowKeys, Words
-from softlabels_client.cache.row_index import HashIndex, RowNumberIndex, SlotIndex, index_bytes, take_slots, taken_slots
-from softlabels_client.cache.row_records import RecordFile, record_bytes
+from softlabels_client.cache.row_index import (
+    HashIndex,
+    RowKeys,
+    RowNumberIndex,
+    SlotIndex,
+    index_bytes,
+    take_slots,
+    taken_slots,
+)
+from softlabels_client.cache.row_records import RecordFile, Words, record_bytes
 
 ROWS_FILE, INDEX_FILE, IDS_FILE, WRITING_FILE = "rows", "index", "ids", "writing"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableShape:
-    """How large the files of a store's table are.
+    """Sizes of the files of a table.
 
     Attributes:
-        fields: that a record holds.
-        slots: records that there is room for.
-        keys: that the index is made for.
+        fields: fields of a record.
+        slots: number of records.
+        keys: keys that the index has room for.
         dense: whether keys are row numbers.
-        samples: whose ids are kept by position; 0 where ids count up.
-        id_spec: how ids are kept.
+        samples: samples whose ids are stored by position; 0 if ids are consecutive integers.
+        id_spec: array specification of ids.
     """
 
     fields: Mapping[str, ArraySpec]
@@ -61,12 +68,12 @@ class TableShape:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files together; fewer on the disk until they are full."""
+        """Bytes of all files together; sparse files take less disk until they are full."""
         return sum(self.sizes.values())
 
 
 def shape_of(manifest: Manifest, slots: int) -> TableShape:
-    """The table of a store that has room for so many rows."""
+    """Return the shape of a store's table with so many slots."""
     dense = manifest.ids.dense_start is not None
     text = manifest.ids.kind == "str"
     return TableShape(
@@ -80,8 +87,8 @@ def shape_of(manifest: Manifest, slots: int) -> TableShape:
 
 
 def shape_within(manifest: Manifest, most_bytes: int) -> TableShape | None:
-    """The largest table of a store that takes no more than this; None where not one row in a hundred would fit."""
-    # By halving: what a slot costs besides its record differs from index to index.
+    """Return the largest table within `most_bytes`; None if less than one row in a hundred would fit."""
+    # By bisection: the bytes of a slot besides its record depend on the index.
     fits, too_many = 0, manifest.rows + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
@@ -93,16 +100,16 @@ def shape_within(manifest: Manifest, most_bytes: int) -> TableShape | None:
 
 
 class RowTable:
-    """The kept rows of one version of a store; safe in threads, between processes and after fork.
+    """Cached rows of one store version; safe in threads, between processes and after fork.
 
     Args:
-        folder: where its files lie.
-        manifest: of the store.
-        digest: of the store.
-        shape: of the files.
-        read_only: never written to.
+        folder: folder of its files.
+        manifest: manifest of the store.
+        digest: digest of the store.
+        shape: sizes of the files.
+        read_only: never write to it.
     Raises:
-        OSError: a file is missing, or is not of the size that it should have.
+        OSError: a file is missing or has another size.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, digest: str, shape: TableShape, *, read_only: bool) -> None:
@@ -120,34 +127,34 @@ class RowTable:
     def read(
         self, keys: Words, checks: Words, names: tuple[str, ...]
     ) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_], int]:
-        """Rows by key.
+        """Return rows by key.
 
         Args:
-            keys, checks: [B], as `keys.of` gives them.
-            names: of the fields.
+            keys, checks: [B], as `keys.of` returns them.
+            names: fields to return.
         Returns:
-            One array a field, [B, ...], of any content where a row is not here; which rows are here, [B]; and how many
-            were found spoilt, which count as not here.
+            One array per field, [B, ...], with arbitrary content for rows not cached; which rows are cached, [B]; and
+            how many were damaged, which count as not cached.
         Raises:
-            OSError: somebody cut the files.
+            OSError: a file was cut.
         """
-        self._refuse_cut_files()
+        self._check_sizes()
         slots = self._index.find(keys)
-        here = (slots >= 0) & (slots < self.shape.slots)
-        if not here.any():
+        cached = (slots >= 0) & (slots < self.shape.slots)
+        if not cached.any():
             shapes = {name: self.shape.fields[name] for name in names}
-            return {n: np.zeros((len(keys), *s.row_shape), s.dtype) for n, s in shapes.items()}, here, 0
-        arrays, sound, spoilt = self._rows.read(np.where(here, slots, 0), names, keys, checks)
-        return arrays, sound & here, int((spoilt & here).sum())
+            return {n: np.zeros((len(keys), *s.row_shape), s.dtype) for n, s in shapes.items()}, cached, 0
+        arrays, valid, damaged = self._rows.read(np.where(cached, slots, 0), names, keys, checks)
+        return arrays, valid & cached, int((damaged & cached).sum())
 
-    def keep(self, keys: Words, checks: Words, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep rows as they came; what is here already is filled up or put right, what there is no room for is left.
+    def store(self, keys: Words, checks: Words, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Store rows; missing or damaged fields of cached rows are written, rows without a free slot are dropped.
 
         Args:
-            keys, checks: [B], as `keys.of` gives them.
-            arrays: one a field, [B, ...].
+            keys, checks: [B], as `keys.of` returns them.
+            arrays: one per field, [B, ...].
         Raises:
-            OSError: the disk is full, or broken.
+            OSError: the disk is full or failing.
         """
         if self._read_only or not len(keys) or not arrays:
             return
@@ -158,81 +165,81 @@ class RowTable:
         if self.taken_slots == self.shape.slots and not (self._index.find(keys) >= 0).any():
             return
         block = self._rows.pack(keys, checks, arrays)
-        with self._turn():
-            self._refuse_cut_files()
+        with self._write_lock():
+            self._check_sizes()
             slots = self._index.find(keys)
             known = (slots >= 0) & (slots < self.shape.slots)
-            # An index that leads to somebody else's record was spoilt: it gets another entry, and they keep theirs.
+            # A damaged index may lead to another row's record: this row then gets a new slot, the other keeps its own.
             known[known] = self._rows.keys_at(slots[known]) == keys[known]
             if known.any():
-                self._put_right(slots[known], keys[known], checks[known], block[known], tuple(arrays))
+                self._repair(slots[known], keys[known], checks[known], block[known], tuple(arrays))
                 keys, block = keys[~known], block[~known]
             self._append(keys, block)
 
-    def keep_ids(self, positions: NDArray[np.int64], ids: IdArray) -> None:
-        """Keep the ids of the samples at these positions, where they do not count up. Raises OSError."""
+    def store_ids(self, positions: NDArray[np.int64], ids: IdArray) -> None:
+        """Store the ids of the samples at these positions, unless they are consecutive integers. Raises OSError."""
         if self._names is None or self._read_only:
             return
         _, distinct = np.unique(positions, return_index=True)
         positions, ids = positions[distinct], ids[distinct]
         kept = to_fixed_bytes(ids, width_bytes=self._ids.width_bytes) if id_kind(ids) == "str" else ids
         keys = positions.astype(np.uint64)
-        with self._turn():
-            self._refuse_cut_files()
+        with self._write_lock():
+            self._check_sizes()
             self._names.write(positions, self._names.pack(keys, keys, {IDS: kept}))
 
     def ids_at(self, positions: NDArray[np.int64]) -> IdArray | None:
-        """The ids of the samples at these positions; None where some are not known here. Raises OSError."""
+        """Return the ids of the samples at these positions; None if some are not cached. Raises OSError."""
         if self._ids.dense_start is not None:
             return positions + self._ids.dense_start
         assert self._names is not None, "a table without row numbers keeps ids"
-        self._refuse_cut_files()
+        self._check_sizes()
         keys = positions.astype(np.uint64)
-        arrays, sound, _ = self._names.read(positions, (IDS,), keys, keys)
-        if not sound.all():
+        arrays, valid, _ = self._names.read(positions, (IDS,), keys, keys)
+        if not valid.all():
             return None
         return from_fixed_bytes(arrays[IDS]) if self._ids.kind == "str" else arrays[IDS]
 
     @property
     def taken_slots(self) -> int:
-        """How many rows are kept, or were once."""
+        """Number of slots assigned."""
         return min(taken_slots(self._index), self.shape.slots)
 
-    def _put_right(
+    def _repair(
         self, slots: NDArray[np.int64], keys: Words, checks: Words, block: NDArray[np.uint8], names: tuple[str, ...]
     ) -> None:
-        """Write these fields of records that are there already, where they are not as they should be."""
-        _, sound, _ = self._rows.read(slots, names, keys, checks)
-        for row in np.flatnonzero(~sound).tolist():
+        """Write these fields of existing records where they are missing or damaged."""
+        _, valid, _ = self._rows.read(slots, names, keys, checks)
+        for row in np.flatnonzero(~valid).tolist():
             self._rows.write_fields(int(slots[row]), block[row], names)
 
     def _append(self, keys: Words, block: NDArray[np.uint8]) -> None:
         taken = self.taken_slots
         keys, block = keys[: self.shape.slots - taken], block[: self.shape.slots - taken]
-        places = self._index.places(keys)
-        room = places >= 0
+        entries = self._index.free_entries(keys)
+        room = entries >= 0
         if not room.all():
-            places, keys, block = places[room], keys[room], block[room]
+            entries, keys, block = entries[room], keys[room], block[room]
         if not len(keys):
             return
         slots = np.arange(taken, taken + len(keys))
-        # In this order: whoever is killed after any of the three leaves slots unused, and none with two owners.
+        # In this order: a process killed after any of the three leaves slots unused, and never one with two owners.
         take_slots(self._index, taken + len(keys))
         self._rows.write(slots, block)
-        self._index.put(places, keys, slots)
+        self._index.put(entries, keys, slots)
 
-    def _refuse_cut_files(self) -> None:
+    def _check_sizes(self) -> None:
         for file in (self._index.file, self._rows.file, *([self._names.file] if self._names else [])):
-            file.refuse_other_size()
+            file.check_size()
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        # Opened anew each time: a lock belongs to an open file, which threads and forked children would share.
+    def _write_lock(self) -> Iterator[None]:
+        # Opened anew each time: the lock belongs to the open file description, which threads and forks share.
         fd = os.open(self._folder / WRITING_FILE, os.O_RDWR)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
-            # Closing is not enough: a child that another thread forked meanwhile has this file open too.
+            # Closing alone would not unlock: a child forked meanwhile by another thread also has this file open.
             fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)

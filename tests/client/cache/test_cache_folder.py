@@ -30,7 +30,7 @@ def filled(root: Path, folder: Path, **options: Any) -> TargetStore:
 
 def names(folder: Path) -> set[str]:
     """The stores that a folder holds."""
-    return {kept.name for kept in CacheFolder(folder).kept()}
+    return {kept.name for kept in CacheFolder(folder).stores()}
 
 
 def table_bytes(root: Path) -> int:
@@ -42,7 +42,7 @@ def table_bytes(root: Path) -> int:
 
 def age(folder: Path, name: str, seconds: float) -> None:
     """Make a store's table look as if it was opened so long ago."""
-    for kept in CacheFolder(folder).kept():
+    for kept in CacheFolder(folder).stores():
         if kept.name == name:
             moment = kept.last_opened_s - seconds
             os.utime(folder / "rows-v1" / kept.digest / "table.json", (moment, moment))
@@ -80,7 +80,7 @@ class TestBound:
             list(setting.cached.epoch(seed=0, epoch=epoch, batch_size=10))
             asked = sum(setting.far.fetched)
             assert setting.far.epochs == (1 if epoch == 0 else 0)
-        kept = CacheFolder(setting.folder).kept()[0].kept_rows
+        kept = CacheFolder(setting.folder).stores()[0].cached_rows
         assert asked == 120 - kept
         assert kept > 30
 
@@ -102,21 +102,21 @@ class TestVersions:
         with filled(stores["dense"], tmp_path, most_bytes=bound):
             late = filled(stores["strings"], tmp_path, most_bytes=bound)
             assert names(tmp_path) == {"dense", "strings"}
-            small = CacheFolder(tmp_path).kept()[0]
-            assert small.kept_rows < 120
+            small = CacheFolder(tmp_path).stores()[0]
+            assert small.cached_rows < 120
             late.close()
         filled(stores["strings"], tmp_path, most_bytes=bound).close()
-        found = {kept.name: kept.kept_rows for kept in CacheFolder(tmp_path).kept()}
-        assert found["strings"] > small.kept_rows
+        found = {kept.name: kept.cached_rows for kept in CacheFolder(tmp_path).stores()}
+        assert found["strings"] > small.cached_rows
 
     def test_a_lower_bound_begins_anew(self, stores: dict[str, Path], tmp_path: Path) -> None:
         """A table that is too large by now goes; one that fits stays."""
         filled(stores["dense"], tmp_path).close()
         filled(stores["dense"], tmp_path, most_bytes=5_000).close()
-        assert CacheFolder(tmp_path).kept()[0].size_bytes <= 5_000
-        before = CacheFolder(tmp_path).kept()[0].kept_rows
+        assert CacheFolder(tmp_path).stores()[0].size_bytes <= 5_000
+        before = CacheFolder(tmp_path).stores()[0].cached_rows
         TargetStore(CachedRows(LocalRows(stores["dense"]), folder=tmp_path, most_bytes=5_100), where="x").close()
-        assert CacheFolder(tmp_path).kept()[0].kept_rows == before
+        assert CacheFolder(tmp_path).stores()[0].cached_rows == before
 
     def test_a_new_version_never_gets_old_rows(
         self, stores: dict[str, Path], other_version: Path, make_setting: Any, refuse_difference: Same
@@ -129,7 +129,7 @@ class TestVersions:
         refuse_difference(later.cached.batch(ids), later.near.batch(ids))
         assert later.far.fetched == [120]
         refuse_difference(setting.cached.batch(ids), setting.near.batch(ids))
-        assert [kept.name for kept in CacheFolder(setting.folder).kept()] == ["dense", "dense"]
+        assert [kept.name for kept in CacheFolder(setting.folder).stores()] == ["dense", "dense"]
 
 
 class TestCommand:

@@ -129,7 +129,7 @@ class TestRefusals:
 
     def test_a_bound_of_nothing(self, stores: dict[str, Path]) -> None:
         """Is a mistake."""
-        with pytest.raises(RequestError, match="keeps nothing"):
+        with pytest.raises(RequestError, match="holds no row"):
             CachedRows(LocalRows(stores["dense"]), most_bytes=0)
 
 
@@ -204,7 +204,7 @@ class TestSharing:
         ids = setting.near.ids()
         refuse_difference(setting.cached.batch(ids), setting.near.batch(ids))
         assert setting.far.fetched == []
-        assert CacheFolder(setting.folder).kept()[0].kept_rows == 120
+        assert CacheFolder(setting.folder).stores()[0].cached_rows == 120
 
     def test_threads_fill_one_cache(self, stores: dict[str, Path], make_setting: Any, refuse_difference: Same) -> None:
         """Through one object."""
@@ -298,7 +298,7 @@ class TestOpening:
         near = softlabels.open(tiny_store)
         with softlabels.open(served_store, cache=tmp_path / "kept", cache_bytes=1 << 20) as store:
             np.testing.assert_array_equal(store.batch([4, 9]).logits(), near.batch([4, 9]).logits())
-        assert CacheFolder(tmp_path / "kept").kept()[0].kept_rows == 2
+        assert CacheFolder(tmp_path / "kept").stores()[0].cached_rows == 2
 
     def test_the_environment_names_the_folder(
         self, served_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -307,7 +307,7 @@ class TestOpening:
         monkeypatch.setenv("SOFTLABELS_CACHE", str(tmp_path / "named"))
         with softlabels.open(served_store, cache=True) as store:
             store.batch([1])
-        assert CacheFolder(tmp_path / "named").kept()[0].name == "tiny"
+        assert CacheFolder(tmp_path / "named").stores()[0].name == "tiny"
 
     def test_a_bound_without_a_cache(self, served_store: str) -> None:
         """Is a mistake."""

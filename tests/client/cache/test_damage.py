@@ -291,5 +291,5 @@ def test_killed_writers(
         refuse_wrong_rows(setting, refuse_difference)
         setting.cached.close()
     assert [path.name for path in (setting.folder / "rows-v1").iterdir() if path.name.startswith(".")] == []
-    kept = CacheFolder(setting.folder).kept()
-    assert [(store.kept_rows, store.in_use) for store in kept] == [(120, False)]
+    kept = CacheFolder(setting.folder).stores()
+    assert [(store.cached_rows, store.in_use) for store in kept] == [(120, False)]
