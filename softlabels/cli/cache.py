@@ -52,6 +52,6 @@ def _show(stores: Sequence[CachedStore]) -> None:
     for kept in stores:
         opened = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.last_opened_s))
         print(
-            f"{kept.name}  {kept.digest[:12]}  {kept.cached_rows} of {kept.rows} rows  {kept.disk_bytes / 1e6:.1f} MB on "
-            f"disk, {kept.size_bytes / 1e6:.1f} at most  {'in use' if kept.in_use else f'last opened {opened}'}"
+            f"{kept.name}  {kept.digest[:12]}  {kept.cached_rows} of {kept.rows} rows  {kept.disk_bytes / 1e6:.1f} MB "
+            f"on disk, {kept.size_bytes / 1e6:.1f} at most  {'in use' if kept.in_use else f'last opened {opened}'}"
         )
