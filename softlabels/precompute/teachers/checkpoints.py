@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from softlabels.atomic_files import sha256_of
 from softlabels.errors import JobError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -56,21 +57,15 @@ def read_state(path: Path, *, label: str) -> State:
 def weights_sha256(path: Path) -> str:
     """Return the SHA-256 of a weights file; of an index, over names and digests of the index and of every part."""
     if not path.name.endswith(INDEX_SUFFIX):
-        return file_sha256(path)
+        return sha256_of(path)
     return files_sha256([path, *(path.parent / part for part in _parts_of(path))])
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
     """Return the SHA-256 over names and digests of several files, in this order."""
     total = hashlib.sha256()
     for path in paths:
-        total.update(f"{path.name}|{file_sha256(path)}|".encode())
+        total.update(f"{path.name}|{sha256_of(path)}|".encode())
     return total.hexdigest()
 
 

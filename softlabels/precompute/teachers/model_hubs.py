@@ -12,10 +12,10 @@ from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
+from softlabels.atomic_files import sha256_of
 from softlabels.documents import Document
 from softlabels.errors import JobError, MissingExtraError
 from softlabels.extras import needs_extra
-from softlabels.precompute.teachers.checkpoints import file_sha256
 from softlabels.precompute.teachers.model_requests import LoadedModel, ModelRequest
 from softlabels.precompute.teachers.teacher import Gives
 from softlabels.transfer_sets.ragged import PADDING
@@ -120,7 +120,7 @@ def load_transformers(request: ModelRequest) -> LoadedModel:
     file = None if gguf_file is None else folder / gguf_file
     return LoadedModel(
         model=ImageModel(model) if task == "image-classification" else TokenModel(model, gives=gives),
-        sha256=file_sha256(file) if file is not None and file.is_file() else None,
+        sha256=sha256_of(file) if file is not None and file.is_file() else None,
         weights=gguf_file,
         gives=gives,
         last_layer=_last_layer(model, task),

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from softlabels.atomic_files import sha256_of
 from softlabels.documents import Document
 from softlabels.errors import JobError, TeacherError
 from softlabels.extras import needs_extra
-from softlabels.precompute.teachers.checkpoints import file_sha256, files_sha256
+from softlabels.precompute.teachers.checkpoints import files_sha256
 from softlabels.precompute.teachers.model_requests import LoadedModel, ModelRequest
 
 _RANDOM = ("dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "normal", "multinomial", "rrelu")
@@ -80,7 +81,7 @@ def load_torchscript(request: ModelRequest) -> LoadedModel:
     for node in _nodes(model.inlined_graph):
         arguments = [value.toIValue() if value.node().kind() == "prim::Constant" else None for value in node.inputs()]
         _refuse_training(node.kind().removeprefix("aten::"), arguments, label)
-    return LoadedModel(model=model, sha256=file_sha256(path), weights=path.name)
+    return LoadedModel(model=model, sha256=sha256_of(path), weights=path.name)
 
 
 def load_exported(request: ModelRequest) -> LoadedModel:
@@ -107,7 +108,7 @@ def load_exported(request: ModelRequest) -> LoadedModel:
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, request.device)
-    return LoadedModel(model=ExportedModel(program.module()), sha256=file_sha256(path), weights=path.name)
+    return LoadedModel(model=ExportedModel(program.module()), sha256=sha256_of(path), weights=path.name)
 
 
 def load_onnx(request: ModelRequest) -> LoadedModel:
@@ -116,7 +117,7 @@ def load_onnx(request: ModelRequest) -> LoadedModel:
     model = OnnxModel(path, device=request.device, label=request.label, output=output)
     # Tensors outside the graph are in files named after it: net.onnx.data, net.onnx_data.
     external = sorted(file for file in path.parent.glob(f"{path.name}[._]*") if file.is_file())
-    sha256 = files_sha256([path, *external]) if external else file_sha256(path)
+    sha256 = files_sha256([path, *external]) if external else sha256_of(path)
     return LoadedModel(model=model, sha256=sha256, weights=path.name, libraries=("onnxruntime",))
 
 

@@ -1,4 +1,4 @@
-"""The same fourteen small pictures and vectors, kept in every way that a transfer set can be read from."""
+"""The same fourteen small images and vectors, kept in every way that a transfer set can be read from."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Source:
 
 
 def pixels_HWC() -> NDArray[np.uint8]:
-    """The pictures, [14, 12, 12, 3]."""
+    """The images, [14, 12, 12, 3]."""
     return np.random.default_rng(3).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
 
 
@@ -71,19 +71,19 @@ def _image_folder(base: Path) -> Source:
     order = [(NAMES[n] if LABELS[n] < 0 else f"{CLASSES[LABELS[n]]}/{NAMES[n]}", n) for n in range(COUNT)]
     order.sort(key=lambda entry: ("/" in entry[0], entry[0]))
     for name, number in order:
-        path = base / "pictures" / f"{name}.png"
+        path = base / "images" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.fromarray(pixels_HWC()[number]).save(path)
-    (base / "pictures" / "notes.txt").write_text("no picture")
+    (base / "images" / "notes.txt").write_text("no image")
     numbers = [number for _, number in order]
     return Source(
         kind="image_folder",
-        arguments={"path": "pictures"},
+        arguments={"path": "images"},
         base=base,
         ids=[f"{name}.png" for name, _ in order],
         inputs=CHW[numbers],
         labels=[LABELS[number] for number in numbers],
-        path=base / "pictures" / f"{order[5][0]}.png",
+        path=base / "images" / f"{order[5][0]}.png",
     )
 
 
@@ -127,7 +127,7 @@ def _huggingface(base: Path) -> Source:
     library.disable_progress_bars()
     rows = {
         "key": NAMES,
-        "image": [image.fromarray(picture) for picture in pixels_HWC()],
+        "image": [image.fromarray(pixels) for pixels in pixels_HWC()],
         "label": [None if label < 0 else label for label in LABELS],
     }
     library.Dataset.from_dict(rows).save_to_disk(str(base / "saved"))

@@ -109,8 +109,8 @@ import torch
 
 
 class Mean(torch.nn.Module):
-    def forward(self, pictures):
-        return pictures.float().flatten(1)[:, :4]
+    def forward(self, images):
+        return images.float().flatten(1)[:, :4]
 """
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face library: from disk, from files, from the cache; columns of pictures and of numbers."""
+"""Data sets of the Hugging Face library: from disk, from files, from the cache; columns of images and of numbers."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def everything(data: TransferSet) -> Any:
     return data.take(np.arange(len(data)))
 
 
-def pictures(*sizes: tuple[int, int]) -> list[Any]:
-    """Random pictures of these heights and widths."""
+def images(*sizes: tuple[int, int]) -> list[Any]:
+    """Random images of these heights and widths."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
@@ -60,11 +60,9 @@ class TestColumns:
         np.testing.assert_array_equal(found["x"], rows["x"])
         assert (found["y"].shape, found["z"].tolist()) == ((5, 1, 2), list(range(5)))
 
-    def test_pictures_of_several_sizes(self, tmp_path: Path) -> None:
+    def test_images_of_several_sizes(self, tmp_path: Path) -> None:
         """Brought to one, as those in folders are; named by id where they are not."""
-        hf.Dataset.from_dict({"who": ["a", "b"], "photo": pictures((9, 8), (8, 9))}).save_to_disk(
-            str(tmp_path / "saved")
-        )
+        hf.Dataset.from_dict({"who": ["a", "b"], "photo": images((9, 8), (8, 9))}).save_to_disk(str(tmp_path / "saved"))
         assert everything(load(tmp_path, id="who", size=6)).inputs.shape == (2, 3, 6, 6)
         with pytest.raises(ShapeMismatchError, match="'a' and 'b'"):
             everything(load(tmp_path, id="who"))
@@ -135,7 +133,7 @@ class TestRefusals:
         with pytest.raises(BadIdsError, match="'b' occurs twice"):
             load(tmp_path, input="x", id="key")
 
-    def test_a_corrupt_picture_is_named_by_its_id(self, tmp_path: Path) -> None:
+    def test_a_corrupt_image_is_named_by_its_id(self, tmp_path: Path) -> None:
         """And so is a row without one."""
         rows: list[Any] = [{"bytes": b"\xff\xd8 nonsense", "path": None}, None]
         features = hf.Features({"key": hf.Value("string"), "image": hf.Image(decode=False)})

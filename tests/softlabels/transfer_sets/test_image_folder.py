@@ -1,4 +1,4 @@
-"""Pictures in folders: which are found, how they are decoded and cut, where labels come from, what is refused."""
+"""Images in folders: which are found, how they are decoded and cut, where labels come from, what is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(base: Path, **arguments: Any) -> TransferSet:
 
 
 def keep(base: Path, name: str, pixels: np.ndarray, **how: Any) -> None:
-    """Save a picture below `pics`."""
+    """Save an image below `pics`."""
     path = base / "pics" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, **how)
@@ -59,14 +59,14 @@ class TestDecoding:
 
     @pytest.mark.parametrize("shape", [(40, 61), (61, 40), (9, 9), (3, 50)])
     def test_a_size_alone_covers_the_cut(self, tmp_path: Path, shape: tuple[int, int]) -> None:
-        """Pictures of any size are scaled just so that the cut is filled, small ones up."""
+        """Images of any size are scaled just so that the cut is filled, small ones up."""
         keep(tmp_path, "a.png", np.full((*shape, 3), 200, dtype=np.uint8))
         inputs = everything(folder(tmp_path, size=12)).inputs
         assert inputs.shape == (1, 3, 12, 12)
         assert np.unique(inputs).tolist() == [200]  # nothing was filled up with black
 
     def test_palettes_and_transparency(self, tmp_path: Path) -> None:
-        """Pictures that are no plain RGB become it, without a warning."""
+        """Images that are no plain RGB become it, without a warning."""
         keep(tmp_path, "alpha.png", noise(6, 6, 4))
         keep(tmp_path, "grey.png", noise(6, 6))
         palette = Image.fromarray(noise(6, 6, 3)).quantize(8)
@@ -83,8 +83,8 @@ class TestDecoding:
 
 
 class TestFinding:
-    def test_what_is_no_picture_is_left_out(self, tmp_path: Path) -> None:
-        """Other files and hidden ones; folders are walked to their end, in an order that does not change."""
+    def test_what_is_no_image_is_left_out(self, tmp_path: Path) -> None:
+        """Other files and hidden ones; folders are listed to their end, in an order that does not change."""
         for name in ("b/2.png", "a/deep/1.JPG", "c.webp"):
             keep(tmp_path, name, noise(4, 4, 3))
         for name in (".hidden.png", "b/.git.png", "b/notes.txt", "Thumbs.db"):
@@ -106,26 +106,26 @@ class TestFinding:
             folder(tmp_path)
 
     @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
-    def test_no_picture_is_an_error(self, tmp_path: Path, make: Any) -> None:
-        """No folder, or one without pictures."""
+    def test_no_image_is_an_error(self, tmp_path: Path, make: Any) -> None:
+        """No folder, or one without images."""
         make(tmp_path / "pics")
         with pytest.raises(DataUnavailableError, match="pics"):
             folder(tmp_path)
 
 
 class TestLabels:
-    def _pictures(self, base: Path) -> None:
+    def _images(self, base: Path) -> None:
         for name in ("b/1.png", "a/1.png", "a/2.png", "free.png"):
             keep(base, name, noise(4, 4, 3))
 
     def test_folders_are_classes_in_sorted_order(self, tmp_path: Path) -> None:
-        """Pictures beside the folders are unlabelled."""
-        self._pictures(tmp_path)
+        """Images beside the folders are unlabelled."""
+        self._images(tmp_path)
         assert everything(folder(tmp_path)).labels.tolist() == [-1, 0, 0, 1]
 
     def test_classes_may_come_in_the_teachers_order(self, tmp_path: Path) -> None:
-        """And some of them may have no picture; a folder that is none of them is refused."""
-        self._pictures(tmp_path)
+        """And some of them may have no image; a folder that is none of them is refused."""
+        self._images(tmp_path)
         assert everything(folder(tmp_path, classes=["x", "b", "a"])).labels.tolist() == [-1, 2, 2, 1]
         with pytest.raises(JobError, match="'b' is none of the `classes`"):
             folder(tmp_path, classes=["a"])
@@ -134,12 +134,12 @@ class TestLabels:
         """Nor one whose labels are not wanted."""
         keep(tmp_path, "1.png", noise(4, 4, 3))
         assert everything(folder(tmp_path)).labels is None
-        self._pictures(tmp_path)
+        self._images(tmp_path)
         assert everything(folder(tmp_path, labels="none")).labels is None
 
     def test_a_table_labels_some(self, tmp_path: Path) -> None:
         """Named with or without extension; an empty cell and a missing line are unlabelled; counted from one."""
-        self._pictures(tmp_path)
+        self._images(tmp_path)
         (tmp_path / "labels.csv").write_text("\ufefffile,label,who\na/1.png,3,x\nfree,1,y\nb/1,,z\n", encoding="utf-8")
         data = folder(tmp_path, labels="labels.csv", first_label=1)
         assert dict(zip(everything(data).ids.tolist(), everything(data).labels.tolist(), strict=True)) == {
@@ -164,7 +164,7 @@ class TestLabels:
         self, tmp_path: Path, lines: str, arguments: dict[str, Any], words: str
     ) -> None:
         """With its file, line and what it should have."""
-        self._pictures(tmp_path)
+        self._images(tmp_path)
         (tmp_path / "labels.csv").write_text(lines)
         with pytest.raises(JobError, match=words):
             folder(tmp_path, labels="labels.csv", **arguments)
@@ -173,8 +173,8 @@ class TestLabels:
 class TestRefusals:
     @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text", lambda b: b[:20]])
     @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
-    def test_a_corrupt_picture_is_named(self, tmp_path: Path, name: str, damage: Any) -> None:
-        """Cut in the middle, empty, or no picture at all: never grey pixels, always an error with its name."""
+    def test_a_corrupt_image_is_named(self, tmp_path: Path, name: str, damage: Any) -> None:
+        """Cut in the middle, empty, or no image at all: never grey pixels, always an error with its name."""
         keep(tmp_path, "whole.png", noise(32, 32, 3))
         keep(tmp_path, name, noise(32, 32, 3))
         path = tmp_path / "pics" / name
@@ -211,7 +211,7 @@ class TestRefusals:
         ],
     )
     def test_arguments_that_cannot_be(self, tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
-        """Each is refused before a picture is read."""
+        """Each is refused before an image is read."""
         keep(tmp_path, "a.png", noise(4, 4, 3))
         with pytest.raises(JobError, match=words):
             folder(tmp_path, **arguments)

@@ -66,13 +66,13 @@ class TestInputs:
             everything(load(tmp_path, dtype="<i2", shape=[2, 4]))
 
     @pytest.mark.parametrize("wrapped", [False, True])
-    def test_pictures(self, tmp_path: Path, wrapped: bool) -> None:
+    def test_images(self, tmp_path: Path, wrapped: bool) -> None:
         """As bytes, and as the struct that the Hugging Face library writes."""
         image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
         pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 7, 3), dtype=np.uint8)
         files = []
-        for picture in pixels:
-            image.fromarray(picture).save(out := io.BytesIO(), format="PNG")
+        for pixels_HWC in pixels:
+            image.fromarray(pixels_HWC).save(out := io.BytesIO(), format="PNG")
             files.append({"bytes": out.getvalue(), "path": None} if wrapped else out.getvalue())
         keep(tmp_path / "a.parquet", {"x": files, "key": ["a", "b", "c"]})
         data = load(tmp_path, id="key", layout="hwc")

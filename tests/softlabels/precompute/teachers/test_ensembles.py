@@ -43,7 +43,7 @@ model = "export:net.pt2"
 
 [[teachers]]
 model = "transformers:vit"
-preprocess = "data.py:as_picture"
+preprocess = "data.py:as_image"
 """
 
 DATA = """
@@ -53,7 +53,7 @@ def rows():
     return ArrayTransferSet("rows", np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32))
 
 
-def as_picture(x):
+def as_image(x):
     return x.repeat(1, 2).reshape(-1, 3, 2, 2)
 """
 

@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attenti
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> ViTForImageClassification:
+def images(tmp_path: Path) -> ViTForImageClassification:
     """A small image classifier in the folder `vit`, with names for its classes."""
     torch.manual_seed(0)
     names = {number: f"bird {number}" for number in range(5)}
@@ -55,25 +55,25 @@ def language(tmp_path: Path) -> LlamaForCausalLM:
     return model
 
 
-class TestPictures:
-    def test_a_folder(self, load, pictures: ViTForImageClassification) -> None:
+class TestImages:
+    def test_a_folder(self, load, images: ViTForImageClassification) -> None:
         """Logits are the model's own; the manifest has kind, version and digest; classes come with it on request."""
         teacher = load("transformers:vit", classes="model")
         pixels = torch.randn(3, 3, 8, 8)
-        torch.testing.assert_close(teacher.logits(pixels), pictures(pixels).logits)
+        torch.testing.assert_close(teacher.logits(pixels), images(pixels).logits)
         assert teacher.gives == "rows"
         assert teacher.class_names == tuple(f"bird {number}" for number in range(5))
         assert teacher.spec.kind == "transformers"
         assert teacher.spec.libraries == {"transformers": metadata.version("transformers")}
         assert len(teacher.spec.weights_sha256 or "") == 64
 
-    def test_bytes_and_a_table_of_steps(self, load, pictures: ViTForImageClassification) -> None:
+    def test_bytes_and_a_table_of_steps(self, load, images: ViTForImageClassification) -> None:
         """Bytes want a preprocess, and the simple one is enough."""
         raw = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
         with pytest.raises(TeacherError, match="preprocess"):
             load("transformers:vit").logits(raw)
         teacher = load("transformers:vit", preprocess={"divide_by": 255, "mean": 0.5, "std": 0.5})
-        expected = pictures(((raw.permute(0, 3, 1, 2) / 255) - 0.5) / 0.5).logits
+        expected = images(((raw.permute(0, 3, 1, 2) / 255) - 0.5) / 0.5).logits
         torch.testing.assert_close(teacher.logits(raw), expected)
         assert teacher.spec.preprocess_table == {"divide_by": 255, "mean": 0.5, "std": 0.5}
 
