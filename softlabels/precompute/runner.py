@@ -25,8 +25,7 @@ from softlabels.precompute.planning.prepared_job import PlannedJob, load_transfe
 from softlabels.precompute.teachers import Teacher
 from softlabels.progress import Progress, track
 from softlabels.store.chunks import shard_rows
-from softlabels.store.encoding_files import load_encoding
-from softlabels.store.store_documents import JOB, MANIFEST, PLAN, load_plan
+from softlabels.store.store_documents import JOB, MANIFEST, PLAN, load_encoding, load_plan
 from softlabels.store.writer import StoreWriter
 from softlabels.transfer_set import TransferSet
 

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import ChecksumError, ManifestError, RowsNotCommittedError, TruncatedError
-from softlabels.manifest import ArraySpec, Manifest
+from softlabels.manifest import Manifest
 from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride, chunks_in, decompress
 from softlabels.store.containers import container_of
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.memory_map import MappedArray
-from softlabels.store.safe_open import safe_open
+from softlabels.store.safe_open import open_committed
 
 CACHED_BYTES = 64 << 20
 """Decoded chunks of a compressed array that are kept."""
@@ -38,7 +38,7 @@ class ArrayReader:
         # No lock guards these tables: a lock held by another thread during a fork would stay locked in the child. Two
         # threads may build the same array at once; `setdefault` keeps one.
         self._mapped: dict[str, MappedArray] = {}
-        self._compressed: dict[str, _CompressedArray] = {}
+        self._decoded: dict[str, Callable[[int], NDArray[Any]]] = {}
 
     def gather(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
         """Copy rows of one array, in the order asked.
@@ -50,7 +50,7 @@ class ArrayReader:
             RowsNotCommittedError, ChecksumError, TruncatedError, ManifestError.
         """
         if self._manifest.shards.compression is not None:
-            return self._compressed_array(field).gather(rows_B)
+            return self._gather_compressed(field, rows_B)
         array = self._mapped.get(field) or self._mapped_array(field)
         found = array.gather(rows_B)
         if found is None:
@@ -67,7 +67,7 @@ class ArrayReader:
     def close(self) -> None:
         """Release the mapped files; arrays that views still refer to stay mapped."""
         self._mapped.clear()
-        self._compressed.clear()
+        self._decoded.clear()
 
     def _mapped_array(self, field: str) -> MappedArray:
         spec, shards = self._manifest.arrays[field], self._manifest.shards
@@ -80,19 +80,45 @@ class ArrayReader:
         )
         return self._mapped.setdefault(field, array)
 
-    def _compressed_array(self, field: str) -> _CompressedArray:
-        array = self._compressed.get(field)
-        if array is None:
-            array = _CompressedArray(
-                self._root,
-                self._manifest,
-                self._manifest.arrays[field],
-                part_of=lambda shard: self._part(shard, field),
-                is_intact=self._container.is_chunk_intact,
-                damaged=lambda shard, chunk: self._damaged(field, shard, chunk),
-            )
-            array = self._compressed.setdefault(field, array)
-        return array
+    def _gather_compressed(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
+        """Copy rows from compressed chunks, which are read, verified and decoded whole; the latest ones are cached."""
+        spec, shards = self._manifest.arrays[field], self._manifest.shards
+        chunk_of = self._decoded.get(field)
+        if chunk_of is None:
+            # lru_cache is safe under threads, and holds no lock of ours that a fork could leave locked.
+            cached = lru_cache(maxsize=max(1, CACHED_BYTES // (spec.row_bytes * shards.rows_per_chunk)))
+            part_of = lru_cache(maxsize=256)(lambda shard: self._part(shard, field))
+            chunk_of = self._decoded.setdefault(field, cached(lambda number: self._decode(field, number, part_of)))
+        out = np.empty((len(rows_B), *spec.row_shape), dtype=spec.dtype)
+        chunk_B, within_B = np.divmod(rows_B, shards.rows_per_chunk)
+        order = np.argsort(chunk_B, kind="stable")
+        chunks, starts = np.unique(chunk_B[order], return_index=True)
+        for chunk, wanted in zip(chunks.tolist(), np.split(order, starts[1:]), strict=True):
+            out[wanted] = chunk_of(chunk)[within_B[wanted]]
+        return out
+
+    def _decode(self, field: str, number: int, part_of: Callable[[int], Part]) -> NDArray[Any]:
+        """Return the rows of a compressed chunk, counted through the whole store: [rows_per_chunk, *row_shape]."""
+        spec, shards = self._manifest.arrays[field], self._manifest.shards
+        assert shards.compression is not None
+        shard, chunk = divmod(number, shards.rows_per_shard // shards.rows_per_chunk)
+        part = part_of(shard)
+        offset, size = part.span(chunk)
+        # The file's size is checked before anything is allocated: these numbers come from a receipt, and may be wrong.
+        descriptor = open_committed(self._root, part.path, min_bytes=offset + size)
+        try:
+            raw = os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+        expected = raw[-CHECKSUM_BYTES:] == part.checksum(chunk)
+        if not expected or not self._container.is_chunk_intact(np.frombuffer(raw, dtype=np.uint8)):
+            raise self._damaged(field, shard, chunk)
+        dtype, size_bytes = np.dtype(spec.dtype), spec.row_bytes * shards.rows_per_chunk
+        try:
+            flat = decompress(raw[:-CHECKSUM_BYTES], shards.compression, dtype=dtype, size_bytes=size_bytes)
+        except ValueError as error:
+            raise self._damaged(field, shard, chunk) from error
+        return flat.view(dtype).reshape(shards.rows_per_chunk, *spec.row_shape)
 
     def _verify_chunks(self, field: str, array: MappedArray, chunks: list[int]) -> None:
         per_shard = self._manifest.shards.rows_per_shard // self._manifest.shards.rows_per_chunk
@@ -139,79 +165,6 @@ class ArrayReader:
             "`softlabels resume`",
             shard=shard,
         )
-
-
-class _CompressedArray:
-    """One array of a store across all its shards: chunks are read, verified and decoded whole; the latest are kept.
-
-    Args:
-        part_of: returns the array's location in a shard; raises where the shard is not committed.
-        is_intact: returns whether a chunk agrees with the checksum at its end.
-        damaged: returns the error to raise for a chunk of a shard.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        manifest: Manifest,
-        array: ArraySpec,
-        *,
-        part_of: Callable[[int], Part],
-        is_intact: Callable[[NDArray[np.uint8]], bool],
-        damaged: Callable[[int, int], ChecksumError],
-    ) -> None:
-        assert manifest.shards.compression is not None
-        self._root, self._array, self._shards = root, array, manifest.shards
-        self._compression = manifest.shards.compression
-        self._is_intact, self._damaged = is_intact, damaged
-        self._chunk_bytes = array.row_bytes * manifest.shards.rows_per_chunk
-        # Both caches are safe under threads, and hold no lock of ours that a fork could leave locked.
-        self._part = lru_cache(maxsize=256)(part_of)
-        self._chunk = lru_cache(maxsize=max(1, CACHED_BYTES // self._chunk_bytes))(self._read_chunk)
-
-    def gather(self, rows_B: NDArray[np.int64]) -> NDArray[Any]:
-        """Copy rows, in the order asked.
-
-        Raises:
-            ChecksumError, TruncatedError, ManifestError.
-        """
-        out = np.empty((len(rows_B), *self._array.row_shape), dtype=self._array.dtype)
-        chunk_B, within_B = np.divmod(rows_B, self._shards.rows_per_chunk)
-        order = np.argsort(chunk_B, kind="stable")
-        chunks, starts = np.unique(chunk_B[order], return_index=True)
-        for chunk, wanted in zip(chunks.tolist(), np.split(order, starts[1:]), strict=True):
-            out[wanted] = self._chunk(chunk)[within_B[wanted]]
-        return out
-
-    def _read_chunk(self, number: int) -> NDArray[Any]:
-        shard, chunk = divmod(number, self._shards.rows_per_shard // self._shards.rows_per_chunk)
-        part = self._part(shard)
-        raw = self._bytes(part.path, *part.span(chunk))
-        if raw[-CHECKSUM_BYTES:] != part.checksum(chunk) or not self._is_intact(np.frombuffer(raw, dtype=np.uint8)):
-            raise self._damaged(shard, chunk)
-        dtype = np.dtype(self._array.dtype)
-        try:
-            flat = decompress(raw[:-CHECKSUM_BYTES], self._compression, dtype=dtype, size_bytes=self._chunk_bytes)
-        except ValueError as error:
-            raise self._damaged(shard, chunk) from error
-        return flat.view(dtype).reshape(self._shards.rows_per_chunk, *self._array.row_shape)
-
-    def _bytes(self, inside: str, offset: int, size: int) -> bytes:
-        path = self._root / inside
-        try:
-            descriptor = safe_open(self._root, inside)
-        except FileNotFoundError as error:
-            raise TruncatedError(f"{path} is missing though its shard is committed: run `softlabels repair`") from error
-        try:
-            length = os.fstat(descriptor).st_size
-            # Before anything is allocated: the size comes from a receipt, and may be a lie.
-            if length < offset + size:
-                raise TruncatedError(
-                    f"{path} has {length} bytes where {offset + size} are needed: run `softlabels repair`"
-                )
-            return os.pread(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
 
 
 def checked_part(receipt: Receipt, field: str, manifest: Manifest) -> Part:

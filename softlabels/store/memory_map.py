@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import ManifestError, TruncatedError
+from softlabels.errors import ManifestError
 from softlabels.store.chunks import CHECKSUM_BYTES, Part
-from softlabels.store.safe_open import safe_open
+from softlabels.store.safe_open import open_committed
 
 MAX_RESERVED_BYTES = 1 << 45
 """x86-64 and arm64 give a process 2^47 bytes of addresses; a quarter for one array leaves room for others."""
@@ -83,18 +83,9 @@ class AddressSpace:
         """
         # A multiple of the huge page's size: both ends of a mapping must be aligned alike, see ALIGNMENT_BYTES.
         first = offset - offset % ALIGNMENT_BYTES
-        path = root / inside
+        # Reading past the end of a mapped file kills the process (SIGBUS), so the size is checked first.
+        descriptor = open_committed(root, inside, min_bytes=offset + length)
         try:
-            descriptor = safe_open(root, inside)
-        except FileNotFoundError as error:
-            raise TruncatedError(f"{path} is missing though its shard is committed: run `softlabels repair`") from error
-        try:
-            size = os.fstat(descriptor).st_size
-            # Reading past the end of a mapped file kills the process (SIGBUS), so the size is checked first.
-            if size < offset + length:
-                raise TruncatedError(
-                    f"{path} has {size} bytes where {offset + length} are needed: run `softlabels repair`"
-                )
             assert self._reserved is not None
             assert offset + length - first <= self.pitch, "MAP_FIXED would replace the next slot's mapping"
             begin = ALIGNMENT_BYTES + slot * self.pitch
@@ -107,7 +98,7 @@ class AddressSpace:
                 first,
             )
             if address == _FAILED:
-                raise OSError(ctypes.get_errno(), f"mapping {path}: {os.strerror(ctypes.get_errno())}")
+                raise OSError(ctypes.get_errno(), f"mapping {root / inside}: {os.strerror(ctypes.get_errno())}")
         finally:
             os.close(descriptor)
         return begin + offset - first

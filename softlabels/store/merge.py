@@ -10,17 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from softlabels.atomic_files import write_atomically
-from softlabels.errors import (
-    ChecksumError,
-    ConflictError,
-    DamageError,
-    ManifestError,
-    ShardConflictError,
-    TruncatedError,
-)
+from softlabels.errors import ChecksumError, ConflictError, DamageError, ManifestError, ShardConflictError
 from softlabels.manifest import Manifest
 from softlabels.store.ledger import Ledger, Receipt
-from softlabels.store.safe_open import safe_open
+from softlabels.store.safe_open import open_committed
 from softlabels.store.store_documents import JOB, PLAN, inspect_documents
 from softlabels.store.verify_report import ShowProgress, silent
 from softlabels.store.writer import StoreWriter
@@ -163,13 +156,7 @@ def _merge_shard(source: Path, ledger: Ledger, shard: int, writer: StoreWriter, 
 def _verified(source: Path, path: str, sha256: str) -> Iterator[bytes]:
     """Yield a file's contents in blocks; raise after the last one if its SHA-256 differs."""
     digest = hashlib.sha256()
-    try:
-        descriptor = safe_open(source, path)
-    except FileNotFoundError as error:
-        raise TruncatedError(
-            f"{source / path} is missing though its shard is committed: run `softlabels repair`"
-        ) from error
-    with os.fdopen(descriptor, "rb") as file:
+    with os.fdopen(open_committed(source, path), "rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             yield block

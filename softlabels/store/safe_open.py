@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import ManifestError
+from softlabels.errors import ManifestError, TruncatedError
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 # Opening a named pipe would block until somebody writes to it; as it is no regular file, it is refused once open.
@@ -58,6 +58,25 @@ def safe_open(root: Path, path: str) -> int:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _not_plain(root, path)
+    return descriptor
+
+
+def open_committed(root: Path, path: str, *, min_bytes: int = 0) -> int:
+    """Open a file of a committed shard, as `safe_open` does.
+
+    Raises:
+        TruncatedError: it is missing, or has fewer than `min_bytes`. ManifestError, OSError.
+    """
+    try:
+        descriptor = safe_open(root, path)
+    except FileNotFoundError as error:
+        raise TruncatedError(
+            f"{root / path} is missing though its shard is committed: run `softlabels repair`"
+        ) from error
+    size = os.fstat(descriptor).st_size
+    if size < min_bytes:
+        os.close(descriptor)
+        raise TruncatedError(f"{root / path} has {size} bytes where {min_bytes} are needed: run `softlabels repair`")
     return descriptor
 
 

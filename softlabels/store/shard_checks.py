@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
-from softlabels.errors import ManifestError, UnknownIdError
+from softlabels.errors import DamageError, ManifestError, UnknownIdError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
 from softlabels.store.array_reader import checked_part
 from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunks_in, decompress, shard_rows
 from softlabels.store.containers import StoreContainer
 from softlabels.store.ledger import FileRecord, Receipt
-from softlabels.store.safe_open import safe_open
+from softlabels.store.safe_open import open_committed, safe_open
 from softlabels.store.sample_index import DenseIdIndex, SortedIdIndex, ids_of_rows
 from softlabels.store.verify_report import Fault, Report
 from softlabels.transfer_set import UNLABELLED, FingerprintSum, sample_fingerprints
@@ -139,15 +139,10 @@ class ShardChecks:
 
     def _size_fault(self, path: str, record: FileRecord, shard: int) -> Fault | None:
         try:
-            descriptor = safe_open(self._root, path)
-        except FileNotFoundError:
-            return self.fault("missing", "it is missing though its shard is committed", shard, path=path)
-        except (ManifestError, OSError) as error:
+            with os.fdopen(open_committed(self._root, path), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+        except (DamageError, OSError) as error:
             return self.fault("missing", f"it cannot be read: {error}", shard, path=path)
-        try:
-            size = os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
         if size != record.size:
             return self.fault("missing", f"it has {size} bytes, {record.size} were written", shard, path=path)
         return None

@@ -1,25 +1,33 @@
-"""A store's own documents: its plan, its manifest and its job, read strictly, or with a list of what is wrong."""
+"""A store's own documents: plan, manifest, job and the encoding's learnt arrays, read strictly or with their faults."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
+from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError, UnknownStoreError
-from softlabels.manifest import Manifest
+from softlabels.manifest import Manifest, check_encoding
 from softlabels.store.containers import container_of
 from softlabels.store.safe_open import safe_read
-from softlabels.store.sample_index import POSITIONS, SORTED_IDS
+from softlabels.store.sample_index import POSITIONS, SORTED_IDS, npy_bytes
 from softlabels.store.verify_report import Fault
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 JOB = "job.json"
 """The job that a store was started with; `softlabels resume STORE` reads it."""
+
+MAX_CONSTANT_BYTES = 1 << 32
+"""A basis of 4,096 vectors over half a million classes."""
 
 
 def load_manifest(root: Path) -> Manifest:
@@ -59,6 +67,21 @@ def store_digest(manifest: Manifest) -> str:
         return manifest.digest
     # Not the plan's own digest: nothing cached from an unfinished store may pass for the finished one.
     return hashlib.sha256(b"unfinished" + bytes.fromhex(manifest.digest)).hexdigest()
+
+
+def constant_files(encoding: Encoding) -> dict[str, bytes]:
+    """Return the files of an encoding's learnt arrays, by path; none for most encodings."""
+    return {_constant_path(name): npy_bytes(array) for name, array in encoding.constants.items()}
+
+
+def load_encoding(root: Path, manifest: Manifest) -> Encoding:
+    """Return the encoding of a store's rows, with its learnt arrays.
+
+    Raises:
+        ManifestError: a learnt array is missing or damaged, or the store's arrays are not of this encoding.
+    """
+    constants = {name: _load_constant(root, manifest, name) for name in manifest.encoding.constants}
+    return check_encoding(manifest, manifest.make_encoding(constants))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,3 +172,23 @@ def _check_job(root: Path, faults: list[Fault]) -> None:
 
 def _fault(name: str, message: str) -> Fault:
     return Fault(kind="document", path=name, message=message)
+
+
+def _constant_path(name: str) -> str:
+    return f"encoding/{name}.npy"
+
+
+def _load_constant(root: Path, manifest: Manifest, name: str) -> NDArray[Any]:
+    path = _constant_path(name)
+    try:
+        raw = safe_read(root, path, max_bytes=MAX_CONSTANT_BYTES)
+        if hashlib.sha256(raw).hexdigest() != manifest.metadata_sha256.get(path):
+            raise ManifestError(
+                f"{root / path} is not what was written: no row of this store can be decoded without it"
+            )
+        loaded: NDArray[Any] = np.load(io.BytesIO(raw), allow_pickle=False)
+    except ManifestError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise ManifestError(f"{root / path} cannot be read ({error}): restore it from a copy of the store") from error
+    return loaded

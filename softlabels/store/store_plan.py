@@ -33,11 +33,10 @@ from softlabels.manifest import (
 )
 from softlabels.softmath import Mean
 from softlabels.store.chunks import choose_rows_per_chunk, choose_rows_per_shard
-from softlabels.store.encoding_files import constant_files
 from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, LOCK_FOLDER, STAGING_FOLDER, Ledger, parse_receipt
 from softlabels.store.safe_open import safe_read
 from softlabels.store.sample_index import SampleTable
-from softlabels.store.store_documents import JOB, PLAN, load_plan
+from softlabels.store.store_documents import JOB, PLAN, constant_files, load_plan
 from softlabels.transfer_set import FINGERPRINT_BYTES
 
 _RECORDED = ("softlabels", "numpy", "torch", "zarr", "h5py", "numcodecs")

@@ -16,9 +16,8 @@ from softlabels.ids import IdArray
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, Manifest
 from softlabels.order import EpochConfig
 from softlabels.store.array_reader import ArrayReader
-from softlabels.store.encoding_files import load_encoding
 from softlabels.store.sample_index import SequenceIndex, ids_of_rows, make_index
-from softlabels.store.store_documents import load_manifest, plan_digest, store_digest
+from softlabels.store.store_documents import load_encoding, load_manifest, plan_digest, store_digest
 
 
 class LocalRows:

@@ -15,12 +15,11 @@ from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError
 from softlabels.manifest import Manifest
 from softlabels.store.containers import container_of
-from softlabels.store.encoding_files import load_encoding
 from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, LOCK_FOLDER, STAGING_FOLDER, Ledger
 from softlabels.store.safe_open import safe_open
 from softlabels.store.sample_index import POSITIONS, SORTED_IDS, DenseIdIndex, SortedIdIndex, make_index
 from softlabels.store.shard_checks import ShardChecks
-from softlabels.store.store_documents import JOB, MANIFEST, PLAN, StoreDocuments, inspect_documents
+from softlabels.store.store_documents import JOB, MANIFEST, PLAN, StoreDocuments, inspect_documents, load_encoding
 from softlabels.store.verify_report import Fault, Report, ShowProgress, silent
 from softlabels.transfer_set import FingerprintSum
 

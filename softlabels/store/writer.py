@@ -30,10 +30,9 @@ from softlabels.ids import IdArray, to_fixed_bytes
 from softlabels.manifest import Manifest
 from softlabels.store.chunks import ShardFile, shard_rows
 from softlabels.store.containers import container_of
-from softlabels.store.encoding_files import constant_files
 from softlabels.store.ledger import LEDGER_FOLDER, STAGING_FOLDER, FileRecord, Ledger, Receipt
 from softlabels.store.sample_index import SampleTable, write_index
-from softlabels.store.store_documents import JOB, MANIFEST, load_manifest, load_plan
+from softlabels.store.store_documents import JOB, MANIFEST, constant_files, load_manifest, load_plan
 from softlabels.store.store_plan import has_file, initialize_store
 from softlabels.store.store_reader import LocalRows
 from softlabels.transfer_set import UNLABELLED, FingerprintSum
@@ -135,13 +134,18 @@ class StoreWriter:
         with self._ledger.exclusive():
             if self.finished:
                 return load_manifest(self.root)
-            self._check_complete(self.missing_shards())
+            missing = self.missing_shards()
+            if missing:
+                raise self._incomplete(missing)
             self._check_planned_files()
             # A commit may have failed at its very last step, the fsync of this folder: the receipt is visible then, but
             # not durable.
             sync_folder(self.root / LEDGER_FOLDER)
             fingerprint, audit, ledger = FingerprintSum(), Audit(), hashlib.sha256()
-            for receipt in self._receipts():
+            for shard in range(self.plan.shards.count):
+                receipt = self._ledger.read(shard)
+                if receipt is None:
+                    raise self._incomplete([shard])  # removed since the shards were counted
                 fingerprint.merge(FingerprintSum.from_hexdigest(receipt.fingerprint))
                 audit.merge(Audit.from_json(receipt.audit))
                 ledger.update(bytes.fromhex(receipt.sha256))
@@ -190,22 +194,12 @@ class StoreWriter:
         self._ledger.write(receipt)
         return receipt
 
-    def _receipts(self) -> Iterator[Receipt]:
-        """Yield the receipts of all shards, one at a time: those of a large store may not fit in memory."""
-        for shard in range(self.plan.shards.count):
-            receipt = self._ledger.read(shard)
-            if receipt is None:  # removed since they were counted
-                self._check_complete([shard])
-            else:
-                yield receipt
-
-    def _check_complete(self, missing: list[int]) -> None:
-        if missing:
-            raise TruncatedError(
-                f"{len(missing)} of {self.plan.shards.count} shards of {self.root} are not committed (the first is "
-                f"shard {missing[0]}): run `softlabels resume`",
-                shards=missing[:100],
-            )
+    def _incomplete(self, missing: list[int]) -> TruncatedError:
+        return TruncatedError(
+            f"{len(missing)} of {self.plan.shards.count} shards of {self.root} are not committed (the first is shard "
+            f"{missing[0]}): run `softlabels resume`",
+            shards=missing[:100],
+        )
 
     def _purge(self) -> None:
         """Remove the temporary files of writers that died."""

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from softlabels.documents import as_json
+
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 
 
@@ -44,6 +46,6 @@ class TestPage:
         """A key that is added to the manifest or to a receipt is added to the page."""
         made = make_store(kind)
         writer = made.write()
-        receipt = writer.receipt(0).to_json()
+        receipt = as_json(writer.receipt(0))
         keys = {*made.plan.to_json(), *receipt, *receipt["parts"]["targets"]} - {"format"}
         assert [key for key in sorted(keys) if f"`{key}`" not in PAGE] == []

@@ -192,13 +192,13 @@ class TestDamage:
         place(made.root, "targets", 2, 0)[0].unlink()
         store = softlabels.open(made.root)
         store.batch(made.ids[:64])
-        with pytest.raises(TruncatedError, match="is gone"):
+        with pytest.raises(TruncatedError, match="is missing"):
             store.batch(made.ids)
 
     def test_a_missing_receipt(self, made: Any) -> None:
         """What the ledger does not have is not served, though its files lie there."""
         (made.root / "ledger" / "00000002.json").unlink()
-        with pytest.raises(TruncatedError, match="receipt of shard 2 is gone"):
+        with pytest.raises(TruncatedError, match="receipt of shard 2 is missing"):
             softlabels.open(made.root).batch(made.ids)
 
     def test_a_damaged_receipt(self, made: Any) -> None:

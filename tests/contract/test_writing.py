@@ -93,7 +93,7 @@ class TestCommit:
         made = make_store(kind, ids="strings")
         made.ids[150] = made.ids[3]
         writer = made.write(finish=False)
-        with pytest.raises(BadIdsError, match="twice"):
+        with pytest.raises(BadIdsError, match="repeated"):
             writer.finish()
 
     def test_an_id_that_is_too_long(self, make_store: Any, kind: Any) -> None:

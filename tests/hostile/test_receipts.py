@@ -95,6 +95,21 @@ class TestLies:
         with pytest.raises(ManifestError):
             softlabels.open(store).batch([0])
 
+    @pytest.mark.parametrize(
+        ("lie", "field"),
+        [
+            ("a negative offset", "parts"),
+            ("a file of negative size", "files"),
+            ("three rows", "rows"),
+            ("a true shard", "shard"),
+        ],
+    )
+    def test_the_message_names_the_field(self, store: Path, rewrite: Any, lie: str, field: str) -> None:
+        """By its path in the document, beside the path of the receipt."""
+        rewrite(receipt_path(store), lambda receipt: LIES[lie](receipt, receipt["parts"]["targets"]))
+        with pytest.raises(ManifestError, match=rf"00000000\.json: .*`{field}"):
+            softlabels.open(store).batch([0])
+
     def test_an_address_behind_the_end(self, store: Path, rewrite: Any) -> None:
         """An address outside the file would kill the process with SIGBUS; it is an error that the process survives."""
         for offset in (1, 4096, 1 << 20, 1 << 50, (1 << 62) - 1):
