@@ -1,12 +1,11 @@
-"""How does a long job show how far it is? One context manager: a bar on a terminal, plain lines elsewhere.
+"""Progress of long jobs: a bar on a terminal, plain lines elsewhere.
 
     with track(60_000, "precompute", "samples") as progress:
         for batch in batches:
             ...
             progress.advance(len(batch))
 
-Only the standard library is needed; `rich` draws the bar where it is installed and stderr is a terminal. Elsewhere (a
-log file, a CI job) a plain line appears at most once in `LINE_EVERY_S` seconds: the log stays short and shows life.
+The bar is drawn by rich. In a log file or a CI job a plain line appears at most once in `LINE_EVERY_S` seconds.
 """
 
 from __future__ import annotations
@@ -16,50 +15,39 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
 
 LINE_EVERY_S = 5.0
 """Seconds between two plain lines: a five-minute job leaves about 60 in a log."""
 
 
-class Progress(Protocol):
-    """What a long loop tells of itself; safe to call from any thread."""
+class Progress:
+    """What a long loop reports; safe to call from any thread. This class shows nothing."""
 
     def advance(self, amount: int = 1) -> None:
-        """`amount` more units are done."""
+        """Report that `amount` more units are done."""
 
     def note(self, text: str) -> None:
-        """A few words shown beside the figures from now on ("epoch 3 of 20, loss 0.12")."""
+        """Show a few words beside the figures from now on, for example "epoch 3 of 20, loss 0.12"."""
 
 
-class _Quiet:
-    """Shows nothing: what library code is given when nobody watches."""
-
-    def advance(self, amount: int = 1) -> None:
-        """Nothing to show."""
-
-    def note(self, text: str) -> None:
-        """Nothing to show."""
+QUIET = Progress()
 
 
-QUIET: Progress = _Quiet()
-
-
-class PlainLines:
+class PlainLines(Progress):
     """Progress as lines of text, at most one in `every_s` seconds and one at the end.
 
     Args:
         total: units in the whole job.
-        description: what runs, first on each line.
+        description: name of the job, first on each line.
         unit: what is counted, in the plural ("samples").
-        done: units that were done before this run; the rate leaves them out.
-        stream: where lines go.
-        every_s: least seconds between lines.
-        clock: seconds that only rise.
+        done: units of an earlier run; the rate leaves them out.
+        stream: where lines are written.
+        every_s: minimum seconds between lines.
+        clock: monotonic clock, seconds.
     """
 
     def __init__(
@@ -69,20 +57,19 @@ class PlainLines:
         unit: str,
         *,
         done: int = 0,
-        stream: TextIO | None = None,
+        stream: TextIO,
         every_s: float = LINE_EVERY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._description, self._unit = total, description, unit
         self._done_before, self._done = done, done
-        self._stream = sys.stderr if stream is None else stream
-        self._every_s, self._clock = every_s, clock
+        self._stream, self._every_s, self._clock = stream, every_s, clock
         self._started_s = self._shown_s = clock()
         self._note = ""
         self._lock = threading.Lock()
 
     def advance(self, amount: int = 1) -> None:
-        """Count `amount` units; show a line where the last one is old enough."""
+        """Count `amount` units; write a line if the last one is old enough."""
         with self._lock:
             self._done += amount
             now_s = self._clock()
@@ -96,7 +83,7 @@ class PlainLines:
             self._note = text
 
     def finish(self, *, completed: bool) -> None:
-        """Write the last line: what was done, in what time, or how far it came."""
+        """Write the last line: what was done in what time, or where it stopped."""
         with self._lock:
             now_s = self._clock()
             spent = duration(now_s - self._started_s)
@@ -122,18 +109,16 @@ class PlainLines:
         print(f"{self._description}: {text}{note}", file=self._stream, flush=True)
 
 
-class _RichBar:
-    """Progress as one bar drawn by rich, which is safe to call from any thread."""
+class _Bar(Progress):
+    """One task of a rich progress bar."""
 
-    def __init__(self, bar: RichProgress, task: TaskID) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: RichProgress, **task: Any) -> None:
+        self._bar, self._task = bar, bar.add_task(**task, note="")
 
     def advance(self, amount: int = 1) -> None:
-        """Move the bar on."""
         self._bar.advance(self._task, amount)
 
     def note(self, text: str) -> None:
-        """Show `text` at the bar's end."""
         self._bar.update(self._task, note=text)
 
 
@@ -145,18 +130,17 @@ def track(
 
     Args:
         total: units in the whole job.
-        description: a few words that say what runs.
+        description: name of the job, a few words.
         unit: what is counted, in the plural.
-        done: units that an earlier run did; the bar starts there, rate and time left are of this run.
-        stream: where to show it; stderr unless told otherwise, so that stdout stays free for results.
+        done: units of an earlier run; the bar starts there, rate and time left are of this run.
+        stream: where to show it; None for stderr, so that stdout stays free for results.
     Yields:
         a `Progress` to advance.
     """
     target = sys.stderr if stream is None else stream
-    rich_bar = _rich_bar(target, unit) if target.isatty() else None
-    if rich_bar is not None:
-        with rich_bar:
-            yield _RichBar(rich_bar, rich_bar.add_task(description, total=total, completed=done, note=""))
+    if target.isatty():
+        with _rich_bar(target, unit) as bar:
+            yield _Bar(bar, description=description, total=total, completed=done)
         return
     lines = PlainLines(total, description, unit, done=done, stream=target)
     completed = False
@@ -168,7 +152,7 @@ def track(
 
 
 def duration(seconds: float) -> str:
-    """A time span for people: "8 s", "2 min 05 s", "1 h 04 min"."""
+    """Return a time span in at most two units: "8 s", "2 min 05 s", "1 h 04 min"."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -177,39 +161,24 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _rich_bar(stream: TextIO, unit: str) -> RichProgress | None:
-    """A rich progress bar on `stream`, or None where rich is not installed."""
-    try:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            ProgressColumn,
-            Task,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.text import Text
-    except ImportError:
-        return None
+def _rich_bar(stream: TextIO, unit: str) -> RichProgress:
+    # Imported here: rich takes 50 ms, which only a terminal needs.
+    from rich import progress as columns
+    from rich.console import Console
 
-    class RateColumn(ProgressColumn):
-        """Units a second, measured over the last seconds of this run."""
-
-        def render(self, task: Task) -> Text:
+    class RateColumn(columns.ProgressColumn):
+        def render(self, task: columns.Task) -> str:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:,.0f} {unit}/s", style="progress.data.speed")
+            return "" if speed is None else f"{speed:,.0f} {unit}/s"
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
+    return columns.Progress(
+        columns.TextColumn("{task.description}"),
+        columns.BarColumn(bar_width=28),
+        columns.MofNCompleteColumn(),
         RateColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
+        columns.TimeElapsedColumn(),
+        columns.TextColumn("left"),
+        columns.TimeRemainingColumn(),
+        columns.TextColumn("{task.fields[note]}", style="dim"),
         console=Console(file=stream),
     )

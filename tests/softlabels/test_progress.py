@@ -1,9 +1,8 @@
-"""How progress is shown: lines in a log, a bar on a terminal, and never a crash for want of rich."""
+"""Progress: lines in a log, a bar on a terminal."""
 
 from __future__ import annotations
 
 import io
-import sys
 import threading
 
 import pytest
@@ -110,7 +109,6 @@ class TestTrack:
 
     def test_a_terminal_gets_a_bar(self) -> None:
         """Drawn by rich, with the description and the note on it."""
-        pytest.importorskip("rich", reason="rich, which draws the bar, is not installed")
         stream = Terminal()
         with track(10, "my job", "rows", stream=stream) as progress:
             progress.note("epoch 1")
@@ -118,14 +116,6 @@ class TestTrack:
         assert "my job" in stream.getvalue()
         assert "10/10" in stream.getvalue()
         assert "epoch 1" in stream.getvalue()
-
-    def test_a_terminal_without_rich_gets_lines(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """rich is a comfort, not a need."""
-        monkeypatch.setitem(sys.modules, "rich.progress", None)
-        stream = Terminal()
-        with track(10, "job", "rows", stream=stream) as progress:
-            progress.advance(10)
-        assert stream.getvalue().startswith("job: 10 rows")
 
     def test_quiet_shows_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
         """For library code that nobody watches."""
