@@ -1,4 +1,4 @@
-"""Which sample: stable sample ids as arrays, integers or strings and never a mixture."""
+"""Sample ids as arrays: integers or strings, never a mixture."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ IdArray: TypeAlias = NDArray[np.int64] | NDArray[np.str_]
 IdKind: TypeAlias = Literal["int", "str"]
 
 MAX_STRING_ID_BYTES = 4096
-"""Longer names are almost always file contents passed by mistake; the limit also bounds a hostile manifest."""
+"""A longer id is almost always the content of a file passed by mistake; the limit also bounds a hostile manifest."""
 
 
 def as_ids(values: Iterable[Any] | NDArray[Any]) -> IdArray:
-    """Turn what a caller holds into an id array.
+    """Return ids as an array.
 
     Args:
         values: integers or strings, a list, a range, a NumPy array or anything that `numpy.asarray` takes.
@@ -48,18 +48,18 @@ def as_ids(values: Iterable[Any] | NDArray[Any]) -> IdArray:
 
 
 def id_kind(ids: IdArray) -> IdKind:
-    """Which kind of ids these are."""
+    """Return the kind of these ids."""
     return "str" if ids.dtype.kind == "U" else "int"
 
 
 def utf8(ids: IdArray) -> NDArray[np.bytes_]:
-    """String ids as UTF-8, zero-padded to the longest."""
+    """Return string ids as UTF-8, zero-padded to the longest."""
     assert ids.dtype.kind == "U", "integer ids have no encoding"
     return np.char.encode(cast("NDArray[np.str_]", ids), "utf-8")
 
 
 def to_fixed_bytes(ids: IdArray, *, width_bytes: int) -> NDArray[np.uint8]:
-    """String ids as zero-padded UTF-8.
+    """Return string ids as zero-padded UTF-8.
 
     Returns:
         uint8, shape [B, width_bytes].
@@ -77,7 +77,7 @@ def to_fixed_bytes(ids: IdArray, *, width_bytes: int) -> NDArray[np.uint8]:
 
 
 def from_fixed_bytes(ids_BW: NDArray[np.uint8]) -> NDArray[np.str_]:
-    """Zero-padded UTF-8 ids, shape [B, width], as strings, shape [B]."""
+    """Return zero-padded UTF-8 ids, shape [B, width], as strings, shape [B]."""
     rows = np.ascontiguousarray(ids_BW)
     if rows.shape[0] == 0:
         return np.empty(0, dtype=np.str_)
@@ -101,7 +101,7 @@ def _array_of_sequence(values: Iterable[Any]) -> NDArray[Any]:
 
 
 def _refuse_bad_strings(items: Sequence[Any]) -> None:
-    """Before they become an array: each of its entries takes as much room as the longest, and loses trailing NULs."""
+    # Before NumPy sees them: in its arrays each entry takes the space of the longest, and trailing NULs are lost.
     if max(map(len, items)) > MAX_STRING_ID_BYTES:
         raise BadIdsError(f"a string id may have at most {MAX_STRING_ID_BYTES} bytes: pass the name, not the contents")
     if any("\0" in item for item in items):

@@ -1,4 +1,4 @@
-"""Where users' own code comes from: `package.module:name` and `path/to/file.py:name` references."""
+"""References to users' own code: `package.module:name` and `path/to/file.py:name`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from softlabels.errors import ReferenceLoadError
 
 
 def load_reference(reference: str, *, base: Path | None = None) -> Any:
-    """The object that a reference names.
+    """Return the object that a reference names.
 
     Args:
         reference: `package.module:name`, or `folder/file.py:name` relative to `base`; dots in `name` reach attributes.
-        base: the folder that file references are relative to, usually the job file's; the working folder when None.
+        base: folder that file references are relative to, usually the job file's; None for the working folder.
     Raises:
         ReferenceLoadError: malformed, not found, or the module fails to import.
     """
@@ -40,7 +40,7 @@ def load_reference(reference: str, *, base: Path | None = None) -> Any:
 
 
 def code_sha256(obj: Any) -> str | None:
-    """SHA-256 of the source file that defines `obj`, None where it has none (built-in, interactive)."""
+    """Return the SHA-256 of the source file that defines `obj`; None if it has none (built-in, interactive)."""
     module = sys.modules.get(getattr(obj, "__module__", "") or "")
     file = getattr(module, "__file__", None)
     if file is None or not Path(file).is_file():

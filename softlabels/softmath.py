@@ -1,10 +1,10 @@
-"""What is the exact mathematics of soft targets? NumPy, pure functions, the reference for everything faster.
+"""Reference mathematics of soft targets: pure NumPy functions that every faster version is tested against.
 
 Shapes: B rows, C classes, M members. `logits_` are natural-log units free up to a row constant, `logp_` are
 log-probabilities, `p_` and `q_` probabilities (p the target's, q the student's), y a one-hot label.
-Arithmetic is float64 inside; float16 and float32 come back as float32, float64 as float64; a figure a row is float64.
-A logit of -inf is a class of probability 0. A row with NaN, +inf or no finite entry has no distribution and comes
-back as NaN, never as something plausible.
+Arithmetic is in float64; float16 and float32 return float32, float64 returns float64; one number a row is float64.
+A logit of -inf is a class of probability 0. A row with NaN, +inf or no finite entry has no distribution and
+returns NaN, never something plausible.
 Source, where nothing else is named: Hinton, Vinyals, Dean 2015, sections 2 and 2.1.
 """
 
@@ -29,7 +29,7 @@ _NAMED_AT_MOST = 8  # an error names this many offenders, so that a whole bad ba
 
 
 def check_temperature(temperature: object) -> float:
-    """The temperature as a float; `TemperatureError` unless it is a finite number above 0 (True is not a number)."""
+    """Return the temperature as a float; raise TemperatureError unless it is a finite number above 0 (True is none)."""
     if isinstance(temperature, Real) and not isinstance(temperature, bool):
         try:
             value = float(temperature)
@@ -45,7 +45,7 @@ def check_temperature(temperature: object) -> float:
 
 
 def check_mean(mean: object) -> Mean:
-    """The mean's name, or `RequestError` listing the names there are."""
+    """Return the name of the mean; raise RequestError with the known names for any other."""
     for known in MEANS:
         if mean == known:
             return known
@@ -53,7 +53,7 @@ def check_mean(mean: object) -> Mean:
 
 
 def is_locked(mean: Mean, members: int) -> bool:
-    """Whether the result exists only at the temperature it was taken at.
+    """Return whether the mean is locked to the temperature it was taken at.
 
     One member, and a geometric mean, is one vector of logits and re-tempers exactly to any T. The log of an
     arithmetic mean of two or more members is not: tempering does not commute with adding probabilities.
@@ -62,7 +62,7 @@ def is_locked(mean: Mean, members: int) -> bool:
 
 
 def check_weights(weights_M: Sequence[float] | FloatArray | None, members: int) -> NDArray[np.float64]:
-    """Members' weights, scaled to sum to 1; None weighs all alike.
+    """Return the members' weights, scaled to sum to 1; None for equal weights.
 
     Raises:
         ShapeMismatchError: not one weight a member.
@@ -90,7 +90,7 @@ def check_weights(weights_M: Sequence[float] | FloatArray | None, members: int) 
 
 
 def check_labels(labels_B: NDArray[Any], *, rows: int, classes: int) -> NDArray[np.int64]:
-    """Hard labels as int64, each a class or -1 for unlabelled.
+    """Return hard labels as int64, each a class or -1 for unlabelled.
 
     Raises:
         ShapeMismatchError: not one label a row.
@@ -122,7 +122,7 @@ def check_labels(labels_B: NDArray[Any], *, rows: int, classes: int) -> NDArray[
 
 
 def soften(logits_BC: FloatArray, *, temperature: float) -> FloatArray:
-    """Logits to soft targets: p_i = exp(z_i/T) / sum_j exp(z_j/T), eq. 1.
+    """Return soft targets: p_i = exp(z_i/T) / sum_j exp(z_j/T), eq. 1.
 
     Args:
         logits_BC: [..., classes].
@@ -136,17 +136,17 @@ def soften(logits_BC: FloatArray, *, temperature: float) -> FloatArray:
 
 
 def log_soften(logits_BC: FloatArray, *, temperature: float) -> FloatArray:
-    """Logits to log-probabilities at a temperature: the log of `soften`, exact where that underflows."""
+    """Return log-probabilities at a temperature: the log of `soften`, exact where that underflows."""
     return _like(_log_softmax(logits_BC, temperature), logits_BC)
 
 
 def shift_rows(logits_BC: FloatArray) -> FloatArray:
-    """The same distributions with each row's largest logit at 0: how a store keeps them."""
+    """Return the same distributions with each row's largest logit at 0, as stores hold them."""
     return _like(_shifted(logits_BC), logits_BC)
 
 
 def zero_mean(logits_BC: FloatArray) -> FloatArray:
-    """The same distributions with each row's mean at 0, as section 2.1 needs.
+    """Return the same distributions with each row's mean at 0, as section 2.1 needs.
 
     Raises:
         NonFiniteLogitsError: a row holds NaN or an infinity and so has no mean.
@@ -163,7 +163,7 @@ def zero_mean(logits_BC: FloatArray) -> FloatArray:
 
 
 def retemper(logits_BC: FloatArray, *, captured: float, temperature: float) -> FloatArray:
-    """Rows tempered with `captured` to rows tempered with `temperature`: softmax at 1 of the result is the target.
+    """Return rows at `captured` re-tempered to `temperature`: softmax at T = 1 of the result is the target.
 
     The largest entry of a row comes back as 0. Whether targets may be re-tempered at all is `is_locked`'s.
     """
@@ -178,7 +178,7 @@ def retemper(logits_BC: FloatArray, *, captured: float, temperature: float) -> F
 def mean_arithmetic(
     logits_MBC: FloatArray, *, temperature: float, weights_M: Sequence[float] | FloatArray | None = None
 ) -> FloatArray:
-    """Log of the weighted arithmetic mean of the members' distributions at one temperature.
+    """Return the log of the weighted arithmetic mean of the members' distributions at one temperature.
 
     Returns:
         logp_BC; locked to `temperature` where there are two members or more.
@@ -192,7 +192,7 @@ def mean_arithmetic(
 
 
 def mean_geometric(logits_MBC: FloatArray, *, weights_M: Sequence[float] | FloatArray | None = None) -> FloatArray:
-    """Weighted geometric mean of the members' distributions: the mean of their logits.
+    """Return the weighted geometric mean of the members' distributions: the mean of their logits.
 
     Returns:
         logits_BC; softened at any T they are the normalised geometric mean of the members' distributions at that T.
@@ -202,12 +202,12 @@ def mean_geometric(logits_MBC: FloatArray, *, weights_M: Sequence[float] | Float
 
 
 def entropy(logp_BC: FloatArray) -> NDArray[np.float64]:
-    """H(p) of each row, nats, [B]."""
+    """Return H(p) of each row, nats, [B]."""
     return soft_cross_entropy(logp_BC, logp_BC)
 
 
 def soft_cross_entropy(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float64]:
-    """-sum_i p_i log q_i of each row, nats, [B]; a class with p = 0 adds nothing even where q = 0."""
+    """Return -sum_i p_i log q_i of each row, nats, [B]; a class with p = 0 adds nothing even where q = 0."""
     logp, logq = _pair(logp_BC, logq_BC)
     p = np.exp(logp)
     with np.errstate(invalid="ignore"):
@@ -215,10 +215,10 @@ def soft_cross_entropy(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.f
 
 
 def kl_divergence(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float64]:
-    """KL(p, q) of each row, nats, [B]; inf where q = 0 < p.
+    """Return KL(p, q) of each row, nats, [B]; inf where q = 0 < p.
 
-    Summed as p log(p/q) - p + q. For rows that sum to 1 that is the same number, but no term is negative and a row
-    whose sum is off by e adds e²/2 instead of e, so that float32 rows can be told apart down to 1e-12 and not 1e-7.
+    Summed as p log(p/q) - p + q. For rows that sum to 1 the result is the same, but no term is negative, and a row
+    whose sum is off by e adds e²/2 instead of e: float32 rows differ visibly down to 1e-12 instead of 1e-7.
     """
     logp, logq = _pair(logp_BC, logq_BC)
     p, q = np.exp(logp), np.exp(logq)
@@ -230,7 +230,7 @@ def kl_divergence(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float6
 
 
 def hard_cross_entropy(student_logits_BC: FloatArray, labels_B: NDArray[Any]) -> float:
-    """Mean of -log q_label at T = 1 over the labelled rows, nats; 0 where no row is labelled."""
+    """Return the mean of -log q_label at T = 1 over the labelled rows, nats; 0 if no row is labelled."""
     logq = _log_softmax(student_logits_BC, 1.0)
     labels = check_labels(labels_B, rows=len(logq), classes=logq.shape[-1])
     rows = np.flatnonzero(labels != UNLABELLED)
@@ -246,15 +246,15 @@ def distillation_objective(
     hard_weight: float = 0.5,
     soft_weight: float = 1.0,
 ) -> float:
-    """The paper's objective: soft_weight T² CE(p, q at T) + hard_weight CE(y, q at 1), each a mean over its rows.
+    """Return the paper's objective: soft_weight T² CE(p, q at T) + hard_weight CE(y, q at 1), each a mean over rows.
 
     Args:
-        student_logits_BC: the student's.
+        student_logits_BC: logits of the student.
         logp_BC: log-probabilities of the targets at `temperature`.
         temperature: T of the targets.
-        labels_B: classes, -1 for unlabelled; None where no row has one. Unlabelled rows have the soft term alone.
-        hard_weight: of the labels' term.
-        soft_weight: of the targets' term.
+        labels_B: classes, -1 for unlabelled; None if no row has a label. Unlabelled rows have the soft term alone.
+        hard_weight: weight of the term of the labels.
+        soft_weight: weight of the term of the targets.
     """
     logq = _log_softmax(student_logits_BC, temperature)
     soft = check_temperature(temperature) ** 2 * float(soft_cross_entropy(logp_BC, logq).mean())
@@ -263,13 +263,13 @@ def distillation_objective(
 
 
 def soft_gradient(student_logits_BC: FloatArray, logp_BC: FloatArray, *, temperature: float) -> FloatArray:
-    """d CE(p, q) / dz = (q - p)/T of each row, eq. 2: before T² and before the mean over rows."""
+    """Return d CE(p, q) / dz = (q - p)/T of each row, eq. 2: before T² and before the mean over rows."""
     q = np.exp(_log_softmax(student_logits_BC, temperature))
     return _like((q - np.exp(_rows(logp_BC))) / check_temperature(temperature), student_logits_BC)
 
 
 def hard_gradient(student_logits_BC: FloatArray, labels_B: NDArray[Any]) -> FloatArray:
-    """d CE(y, q) / dz = q - y of each row at T = 1; 0 for unlabelled rows."""
+    """Return d CE(y, q) / dz = q - y of each row at T = 1; 0 for unlabelled rows."""
     gradient = np.exp(_log_softmax(student_logits_BC, 1.0))
     labels = check_labels(labels_B, rows=len(gradient), classes=gradient.shape[-1])
     gradient[labels == UNLABELLED] = 0.0
@@ -281,13 +281,13 @@ def hard_gradient(student_logits_BC: FloatArray, labels_B: NDArray[Any]) -> Floa
 def logit_matching_gradient_limit(
     student_logits_BC: FloatArray, teacher_logits_BC: FloatArray, *, temperature: float
 ) -> FloatArray:
-    """(z - v)/(N T²) with both zero-meaned, N classes: what `soft_gradient` tends to as T grows, eq. 4."""
+    """Return (z - v)/(N T²), both zero-meaned, N classes: the limit of `soft_gradient` as T grows, eq. 4."""
     gap = zero_mean(_rows(student_logits_BC)) - zero_mean(_rows(teacher_logits_BC))
     return _like(gap / (gap.shape[-1] * check_temperature(temperature) ** 2), student_logits_BC)
 
 
 def _weight(weight: object) -> float:
-    # 0 stands for everything that is no weight: it is refused for all its kinds in one place.
+    # 0 stands for everything that is no weight: `check_weights` refuses all of them in one place.
     sound = isinstance(weight, Real) and not isinstance(weight, bool)
     value = float(weight) if sound and isinstance(weight, Real) else 0.0
     return value if math.isfinite(value) and value > 0 else 0.0

@@ -1,4 +1,4 @@
-"""One batch of soft targets as a trainer gets it: rows, ids, labels, and the temperature that they carry."""
+"""Soft targets: a batch as a trainer receives it, with ids, labels and temperature."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from softlabels.softmath import check_temperature, mean_arithmetic, mean_geometr
 
 @dataclass(frozen=True, kw_only=True)
 class MemberMean:
-    """How members that are kept side by side are averaged: kind of mean, and one weight a member."""
+    """How the stored members are averaged: kind of mean, and one weight a member."""
 
     kind: Literal["arithmetic", "geometric"]
     weights: tuple[float, ...]
@@ -29,19 +29,19 @@ class SoftTargets:
     """Soft targets of B samples, still encoded; row i belongs to `ids[i]`.
 
     Attributes:
-        ids: [B], in the order asked.
+        ids: [B] sample ids, in the order of the request.
         encoded: the encoding's arrays, [B, ...] each.
-        encoding: how to decode them.
-        temperature: the T that `p()` and the loss use.
-        captured_temperature: the T that the rows are tempered with already.
-        locked: True when no other T than the captured one can be had.
-        labels: [B], -1 where absent; None when the store keeps none or none were asked for.
-        fingerprints: [B, 16] of the samples' contents; None when not asked for.
-        store_digest: the version of the store that the rows come from.
-        members: how the rows of a store that keeps every member are averaged; None where the mean itself is kept.
-        row_offsets: [B + 1] where each sample's rows begin, for sequences: R rows in all instead of one a sample.
-        view_parameters: [B, parameters] of each view; None when not asked for.
-        inputs: [B, ...] the samples themselves, as the teachers' transfer set gave them; None when not asked for.
+        encoding: encoding that decodes them.
+        temperature: T that `p()` and the loss use.
+        captured_temperature: T that the rows already have.
+        locked: True when the captured T is the only one available.
+        labels: [B], -1 where absent; None when the store has none or none were requested.
+        fingerprints: [B, 16] content fingerprints of the samples; None when not requested.
+        store_digest: digest of the store version that the rows come from.
+        members: how members are averaged, for stores that keep them; None where the store keeps their mean.
+        row_offsets: [B + 1] first row of each sample, for sequences: R rows in all instead of one a sample.
+        view_parameters: [B, parameters] parameters of each view; None when not requested.
+        inputs: [B, ...] the samples themselves, as in the transfer set; None when not requested.
     """
 
     ids: IdArray
@@ -63,7 +63,7 @@ class SoftTargets:
 
     @property
     def classes(self) -> int:
-        """How many classes a row has."""
+        """Number of classes."""
         return self.encoding.classes
 
     @cached_property
@@ -76,7 +76,7 @@ class SoftTargets:
         return mean_geometric(logits_MBC, weights_M=self.members.weights)
 
     def member_logits(self) -> NDArray[np.float32]:
-        """logits_BMC of every member, untempered, up to a constant a row and member.
+        """Return logits_BMC of every member at T = 1, up to a constant a row and member.
 
         Raises:
             UnknownFieldError: the store keeps the members' mean only.
@@ -90,11 +90,11 @@ class SoftTargets:
         return self.encoding.decode(flat).reshape(-1, count, self.classes)
 
     def logits(self) -> NDArray[np.float32]:
-        """logits_BC as kept: tempered at `captured_temperature`, up to a row constant."""
+        """Return logits_BC as stored: tempered at `captured_temperature`, up to a constant a row."""
         return self._decoded
 
     def tempered(self, temperature: float | None = None) -> NDArray[np.float32]:
-        """logits_BC whose softmax is the target at `temperature` (default: the one the batch carries).
+        """Return logits_BC whose softmax is the target at `temperature`; None for the batch's own.
 
         Raises:
             TemperatureError: not a finite positive number.
@@ -105,12 +105,12 @@ class SoftTargets:
         return retemper(self._decoded, captured=self.captured_temperature, temperature=wanted)
 
     def p(self, temperature: float | None = None) -> NDArray[np.float32]:
-        """p_BC, the soft targets: each row sums to 1. Raises as `tempered` does."""
+        """Return p_BC, the soft targets: each row sums to 1. Raises as `tempered` does."""
         return soften(self.tempered(temperature), temperature=1.0)
 
 
 def check_unlocked(wanted: float, *, captured: float, locked: bool) -> None:
-    """Let a temperature pass that these targets can be had at.
+    """Raise unless these targets exist at the wanted temperature.
 
     Raises:
         TemperatureLockedError: the targets are an arithmetic mean, truncated or sampled, and `wanted` is another T.

@@ -1,4 +1,4 @@
-"""What targets are computed for: transfer sets, their samples, and fingerprints that tell one data set from another."""
+"""Transfer sets: the samples that targets are computed for, and fingerprints that tell one data set from another."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ FINGERPRINT_BYTES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Some samples of a transfer set, in the order asked.
+    """Some samples of a transfer set.
 
     Attributes:
-        ids: [B].
-        inputs: [B, ...], as the data set keeps them: fingerprints are taken of these very bytes.
+        ids: [B] sample ids.
+        inputs: [B, ...], as the data set holds them: fingerprints are taken of these bytes.
         labels: [B] int64, `UNLABELLED` where absent; None when no sample of the set has one.
     """
 
@@ -49,24 +49,24 @@ class TransferSet(Protocol):
 
     @property
     def name(self) -> str:
-        """A short name for people and manifests."""
+        """Short name, for messages and manifests."""
         ...
 
     def __len__(self) -> int: ...
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """The samples at these positions, in this order; positions may repeat."""
+        """Return the samples at these positions, in this order; positions may repeat."""
         ...
 
 
 class ArrayTransferSet:
-    """A transfer set over arrays that lie in memory or are mapped into it.
+    """Transfer set over arrays in memory or memory-mapped files.
 
     Args:
-        name: a short name for people and manifests.
+        name: short name, for messages and manifests.
         inputs: [N, ...].
         labels: [N] integers, `UNLABELLED` where absent; None when no sample has one.
-        ids: [N] unique integers or strings; 0 … N−1 when left out.
+        ids: [N] unique integers or strings; None for 0 … N−1.
     Raises:
         BadIdsError: ids repeat.
         ShapeMismatchError: the arrays differ in length.
@@ -85,14 +85,14 @@ class ArrayTransferSet:
 
     @property
     def name(self) -> str:
-        """A short name for people and manifests."""
+        """Short name, for messages and manifests."""
         return self._name
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """The samples at these positions, in this order; positions may repeat."""
+        """Return the samples at these positions, in this order; positions may repeat."""
         labels = None if self.labels is None else self.labels[positions]
         return Samples(ids=self.ids[positions], inputs=np.asarray(self.inputs[positions]), labels=labels)
 
@@ -106,12 +106,12 @@ class MapStyleDataset(Protocol):
 
 
 class SequenceTransferSet:
-    """Samples of a sequence or a map-style torch data set.
+    """Transfer set over a sequence or a map-style torch data set.
 
     Args:
-        items: each one an input (an array, a tensor, a picture), or a tuple (input, label).
-        ids: [N], unique; the ids that the targets were computed under. None takes the positions for ids.
-        name: for people.
+        items: inputs (arrays, tensors, images), or tuples (input, label).
+        ids: [N] unique ids that the targets were computed under; None for the positions.
+        name: short name, for messages.
     Raises:
         BadIdsError: ids repeat. ShapeMismatchError: there are not as many ids as items.
     """
@@ -131,14 +131,14 @@ class SequenceTransferSet:
 
     @property
     def name(self) -> str:
-        """A short name for people."""
+        """Short name, for messages."""
         return self._name
 
     def __len__(self) -> int:
         return len(self._items)
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """The samples at these positions, in this order; positions may repeat.
+        """Return the samples at these positions, in this order; positions may repeat.
 
         Raises:
             ShapeMismatchError: inputs of different shapes.
@@ -159,7 +159,7 @@ class SequenceTransferSet:
 
 
 def sample_fingerprints(inputs: NDArray[Any]) -> NDArray[np.uint8]:
-    """A content fingerprint of each sample.
+    """Return a content fingerprint of each sample.
 
     Args:
         inputs: [B, ...].
@@ -179,11 +179,11 @@ def sample_fingerprints(inputs: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def sequence_fingerprints(inputs: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """A content fingerprint of each sequence without its padding, as a store of sequences keeps one a sample.
+    """Return a content fingerprint of each sequence without its padding, as stores of sequences hold them.
 
     Args:
         inputs: [B, L, ...].
-        lengths: [B] how much of each is there.
+        lengths: [B] length of each sequence.
     Returns:
         uint8, shape [B, 16].
     """
@@ -192,7 +192,7 @@ def sequence_fingerprints(inputs: NDArray[Any], lengths: NDArray[np.int64]) -> N
 
 
 class FingerprintSum:
-    """The fingerprint of a set of samples: independent of order, and mergeable over shards.
+    """Fingerprint of a set of samples: independent of order, and mergeable over shards.
 
     Each (id, sample fingerprint) is mixed to 128 bits and the results are added modulo 2^64 in two lanes: an additive
     set hash, proof against accident (its purpose), not against an adversary who may choose the samples. With s =
@@ -217,17 +217,17 @@ class FingerprintSum:
         self.count += len(ids)
 
     def merge(self, other: FingerprintSum) -> None:
-        """Add the samples that `other` has seen."""
+        """Add the samples of `other`."""
         self._lanes += other._lanes
         self.count += other.count
 
     def hexdigest(self) -> str:
-        """The fingerprint: 32 hex digits and the sample count."""
+        """Return the fingerprint: 32 hex digits and the sample count."""
         return f"{self._lanes.astype('<u8').tobytes().hex()}-{self.count}"
 
     @classmethod
     def from_hexdigest(cls, text: str) -> FingerprintSum:
-        """The sum that `hexdigest` described.
+        """Return the sum that `hexdigest` described.
 
         Raises:
             ValueError: the text is not such a digest.
@@ -247,9 +247,9 @@ def _id_keys(ids: IdArray) -> NDArray[np.uint64]:
 
 
 def transfer_set_fingerprint(transfer_set: TransferSet, *, batch_size: int = 4096) -> str:
-    """The fingerprint of a whole transfer set: the same ids with the same contents, in any order, give the same one.
+    """Return the fingerprint of a whole transfer set: the same for the same ids and contents in any order.
 
-    Labels are left out: a set relabelled is still the set that the teacher saw.
+    Labels are left out: a relabelled set is still the set that the teachers saw.
     """
     total = FingerprintSum()
     for start in range(0, len(transfer_set), batch_size):

@@ -1,6 +1,6 @@
-"""What travels: named arrays as one safetensors file, written and read with NumPy alone.
+"""The wire format: named arrays as one safetensors file, written and read with NumPy alone.
 
-The format (https://github.com/huggingface/safetensors#format), whole: 8 bytes little-endian header length H; H bytes of
+The whole format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length H; H bytes of
 JSON, `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}`, padded with spaces so
 that data begin at a multiple of 8; then the arrays' bytes, in the order of the header, without gaps.
 """
@@ -21,10 +21,10 @@ MEDIA_TYPE = "application/vnd.safetensors"
 """Media type of a batch reply."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""The bound that the safetensors library itself sets."""
+"""The limit of the safetensors library."""
 
 MAX_AXES = 32
-"""More than any array here has; NumPy itself stops at 64."""
+"""More than any array here has; NumPy's own limit is 64."""
 
 CHECKSUM = "checksum"
 """The last array of a reply, uint64 [1]; see `checksum_of`."""
@@ -35,9 +35,9 @@ _FROM_WIRE = {wire: np.dtype(numpy) for numpy, wire in _TO_WIRE.items()}
 
 
 def header_bytes(shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The length field and header of a safetensors file whose arrays have these dtypes and shapes.
+    """Return the length field and header of a safetensors file whose arrays have these dtypes and shapes.
 
-    Arrays follow in the order of the mapping; give wider dtypes first, then all are aligned.
+    Arrays follow in the order of the mapping; with wider dtypes first, all are aligned.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
@@ -55,10 +55,10 @@ def header_bytes(shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], me
 
 
 def word_sum(array: NDArray[Any]) -> int:
-    """The sum of an array's bytes as little-endian 64-bit words, modulo 2⁶⁴, zeros after its end filling the last word.
+    """Return the sum of an array's bytes as little-endian 64-bit words, modulo 2⁶⁴; the last word is padded with zeros.
 
-    A flipped bit always shows, whatever else changes with all but certainty; at the speed of memory, which no checksum
-    of the standard library comes near. Sums of parts of whole words add up to the sum of the whole.
+    It detects every single flipped bit, and other changes with high probability, at memory speed; the checksums of
+    the standard library are far slower. Sums of parts of whole words add up to the sum of the whole.
     """
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     whole = len(flat) & ~7
@@ -67,12 +67,12 @@ def word_sum(array: NDArray[Any]) -> int:
 
 
 def checksum_of(arrays: Iterable[NDArray[Any]]) -> NDArray[np.uint64]:
-    """What the array `checksum` of a reply holds: the word sums of all its other arrays together, [1]."""
+    """Return the array `checksum` of a reply, [1]: the sum of the word sums of all its other arrays."""
     return np.array([sum(map(word_sum, arrays)) % (1 << 64)], dtype="<u8")
 
 
 def to_buffers(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """A safetensors file as buffers to be sent one after the other; the arrays are not copied."""
+    """Return a safetensors file as buffers to send one after the other; the arrays are not copied."""
     ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
     packed = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("<")) for name, array in ordered.items()}
     header = header_bytes({name: (array.dtype, array.shape) for name, array in packed.items()}, metadata)
@@ -80,19 +80,19 @@ def to_buffers(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) 
 
 
 def to_bytes(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file in one piece."""
+    """Return a safetensors file in one piece."""
     return b"".join(to_buffers(arrays, metadata))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorLayout:
-    """Where the arrays of a safetensors file lie, and what it says of itself.
+    """Positions of the arrays in a safetensors file, and its metadata.
 
     Attributes:
         metadata: strings by name.
         entries: name, dtype, shape and first byte of each array, in the order of their bytes.
-        data_begin: where the arrays begin in the file.
-        data_bytes: how long they are together.
+        data_begin: offset of the first array in the file.
+        data_bytes: size of all arrays together.
     """
 
     metadata: Mapping[str, str]
@@ -101,10 +101,10 @@ class TensorLayout:
     data_bytes: int
 
     def arrays(self, blob: memoryview) -> dict[str, NDArray[Any]]:
-        """Arrays by name, views of the file.
+        """Return the arrays by name, as views of the file.
 
         Raises:
-            WireError: the file is not as long as its header says.
+            WireError: the file is shorter or longer than its header says.
         """
         found = len(blob) - self.data_begin
         if found != self.data_bytes:
@@ -131,10 +131,10 @@ def from_bytes(blob: bytes | bytearray | memoryview) -> tuple[dict[str, NDArray[
 
 
 def raw_header(view: memoryview) -> bytes:
-    """The length field and header of a safetensors file.
+    """Return the length field and header of a safetensors file.
 
     Raises:
-        WireError: cut, or not safetensors at all.
+        WireError: truncated, or not safetensors at all.
     """
     if len(view) < 8:
         raise WireError(f"{len(view)} bytes are no safetensors file: the reply is cut")
@@ -147,10 +147,10 @@ def raw_header(view: memoryview) -> bytes:
 
 
 def parse_header(view: memoryview | bytes) -> TensorLayout:
-    """What the header at the beginning of a safetensors file says; of the rest nothing is read.
+    """Return the layout in the header of a safetensors file; nothing after the header is read.
 
     Raises:
-        WireError: it is cut, contradicts itself or names an unknown dtype.
+        WireError: the header is truncated, contradicts itself or names an unknown dtype.
     """
     header = raw_header(memoryview(view))
     table = _table_of(header)
