@@ -344,7 +344,7 @@ def _loader(dataset: SoftTargetDataset, settings: DistillSettings) -> StatefulLo
     inputs must be these samples in that order. A slow link is filled by a stream alone: one request per batch waits for
     a round trip each time.
     """
-    if not _has_the_stores_order(dataset):
+    if not has_the_stores_order(dataset):
         return data_loader(
             dataset,
             batch_size=settings.batch_size,
@@ -367,7 +367,7 @@ def _loader(dataset: SoftTargetDataset, settings: DistillSettings) -> StatefulLo
     return stream_loader(stream, workers=settings.workers, ahead=True)
 
 
-def _has_the_stores_order(dataset: SoftTargetDataset) -> bool:
+def has_the_stores_order(dataset: SoftTargetDataset) -> bool:
     """Return whether position i of the data set is row i of the store."""
     # Subclasses make other batches of other requests: views of the samples, or whatever a user's class does.
     ids: Any = getattr(dataset.samples, "ids", None)

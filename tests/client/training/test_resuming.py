@@ -215,6 +215,30 @@ class TestResuming:
         distill(resumed, dataset, again, checkpoints=CheckpointFolder(tmp_path / "c", resume=True))
         assert torch.equal(weights(resumed), weights(straight))
 
+    def test_a_checkpoint_of_format_1_is_resumed(
+        self, dataset: SoftTargetDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It has no sums for the accuracy, and the loader's state in it is not needed."""
+        straight, resumed = student(), student()
+        expected = distill(straight, dataset, SETTINGS)
+        folder = CheckpointFolder(tmp_path / "c", every=1)
+        with pytest.raises(BrokenOffError):
+            distill(student(), dataset, SETTINGS, progress=Fuse(400), checkpoints=folder)
+        path = folder.path / f"step-{folder.steps[-1]:012}.safetensors"
+        saved = folder.newest()
+        for name in ("sums", "logged_sums"):
+            saved["state"][name] = saved["state"][name][:2].clone()
+        del saved["state"]["accuracies"], saved["state"]["test_samples"]
+        with monkeypatch.context() as patched:
+            patched.setattr("softlabels_client.training.checkpoint.FORMAT", "softlabels-checkpoint/1")
+            folder.write(folder.steps[-1], saved | {"place": {"format": "softlabels-place/1"}})
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["softlabels.checkpoint"] == "softlabels-checkpoint/1"
+        result = distill(resumed, dataset, SETTINGS, checkpoints=CheckpointFolder(folder.path, resume=True))
+        assert torch.equal(weights(resumed), weights(straight))
+        assert result.losses == expected.losses
+        assert result.accuracies[0] is None
+
     def test_a_finished_training_is_not_learnt_again(self, dataset: SoftTargetDataset, tmp_path: Path) -> None:
         """It gives its student and its figures, whatever became of the file of weights."""
         first, second = student(), student()

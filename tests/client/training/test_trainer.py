@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ import softlabels
 from softlabels.errors import DivergenceError, FingerprintMismatchError, RequestError, ShapeMismatchError
 from softlabels.losses import distillation_loss
 from softlabels.transfer_set import ArrayTransferSet
-from softlabels_client import DistillSettings, SoftTargetDataset, count_errors, distill, save_student
-from softlabels_client.training.optimization import one_cycle
+from softlabels_client import CsvLog, DistillSettings, SoftTargetDataset, count_errors, distill, save_student
+from softlabels_client.training.optimization import make_optimizer, make_scheduler, one_cycle
+from softlabels_client.training.step import measure_errors
+from softlabels_client.training.trainer import has_the_stores_order
 
 SETTINGS = DistillSettings(epochs=3, batch_size=32, learning_rate=0.05, device="cpu")
 
@@ -203,6 +207,91 @@ class TestDistill:
         """The names that work are listed."""
         with pytest.raises(RequestError, match="'auto', 'cpu'"):
             distill(student(), dataset, dataclasses.replace(SETTINGS, device="toaster"))
+
+
+class TestMetrics:
+    def test_accuracy_is_of_the_labelled_samples(self, dataset: SoftTargetDataset, tmp_path: Path) -> None:
+        """In percent, per epoch; of the test set too where errors are counted; and the rate is positive."""
+        settings = dataclasses.replace(SETTINGS, epochs=8)
+        result = distill(
+            student(),
+            dataset,
+            settings,
+            evaluate=lambda model: measure_errors(model, dataset.samples),
+            logs=[CsvLog(tmp_path / "log.csv")],
+        )
+        assert len(result.accuracies) == 8
+        assert result.accuracies[0] is not None
+        assert result.accuracies[-1] is not None
+        assert result.accuracies[0] < result.accuracies[-1] <= 100
+        assert result.test_samples == 128
+        assert result.samples_per_second > 0
+        rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+        assert [float(row["accuracy"]) for row in rows] == list(result.accuracies)
+        assert float(rows[-1]["test_accuracy"]) == pytest.approx(100 * (1 - result.errors[-1] / 128))
+        assert all(float(row["samples_per_second"]) > 0 for row in rows)
+
+    def test_without_labels_there_is_no_accuracy(self, lesson: tuple[Path, ArrayTransferSet]) -> None:
+        """None, rather than 0 or 100 percent."""
+        data = ArrayTransferSet("lesson", lesson[1].inputs, labels=np.full(512, -1))
+        with softlabels.open(lesson[0]) as store:
+            assert distill(student(), SoftTargetDataset(data, store), SETTINGS).accuracies == (None,) * 3
+
+
+class TestStreaming:
+    def test_streams_and_requests_train_the_same_student(self, dataset: SoftTargetDataset) -> None:
+        """To the bit; a subclass may fetch its batches in its own way, so it is not streamed."""
+
+        class Requested(SoftTargetDataset):
+            pass
+
+        streamed, requested = student(), student()
+        distill(streamed, dataset, SETTINGS)
+        distill(requested, Requested(dataset.samples, dataset.store), SETTINGS)
+        assert torch.equal(weights(streamed), weights(requested))
+
+    def test_only_the_stores_samples_in_the_stores_order_are_streamed(
+        self, lesson: tuple[Path, ArrayTransferSet], dataset: SoftTargetDataset
+    ) -> None:
+        """Others are requested, and train as well."""
+        data, order = lesson[1], np.random.default_rng(0).permutation(512)
+        assert data.labels is not None
+        shuffled = ArrayTransferSet("lesson", data.inputs[order], labels=data.labels[order], ids=data.ids[order])
+        part = ArrayTransferSet("lesson", data.inputs[:100], labels=data.labels[:100])
+        assert has_the_stores_order(dataset)
+        for other in (shuffled, part):
+            pairs = SoftTargetDataset(other, dataset.store)
+            assert not has_the_stores_order(pairs)
+            assert distill(student(), pairs, SETTINGS).losses
+
+
+class TestSchedules:
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({}, [0, 0.5, 1, 0.5 * (1 + math.cos(math.pi / 8)), 0.5 * (1 + math.cos(math.pi / 4))]),
+            ({"schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * step / 10)) for step in range(5)]),
+            (
+                {"schedule": "cosine", "warm_up": 0.1},
+                [0, 1, *(0.5 * (1 + math.cos(math.pi * n / 9)) for n in (1, 2, 3))],
+            ),
+            ({"schedule": "step", "step_epochs": (1, 2), "step_factor": 0.5}, [1, 1, 0.5, 0.5, 0.25]),
+            ({"schedule": "constant", "warm_up": 0.3}, [0, 1 / 3, 2 / 3, 1, 1]),
+        ],
+        ids=str,
+    )
+    def test_rates_of_the_first_steps(self, changes: dict[str, Any], expected: list[float]) -> None:
+        """5 epochs of 2 steps; a scheduler that is made in between continues at the same rates."""
+        settings = DistillSettings(epochs=5, learning_rate=0.2, momentum=0, **changes)
+        optimizer = make_optimizer(nn.Linear(2, 2), settings)
+        scheduler = make_scheduler(optimizer, settings, steps_per_epoch=2)
+        seen = []
+        for _ in expected:
+            seen.append(optimizer.param_groups[0]["lr"] / 0.2)
+            scheduler.step()
+        assert seen == pytest.approx(expected, abs=1e-12)
+        make_scheduler(optimizer, settings, steps_per_epoch=2, done_steps=3)
+        assert optimizer.param_groups[0]["lr"] / 0.2 == seen[3]
 
 
 class TestOneCycle:
