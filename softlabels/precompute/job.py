@@ -1,4 +1,4 @@
-"""The job: what a precompute run is told, as typed documents read from TOML.
+"""The job: settings of a precompute run, as typed documents read from TOML.
 
 A store keeps its job as JSON beside the plan, so that `resume` needs no job file; field names are part of that format.
 """

@@ -155,7 +155,7 @@ class _KeptJob:
         return same and not (self._job.store_path / MANIFEST).exists()
 
     def encoding(self) -> Encoding | None:
-        """Return the encoding of the store that this very job began, so that nothing is learnt anew; else None."""
+        """Return the encoding of the store that this very job began, so that nothing is learnt again; else None."""
         if self._before.get("targets") != self._job.to_json()["targets"]:
             return None
         return load_encoding(self._job.store_path, load_plan(self._job.store_path))

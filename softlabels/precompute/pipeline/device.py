@@ -45,8 +45,8 @@ class DeviceStreams:
     """The streams of one device, and the time in which no teacher ran.
 
     On CUDA there are three: inputs are copied in one, teachers run in the device's current stream, and what follows
-    (mean, encoding, audit, the copy to the host) runs in a third, beside the next batch's forward passes; whoever waits
-    for the device there waits while it is busy. On other devices everything runs in order and these methods do nothing.
+    (mean, encoding, audit, the copy to the host) runs in a third, beside the next batch's forward passes: a wait for
+    the device there does not leave it idle. On other devices everything runs in order and these methods do nothing.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -27,8 +27,8 @@ class StopSignal:
 
     def __init__(self, parent: StopSignal | None = None) -> None:
         self._parent = parent
-        # One condition for a whole run: whoever changes anything wakes everybody, and each looks for itself. With one
-        # condition per channel, a stage that waits for an item would sleep through the stop.
+        # One condition for a whole run: every change wakes all stages, and each checks its own predicate. With one
+        # condition per channel, a stage that waits for an item would miss the stop.
         self.changed: threading.Condition = threading.Condition() if parent is None else parent.changed
         self._stopped = False
         self._error: BaseException | None = None

@@ -55,7 +55,7 @@ class TestLoadJob:
         assert words in str(caught.value)
 
     def test_a_job_without_teachers_is_refused(self, job_folder: Path) -> None:
-        """There must be somebody to ask."""
+        """A job needs at least one teacher."""
         text = (job_folder / "job.toml").read_text()
         (job_folder / "bad.toml").write_text(text.split("[[teachers]]")[0])
         with pytest.raises(JobError, match="no teacher is named"):

@@ -213,7 +213,7 @@ class TestRefusals:
             resume(tmp_path)
 
     def test_a_teacher_table_takes_only_modules(self, job_folder: Path) -> None:
-        """A reference to something else is told apart."""
+        """A reference to something else is refused."""
         job = load_job(job_folder / "job.toml")
         wrong = structs.replace(job, teachers=(TeacherTable(model="parts.py:blobs"),))
         with pytest.raises(ReferenceLoadError, match="not a torch"):

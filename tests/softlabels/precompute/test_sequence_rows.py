@@ -32,7 +32,7 @@ LENGTHS = (7, 1, 0, 20, 3, 12, 12, 5)
 
 
 class TinyLanguageModel(torch.nn.Module):
-    """Causal: position t is told by the mean of the embeddings up to it."""
+    """Causal: position t depends on the mean of the embeddings up to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def job(base: Path, encoding: Any = "f32", *, name: str = "store", **tables: Any
 
 
 def live(token_ids: np.ndarray) -> np.ndarray:
-    """What the model says of one sequence alone, each row's largest 0."""
+    """Return the model's logits of one sequence alone, each row's largest 0."""
     if len(token_ids) == 0:
         return np.empty((0, VOCABULARY), np.float32)
     logits = teacher().logits(torch.from_numpy(token_ids[None]))[0].numpy()
@@ -105,7 +105,7 @@ class TestPrecompute:
         assert verify(tmp_path / "store").sound
 
     def test_the_label_of_a_position_is_the_next_token(self, tmp_path: Path) -> None:
-        """And none at the end, where nobody knows it."""
+        """The last position has no label."""
         precompute(job(tmp_path), transfer_set=texts(), teachers=[teacher()])
         batch = softlabels.open(tmp_path / "store").batch(["text-3", "text-1"])
         assert batch.labels is not None
@@ -174,7 +174,7 @@ class TestEncodings:
         assert len(student.grad) == 18
         assert student.grad.isfinite().all()
 
-    def test_draws_hang_on_sample_and_position(self, tmp_path: Path) -> None:
+    def test_draws_depend_on_sample_and_position(self, tmp_path: Path) -> None:
         """However a run is cut into batches and shards, a position draws the same tokens; no two positions do."""
         encoding = {"name": "sampled", "head": 2, "draws": 12}
         precompute(job(tmp_path, encoding), transfer_set=texts(), teachers=[teacher()])
@@ -248,7 +248,7 @@ class TestHiddenStates:
             precompute(job(tmp_path, "hidden"), transfer_set=texts(), teachers=[teacher(), teacher()])
 
     def test_a_teacher_without_a_known_head_is_refused(self, tmp_path: Path) -> None:
-        """And told how to name it."""
+        """The message says how to name it."""
         made = teacher_from_module(TinyLanguageModel(), name="tiny", gives="positions")
         with pytest.raises(TeacherError, match="`head`"):
             precompute(job(tmp_path, "hidden"), transfer_set=texts(), teachers=[made])
@@ -256,7 +256,7 @@ class TestHiddenStates:
 
 class TestRefusals:
     def test_one_answer_a_sample(self, tmp_path: Path) -> None:
-        """A classifier of whole samples is told what is expected of it."""
+        """The message for a classifier of whole samples says what is expected."""
 
         class Whole(torch.nn.Module):
             def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A data set that changes under a job: noticed when the job goes on, and before its store is published."""
+"""Data-set snapshot: a change is found when the job is resumed, and before its store is published."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def rewritten(folder: Path) -> None:
 
 
 class TestResume:
-    def test_unchanged_data_go_on(self, stopped: Path) -> None:
+    def test_unchanged_data_resume(self, stopped: Path) -> None:
         """The note that was made when the job began is what the folder still looks like."""
         assert resume(stopped / "store").finished
         assert verify(stopped / "store").sound
@@ -122,7 +122,7 @@ class TestResume:
     def test_the_first_file_that_differs_is_named(
         self, stopped: Path, change: Callable[[Path], None], words: str
     ) -> None:
-        """A picture that was saved again, touched, removed or added: the job does not go on, and says why."""
+        """A picture that was saved again, touched, removed or added: the job is not resumed, and the error says why."""
         before = (stopped / "store" / "plan.json").read_bytes()
         change(stopped)
         with pytest.raises(TransferSetChangedError, match=words):
@@ -149,7 +149,7 @@ class TestFinish:
         assert not (folder / "store" / "manifest.json").exists()
 
     def test_a_finished_store_asks_no_more(self, folder: Path) -> None:
-        """Once published, what becomes of the data is the owner's; running the job again changes nothing."""
+        """Once the store is published the data may change; running the job again changes nothing."""
         digest = precompute(load_job(folder / "job.toml")).digest
         rewritten(folder)
         assert precompute(load_job(folder / "job.toml")).digest == digest
@@ -164,7 +164,7 @@ class TestFinish:
 
 class TestSamples:
     def test_a_corrupt_picture_is_named(self, folder: Path) -> None:
-        """The error names the file; shards before it are kept, and the job goes on once it is mended."""
+        """The error names the file; shards before it are kept, and the job resumes once the file is restored."""
         broken = folder / "pictures" / "right" / "22.png"
         whole = broken.read_bytes()
         state = broken.stat()

@@ -1,4 +1,4 @@
-"""The stages of a run together: the same bytes as one step after the other, and an end in order whatever fails."""
+"""The shard pipeline: the same bytes as a serial computation, and an orderly end whatever fails."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ASKED = 3
 
 
 class Net(nn.Module):
-    """A small network that notes the batches it is given, can be told what to do at one, and has so much room."""
+    """A small network that records batch sizes, runs a callback at a batch, and rejects more than `room` inputs."""
 
     def __init__(
         self, seed: int = 0, *, at: int | None = None, do: Callable[[], None] | None = None, room: int = 1 << 30
@@ -106,7 +106,7 @@ def kept_job(job: Job) -> dict[str, Any]:
 
 
 def free_shards(job: Job) -> list[int]:
-    """The shards that nobody holds."""
+    """Return the shards that are not claimed."""
     writer, free = StoreWriter.resume(job.store_path), []
     for shard in range(writer.plan.shards.count):
         with contextlib.suppress(ShardClaimedError), writer.claim(shard):
@@ -114,9 +114,9 @@ def free_shards(job: Job) -> list[int]:
     return free
 
 
-class TestTheSameBytes:
+class TestSameBytes:
     @pytest.mark.parametrize("encoding", ["f32", "q8", "topk3"])
-    def test_as_one_step_after_the_other(self, tmp_path: Path, encoding: str) -> None:
+    def test_as_a_serial_computation(self, tmp_path: Path, encoding: str) -> None:
         """A store computed without a pipeline, by the same maths in the same batches, is the same, file by file."""
         ours = job(tmp_path)
         ours = replace(ours, targets=replace(ours.targets, encoding=encoding))
@@ -159,7 +159,7 @@ class TestTheSameBytes:
         compute(job(tmp_path), net)
         assert net.batches[ASKED:] == [50, 50, 28] * 4 + [50, 38]
 
-    def test_whoever_many_load(self, tmp_path: Path) -> None:
+    def test_the_number_of_loaders_changes_nothing(self, tmp_path: Path) -> None:
         """Loaders that make several batches at once give them in order; also where more are ahead than shards fit."""
         ours = replace(job(tmp_path), store=StoreTable(path="store", rows_per_shard=64, rows_per_chunk=64))
         many = replace(ours, store=replace(ours.store, path="many", name="store"), run=replace(ours.run, loaders=8))
@@ -191,16 +191,16 @@ class TestOutOfMemory:
         assert notes.advanced == SAMPLES
 
     def test_a_resumed_run_begins_with_the_size_that_fits(self, tmp_path: Path) -> None:
-        """It is not found out anew; a job file that asks for another size gets that one."""
+        """The search is not repeated; a job file that asks for another size gets that one."""
         ours, net = job(tmp_path), Net(room=20)
         with pytest.raises(ZeroDivisionError):
-            compute(ours, net, data=Failing(at=300, error=ZeroDivisionError("worn out")))
+            compute(ours, net, data=Failing(at=300, error=ZeroDivisionError("broken")))
         again, changed = Net(), Net()
         compute(ours, again)
         assert max(again.batches[ASKED:]) == 12
         other = job(tmp_path / "other")
         with pytest.raises(ZeroDivisionError):
-            compute(other, Net(room=20), data=Failing(at=300, error=ZeroDivisionError("worn out")))
+            compute(other, Net(room=20), data=Failing(at=300, error=ZeroDivisionError("broken")))
         compute(replace(other, run=RunTable(batch_size=30)), changed)
         assert max(changed.batches[ASKED:]) == 30
 
@@ -214,7 +214,7 @@ class TestOutOfMemory:
 
 
 class Notes:
-    """Progress that remembers what it was told."""
+    """Progress that records its calls."""
 
     def __init__(self) -> None:
         self.last, self.advanced = "", 0
@@ -272,7 +272,7 @@ class Shrinking(Failing):
 
 class TestFaults:
     def test_a_transfer_set_that_breaks(self, tmp_path: Path) -> None:
-        """Its own error comes out, shards before it are committed, nothing is held, and the job can go on."""
+        """Its own error comes out, shards before it are committed, no claim stays, and the job can be resumed."""
         ours = job(tmp_path)
         with pytest.raises(OSError, match="cable"):
             compute(ours, Net(), data=Failing(at=2 * SHARD + 60, error=OSError("the cable is out")))
@@ -322,8 +322,8 @@ class TestFaults:
         compute(undisturbed := job(tmp_path / "undisturbed"), Net())
         assert tree_digest(ours.store_path) == tree_digest(undisturbed.store_path)
 
-    def test_a_shard_that_somebody_else_holds_is_left_to_them(self, tmp_path: Path) -> None:
-        """The rest is computed; the store is theirs to publish."""
+    def test_a_shard_claimed_by_another_process_is_skipped(self, tmp_path: Path) -> None:
+        """The rest is computed; the other process publishes the store."""
         ours, notes = job(tmp_path), Notes()
         with pytest.raises(KeyboardInterrupt):
             compute(ours, Net(at=ASKED, do=_interrupt))
@@ -342,7 +342,7 @@ class TestBatchSize:
         """The run, and every later one of this store, takes the size that was found on the first."""
         ours, net = job(tmp_path, batch_size="auto"), Net()
         with pytest.raises(ZeroDivisionError):
-            compute(ours, net, data=Failing(at=300, error=ZeroDivisionError("worn out")))
+            compute(ours, net, data=Failing(at=300, error=ZeroDivisionError("broken")))
         found = kept_job(ours)["found"]["batch_size"]
         assert found in {1, 2, 4, 8, 16, 32, 64, 128}
         again = Net()
@@ -378,7 +378,7 @@ class TestBatchSize:
 
 
 class TestMemory:
-    def test_shards_that_are_written_are_let_go(self, tmp_path: Path) -> None:
+    def test_written_shards_are_released(self, tmp_path: Path) -> None:
         """However many shards there are, no more than three are held, claims and arrays included."""
         most = 0
 

@@ -1,4 +1,4 @@
-"""Channels between stages: order, room, an end, and one stop for all."""
+"""Stages: channels keep order and bounds, and one signal stops all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TestChannel:
         channel.close()
         assert [channel.get() for _ in range(4)] == [1, 2, 3, None]
 
-    def test_a_full_channel_makes_the_giver_wait(self) -> None:
+    def test_put_waits_while_the_channel_is_full(self) -> None:
         """At most `size` items wait at a time."""
         stop, given = StopSignal(), list[int]()
         channel: Channel[int] = Channel(2, stop)
@@ -39,8 +39,8 @@ class TestChannel:
 
 
 class TestStopSignal:
-    def test_an_error_wakes_everybody_and_is_told(self) -> None:
-        """Stages that wait for items, for room and for slots all stop; the first error is the one raised."""
+    def test_an_error_stops_every_stage_and_is_raised(self) -> None:
+        """Stages waiting for items, for space and for slots all stop; the first error is the one raised."""
         stop = StopSignal()
         empty: Channel[int] = Channel(1, stop)
         full: Channel[int] = Channel(1, stop)
@@ -71,7 +71,7 @@ class TestStopSignal:
         with pytest.raises(OSError, match="all"):
             other.raise_error()
 
-    def test_stages_are_no_reason_to_stay_alive(self) -> None:
+    def test_stages_are_daemon_threads(self) -> None:
         """A transfer set that hangs does not keep the process from ending."""
         release = threading.Event()
         stage = Stage("hanging", lambda: _forever(release.wait), StopSignal())

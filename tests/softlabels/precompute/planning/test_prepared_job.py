@@ -1,4 +1,4 @@
-"""Encodings from the job file to the batch: each is kept, served and locked as it says of itself."""
+"""Planned jobs: every encoding from the job file to a served batch, at the temperatures that it allows."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class TestRetemperable:
 
 class TestLearnt:
     def test_a_basis_is_learnt_kept_and_resumed(self, job_folder: Path, exact: np.ndarray) -> None:
-        """What was learnt lies in the store; an interrupted run goes on with it and learns nothing anew."""
+        """What was learnt is in the store; a resumed run reads it and learns nothing again."""
         manifest = run(job_folder, '{name = "basis", row_bytes = 24}')
         assert manifest.encoding.constants == ("basis", "mean", "widths")
         before = {path.name: path.read_bytes() for path in (job_folder / "store" / "encoding").iterdir()}
