@@ -1,4 +1,4 @@
-"""What does a training step get? Inputs and their soft targets side by side, paired by sample id."""
+"""DistillationBatch, the inputs and soft targets of one training step, and its collate function."""
 
 from __future__ import annotations
 
@@ -8,28 +8,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from softlabels.errors import EmptyBatchError, MissingExtraError, ShapeMismatchError
-
-try:
-    import torch
-    from torch import Tensor
-except ImportError as error:
-    raise MissingExtraError(
-        "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
-    ) from error
-
+from softlabels.errors import EmptyBatchError, ShapeMismatchError
+from softlabels.extras import needs_extra
 from softlabels.ids import IdArray, as_ids
 from softlabels.losses import SoftTargetBatch
+
+with needs_extra("torch", "training a student"):
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DistillationBatch:
-    """B samples with their soft targets: row i of all three belongs together.
+    """B samples with their soft targets: row i of all three belongs to the same sample.
 
     Attributes:
-        inputs: [B, ...], as the data set keeps them.
-        targets: with the temperature that they carry, and hard labels where there are any.
-        ids: [B].
+        inputs: [B, ...], as in the data set.
+        targets: soft targets with their temperature, and hard labels if there are any.
+        ids: [B] sample ids.
     """
 
     inputs: Tensor
@@ -40,14 +36,14 @@ class DistillationBatch:
         rows = {len(self.inputs), len(self.targets.logits_BC), len(self.ids)}
         if len(rows) != 1:
             raise ShapeMismatchError(
-                f"{len(self.inputs)} inputs, {len(self.targets.logits_BC)} targets and {len(self.ids)} ids are no batch"
+                f"{len(self.inputs)} inputs, {len(self.targets.logits_BC)} targets and {len(self.ids)} ids differ"
             )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def first(self, rows: int) -> DistillationBatch:
-        """The first rows only; 0 leaves a batch of none, which still knows shapes and types."""
+        """Return the first rows; 0 gives an empty batch of the same shapes and dtypes."""
         labels_B = self.targets.labels_B
         targets = dataclasses.replace(
             self.targets,
@@ -57,7 +53,7 @@ class DistillationBatch:
         return dataclasses.replace(self, inputs=self.inputs[:rows], targets=targets, ids=self.ids[:rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DistillationBatch:
-        """The same batch on another device; ids stay with the host."""
+        """Return the batch on another device; ids stay on the host."""
         return dataclasses.replace(
             self,
             inputs=self.inputs.to(device, non_blocking=non_blocking),
@@ -66,12 +62,12 @@ class DistillationBatch:
 
 
 def collate_batches(fetched: DistillationBatch | Iterable[DistillationBatch]) -> DistillationBatch:
-    """Make one batch of what a `SoftTargetDataset` gave a loader: pass it as `collate_fn`.
+    """Return one batch from what a `SoftTargetDataset` gives a loader: pass it as `collate_fn`.
 
     Args:
-        fetched: the batch itself, from `__getitems__`, or several batches or samples to be joined.
+        fetched: the batch itself, from `__getitems__`, or several batches to concatenate.
     Raises:
-        EmptyBatchError: nothing to join. ShapeMismatchError: batches that carry different temperatures.
+        EmptyBatchError: nothing to concatenate. ShapeMismatchError: batches of different temperatures.
     """
     if isinstance(fetched, DistillationBatch):
         return fetched

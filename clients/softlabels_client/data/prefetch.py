@@ -1,4 +1,4 @@
-"""How does fetching hide behind training? A thread fetches ahead into a bounded queue while the student learns."""
+"""Prefetching: a thread fetches batches into a bounded queue while the student trains."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from softlabels.errors import RequestError
 T = TypeVar("T")
 
 EPOCH_BATCHES, EPOCH_BYTES = 256, 32 << 20
-"""Of an epoch that are fetched before they are asked for: seconds of a slow link, and little memory."""
+"""Prefetch limits of an epoch stream: seconds of a slow link, and little memory."""
 
 LOADER_BATCHES, LOADER_BYTES, REFILL_AT = 16, 64 << 20, 4
-"""Of a loader that are fetched before they are asked for. Of a student with steps of 6 ms, fetching took 7% of its
-processor time one batch at a time, 4.6% eight (refilled at two) and 4.0% sixteen, on a busy machine."""
+"""Prefetch limits of a loader. For a student with steps of 6 ms, fetching took 7% of its CPU time one batch at a time,
+4.6% with eight (refilled at two) and 4.0% with sixteen, on a busy machine."""
 
 _END: Final = object()
 
 
 class Ahead(Generic[T]):
-    """The same items in the same order, fetched by a thread before they are asked for: an iterator.
+    """Iterator over the same items in the same order, fetched ahead by a thread.
 
-    Whatever fetching raises comes out where that item would have, once those before it are used up. However slow the
-    consumer, no more than the bounds allow is held, and one item that is being fetched.
+    An error of fetching is raised in place of the item it concerns, after the items before it. Memory is bounded by the
+    limits and the one item being fetched, however slow the consumer.
 
     Args:
-        items: fetched by the thread alone from now on, and closed by it where they have a `close`.
-        most_items: fetched and not yet asked for, ≥ 1.
-        most_bytes: of these together; one is always allowed. None for no such bound.
-        size_of: bytes of an item; needed for `most_bytes`.
-        refill_at: once the bounds are reached, fetching rests until no more items than this wait. Several in a row cost
-            much less processor time than one at a time between a training's steps, which find nothing in the caches.
-            None goes on as soon as there is room.
+        items: iterated, and closed if it has a `close`, by the thread alone from now on.
+        most_items: most items waiting, ≥ 1.
+        most_bytes: most bytes waiting, though always at least one item; None for no limit.
+        size_of: returns the bytes of an item; needed for `most_bytes`.
+        refill_at: once a limit is reached, pause until no more than this many items are waiting. Fetching several in a
+            row takes much less CPU time than one between every two training steps, which evict the caches. None resumes
+            as soon as there is room.
     Raises:
-        RequestError: a bound below 1; when used: this was made in another process, before a fork.
+        RequestError: a limit below 1; while iterating, in a process forked after iteration began.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Ahead(Generic[T]):
         refill_at: int | None = None,
     ) -> None:
         if most_items < 1 or (most_bytes is not None and most_bytes < 1):
-            raise RequestError("a queue of fetched batches holds at least one of them, and a byte")
+            raise RequestError("the limits of prefetching must be at least one batch and one byte")
         self._queue: _Queue[T] = _Queue(most_items, most_bytes, size_of, refill_at)
         self._items: Iterable[T] | None = items
         self._process = 0
@@ -63,25 +63,25 @@ class Ahead(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        """The next item; the first call begins the fetching."""
+        """Return the next item; the first call starts the thread."""
         if self._items is not None:
             self._begin(self._items)
         if os.getpid() != self._process:
             raise RequestError(
-                "this fetches ahead by a thread of the process that made it, and threads do not survive a fork: begin "
-                "the epoch in the process that reads it"
+                "prefetching uses a thread of the process that began it, and threads do not survive a fork: begin the "
+                "epoch in the process that reads it"
             )
         return self._queue.take()
 
     def close(self) -> None:
-        """Stop fetching and wait until the thread has ended, which is when what it is fetching is here or fails."""
+        """Stop fetching and wait for the thread, which first completes the item it is fetching."""
         items, self._items = self._items, None
         if self._finish is not None:
             self._finish()
-        elif items is not None:  # nothing was asked for, and nothing will be
+        elif items is not None:  # iteration never began, and never will
             self._process = os.getpid()
             self._queue.stop()
-            _let_go(items)
+            _close(items)
 
     def __enter__(self) -> Ahead[T]:
         return self
@@ -94,18 +94,18 @@ class Ahead(Generic[T]):
     def _begin(self, items: Iterable[T]) -> None:
         self._items, self._process = None, os.getpid()
         thread = threading.Thread(target=_fill, args=(self._queue, items), name="softlabels-fetch", daemon=True)
-        # The thread knows the queue and not this object: whoever forgets to close it, closes it by letting go of it.
+        # The thread refers to the queue but not to this object, so that garbage collection closes a forgotten one.
         self._finish = weakref.finalize(self, _stop, self._queue, thread, self._process)
         thread.start()
 
 
 def batches_ahead(batches: Iterable[T], *, size_of: Callable[[T], int]) -> Ahead[T]:
-    """A training's batches, fetched ahead several in a row: no more than 16, and no more than 64 MiB."""
+    """Return batches of a loader, prefetched several in a row: at most 16 and 64 MiB."""
     return Ahead(batches, most_items=LOADER_BATCHES, most_bytes=LOADER_BYTES, size_of=size_of, refill_at=REFILL_AT)
 
 
 def epoch_ahead(rows: Iterable[EpochRows], *, batches: int = EPOCH_BATCHES) -> Ahead[EpochRows]:
-    """An epoch's steps, fetched ahead: no more than so many batches, and no more than 32 MiB of rows."""
+    """Return the steps of an epoch, prefetched: at most so many batches and 32 MiB."""
     return Ahead(rows, most_items=batches, most_bytes=EPOCH_BYTES, size_of=_row_bytes)
 
 
@@ -114,7 +114,7 @@ def _row_bytes(rows: EpochRows) -> int:
 
 
 class _Queue(Generic[T]):
-    """What is fetched and not yet asked for, in order, and the error or end that comes after it."""
+    """Items waiting for the consumer, and the error or end that follows them."""
 
     def __init__(
         self, most_items: int, most_bytes: int | None, size_of: Callable[[T], int] | None, refill_at: int | None
@@ -128,7 +128,7 @@ class _Queue(Generic[T]):
         self._last: BaseException | object | None = None
 
     def wait_for_room(self) -> bool:
-        """Wait until another item may be fetched; False once nobody wants one."""
+        """Wait until another item may be fetched; False once the consumer has stopped."""
         with self._changed:
             if self._is_full():
                 while not self._stopped and not self._has_room():
@@ -136,7 +136,7 @@ class _Queue(Generic[T]):
             return not self._stopped
 
     def add(self, item: T) -> None:
-        """Take in an item."""
+        """Append an item."""
         size = 0 if self._size_of is None else self._size_of(item)
         with self._changed:
             if not self._stopped:
@@ -145,20 +145,20 @@ class _Queue(Generic[T]):
                 self._changed.notify_all()
 
     def end(self, last: BaseException | object) -> None:
-        """Nothing follows but this error, or the end."""
+        """Record the error, or the end, that follows the last item."""
         with self._changed:
             self._last = last
             self._changed.notify_all()
 
     def take(self) -> T:
-        """The next item, as soon as it is here. Raises StopIteration, or what fetching raised."""
+        """Return the next item, waiting for it. Raises StopIteration, or what fetching raised."""
         with self._changed:
             while not self._items and self._last is None and not self._stopped:
                 self._changed.wait()
             if self._items:
                 item, size = self._items.popleft()
                 self._bytes -= size
-                if self._has_room():  # else whoever fetches would wake up for nothing
+                if self._has_room():  # else the thread would wake up for nothing
                     self._changed.notify_all()
                 return item
             last, self._last = self._last, _END
@@ -167,7 +167,7 @@ class _Queue(Generic[T]):
         raise StopIteration
 
     def stop(self) -> None:
-        """Nobody wants anything any more."""
+        """Discard everything: the consumer has stopped."""
         with self._changed:
             self._stopped = True
             self._items.clear()
@@ -184,7 +184,7 @@ class _Queue(Generic[T]):
 
 
 def _fill(queue: _Queue[T], items: Iterable[T]) -> None:
-    """What the thread does."""
+    """Body of the thread."""
     last: BaseException | object = _END
     try:
         iterator = iter(items)
@@ -194,15 +194,15 @@ def _fill(queue: _Queue[T], items: Iterable[T]) -> None:
                 if item is _END:
                     break
                 queue.add(item)  # type: ignore[arg-type]
-                del item  # held no longer than by whoever uses it
+                del item  # drop this reference: an item must not outlive its consumer
         finally:
-            _let_go(iterator)
-    except BaseException as error:  # noqa: BLE001  # raised again where the consumer asks
+            _close(iterator)
+    except BaseException as error:  # noqa: BLE001  # re-raised in the consumer
         last = error
     queue.end(last)
 
 
-def _let_go(items: Iterable[object]) -> None:
+def _close(items: Iterable[object]) -> None:
     close = getattr(items, "close", None)
     if close is not None:
         close()
@@ -212,5 +212,5 @@ def _stop(queue: _Queue[T], thread: threading.Thread, process: int) -> None:
     if os.getpid() != process:
         return
     queue.stop()
-    if thread is not threading.current_thread():  # which may be the one that happens to collect the garbage
+    if thread is not threading.current_thread():  # garbage collection may run in that thread
         thread.join()

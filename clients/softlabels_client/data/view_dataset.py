@@ -1,4 +1,4 @@
-"""How does a student see the views that the teacher saw? Each is made again and compared with its fingerprint."""
+"""ViewDataset: replays the augmented views that the teacher saw, checked by fingerprint, with their targets."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import MissingExtraError, RequestError
-
-try:
-    import torch
-except ImportError as error:
-    raise MissingExtraError(
-        "training a student needs torch, which is not installed: `pip install softlabels[torch]`", extra="torch"
-    ) from error
-
+from softlabels.errors import RequestError
+from softlabels.extras import needs_extra
 from softlabels.target_store import TargetStore
 from softlabels.targets import SoftTargets
 from softlabels.transfer_set import MapStyleDataset, Samples, TransferSet
@@ -25,25 +18,27 @@ from softlabels.views import ViewReplay, ViewTransform, as_view_transform, load_
 from softlabels_client.data.dataset import Check, SoftTargetDataset
 from softlabels_client.data.distillation_batch import DistillationBatch
 
+with needs_extra("torch", "training a student"):
+    import torch
+
 
 class ViewDataset(SoftTargetDataset):
     """As `SoftTargetDataset`, for a store of views: epoch e shows view e modulo their number of every sample.
 
-    The view's parameters, or its seed, come with its target; the input is made again from them.
+    A view's parameters, or its seed, come with its target; the input is replayed from them.
 
     Args:
-        inputs: the samples as they were before any view was made of them; see `SoftTargetDataset`.
+        inputs: the samples before augmentation; see `SoftTargetDataset`.
         store: one that keeps views.
-        transform: what made the views. Left out, the manifest's own reference is loaded, with `base` as the folder that
-            a file reference starts from.
-        ids, temperature: as `SoftTargetDataset` takes them.
-        check: of the view made again with the fingerprint of the one that the teacher saw: the "first" time that a
-            process shows a sample, "always", or "never". With "always" other versions of libraries are let pass, since
-            no view that differs can.
-        base: see `transform`.
+        transform: transform of the views; when left out, the manifest's reference is loaded.
+        ids, temperature: as in `SoftTargetDataset`.
+        check: when to compare a replayed view's fingerprint with that of the teacher's view: the "first" time that a
+            process shows a sample, "always", or "never". "always" accepts other library versions, since every view that
+            differs is found.
+        base: folder that a file reference to the transform is relative to.
     Raises:
-        RequestError: the store keeps no views. ViewReplayError: another transform or other libraries than the store
-        says; ReferenceLoadError: the reference leads nowhere here. And as `SoftTargetDataset`.
+        RequestError: the store keeps no views. ViewReplayError: another transform or other library versions than in the
+        manifest. ReferenceLoadError: the reference cannot be loaded here. And as `SoftTargetDataset`.
     """
 
     def __init__(
@@ -71,24 +66,24 @@ class ViewDataset(SoftTargetDataset):
             else as_view_transform(transform, arguments=spec.arguments)
         )
         self._replay = ViewReplay(store.manifest, made, other_versions=check == "always")
-        # Shared with the workers of a loader, which live on from epoch to epoch.
+        # In shared memory, since persistent workers of a loader keep their own copy of everything else.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def show_epoch(self, epoch: int) -> None:
-        """Which epoch begins, and with it which view is shown; loaders call this."""
+        """Switch to the view of this epoch; loaders call this."""
         self._epoch.fill_(epoch)
 
     @property
     def view(self) -> int:
-        """The view of every sample that is shown now."""
+        """View of every sample that is shown now."""
         return int(self._epoch) % self.store.manifest.layout.views
 
     def __getitems__(self, positions: Sequence[int]) -> DistillationBatch:
-        """The current view of the samples at these positions, as one batch by one request.
+        """Return the current view of the samples at these positions as one batch, by one request.
 
         Raises:
-            FingerprintMismatchError: a view made again is not the one that the teacher saw.
-            ViewReplayError: it cannot be made again here.
+            FingerprintMismatchError: a replayed view is not the one that the teacher saw.
+            ViewReplayError: it cannot be replayed here.
         """
         wanted = np.asarray(positions, dtype=np.int64)
         if not len(wanted):

@@ -1,6 +1,6 @@
-"""Where do rows land that come over the network? In memory that is used again once nobody looks at it any more.
+"""Receive buffers that are reused once no array refers to them any more.
 
-Memory just given by the operating system costs as much as filling it: every page is zeroed and mapped at first touch.
+Memory fresh from the operating system costs as much as filling it: every page is zeroed and mapped at first touch.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SMALLEST = 1 << 16
-"""Below this the allocator keeps memory by itself."""
+"""Smallest buffer reused; below it the allocator reuses memory by itself."""
 
 _MOST_KEPT_BYTES = 64 << 20
 
 
 class Buffers:
-    """Lends memory; takes it back when the last view of it is gone. Safe in threads and after fork.
+    """Pool of buffers; a buffer returns when the last view of it is gone. Safe in threads and after fork.
 
     Args:
-        most_kept_bytes: how much is kept that nobody uses.
+        most_kept_bytes: limit of unused memory.
     """
 
     def __init__(self, most_kept_bytes: int = _MOST_KEPT_BYTES) -> None:
         self._most = most_kept_bytes
-        # Newest last. A deque, and no lock: one held while another thread forks would stay locked in the child.
+        # Newest last. A deque without a lock: a lock held while another thread forks would stay locked in the child.
         self._free: deque[NDArray[np.uint8]] = deque()
 
     def take(self, size_bytes: int) -> memoryview:
-        """Memory of this size, of any content."""
+        """Return a buffer of this size, with arbitrary content."""
         if size_bytes < _SMALLEST:
             return np.empty(size_bytes, dtype=np.uint8).data
         try:
             memory = self._free.pop()
         except IndexError:
             memory = _allocated(size_bytes)
-        # Sizes of a trainer's batches hardly differ; what is too small, or far too large, makes way for what fits.
+        # A trainer's batches hardly differ in size; a buffer too small or far too large is dropped for one that fits.
         if not size_bytes <= len(memory) <= 2 * size_bytes:
             memory = _allocated(size_bytes)
         lent = memory[:size_bytes].view(_Lent)
@@ -45,7 +45,7 @@ class Buffers:
         return lent.data
 
     def give_back(self, memory: NDArray[np.uint8]) -> None:
-        """Keep memory for the next one who asks."""
+        """Take a buffer back for later use."""
         if (len(self._free) + 1) * len(memory) <= self._most:
             self._free.append(memory)
 
@@ -54,10 +54,10 @@ class Buffers:
 
 
 class _Memory(np.ndarray[Any, Any]):
-    """What is lent. A class of its own, because an array made of a `_Lent` would refer to plain memory below it.
+    """The memory of a buffer, as a subclass, so that arrays made of a `_Lent` refer to it and not to the memory below.
 
-    NumPy lets a new array refer to the base of what it is a view of, where that base is of the new array's own class;
-    the `_Lent` would then go, and its memory be lent again, while the array still looks at it.
+    NumPy makes a view refer to the base of its parent if that base has the view's own class. With a plain ndarray
+    below, a view of a `_Lent` would refer past it; the `_Lent` would be collected and its memory reused under the view.
     """
 
 
@@ -66,7 +66,7 @@ def _allocated(size_bytes: int) -> NDArray[np.uint8]:
 
 
 class _Lent(np.ndarray[Any, Any]):
-    """An array that every view of it keeps alive, and that hands its memory back when it goes."""
+    """A buffer in use: kept alive by every view of it, and returned to the pool when collected."""
 
     memory: NDArray[np.uint8]
     owner: Buffers | None = None

@@ -1,4 +1,4 @@
-"""How does an epoch come over the network? As one long reply, frame by frame, taken up again wherever it breaks."""
+"""Reading an epoch as one HTTP stream of safetensors frames, resumed at its cursor if the connection breaks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from softlabels_client.http.reply_reader import ReplyReader
 from softlabels_client.http.transport import HttpTransport
 
 _MOST_HEADER_BYTES = 1 << 20
-"""A frame's header names a dozen arrays; real ones take under 2 KiB."""
+"""Longest frame header accepted; real ones name a dozen arrays in under 2 KiB."""
 
 
 def epoch_rows(
@@ -30,13 +30,13 @@ def epoch_rows(
     config: EpochConfig,
     fields: tuple[str, ...],
 ) -> Iterator[EpochRows]:
-    """The rows of each step, in order, each once: whatever breaks in between.
+    """Yield the rows of each step, in order, each once, across reconnections.
 
-    Every frame is compared with what this side works out by itself: how many samples the step has, where the epoch
-    stands after it and, where ids count up, whose rows they are.
+    Every frame is compared with what the client computes itself: the number of samples of the step, the cursor after it
+    and, if ids are consecutive integers, the ids.
 
     Raises:
-        TruncatedError, WireError, ServerUnreachableError: no connection would go on; or what the server has against it.
+        TruncatedError, WireError, ServerUnreachableError: retries are used up. SoftLabelsError: the server's own error.
     """
     names = tuple(dict.fromkeys((*fields, IDS)))
     failures = 0
@@ -65,13 +65,13 @@ def epoch_rows(
 
 
 class Frames:
-    """The frames of one stream, each checked.
+    """Reads and checks the frames of one stream.
 
     Args:
         stream: the reply.
-        reader: knows what the store's arrays look like.
-        manifest: of the store.
-        names: the arrays that were asked for.
+        reader: checks arrays against the manifest.
+        manifest: manifest of the store.
+        names: requested arrays.
     """
 
     def __init__(self, stream: ReplyStream, reader: ReplyReader, manifest: Manifest, names: tuple[str, ...]) -> None:
@@ -81,7 +81,7 @@ class Frames:
         self._count = 0
 
     def read(self, step: StepBatch) -> EpochRows:
-        """The frame of this step. Raises WireError, TruncatedError, StoreChangedError."""
+        """Return the rows of this step. Raises WireError, TruncatedError, StoreChangedError."""
         count = len(step.positions)
         header = self._header()
         layout = self._layout if header == self._expected(step, count) else None
@@ -90,12 +90,12 @@ class Frames:
         blob = self._blob(header, layout)
         if layout is not self._layout:
             self._reader.check(layout, blob, self._names, samples=count)
-            _refuse_other_place(layout.metadata, step)
+            _check_cursor(layout.metadata, step)
             self._layout, self._like, self._count = layout, (header, step), count
-        arrays = self._reader.unspoilt(layout.arrays(blob))
+        arrays = self._reader.verified(layout.arrays(blob))
         ids = self._reader.ids_of(arrays[IDS])
         if self._manifest.ids.dense_start is not None:
-            self._reader.refuse_other_ids(ids, step.positions + self._manifest.ids.dense_start)
+            self._reader.check_ids(ids, step.positions + self._manifest.ids.dense_start)
         found: dict[str, NDArray[Any]] = {name: arrays[name] for name in self._names}
         found[IDS] = ids
         if ROW_OFFSETS in arrays:
@@ -103,7 +103,7 @@ class Frames:
         return EpochRows(ids=ids, arrays=found, repeated=step.repeated, cursor_after=step.cursor_after)
 
     def read_end(self, steps: RankBatches) -> None:
-        """The frame that ends a whole stream. Raises WireError, TruncatedError."""
+        """Read the frame that ends a complete stream. Raises WireError, TruncatedError."""
         header = self._header()
         layout = wire.parse_header(header)
         metadata = layout.metadata
@@ -116,7 +116,7 @@ class Frames:
             raise WireError(f"the stream ends with {metadata} where an epoch of {counted[0]} batches should")
 
     def _header(self) -> bytes:
-        # A stream's headers have one length: with the first one known, the others come in one read each.
+        # All headers of a stream have one length: after the first, each takes one read.
         known = 0 if self._like is None else len(self._like[0])
         if 0 < known <= self._stream.left_bytes:
             whole = bytes(self._stream.read(known))
@@ -126,12 +126,12 @@ class Frames:
         return self._rest_of_header(bytes(self._stream.read(8)))
 
     def _rest_of_header(self, start: bytes) -> bytes:
-        """A header of which the first bytes are here, 8 or more."""
+        """Return a header of which the first 8 or more bytes are known."""
         length = int.from_bytes(start[:8], "little")
         if length > _MOST_HEADER_BYTES:
-            raise WireError(f"a frame announces a header of {length} bytes: this is no stream of safetensors files")
+            raise WireError(f"a frame announces a header of {length} bytes: this is not a stream of safetensors files")
         if 8 + length < len(start):
-            raise WireError("a frame's header is shorter than those before it: the stream is no longer in step")
+            raise WireError("a frame's header is shorter than those before it: the stream is out of step")
         return start + bytes(self._stream.read(8 + length - len(start)))
 
     def _blob(self, header: bytes, layout: wire.TensorLayout) -> memoryview:
@@ -143,9 +143,9 @@ class Frames:
         return blob.toreadonly()
 
     def _expected(self, step: StepBatch, count: int) -> bytes | None:
-        """The header that a frame must have which differs from the last one read through in its place alone.
+        """Return the header of this step's frame if it differs from the last parsed one in its cursor alone.
 
-        One that is, byte for byte, what was expected needs no reading: a stream's frames are alike but for a number.
+        A header that equals it byte for byte need not be parsed: most frames of a stream differ in one number.
         """
         if self._like is None or count != self._count or ROW_OFFSETS in self._names:
             return None
@@ -158,10 +158,10 @@ class Frames:
         return header.replace(old, new).rstrip(b" ").ljust(len(header))
 
 
-def _refuse_other_place(metadata: Mapping[str, str], step: StepBatch) -> None:
+def _check_cursor(metadata: Mapping[str, str], step: StepBatch) -> None:
     if metadata.get("cursor") != str(step.cursor_after) or metadata.get("repeated") != str(step.repeated):
         raise WireError(
-            f"the stream stands at {metadata.get('cursor')!r} where the epoch is at {step.cursor_after}: a batch is "
-            "missing, or came twice",
+            f"the stream is at cursor {metadata.get('cursor')!r} where {step.cursor_after} is due: a batch is missing, "
+            "or came twice",
             cursor=step.cursor_after,
         )

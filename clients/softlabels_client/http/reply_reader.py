@@ -1,4 +1,4 @@
-"""Is a reply what was asked for? Its version, its arrays, their shapes, and whose rows they are."""
+"""Checks of a reply against the request: store version, arrays, dtypes and shapes, checksum, and sample ids."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, ArraySpec, Manif
 from softlabels.transfer_set import FINGERPRINT_BYTES
 
 _MOST_HEADERS = 64
-"""Headers kept: the replies to batches of one size have all the same."""
+"""Most headers kept; replies to batches of one size have equal headers."""
 
 
 class ReplyReader:
-    """Takes the replies of one version of a store apart, and refuses what is not what it should be.
+    """Parses and checks the replies of one store version.
 
     Args:
-        manifest: what the store said of itself.
-        digest: the version that was opened.
-        where: the store's URL, for messages.
+        manifest: manifest of the store.
+        digest: digest of the version that was opened.
+        where: URL of the store, for messages.
     """
 
     def __init__(self, manifest: Manifest, digest: str, where: str) -> None:
         self._manifest, self._digest, self._where = manifest, digest, where
         self._specs = _specs(manifest)
-        # The header says where the arrays lie and is checked once; the same bytes mean the same the next time.
+        # A header, which says where the arrays are, is checked once; equal bytes mean the same the next time.
         self._known: dict[tuple[bytes, tuple[str, ...], int], wire.TensorLayout] = {}
 
     def row_bytes(self, names: tuple[str, ...]) -> int:
-        """Bytes that a row takes in these arrays. Raises UnknownFieldError: the store keeps no such array."""
+        """Return the bytes of a row in these arrays. Raises UnknownFieldError: the store keeps no such array."""
         return sum(self._spec(name).row_bytes for name in names)
 
     def read(
         self, blob: memoryview, names: tuple[str, ...], *, samples: int
     ) -> tuple[dict[str, NDArray[Any]], Mapping[str, str]]:
-        """The arrays of a reply, views of it, and its metadata.
+        """Return the arrays of a reply, as views of it, and its metadata.
 
         Args:
-            blob: the reply.
-            names: the arrays that were asked for.
-            samples: how many samples were.
+            blob: body of the reply.
+            names: requested arrays.
+            samples: number of requested samples.
         Raises:
-            WireError: cut, contradictory, or not the arrays asked for. StoreChangedError: rows of another version.
+            WireError: cut, inconsistent, or not the requested arrays. StoreChangedError: rows of another version.
         """
         header = wire.raw_header(blob)
         layout = self._known.get((header, names, samples))
@@ -56,26 +56,26 @@ class ReplyReader:
             arrays = self.check(layout, blob, names, samples=samples)
             if len(self._known) >= _MOST_HEADERS:
                 self._known.clear()
-            # What a header does not settle, the row counts of sequences, is looked at each time.
+            # Row counts of sequences are not part of the header, so those replies are checked each time.
             if ROW_OFFSETS not in arrays:
                 self._known[header, names, samples] = layout
             return arrays, layout.metadata
-        return self.unspoilt(layout.arrays(blob)), layout.metadata
+        return self.verified(layout.arrays(blob)), layout.metadata
 
-    def unspoilt(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The arrays but for their checksum, if it is theirs. Raises WireError: bytes changed on the way."""
+    def verified(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the arrays without their checksum. Raises WireError: missing or wrong checksum."""
         checksum = arrays.pop(wire.CHECKSUM, None)
         if checksum is None or checksum.dtype != np.dtype("<u8") or checksum.shape != (1,):
-            raise WireError(f"{self._where} sent rows without their checksum: whether they are whole cannot be told")
+            raise WireError(f"{self._where} sent rows without a checksum, so they cannot be verified")
         if checksum[0] != wire.checksum_of(arrays.values())[0]:
             raise WireError(
-                f"rows from {self._where} changed on the way: their checksum fails; look at the proxy or the network "
-                "between"
+                f"rows from {self._where} were changed in transit: their checksum fails; check the proxy or the "
+                "network between"
             )
         return arrays
 
     def ids_of(self, kept: NDArray[Any]) -> IdArray:
-        """The ids that came with a reply. Raises WireError: they are not UTF-8."""
+        """Return the ids in a reply. Raises WireError: they are not UTF-8."""
         if self._manifest.ids.kind == "int":
             return kept
         try:
@@ -83,18 +83,18 @@ class ReplyReader:
         except UnicodeDecodeError as error:
             raise WireError(f"{self._where} returned sample ids that are not UTF-8: {error}") from error
 
-    def refuse_other_ids(self, returned: IdArray, asked: IdArray) -> None:
-        """The promise that row i is the row you think it is: the server reads these ids from the store, not from us."""
+    def check_ids(self, returned: IdArray, asked: IdArray) -> None:
+        """Raise WireError unless the reply has the requested ids, which the server reads from the store."""
         if not np.array_equal(returned, asked):
             raise WireError(
-                f"{self._where} returned the rows of other samples than those asked for, or in another order: none of "
-                "this batch can be used; look at the server, or at the proxy or cache before it",
+                f"{self._where} returned rows of other samples than requested, or in another order: none of this batch "
+                "can be used; check the server, or the proxy or cache before it",
                 asked=asked[:5].tolist(),
                 returned=returned[:5].tolist(),
             )
 
-    def refuse_other_version(self, digest: str | None) -> None:
-        """Let the version pass that was opened. Raises StoreChangedError."""
+    def check_version(self, digest: str | None) -> None:
+        """Raise StoreChangedError unless this is the version that was opened."""
         if digest != self._digest:
             raise StoreChangedError(
                 f"{self._where} is now at version {digest}, this was opened at {self._digest}: rows of two versions "
@@ -106,9 +106,9 @@ class ReplyReader:
     def check(
         self, layout: wire.TensorLayout, blob: memoryview, names: tuple[str, ...], *, samples: int
     ) -> dict[str, NDArray[Any]]:
-        """The arrays of a reply whose header was not seen before. Raises as `read` does."""
-        arrays = self.unspoilt(layout.arrays(blob))
-        self.refuse_other_version(layout.metadata.get("digest"))
+        """Return the arrays of a reply whose header is new, after checking it. Raises as `read`."""
+        arrays = self.verified(layout.arrays(blob))
+        self.check_version(layout.metadata.get("digest"))
         rows = samples
         if self._manifest.layout.kind == "sequences":
             offsets = arrays.get(ROW_OFFSETS)
@@ -119,7 +119,7 @@ class ReplyReader:
                 raise WireError(f"{self._where} sent row offsets that do not ascend from 0")
         for name in names:
             once_a_sample = name == IDS or (name == FINGERPRINTS and name not in self._manifest.arrays)
-            self._refuse_other_form(arrays, name, rows=samples if once_a_sample else rows)
+            self._check_array(arrays, name, rows=samples if once_a_sample else rows)
         return arrays
 
     def _spec(self, name: str) -> ArraySpec:
@@ -129,7 +129,7 @@ class ReplyReader:
             raise UnknownFieldError(f"{self._manifest.name!r} keeps no {name!r}; it keeps {kept}", field=name)
         return spec
 
-    def _refuse_other_form(self, arrays: Mapping[str, NDArray[Any]], name: str, *, rows: int) -> None:
+    def _check_array(self, arrays: Mapping[str, NDArray[Any]], name: str, *, rows: int) -> None:
         array, spec = arrays.get(name), self._spec(name)
         if array is None:
             raise WireError(f"{self._where} left {name!r} out of its reply")
@@ -141,7 +141,7 @@ class ReplyReader:
 
 
 def _specs(manifest: Manifest) -> dict[str, ArraySpec]:
-    """Every array that a reply may hold; sequences keep ids and fingerprints elsewhere than beside their rows."""
+    """Return every array that a reply may contain; sequence stores keep ids and fingerprints apart from their rows."""
     specs = dict(manifest.arrays)
     if manifest.layout.kind == "sequences":
         text = ArraySpec(dtype="|u1", row_shape=(manifest.ids.width_bytes,))
