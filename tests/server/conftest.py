@@ -1,4 +1,4 @@
-"""What the server's tests share: stores of every kind, an app running in a thread, and ways to ask it."""
+"""Fixtures of the server's tests: stores of every kind, an app running in a thread, and a client for it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Stores:
 
 @pytest.fixture(scope="session")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
-    """Stores of every kind; nobody changes them."""
+    """Stores of every kind; tests must not change them."""
     root = tmp_path_factory.mktemp("stores")
     names = np.array([f"größe/{number:03d}.png" for number in range(ROWS)])[::-1]
     rows = {

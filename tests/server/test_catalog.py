@@ -64,7 +64,7 @@ class TestLinks:
         assert folder.get("latest").digest == folder.get("v1").digest
 
     def test_a_link_out_of_the_folder_is_not(self, write: Any, rows_of: Any, tmp_path: Path) -> None:
-        """Whoever may write links into the folder may not publish what lies elsewhere."""
+        """A link in the folder must not publish what is outside of it."""
         write(tmp_path / "private" / "secret", rows_of())
         (tmp_path / "public").mkdir()
         (tmp_path / "public" / "secret").symlink_to(tmp_path / "private" / "secret")

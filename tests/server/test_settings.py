@@ -14,7 +14,7 @@ from softlabels_server import Settings
 
 
 class TestSettings:
-    def test_nobody_else_can_reach_it_unless_told_otherwise(self) -> None:
+    def test_only_this_machine_can_reach_it_by_default(self) -> None:
         """The default address is this machine's own."""
         assert Settings().host == "127.0.0.1"
         assert Settings().on_loopback
@@ -103,7 +103,7 @@ class TestSources:
     def test_a_bad_variable_is_refused_by_name(
         self, variable: str, value: str, named: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Whoever set it finds it by that name."""
+        """The message has the name of the variable."""
         monkeypatch.setenv(f"SOFTLABELS_{variable}", value)
         with pytest.raises(RequestError, match=named):
             Settings()

@@ -60,7 +60,7 @@ class TestRows:
         assert metadata["store"] == "dense"
 
     def test_threads_get_their_own_rows(self, ask: Any, stores: Any) -> None:
-        """Eight clients at once, batches from one row to all: nobody sees another's rows."""
+        """Eight clients at once, batches from one row to all: no client gets another's rows."""
         truth = stores.rows["dense"].logits_BC
 
         def many(seed: int) -> int:
@@ -94,7 +94,7 @@ class TestFields:
         assert set(arrays) == expected
 
     def test_a_store_without_labels_returns_none(self, ask: Any, tmp_path: Path) -> None:
-        """Labels that nobody asked for by name are left out where there are none."""
+        """Labels that were not asked for by name are left out where the store has none."""
         arrays, _ = ask.batch("unlabelled", {"ids": [4]}).arrays(tmp_path)
         assert set(arrays) == {"targets", "ids"}
 
@@ -295,7 +295,7 @@ class TestUnfinishedStore:
         assert ask.batch("begun", {"ids": [0, 64]}).problem() == (409, "rows-not-committed")
 
     def test_it_has_no_fingerprint_to_match(self, ask: Any) -> None:
-        """Until every row is there nobody can say that the data are the same."""
+        """Before every row is committed the data cannot be compared."""
         assert ask.batch("begun", {"ids": [0], "transfer_set": "abc"}).problem() == (409, "fingerprint-mismatch")
 
 

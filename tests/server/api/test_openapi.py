@@ -1,4 +1,4 @@
-"""The OpenAPI document: valid, whole, and true."""
+"""The OpenAPI document: valid, complete, and in agreement with the routes."""
 
 from __future__ import annotations
 

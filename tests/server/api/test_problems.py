@@ -50,7 +50,7 @@ class TestProblems:
         assert type(error) is StoreChangedError
         assert error.context["yours"] == "abc"
 
-    def test_what_nobody_foresaw(self, serve: Any, stores: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def test_unexpected_errors(self, serve: Any, stores: Any, caplog: pytest.LogCaptureFixture) -> None:
         """500 without internals; the log has the traceback and the number that the reply names."""
         ask = serve(stores.root, change=add_failing_routes)
         with caplog.at_level(logging.ERROR):

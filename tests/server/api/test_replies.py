@@ -1,4 +1,4 @@
-"""What a client may have instead of encoded safetensors: Arrow, .npy, JSON, and rows that the server decodes."""
+"""Reply formats other than encoded safetensors: Arrow, .npy, JSON, and rows that the server decodes."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class TestAccept:
             ("text/html, application/json;q=0.1", "json"),
         ],
     )
-    def test_what_is_liked_best(self, accept: str | None, expected: str) -> None:
-        """The heaviest form that there is; safetensors where the client does not care."""
+    def test_the_preferred_format(self, accept: str | None, expected: str) -> None:
+        """The available format of the highest quality; safetensors where the client has no preference."""
         assert accepted_format(accept) == expected
 
     def test_nothing_acceptable(self, ask: Any) -> None:
-        """406, and what there is."""
+        """406, and the available formats."""
         answer = ask.batch("dense", {"ids": [1]}, accept="text/html")
         assert answer.problem() == (406, "bad-request")
         assert ARROW in answer.json()["detail"]
 
 
 class TestJson:
-    def test_people_read_it(self, ask: Any, stores: Any) -> None:
+    def test_arrays_as_lists(self, ask: Any, stores: Any) -> None:
         """Metadata and arrays as lists, string ids as strings."""
         rows = stores.rows["named"]
         document = ask.batch("named", {"ids": rows.ids[[3, 1]].tolist()}, accept="application/json").json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softlabels.errors import SoftLabelsError
+from softlabels.errors import RequestError, SoftLabelsError
 from softlabels_server import Settings, StoreFolder
 from softlabels_server.api.batch import plan_batch
 from softlabels_server.api.requests import BatchRequest, BatchSelection, from_binary, from_json
@@ -72,6 +73,23 @@ class TestJson:
         request = from_json(b'{"ids": [2, 1]}', served["dense"].manifest, Settings())
         assert request.ids.tolist() == [2, 1]
         assert request.options == BatchRequest(ids=[2, 1])
+
+    @pytest.mark.parametrize(
+        ("body", "path"),
+        [
+            (b'{"ids": [1], "spans": [[0, true]]}', "`spans[0][1]`"),
+            (b'{"ids": [1], "views": [9223372036854775808]}', "`views[0]`"),
+            (b'{"ids": [1], "fields": ["targets", 3]}', "`fields[1]`"),
+            (b'{"ids": [1], "decode": "bits"}', "`decode`"),
+            (b'{"ids": [1, 2], "views": [0]}', "`views` has 1 entries for 2 ids"),
+            (b'{"ids": [1], "temprature": 2}', "did you mean `temperature`"),
+            (b'{"ids": [1], "\\ud800": 2}', "surrogates not allowed"),
+        ],
+    )
+    def test_the_message_names_the_field(self, served: dict[str, ServedStore], body: bytes, path: str) -> None:
+        """By its path in the body."""
+        with pytest.raises(RequestError, match=re.escape(path)):
+            from_json(body, served["dense"].manifest, Settings())
 
 
 class TestBinary:

@@ -1,4 +1,4 @@
-"""Where a gather runs."""
+"""Where a gather runs: in the event loop or in a thread."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Clock:
         return self.now
 
     def policy(self) -> ExecutorPolicy:
-        """One that goes by this clock."""
+        """Return a policy that uses this clock."""
         return ExecutorPolicy(self, lambda: self.worked_s, lambda: self.reads)
 
 
@@ -76,7 +76,7 @@ class TestPolicy:
         assert runs_in_loop(policy, clock)
 
     def test_a_busy_machine_is_no_slow_store(self) -> None:
-        """Who waited for the processor alone would wait for it in a thread as well, and pay for the thread."""
+        """A gather that only waited for the CPU would wait for it in a thread as well, and pay for the thread."""
         clock = Clock()
         policy = clock.policy()
         clock.now += THREADS_ONLY_S

@@ -1,4 +1,4 @@
-"""What a connection may cost before it has asked for anything: raw sockets that misbehave."""
+"""Limits of connections: raw sockets that send slowly, too much or nothing."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class TestHeaders:
             assert read_to_end(connection) == b""
             assert 0.2 < time.monotonic() - began < 10
 
-    def test_a_header_that_trickles_in_gets_no_more_time(self, serve: Any, stores: Any) -> None:
-        """Each byte would otherwise buy more."""
+    def test_a_header_sent_byte_by_byte_gets_no_more_time(self, serve: Any, stores: Any) -> None:
+        """Or each byte would extend the timeout."""
         ask = serve(stores.root, header_timeout_s=0.5)
         with connect(ask) as connection:
             began = time.monotonic()
@@ -68,15 +68,15 @@ class TestHeaders:
             connection.sendall(b"GET /health HT")
             assert read_to_end(connection) == b""
 
-    def test_a_header_of_any_size_is_not_taken(self, serve: Any, stores: Any) -> None:
-        """64 KiB are enough for every real one."""
+    def test_a_header_that_is_too_large_is_refused(self, serve: Any, stores: Any) -> None:
+        """The limit is 64 KiB."""
         ask = serve(stores.root)
         filler = (b"X-Filler: " + b"x" * 10_000 + b"\r\n") * 1000
         with connect(ask) as connection, pytest.raises((BrokenPipeError, ConnectionResetError)):
             connection.sendall(HEAD + filler)
 
-    def test_what_is_no_http_is_refused(self, ask: Any) -> None:
-        """400 by the HTTP server itself: there is no request yet that a problem could answer."""
+    def test_bytes_that_are_not_http_are_refused(self, ask: Any) -> None:
+        """400 by the HTTP server itself: there is no request yet for problem details."""
         with connect(ask) as connection:
             connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
             assert read_to_end(connection).startswith(b"HTTP/1.1 400")
@@ -100,7 +100,7 @@ class TestBodies:
             assert connection.recv(65536).startswith(b"HTTP/1.1 413")
 
     def test_a_body_that_turns_out_too_large(self, serve: Any, stores: Any) -> None:
-        """413 for a chunked body, whose size nobody announces."""
+        """413 for a chunked body, whose size is not announced."""
         ask = serve(stores.root, max_body_bytes=1000)
         with connect(ask) as connection:
             connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
@@ -125,7 +125,7 @@ class TestBodies:
         assert ask("GET", "/health").status == 200
 
     def test_a_client_that_does_not_read(self, serve: Any, write: Any, rows_of: Any, stores: Any) -> None:
-        """A reply that nobody takes holds up nobody else."""
+        """A client that does not read its reply delays no other."""
         ask = serve(stores.root)
         body = b'{"ids": [' + b",".join([b"1"] * 60_000) + b"]}"
         with connect(ask) as connection:

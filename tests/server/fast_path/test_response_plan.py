@@ -1,4 +1,4 @@
-"""Requests that were asked before with other ids: answered in the protocol, and no differently from the long way."""
+"""Repeated batch requests: the fast path answers them exactly as the application does."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def many(ask: Any, name: str, count: int, rng: np.random.Generator, query: str =
 
 
 class TestAnswers:
-    def test_they_are_those_of_the_long_way(self, ask: Any, stores: Any, monkeypatch: Any) -> None:
-        """Same status, headers and bytes, and most of them by a recipe."""
+    def test_they_equal_those_of_the_application(self, ask: Any, stores: Any, monkeypatch: Any) -> None:
+        """Same status, headers and bytes, and most of them from a response plan."""
         answered = []
         real = response_plan.ResponsePlan.answer
         monkeypatch.setattr(
@@ -29,24 +29,24 @@ class TestAnswers:
             "answer",
             lambda self, body: answered.append(1) or real(self, body),  # type: ignore[func-returns-value]
         )
-        time.sleep(1.1)  # a store just opened counts as slow, and slow ones are not read in the event loop
+        time.sleep(1.1)  # a store just opened is taken for slow, and slow stores are not read in the event loop
         rng = np.random.default_rng(1)
         give_up = time.monotonic() + 60
         asked = many(ask, "dense", 60, rng, "?fields=targets,labels,fingerprints")
         while len(answered) < 10 and time.monotonic() < give_up:
-            # On a machine so busy that a gather took long, the lane is closed for a second.
+            # On a busy machine a gather may take long; then the application answers for a second.
             asked += many(ask, "dense", 20, rng, "?fields=targets,labels,fingerprints")
         for ids, answer in asked:
             spoken = {"ids": ids.tolist(), "fields": ["targets", "labels", "fingerprints"]}
-            long_way = ask.batch("dense", spoken)
-            assert answer.body == long_way.body
+            by_app = ask.batch("dense", spoken)
+            assert answer.body == by_app.body
             named = ("content-type", "content-length", "softlabels-digest", "vary")
-            assert [answer.headers[name] for name in named] == [long_way.headers[name] for name in named]
+            assert [answer.headers[name] for name in named] == [by_app.headers[name] for name in named]
             assert "date" in answer.headers
         assert len(answered) >= 10
 
     def test_an_error_on_the_way(self, ask: Any) -> None:
-        """An id that is not there is told as ever, and the next request is answered."""
+        """An unknown id is refused as by the application, and the next request is answered."""
         rng = np.random.default_rng(2)
         many(ask, "dense", 5, rng)
         assert ask.binary("dense", np.full(8, 777)).problem() == (404, "unknown-id")
@@ -68,8 +68,8 @@ class TestAnswers:
             np.testing.assert_array_equal(from_bytes(answer.body)[0]["targets"], new.logits_BC[ids])
         assert many(ask, "s", 1, rng, f"?digest={digest}")[0][1].problem() == (412, "store-changed")
 
-    def test_a_token_is_part_of_what_is_known(self, serve: Any, stores: Any) -> None:
-        """Whoever has it is answered; whoever has another is not, however often it was asked."""
+    def test_a_token_is_part_of_the_head(self, serve: Any, stores: Any) -> None:
+        """Requests with the right token are answered, others refused, however often they are repeated."""
         ask = serve(stores.root, token="right")
         ids = np.arange(8)
         for _ in range(5):
@@ -80,7 +80,7 @@ class TestAnswers:
 
 class TestConnections:
     def test_requests_sent_without_waiting(self, ask: Any, stores: Any) -> None:
-        """Answered in order, each with its own rows, though the lane would be faster than the road."""
+        """Pipelined requests are answered in order, each with its own rows, by either path."""
         head = (
             b"POST /v1/stores/dense/batch HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
             b"Content-Length: 16\r\n\r\n"

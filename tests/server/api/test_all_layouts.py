@@ -1,4 +1,4 @@
-"""Views, ranges of sequences, members and learnt constants over HTTP: the same as from the folder, near and far."""
+"""Views, spans of sequences, members and learned constants: over HTTP the same as from the folder."""
 
 from __future__ import annotations
 
@@ -122,15 +122,15 @@ def both(url: str, folder: Path, name: str) -> tuple[softlabels.TargetStore, sof
     return softlabels.open(f"{url}/{name}"), softlabels.open(folder / name)
 
 
-def assert_same(far: Any, near: Any) -> None:
+def assert_same(remote: Any, local: Any) -> None:
     """Two batches of the same rows."""
-    assert far.ids.tolist() == near.ids.tolist()
-    assert set(far.encoded) == set(near.encoded)
-    for name in far.encoded:
-        np.testing.assert_array_equal(far.encoded[name], near.encoded[name])
-    np.testing.assert_array_equal(far.logits(), near.logits())
+    assert remote.ids.tolist() == local.ids.tolist()
+    assert set(remote.encoded) == set(local.encoded)
+    for name in remote.encoded:
+        np.testing.assert_array_equal(remote.encoded[name], local.encoded[name])
+    np.testing.assert_array_equal(remote.logits(), local.logits())
     for field in ("row_offsets", "view_parameters", "fingerprints", "labels"):
-        one, other = getattr(far, field), getattr(near, field)
+        one, other = getattr(remote, field), getattr(local, field)
         assert (one is None) == (other is None), field
         if one is not None:
             np.testing.assert_array_equal(one, other)
@@ -139,12 +139,12 @@ def assert_same(far: Any, near: Any) -> None:
 class TestBatches:
     def test_views(self, url: str, folder: Path) -> None:
         """A view of each sample, or one for all, with its parameters; none named is an error on either side."""
-        far, near = both(url, folder, "views")
+        remote, local = both(url, folder, "views")
         for views in ([0, 2, 1], 2):
             keys: dict[str, Any] = {"views": views, "view_parameters": True, "fingerprints": True}
             for _ in range(3):
-                assert_same(far.batch([5, 39, 5], **keys), near.batch([5, 39, 5], **keys))
-        for store in (far, near):
+                assert_same(remote.batch([5, 39, 5], **keys), local.batch([5, 39, 5], **keys))
+        for store in (remote, local):
             with pytest.raises(RequestError):
                 store.batch([5])
             with pytest.raises(RequestError):
@@ -155,35 +155,37 @@ class TestBatches:
     @pytest.mark.parametrize("name", ["sequences", "texts"])
     def test_sequences(self, url: str, folder: Path, name: str) -> None:
         """Whole ones and ranges, empty ones among them."""
-        far, near = both(url, folder, name)
+        remote, local = both(url, folder, name)
         ids = [3, 0, 4, 3] if name == "sequences" else ["t03", "t00", "t38", "t03"]
-        assert_same(far.batch(ids, fingerprints=True), near.batch(ids, fingerprints=True))
+        assert_same(remote.batch(ids, fingerprints=True), local.batch(ids, fingerprints=True))
         picked = ids[:1] * 2
-        assert_same(far.batch(picked, spans=[(0, 1), (1, 1)]), near.batch(picked, spans=[(0, 1), (1, 1)]))
+        assert_same(remote.batch(picked, spans=[(0, 1), (1, 1)]), local.batch(picked, spans=[(0, 1), (1, 1)]))
         with pytest.raises(RequestError):
-            far.batch(picked, spans=[(0, 99), (0, 1)])
+            remote.batch(picked, spans=[(0, 99), (0, 1)])
 
     def test_members(self, url: str, folder: Path) -> None:
         """Either mean at any temperature, chosen by the reader."""
-        far, near = both(url, folder, "members")
+        remote, local = both(url, folder, "members")
         for mean in ("geometric", "arithmetic"):
             keys: dict[str, Any] = {"mean": mean, "temperature": 3.0}
-            np.testing.assert_array_equal(far.batch([1, 2], **keys).p(), near.batch([1, 2], **keys).p())
+            np.testing.assert_array_equal(remote.batch([1, 2], **keys).p(), local.batch([1, 2], **keys).p())
 
     def test_learnt_constants(self, url: str, folder: Path) -> None:
         """What a basis learnt comes over HTTP, once, and decodes to the same bits."""
-        far, near = both(url, folder, "learnt")
-        assert_same(far.batch([1, 20, 1]), near.batch([1, 20, 1]))
+        remote, local = both(url, folder, "learnt")
+        assert_same(remote.batch([1, 20, 1]), local.batch([1, 20, 1]))
 
 
 class TestEpochs:
     @pytest.mark.parametrize("name", ["views", "members", "sequences", "texts", "learnt"])
     @pytest.mark.parametrize("keys", [{}, {"rank": 1, "world_size": 3}, {"cursor": 11}, {"remainder": "pad"}])
-    def test_near_and_far_go_the_same_way(self, url: str, folder: Path, name: str, keys: dict[str, Any]) -> None:
+    def test_epochs_over_http_and_from_the_folder_are_equal(
+        self, url: str, folder: Path, name: str, keys: dict[str, Any]
+    ) -> None:
         """Batch by batch, with the same place to go on from after each."""
-        far, near = both(url, folder, name)
+        remote, local = both(url, folder, name)
         asked: dict[str, Any] = {"seed": 3, "epoch": 5, "batch_size": 7, "fingerprints": True, **keys}
-        one, other = far.epoch(**asked), near.epoch(**asked)
+        one, other = remote.epoch(**asked), local.epoch(**asked)
         assert len(one) == len(other)
         count = 0
         for here, there in zip(one, other, strict=True):
