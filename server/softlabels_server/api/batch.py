@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,7 +65,8 @@ class BatchEndpoint:
             return
         check_version(store, if_match=headers.get("if-match"))
         plan = plan_batch(store, selection, self._settings)
-        buffers = await store.executor_policy.run(_gather_in(reply_format, plan), reply_bytes=plan.reply_bytes)
+        gather = partial(plan.buffers, reply_format)
+        buffers = await store.executor_policy.run(gather, reply_bytes=plan.reply_bytes)
         if reply_format == "safetensors":
             self._keep_response_plan(scope, plan)
         await BufferedReply(buffers, media_type=MEDIA_TYPES[reply_format], digest=store.digest)(scope, receive, send)
@@ -152,23 +152,15 @@ class BatchPlan:
         arrays[IDS] = ids
         return arrays
 
-    def buffers(self) -> list[bytes | memoryview]:
-        """Return a safetensors file of the arrays as buffers to send one after the other. Raises as `arrays`."""
-        arrays = self.arrays()
-        layout = layout_for(
-            self.store,
-            arrays,
-            temperature=self.temperature,
-            samples=len(self.selection.ids),
-            decode=self.selection.options.decode,
-        )
-        return layout.buffers(arrays)
-
-    def buffers_in(self, reply_format: Format) -> list[bytes | memoryview]:
-        """Return the reply in another format than safetensors. Raises as `arrays` and `encode_arrays`."""
+    def buffers(self, reply_format: Format = "safetensors") -> list[bytes | memoryview]:
+        """Return the reply as buffers to send one after the other. Raises as `arrays` and `encode_arrays`."""
+        store, arrays = self.store, self.arrays()
         samples, decode = len(self.selection.ids), self.selection.options.decode
-        metadata = metadata_of(self.store, self.temperature, samples=samples, decode=decode)
-        return encode_arrays(reply_format, self.arrays(), metadata)
+        if reply_format == "safetensors":
+            layout = layout_for(store, arrays, temperature=self.temperature, samples=samples, decode=decode)
+            return layout.buffers(arrays)
+        metadata = metadata_of(store, self.temperature, samples=samples, decode=decode)
+        return encode_arrays(reply_format, arrays, metadata)
 
     def _decoded(self, decode: str) -> NDArray[np.float32]:
         selection = self.selection
@@ -261,10 +253,6 @@ def bytes_a_row(store: ServedStore, names: tuple[str, ...]) -> int:
     arrays = store.manifest.arrays
     elsewhere = {IDS: 8 if store.manifest.ids.kind == "int" else store.manifest.ids.width_bytes, FINGERPRINTS: 16}
     return sum(arrays[name].row_bytes if name in arrays else elsewhere[name] for name in names)
-
-
-def _gather_in(reply_format: Format, plan: BatchPlan) -> Callable[[], list[bytes | memoryview]]:
-    return plan.buffers if reply_format == "safetensors" else partial(plan.buffers_in, reply_format)
 
 
 def _decoded_bytes(store: ServedStore) -> int:

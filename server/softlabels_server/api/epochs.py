@@ -70,19 +70,12 @@ class EpochEndpoint:
         check_version(store, if_match=headers.get("if-match"))
         query = scope["query_string"].decode("latin-1")
         stream = plan_stream(store, scope["path_params"]["epoch"], query, self._settings)
-        size_bytes = await run_in_threadpool(_checked_size, stream, self._settings.max_reply_bytes)
-        start = {
-            "type": "http.response.start",
-            "status": 200,
-            "headers": reply_headers(size_bytes, digest=store.digest),
-        }
-        await send(start)
+        size_bytes = await run_in_threadpool(stream.checked_size, self._settings.max_reply_bytes)
+        lines = reply_headers(size_bytes, digest=store.digest)
+        await send({"type": "http.response.start", "status": 200, "headers": lines})
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body", "body": b""})
             return
-        await self._send_all(stream, scope, send)
-
-    async def _send_all(self, stream: EpochStream, scope: Scope, send: Send) -> None:
         writer = writer_for(scope, send)
         size = AdaptiveChunkSize()
         chunks = stream.chunks(lambda: size.chunk_bytes)
@@ -149,13 +142,14 @@ class EpochStream:
             yield from self._frame(step, chunk_bytes)
         yield [self.end_frame]
 
-    def check_size(self, most_bytes: int) -> None:
-        """Raise BatchTooLargeError if a batch is larger than a reply may be."""
+    def checked_size(self, most_bytes: int) -> int:
+        """Return the size of the whole stream. Raises BatchTooLargeError if a batch is larger than a reply may be."""
         most = most_bytes // max(1, sum(self._row_bytes(name) for name in self.names))
         if self.config.batch_size > most:
             raise too_large(self.config.batch_size, most)
         if self.store.has_row_offsets and max(self._row_counts, default=0) > most:
             raise too_large(max(self._row_counts), most, "rows")
+        return self.size_bytes
 
     def _frame(self, step: StepBatch, chunk_bytes: Callable[[], int]) -> Iterator[Chunk]:
         if self.store.has_row_offsets:
@@ -304,8 +298,3 @@ def _dtype_of(store: ServedStore, name: str) -> np.dtype[Any]:
         return np.dtype(spec.dtype)
     is_number = name == ROW_OFFSETS or (name == IDS and store.manifest.ids.kind == "int")
     return np.dtype("<i8") if is_number else np.dtype("|u1")
-
-
-def _checked_size(stream: EpochStream, most_bytes: int) -> int:
-    stream.check_size(most_bytes)
-    return stream.size_bytes

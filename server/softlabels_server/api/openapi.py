@@ -5,7 +5,6 @@ Parameters and bodies follow from the models in `api.requests`, replies to error
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
@@ -80,20 +79,15 @@ _EPOCH_FIELDS = {
     "view": "view of every sample; default: the epoch number modulo the number of views",
 }
 
-_NAME = {
-    "name": "name",
-    "in": "path",
-    "required": True,
-    "description": "name of the store",
-    "schema": {"type": "string"},
-}
+
+def _parameter(name: str, where: str, description: str, kind: str = "string") -> dict[str, Any]:
+    required = where == "path"
+    return {"name": name, "in": where, "required": required, "description": description, "schema": {"type": kind}}
 
 
-def _header(name: str, description: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "required": False, "description": description, "schema": {"type": "string"}}
-
-
-_IF_MATCH = _header("If-Match", "ETag of the version that the client holds, as `digest`")
+_NAME = _parameter("name", "path", "name of the store")
+_EPOCH = _parameter("epoch", "path", "epoch number", "integer")
+_IF_MATCH = _parameter("If-Match", "header", "ETag of the version that the client holds, as `digest`")
 
 
 def _schema_of(model: type[msgspec.Struct]) -> dict[str, Any]:
@@ -103,29 +97,26 @@ def _schema_of(model: type[msgspec.Struct]) -> dict[str, Any]:
     return schema
 
 
-def _query_parameters(
-    model: type[msgspec.Struct], descriptions: Mapping[str, str] | None = None
-) -> list[dict[str, Any]]:
-    """Return the query parameters that a model stands for; lists are written with commas.
-
-    Args:
-        model: model of the query string.
-        descriptions: fields to list and their descriptions; None takes all from the model.
-    """
+def _query_parameters(model: type[msgspec.Struct]) -> list[dict[str, Any]]:
+    """Return the query parameters that a model stands for; lists are written with commas."""
     schema = _schema_of(model)
-    fields = {name: part for name, part in schema["properties"].items() if descriptions is None or name in descriptions}
     return [
         {
             "name": name,
             "in": "query",
             "required": name in schema.get("required", ()),
-            "description": descriptions[name] if descriptions else part["description"],
+            "description": part.get("description", ""),
             "schema": {key: value for key, value in part.items() if key != "description"},
             "style": "form",
             "explode": False,
         }
-        for name, part in fields.items()
+        for name, part in schema["properties"].items()
     ]
+
+
+def _epoch_parameters() -> list[dict[str, Any]]:
+    found = [entry for entry in _query_parameters(EpochConfig) if entry["name"] in _EPOCH_FIELDS]
+    return [{**entry, "description": _EPOCH_FIELDS[entry["name"]]} for entry in found]
 
 
 _ROWS_HEADERS = {
@@ -177,25 +168,12 @@ def _batch_operation() -> dict[str, Any]:
 
 
 def _epoch_operation() -> dict[str, Any]:
-    epoch = {
-        "name": "epoch",
-        "in": "path",
-        "required": True,
-        "description": "epoch number",
-        "schema": {"type": "integer"},
-    }
     return _operation(
         "One rank's batches of an epoch, as one stream",
         "Safetensors files end to end, one for each batch, and at the end one without arrays that says how many there "
         "were. The order follows from the store's digest, the seed and the epoch number.",
         "epoch",
-        parameters=[
-            _NAME,
-            epoch,
-            _IF_MATCH,
-            *_query_parameters(EpochConfig, _EPOCH_FIELDS),
-            *_query_parameters(RowOptions),
-        ],
+        parameters=[_NAME, _EPOCH, _IF_MATCH, *_epoch_parameters(), *_query_parameters(RowOptions)],
         responses={
             "200": {
                 "description": "The stream. Metadata of a frame: those of a batch reply, `cursor` and `repeated`.",

@@ -24,8 +24,7 @@ from softlabels_server.fast_path.response_plan import (
     ResponsePlan,
     ResponsePlans,
 )
-from softlabels_server.fast_path.safetensors_header import as_buffer
-from softlabels_server.fast_path.socket_writer import SOCKET_EXTENSION, SocketAccess
+from softlabels_server.fast_path.socket_writer import SOCKET_EXTENSION, SocketAccess, as_view
 
 MAX_HEADER_BYTES = 64 << 10
 """The limit of h11, uvicorn's other parser; real request headers are far smaller."""
@@ -174,8 +173,7 @@ class FastPathProtocol(asyncio.Protocol):
         for buffer in buffers:
             size = len(buffer) if isinstance(buffer, bytes) else buffer.nbytes
             if sent < size:
-                view = memoryview(buffer) if isinstance(buffer, bytes) else as_buffer(buffer)
-                self.transport.write(view[sent:])
+                self.transport.write(as_view(buffer)[sent:])
             sent = max(0, sent - size)
 
 

@@ -197,7 +197,7 @@ def writer_for(scope: Scope, send: Send) -> ThreadedWriter | AsgiWriter:
 
 
 def as_view(buffer: bytes | NDArray[Any]) -> memoryview:
-    """Return the bytes of either."""
+    """Return the bytes of either, without a copy."""
     return memoryview(buffer) if isinstance(buffer, bytes) else as_buffer(buffer)
 
 
