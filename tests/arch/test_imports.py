@@ -43,6 +43,14 @@ import softlabels, softlabels_client
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 
+LOADED_BY_A_COMMAND = """
+import json, sys
+from softlabels.cli import main
+code = main(sys.argv[1:])
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+sys.exit(code)
+"""
+
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter, isolated from the environment and from this folder."""
@@ -122,6 +130,16 @@ class TestFreshInterpreter:
         done = run_python(IMPORT_UNDER_A_BLOCK, "zarr", "zarr")
         assert done.returncode == 1
         assert "blocked by the test" in done.stderr
+
+    @pytest.mark.parametrize(
+        "arguments", [["--help"], ["--version"], ["status", "--help"], ["inspect", "--help"], ["distill", "--help"]]
+    )
+    def test_a_light_command_waits_for_no_heavy_library(self, arguments: list[str]) -> None:
+        """Subcommands are imported when they run, and their libraries when they work."""
+        done = run_python(LOADED_BY_A_COMMAND, *arguments)
+        assert done.returncode == 0, done.stderr
+        loaded = set(json.loads(done.stdout.splitlines()[-1]))
+        assert loaded & {*ARRAYS_ON_DISK, *WEB, *MODELS, "softlabels_server"} == set()
 
 
 class TestFolderNames:
