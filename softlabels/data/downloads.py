@@ -131,7 +131,8 @@ def _read_verified(folder: Path, file: str, sha256: str) -> bytes:
     return content
 
 
-def _retrieve(url: str, file: str, sha256: str, cache: Path, download: Callable[[str, Any, Any], None]) -> None:
+# `download` is Any: pooch 1.9 annotates downloaders with other argument names than it passes.
+def _retrieve(url: str, file: str, sha256: str, cache: Path, download: Any) -> None:
     """Download into the cache; the file appears there only with the right checksum."""
     with needs_extra("demo", "downloading data sets"):
         import pooch

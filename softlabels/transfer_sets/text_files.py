@@ -54,14 +54,12 @@ class TokenWindows(FileTransferSet):
         self,
         paths: Sequence[Path],
         load_tokenizer: Callable[[], Tokenize],
-        *,
         length: int,
         first_token: int | None,
         max_windows: int | None,
         name: str,
     ) -> None:
-        self._arguments = {"paths": tuple(paths), "load_tokenizer": load_tokenizer, "length": length}
-        self._arguments |= {"first_token": first_token, "max_windows": max_windows, "name": name}
+        self._arguments = (tuple(paths), load_tokenizer, length, first_token, max_windows, name)
         self._first_token = first_token
         step = length if first_token is None else length - 1
         max_tokens = None if max_windows is None else max_windows * step
@@ -77,11 +75,8 @@ class TokenWindows(FileTransferSet):
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self._arguments
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        TokenWindows.__init__(self, **state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
 
     def lengths(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of tokens of each of these windows, [B]."""
