@@ -20,7 +20,7 @@ from softlabels.precompute import load_job, precompute
 from softlabels.softmath import soften
 from softlabels.store import LocalRows
 from softlabels.transfer_set import ArrayTransferSet
-from softlabels.views import SeededTransform, ViewReplay, as_view_transform, load_view_transform, view_seeds
+from softlabels.views import ViewReplay, load_view_transform
 from softlabels_client.data.dataset import data_loader
 from softlabels_client.data.view_dataset import ViewDataset
 
@@ -261,33 +261,6 @@ class TestReplay:
         data.__getitems__([1, 2])
         assert torch.equal(torch.rand(2), expected[0])
         np.testing.assert_array_equal(np.random.rand(2), expected[1])
-
-
-class TestTransforms:
-    """What may make views."""
-
-    def test_a_batch_does_not_change_a_view(self) -> None:
-        """A view follows from its own seed, whoever its neighbours are."""
-        transform = SeededTransform(lambda sample: sample + torch.randn(3))
-        manifest_free_seeds = view_seeds("k", np.arange(4), np.zeros(4, dtype=np.int64))
-        together = [transform.view(torch.zeros(3), seed=int(s), parameters=np.empty(0)) for s in manifest_free_seeds]
-        alone = transform.view(torch.zeros(3), seed=int(manifest_free_seeds[2]), parameters=np.empty(0))
-        assert torch.equal(together[2], alone)
-
-    def test_settings_count_for_the_identity_and_addresses_do_not(self) -> None:
-        """Two equal modules are the same transform, two with other settings are not."""
-        assert as_view_transform(torch.nn.Dropout(0.2)).identity == as_view_transform(torch.nn.Dropout(0.2)).identity
-        assert as_view_transform(torch.nn.Dropout(0.2)).identity != as_view_transform(torch.nn.Dropout(0.3)).identity
-
-    def test_what_makes_no_views_is_refused(self, tmp_path: Path) -> None:
-        """With what it gave instead."""
-        with pytest.raises(JobError, match="makes no views"):
-            as_view_transform(3)
-        with pytest.raises(JobError, match="a view is a tensor or an array"):
-            SeededTransform(lambda sample: "view").view(torch.zeros(2), seed=1, parameters=np.empty(0))
-        (tmp_path / "t.py").write_text("def make(size):\n    return lambda sample: sample\n")
-        with pytest.raises(JobError, match="failed with TypeError"):
-            load_view_transform("t.py:make", base=tmp_path)
 
     def test_views_of_several_sizes_are_refused(self, made: Made, tmp_path: Path) -> None:
         """A store's rows have one shape of input each."""
