@@ -79,7 +79,7 @@ class ViewReplay:
         if self.draws_in_main_thread and threading.current_thread() is not threading.main_thread():
             raise ViewReplayError(
                 "this transform draws from torch's global generator, which training uses at the same time: its views "
-                "would sometimes differ; give it a `generator` argument, or fetch in worker processes (workers >= 1)"
+                "would sometimes differ; give it a `generator` argument, or fetch in workers (workers=1 or more)"
             )
         key = self._spec.seed_key or self._name
         seeds = view_seeds(key, ids, views_B)

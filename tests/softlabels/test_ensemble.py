@@ -186,7 +186,7 @@ class TestRefusals:
 
     def test_class_numbers_are_no_logits(self) -> None:
         """An argmax was taken too early."""
-        with pytest.raises(TeacherError, match=r"member 0 gives torch.int64"):
+        with pytest.raises(TeacherError, match=r"member 0 returns torch.int64"):
             combine([torch.zeros(4, 10, dtype=torch.int64)], mean="none", temperature=1.0)
 
     def test_no_members_are_refused(self) -> None:
@@ -196,7 +196,7 @@ class TestRefusals:
 
     def test_several_members_need_a_mean(self) -> None:
         """The choices are named."""
-        with pytest.raises(RequestError, match="'geometric', which serves every temperature"):
+        with pytest.raises(RequestError, match="'geometric', which gives targets at every temperature"):
             combine([torch.zeros(1, 2)] * 2, mean="none", temperature=1.0)
 
     def test_an_unknown_mean_is_refused(self) -> None:

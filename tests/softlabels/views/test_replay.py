@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -226,11 +225,11 @@ class TestReplay:
         with pytest.raises((FingerprintMismatchError, ViewReplayError)):
             data.__getitems__([0])
 
-    def test_a_store_without_views_has_none_to_make_again(self, made: Made) -> None:
+    def test_a_store_without_views_is_refused(self, made: Made) -> None:
         """It says which data set to use."""
         folder = made("crop")
-        manifest = dataclasses.replace(softlabels.open(folder / "store").manifest, views=None)
-        with pytest.raises(RequestError, match="how views were made"):
+        manifest = structs.replace(softlabels.open(folder / "store").manifest, views=None)
+        with pytest.raises(RequestError, match="has no views"):
             ViewReplay(manifest, load_view_transform("parts.py:crop", base=folder))
 
     def test_global_generators_are_not_shared_with_a_training_thread(self, made: Made) -> None:
