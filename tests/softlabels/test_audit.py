@@ -1,4 +1,4 @@
-"""Error statistics that stream and merge."""
+"""Error statistics: accumulation and merging."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TestAudit:
         assert found["gradient"] == {"rms_error": 0, "bias": 0, "bias_ratio": 0}
 
     def test_dropped_mass_is_what_was_cut_off(self) -> None:
-        """Told by the encoding, or read from classes that came back as impossible."""
+        """As stored by the encoding, or the mass of classes that decode to 0."""
         encoding = TopK(classes=60, k=5, tail="renormalise")
         encoded = encoding.encode(ROWS)
         decoded = encoding.decode(encoded)

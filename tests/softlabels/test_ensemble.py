@@ -1,4 +1,4 @@
-"""Members' logits to the row that a store keeps, on torch, against the numpy reference."""
+"""Ensemble means in torch against the NumPy reference."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class TestCombine:
         assert (combined.captured_temperature, combined.locked) == (1.0, False)
 
     def test_the_geometric_mean_stays_open(self) -> None:
-        """Captured at 1: it serves every temperature later."""
+        """Captured at 1: it re-tempers to every temperature."""
         combined = combine(members_of(np.zeros((3, 2, 4))), mean="geometric", temperature=7.0)
         assert (combined.captured_temperature, combined.locked) == (1.0, False)
 

@@ -1,4 +1,4 @@
-"""Random numbers that depend on store, sample and view alone."""
+"""Random numbers as a function of store, sample and view."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TestDrawKeys:
         assert len(np.unique(rng_keys("a", ids))) == 2
 
     def test_keys_are_the_ones_of_the_first_release(self) -> None:
-        """Fixed for good: a store that is resumed by a later version goes on with the same draws."""
+        """Fixed values: a store resumed by a later version continues with the same draws."""
         assert rng_keys("mnist", np.array([0, 1, -1]), np.array([0, 3, 0])).tolist() == GOLDEN
 
 

@@ -1,4 +1,4 @@
-"""Rows made to break encodings, at every class count that matters: kept within the stated bound, or refused by name."""
+"""Adversarial rows at critical class counts: each row is encoded within the stated bound, or refused by number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from softlabels.encodings.quantised import FLOOR
 from softlabels.errors import EncodingError
 
 CLASS_COUNTS = (2, 10, 1_000, 14_000, 21_841, 32_768, 65_536, 65_537, 131_073, 262_144)
-"""Both sides of every width that an id may take, and the sizes of real label sets and vocabularies."""
+"""Both sides of every change in id width, and the sizes of real label sets and vocabularies."""
 
 Rows = NDArray[np.float32]
 
@@ -92,7 +92,7 @@ PLAIN_OF_MANY = ("f32", "f16", "bf16", "q8", "q3")
 
 
 def encodings(classes: int) -> list[Encoding]:
-    """One of each kind that rows of so many classes can have."""
+    """One encoding of each kind that this number of classes allows."""
     k = min(classes, 12)
     found = [make_encoding(name, classes=classes) for name in (PLAIN if classes <= 1_000 else PLAIN_OF_MANY)]
     found += [TopK(classes=classes, k=k, tail=tail) for tail in ("uniform", "ghost", "renormalise")]
@@ -125,15 +125,16 @@ def attempt(
 
 
 def shifted(rows: Rows) -> Rows:
-    """Rows as they come to an encoding: the largest at 0."""
-    return rows - rows.max(axis=1, keepdims=True)
+    """Rows as an encoding receives them: the largest at 0."""
+    moved: Rows = rows - rows.max(axis=1, keepdims=True)
+    return moved
 
 
 @pytest.mark.parametrize("classes", CLASS_COUNTS)
 class TestEveryEncoding:
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
     def test_a_row_is_kept_within_the_bound_or_refused(self, classes: int, kind: Callable[[int], Rows]) -> None:
-        """NumPy encodes within what the encoding's page states; torch takes and refuses the same rows."""
+        """NumPy encodes within the encoding's stated bounds; torch accepts and refuses the same rows."""
         rows = shifted(kind(classes))
         keys = rng_keys("adversarial", np.arange(len(rows)))
         for encoding in encodings(classes):
@@ -184,7 +185,7 @@ def check_torch(
 def check_bound(
     encoding: Encoding, z: NDArray[np.float64], encoded: dict[str, NDArray[Any]], decoded: NDArray[np.float64]
 ) -> None:
-    """What each encoding's first docstring states."""
+    """The bounds in each encoding's module docstring."""
     for name, array in encoded.items():
         assert array.shape == (len(z), *encoding.fields[name].row_shape)
     assert sum(array.nbytes for array in encoded.values()) == len(z) * row_bytes(encoding)

@@ -1,4 +1,4 @@
-"""A basis learnt from a pilot, an exact head, and the rest quantised."""
+"""Basis rows: learnt from a pilot, with a head and a quantised residual."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = 120
 
 
 def low_rank(rows: int, seed: int) -> NDArray[np.float32]:
-    """Rows with the falling spectrum of a classifier's, their largest at 0."""
+    """Rows with the decreasing spectrum of a classifier's, their largest at 0."""
     factors = np.random.default_rng(0).normal(size=(40, CLASSES)) * (0.9 ** np.arange(40))[:, None]
     rng = np.random.default_rng(seed)
     rows_BC = rng.normal(size=(rows, 40)) @ factors + 0.05 * rng.normal(size=(rows, CLASSES))
@@ -55,7 +55,7 @@ class TestBasis:
 
     @pytest.mark.parametrize("residual_bits", [0, 3])
     def test_both_libraries_decode_to_the_same_bits(self, residual_bits: int) -> None:
-        """Sums of whole numbers below 2²⁴ do not depend on the order of adding."""
+        """Sums of integers below 2²⁴ do not depend on the order of additions."""
         encoding = build_basis(spectrum_of(low_rank(600, 1)), row_bytes=100, head=4, residual_bits=residual_bits)
         assert encoding is not None
         rows = low_rank(200, 3)
@@ -69,20 +69,20 @@ class TestBasis:
         assert (torch_bytes != encoded).mean() < 0.01
 
     def test_the_largest_class_stays_the_largest(self, learnt: Basis) -> None:
-        """It stands in the head, and nothing else may reach it."""
+        """It is in the head, and no other class reaches it."""
         rows = low_rank(300, 4)
         decoded = learnt.decode(learnt.encode(rows))
         assert (decoded.argmax(axis=1) == rows.argmax(axis=1)).all()
 
     def test_it_is_rebuilt_from_what_a_store_keeps(self, learnt: Basis) -> None:
-        """Name, class count, parameters and constants are all of it."""
+        """Name, class count, parameters and constants rebuild the encoding."""
         rows = low_rank(20, 5)
         again = make_encoding("basis", classes=CLASSES, params=learnt.params, constants=learnt.constants)
         assert np.array_equal(again.encode(rows)["targets"], learnt.encode(rows)["targets"])
         assert np.array_equal(again.decode(again.encode(rows)), learnt.decode(learnt.encode(rows)))
 
     def test_it_goes_to_other_processes_without_what_it_derived(self, learnt: Basis) -> None:
-        """A DataLoader's worker gets the constants, not the copies that were sent to a device."""
+        """A DataLoader's worker gets the constants, without the copies on a device."""
         rows = low_rank(20, 5)
         encoded = learnt.encode(rows)
         learnt.decode_torch({"targets": torch.from_numpy(encoded["targets"])})
@@ -127,7 +127,7 @@ class TestBasis:
             learn_basis(low_rank(100, 1), row_bytes=4)
 
     def test_a_pilot_of_identical_rows_still_makes_a_basis_or_says_why(self) -> None:
-        """No direction varies: there is nothing to spend bits on."""
+        """No direction varies, so no bits are assigned."""
         with pytest.raises(EncodingError):
             learn_basis(np.repeat(low_rank(1, 1), 64, axis=0), row_bytes=40)
 

@@ -1,4 +1,4 @@
-"""Hidden states: small rows, the head once for a store, and the teacher's own logits at any temperature."""
+"""Hidden states: small rows, one head for a store, and the teacher's own logits at any temperature."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class TestHead:
         ],
     )
     def test_what_is_no_head_is_refused(self, params: dict[str, object], constants: dict[str, np.ndarray]) -> None:
-        """Parameters and arrays may come from a manifest that nobody vouches for."""
+        """Parameters and arrays may come from a damaged or hostile manifest."""
         with pytest.raises(UnknownEncodingError):
             make_encoding("hidden", classes=CLASSES, params=params, constants=constants)
 
@@ -149,7 +149,7 @@ class TestHead:
 class TestRefusals:
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e5])
     def test_by_row(self, value: float) -> None:
-        """NaN and Inf, and what float16 has no number for, in both libraries."""
+        """NaN, Inf and values outside the range of float16, in both libraries."""
         encoding, rows = hidden_encoding(head()), states(4)
         rows[2, 7] = value
         for attempt in (lambda: encoding.encode(rows), lambda: encoding.encode_torch(torch.from_numpy(rows))):
@@ -175,7 +175,7 @@ class TestRefusals:
 
 class TestStore:
     def test_the_head_is_bound_by_its_digest(self, tmp_path: Path) -> None:
-        """It is a file beside the rows; one changed byte of it and nothing is decoded."""
+        """It is a file beside the rows; with one changed byte of it nothing is decoded."""
         encoding = hidden_encoding(head("f16"), kept_as="q8")
         assert write_states(tmp_path, encoding, encoding.encode(states())).sound
         batch = softlabels.open(tmp_path).batch([4, 2])
@@ -189,7 +189,7 @@ class TestStore:
             softlabels.open(tmp_path)
 
     def test_a_hidden_state_that_is_not_finite_is_found(self, tmp_path: Path) -> None:
-        """`verify` looks at the numbers that are kept; it need not make logits of them."""
+        """`verify` checks the stored numbers without computing logits."""
         encoding = hidden_encoding(head("f16"))
         assert write_states(tmp_path / "good", encoding, {"targets": states().astype("<f2")}).sound
         broken = states().astype("<f2")

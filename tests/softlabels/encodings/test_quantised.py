@@ -1,4 +1,4 @@
-"""Quantised rows with an exact head."""
+"""Quantised rows and their head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def rows_like_a_classifier(rows: int = 64, classes: int = 1000) -> np.ndarray:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 1.2, size=(rows, classes)).astype(np.float32)
     logits[np.arange(rows), rng.integers(0, classes, rows)] += 8
-    return logits - logits.max(axis=1, keepdims=True)
+    shifted: np.ndarray = logits - logits.max(axis=1, keepdims=True)
+    return shifted
 
 
 class TestQuantised:
@@ -71,7 +72,7 @@ class TestQuantised:
         assert np.array_equal(encoding.encode(rows)["targets"], alone)
 
     def test_a_refusal_names_rows_of_the_batch_not_of_a_block(self) -> None:
-        """Row 150 is row 150."""
+        """The error names row 150 of the batch, not of its block."""
         rows = rows_like_a_classifier(200)
         rows[150, 3] = np.nan
         with pytest.raises(EncodingError) as refused:
@@ -84,7 +85,7 @@ class TestQuantised:
         assert encoding.decode(encoding.encode(np.zeros((0, 10), np.float32))).shape == (0, 10)
 
     def test_leading_dimensions_are_kept(self) -> None:
-        """Views or members side by side decode as they lie."""
+        """Leading dimensions for views or members are kept."""
         encoding = make_encoding("q8", classes=10)
         packed = encoding.encode(np.random.default_rng(0).normal(size=(6, 10)))["targets"]
         stacked = encoding.decode({"targets": packed.reshape(2, 3, -1)})
@@ -97,7 +98,7 @@ class TestQuantised:
 
     @pytest.mark.parametrize(("bits", "head"), [(1, 4), (9, 4), (8, 0), (8, 10)])
     def test_parameters_out_of_range_are_refused(self, bits: int, head: int) -> None:
-        """Bits 2 to 8, a head that leaves a rest."""
+        """Bits from 2 to 8, and a head smaller than the row."""
         with pytest.raises(UnknownEncodingError):
             Quantised(classes=10, bits=bits, head=head)
 

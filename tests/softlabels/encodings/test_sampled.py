@@ -65,7 +65,7 @@ class TestReproducible:
         assert (torch_bytes != whole).any(axis=1).mean() <= 0.05
 
     def test_other_views_draw_otherwise(self) -> None:
-        """A view's draws are its own."""
+        """Each view has its own draws."""
         row = long_tailed(5000)
         encoding = Sampled(classes=5000, head=4, draws=30)
         first = encoding.encode(row, keys_B=rng_keys("store", np.array([1]), 0))["targets"]
@@ -73,7 +73,7 @@ class TestReproducible:
         assert not np.array_equal(first, second)
 
     def test_without_keys_it_is_refused(self) -> None:
-        """Draws that nobody can repeat are not made."""
+        """Without keys a resumed capture could not repeat the draws."""
         with pytest.raises(EncodingError, match="key"):
             Sampled(classes=10, head=2, draws=3).encode(np.zeros((1, 10)))
 
@@ -87,7 +87,7 @@ class TestSizes:
         assert encoding.draws > size / 4
 
     def test_a_pilot_chooses_the_head(self) -> None:
-        """Of a row of ten large classes, more is head than of a flat one."""
+        """A row with ten large classes gets a larger head than a flat one."""
         peaked = np.r_[np.full(10, 0.09), np.full(990, 0.1 / 990)][None]
         flat = np.full((1, 1000), 1e-3)
         sizes = [sampled_within(96, classes=1000, p_BC=p).head for p in (peaked, flat)]

@@ -1,4 +1,4 @@
-"""What a job file may say under `encoding`."""
+"""Encodings as a job requests them, and the cheapest one that meets a KL budget."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class TestParse:
         assert row_bytes(requested.make(classes=64, pilot_BC=pilot())) <= 40
 
     def test_auto_chooses_on_the_pilot(self) -> None:
-        """Whatever it is, it was measured to meet the budget."""
+        """The chosen encoding meets the budget."""
         encoding = parse_encoding({"name": "auto", "kl": 1e-3}).make(classes=64, pilot_BC=pilot())
         assert row_bytes(encoding) < 128
 
@@ -117,14 +117,14 @@ class TestChooseEncoding:
         assert not any(tried.fits for tried in choice.table if tried.row_bytes < chosen.row_bytes)
 
     def test_a_tighter_budget_costs_more_bytes(self) -> None:
-        """And one of zero costs all of them."""
+        """A budget of 0 takes f32."""
         sizes = [choose_encoding(PILOT, budget_kl=kl).table for kl in (1e-2, 1e-5)]
         cheapest = [min(tried.row_bytes for tried in table if tried.fits) for table in sizes]
         assert cheapest[0] < cheapest[1]
         assert choose_encoding(PILOT, budget_kl=0.0).encoding.name == "f32"
 
     def test_truncated_rows_are_tried_for_one_temperature_only(self) -> None:
-        """They can be had at no other."""
+        """They exist at no other."""
         one = choose_encoding(PILOT, budget_kl=1.0, temperatures=(1.0,))
         two = choose_encoding(PILOT, budget_kl=1.0, temperatures=(1.0, 2.0))
         assert any(tried.encoding.name == "topk" for tried in one.table)
@@ -142,7 +142,7 @@ class TestChooseEncoding:
         assert not any(tried.fits for tried in refused)
 
     def test_a_budget_that_nothing_meets_is_an_error_with_the_table(self) -> None:
-        """Not the least bad one."""
+        """The best one that exceeds the budget is not taken."""
         with pytest.raises(EncodingError) as refused:
             choose_encoding(PILOT, budget_kl=-1.0)
         assert refused.value.context["table"]

@@ -13,7 +13,7 @@ LOGITS = np.log(np.array([[0.5, 0.05, 0.3, 0.05, 0.1]]))
 
 class TestTopK:
     def test_the_largest_are_kept_by_id(self) -> None:
-        """Ids, log-probabilities and the exact tail mass stand in three arrays."""
+        """Ids, log-probabilities and the exact tail mass are in three arrays."""
         encoded = TopK(classes=5, k=2).encode(LOGITS)
         assert encoded["class_ids"].tolist() == [[0, 2]]
         assert encoded["class_ids"].dtype == np.uint16
@@ -44,7 +44,7 @@ class TestTopK:
 
     @pytest.mark.parametrize(("classes", "dtype", "size"), [(65_536, "<u2", 44), (65_537, "<u4", 64)])
     def test_ids_are_as_wide_as_they_must_be(self, classes: int, dtype: str, size: int) -> None:
-        """The last class of either side of 65,536 comes back."""
+        """The last class decodes correctly on both sides of 65,536 classes."""
         encoding = TopK(classes=classes, k=10)
         rows = np.zeros((1, classes), np.float32)
         rows[0, -1] = 9
@@ -54,7 +54,7 @@ class TestTopK:
         assert row_bytes(encoding) == size
 
     def test_it_is_locked(self) -> None:
-        """A cut row exists at one temperature."""
+        """A truncated row exists at one temperature."""
         assert not TopK(classes=5, k=2).retemperable
 
     def test_all_classes_may_be_kept(self) -> None:

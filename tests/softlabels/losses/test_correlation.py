@@ -1,4 +1,4 @@
-"""Correlations as a loss: the paper's formulas in NumPy, what they do not see, and where a correlation has no value."""
+"""The correlation loss: the paper's formulas in NumPy, invariances, and rows without a correlation."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class TestFormula:
         np.testing.assert_allclose(parts.soft.item(), 2 * 1.5, rtol=1e-6)
 
     def test_autograd_agrees_with_finite_differences(self) -> None:
-        """torch's gradcheck; a class cut from every row, a row without relations, unlabelled rows among them."""
+        """torch's gradcheck; a class truncated in every row, a row without relations, unlabelled rows among them."""
         teacher = normal(1, 5, 4)
         teacher[:, 2], teacher[3] = -np.inf, 0.0
         targets = batch(teacher, 3.0, [0, -1, 3, 1, -1])

@@ -1,4 +1,4 @@
-"""Decoupled distillation: the paper's formulas in NumPy, its identity with plain distillation, and where they end."""
+"""Decoupled distillation: the paper's formulas in NumPy, its identity with plain distillation, and edge cases."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class TestFormula:
         np.testing.assert_allclose(parts.total.item(), 3 * tckd + 5 * nckd + 2 * np.log(4), rtol=1e-12)
 
     def test_autograd_agrees_with_finite_differences(self) -> None:
-        """torch's gradcheck; cut classes and an unlabelled row among them."""
+        """torch's gradcheck; truncated classes and an unlabelled row among them."""
         teacher = normal(1, 4, 5)
         teacher[0, 3] = teacher[2, 1] = -np.inf
         targets = batch(teacher, [2, -1, 1, 0], 3.0)
@@ -183,7 +183,7 @@ class TestFormula:
 
 class TestLabels:
     def test_targets_without_labels_are_refused(self) -> None:
-        """There is nothing to take them apart at; the message names the loss that needs none."""
+        """The message names the loss that needs no labels."""
         with pytest.raises(RequestError, match="distillation_loss, which needs none"):
             decoupled_loss(torch.zeros(2, 3), batch(np.zeros((2, 3)), None))
 

@@ -404,7 +404,7 @@ class TestModule:
 
     @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
     def test_bad_weights_are_refused_when_it_is_made(self, bad: float) -> None:
-        """Not after an hour's training."""
+        """At construction, not at the first step."""
         with pytest.raises(RequestError, match="hard_weight"):
             DistillationLoss(hard_weight=bad)
         with pytest.raises(RequestError, match="soft_weight"):

@@ -1,4 +1,4 @@
-"""Losses by name: what `make_loss` takes, what its modules give, and what every one of them refuses."""
+"""Losses by name: arguments of `make_loss`, its modules, and their errors."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class TestMakeLoss:
 
     @pytest.mark.parametrize("bad", ["8", True, None, -1, float("nan"), float("inf"), [1.0], 10**400])
     def test_a_weight_that_is_none_is_refused_when_it_is_made(self, bad: Any) -> None:
-        """Not after an hour's training; text from a command line neither."""
+        """At construction, not at the first step; strings from a command line too."""
         with pytest.raises(RequestError, match="beta is"):
             make_loss("dkd", beta=bad)
 

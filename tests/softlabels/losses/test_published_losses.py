@@ -1,4 +1,4 @@
-"""Do these losses give what the papers' authors publish? Their implementations' values, kept with their sources."""
+"""Losses against values of the papers' published implementations, stored with their sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logit standardisation: z-scores against NumPy, in front of plain and decoupled distillation, and where they end."""
+"""Logit standardisation: z-scores against NumPy, before plain and decoupled distillation, and edge cases."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class TestInFrontOfEither:
             loss(torch.zeros(2, 2), batch(np.array([[0.0, 1.0], [0.0, -np.inf]]), 1.0, [0, 1]), standardise=deviation)
 
     def test_a_student_without_an_opinion_gives_no_soft_gradient(self, loss: Any, deviation: Deviation) -> None:
-        """A row of equal logits has no relations to mend; the labels get it going."""
+        """A row of equal logits has no soft gradient; the labels give it one."""
         z = torch.zeros(2, 3, requires_grad=True)
         parts = loss(z, batch(normal(1, 2, 3), 2.0, [0, 2]), standardise=deviation)
         assert not gradient_of(parts.soft, z).any()

@@ -67,7 +67,7 @@ class TestSoftTargetBatch:
             batch(np.zeros(shape))
 
     def test_integers_are_no_logits(self) -> None:
-        """Still encoded, or labels."""
+        """They may be encoded rows or labels."""
         with pytest.raises(ShapeMismatchError, match="int64"):
             batch(np.zeros((2, 3), dtype=np.int64))
 

@@ -1,4 +1,4 @@
-"""Views: made once for the teacher, made again for the student, the same bytes or an error."""
+"""Views: a trainer replays the bytes that the teacher saw, or gets an error."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class TestStoresOfViews:
 
 
 class TestReplay:
-    """What must not be made again is not."""
+    """Replay, and what is refused."""
 
     def test_another_transform_is_refused(self, made: Made) -> None:
         """Other code, or other arguments of the same code."""
@@ -226,7 +226,7 @@ class TestReplay:
             data.__getitems__([0])
 
     def test_a_store_without_views_is_refused(self, made: Made) -> None:
-        """It says which data set to use."""
+        """The message says that the store has no views."""
         folder = made("crop")
         manifest = structs.replace(softlabels.open(folder / "store").manifest, views=None)
         with pytest.raises(RequestError, match="has no views"):
@@ -272,6 +272,6 @@ class TestReplay:
 
 
 def with_views(manifest: Manifest, **changes: Any) -> Manifest:
-    """The manifest with another account of its views."""
+    """The manifest with another description of its views."""
     assert isinstance(manifest.views, ViewSpec)
     return structs.replace(manifest, views=structs.replace(manifest.views, **changes))

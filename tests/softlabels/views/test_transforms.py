@@ -14,7 +14,7 @@ from softlabels.views import SeededTransform, as_view_transform, load_view_trans
 
 class TestTransforms:
     def test_a_batch_does_not_change_a_view(self) -> None:
-        """A view follows from its own seed, whoever its neighbours are."""
+        """A view depends on its own seed, not on the rest of the batch."""
         transform = SeededTransform(lambda sample: sample + torch.randn(3))
         manifest_free_seeds = view_seeds("k", np.arange(4), np.zeros(4, dtype=np.int64))
         together = [transform.view(torch.zeros(3), seed=int(s), parameters=np.empty(0)) for s in manifest_free_seeds]
@@ -27,7 +27,7 @@ class TestTransforms:
         assert as_view_transform(torch.nn.Dropout(0.2)).identity != as_view_transform(torch.nn.Dropout(0.3)).identity
 
     def test_what_makes_no_views_is_refused(self, tmp_path: Path) -> None:
-        """With what it gave instead."""
+        """The message names what was returned instead."""
         with pytest.raises(JobError, match="is no view transform"):
             as_view_transform(3)
         with pytest.raises(JobError, match="a view is a tensor or an array"):

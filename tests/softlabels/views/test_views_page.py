@@ -1,4 +1,4 @@
-"""docs/views.md: its job table and its transform, run as they stand there."""
+"""docs/views.md: its job table and its transform, run as they are printed."""
 
 from __future__ import annotations
 
