@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,7 +135,10 @@ class Encoding(Protocol):
 class LogitsEncoding(ABC):
     """The members of `Encoding` that all encodings of logits share."""
 
-    row_kind: ClassVar[RowKind] = "logits"
+    @property
+    def row_kind(self) -> RowKind:
+        """Rows are logits."""
+        return "logits"
 
     @property
     def constants(self) -> Mapping[str, NDArray[Any]]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +70,8 @@ class Basis(PackedRows):
         widths_R: uint8, bits of each coefficient, 1 to 9.
     """
 
-    name: ClassVar[str] = "basis"
-    retemperable: ClassVar[bool] = True  # every class is present
+    name = "basis"
+    retemperable = True  # every class is present
 
     classes: int
     head: int

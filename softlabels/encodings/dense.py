@@ -31,10 +31,10 @@ class DenseEncoding(LogitsEncoding):
 
     classes: int
 
-    name: ClassVar[str]
+    name = ""
     dtype: ClassVar[str]
     largest: ClassVar[str]
-    retemperable: ClassVar[bool] = True
+    retemperable = True
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -101,7 +101,7 @@ class DenseEncoding(LogitsEncoding):
 class F32(DenseEncoding):
     """Rows as float32, exact."""
 
-    name: ClassVar[str] = "f32"
+    name = "f32"
     dtype: ClassVar[str] = "<f4"
 
     def _narrow(self, rows_BC: NDArray[Any]) -> NDArray[Any]:
@@ -119,7 +119,7 @@ class F32(DenseEncoding):
 class F16(DenseEncoding):
     """Rows as float16: relative error 2⁻¹¹ of each logit below the row's maximum."""
 
-    name: ClassVar[str] = "f16"
+    name = "f16"
     dtype: ClassVar[str] = "<f2"
     largest: ClassVar[str] = "65,504"
 
@@ -141,7 +141,7 @@ class F16(DenseEncoding):
 class BF16(DenseEncoding):
     """Rows as bfloat16, stored as its 16 bits in uint16: neither Zarr v3's core types nor HDF5's include bfloat16."""
 
-    name: ClassVar[str] = "bf16"
+    name = "bf16"
     dtype: ClassVar[str] = "<u2"
     largest: ClassVar[str] = "3.39e38"
 

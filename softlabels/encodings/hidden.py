@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,9 +57,8 @@ class Hidden:
         bias_C: float32; None if the head has none.
     """
 
-    row_kind: ClassVar[RowKind] = "hidden_states"
-    name: ClassVar[str] = "hidden"
-    retemperable: ClassVar[bool] = True
+    name = "hidden"
+    retemperable = True
 
     classes: int
     kept_as: KeptAs = "f16"
@@ -76,6 +75,11 @@ class Hidden:
     def __getstate__(self) -> dict[str, Any]:
         # Cached properties are not pickled: they may hold tensors on a device that the other process does not have.
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+    @property
+    def row_kind(self) -> RowKind:
+        """Rows are hidden states."""
+        return "hidden_states"
 
     @property
     def width(self) -> int:

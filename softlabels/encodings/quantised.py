@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import erf, exp, pi, sqrt
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class Quantised(PackedRows):
         head: number of largest classes kept with 8 bits more, 1 to C - 1.
     """
 
-    retemperable: ClassVar[bool] = True  # every class is present; the error shrinks as T grows
+    retemperable = True  # every class is present; the error shrinks as T grows
 
     classes: int
     bits: int

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +49,8 @@ class Sampled(PackedRows):
         draws: N, at least 1.
     """
 
-    name: ClassVar[str] = "sampled"
-    retemperable: ClassVar[bool] = False  # a sample of p is no sample of p at another T
+    name = "sampled"
+    retemperable = False  # a sample of p is no sample of p at another T
 
     classes: int
     head: int

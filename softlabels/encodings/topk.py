@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +46,8 @@ class TopK(LogitsEncoding):
         tail: rule for the rest.
     """
 
-    name: ClassVar[str] = "topk"
-    retemperable: ClassVar[bool] = False  # the shape of the tail at another T is lost
+    name = "topk"
+    retemperable = False  # the shape of the tail at another T is lost
 
     classes: int
     k: int
