@@ -1,4 +1,4 @@
-"""What every container must do alike: small stores of every kind, and ways to damage them."""
+"""Small stores of every container, and ways to damage them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Made:
     encoded: dict[str, Any]
 
     def shard(self, number: int) -> dict[str, Any]:
-        """What a claim of this shard is to commit."""
+        """Arguments of `ShardClaim.commit` for this shard."""
         rows = slice(number * ROWS_PER_SHARD, min((number + 1) * ROWS_PER_SHARD, SAMPLES))
         audit = Audit((1.0,))
         audit.add(np.zeros((rows.stop - rows.start, 2)), np.zeros((rows.stop - rows.start, 2)), captured=1.0)
@@ -172,12 +172,12 @@ def flip() -> Callable[..., Path]:
 
 @pytest.fixture
 def place() -> Callable[[Path, str, int, int], tuple[Path, int, int]]:
-    """Where a chunk lies: file, offset, bytes."""
+    """The location of a chunk: file, offset, bytes."""
     return chunk_place
 
 
 def chunk_place(root: Path, field: str, shard: int, chunk: int) -> tuple[Path, int, int]:
-    """Where a chunk lies: file, offset, bytes."""
+    """The location of a chunk: file, offset, bytes."""
     plan = load_plan(root)
     receipt = Ledger(root, plan_sha256=plan_digest(plan)).read(shard)
     assert receipt is not None

@@ -1,4 +1,4 @@
-"""A store goes from one container to another and back without one bit changed, and only if it is whole and sound."""
+"""A complete and undamaged store goes from one container to another and back without one bit changed."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class TestInterrupted:
 
 class TestRefused:
     def test_an_unfinished_source(self, make_store: Any, kind: Any, tmp_path: Path) -> None:
-        """Half a store is not converted: the other half would never come."""
+        """An unfinished store is not converted: the rest would never follow."""
         made = make_store(kind)
         made.write(shards=range(3), finish=False)
         with pytest.raises(RowsNotCommittedError, match="resume"):
@@ -127,14 +127,14 @@ class TestRefused:
         assert not (tmp_path / "there").exists()
 
     def test_a_damaged_source(self, made: Any, kind: Any, tmp_path: Path, flip: Any) -> None:
-        """A flipped bit is found on the way and named; the shard that it lies in is not committed."""
+        """A flipped bit is found on the way and named; its shard is not committed."""
         flip(made.root, field="fingerprints", shard=1, chunk=3)
         with pytest.raises(ChecksumError, match="shard 1, chunk 3"):
             convert_store(made.root, tmp_path / "there", container=OTHER[kind.container])
         assert StoreWriter.resume(tmp_path / "there").missing_shards() == [1, 2, 3]
 
     def test_a_receipt_of_other_samples(self, made: Any, kind: Any, tmp_path: Path) -> None:
-        """Sound chunks whose samples are not those that the receipt names are refused."""
+        """Intact chunks of other samples than the receipt's are refused."""
         path = made.root / "ledger" / "00000001.json"
         receipt = open_sealed(path.read_bytes(), what="receipt")
         path.write_bytes(seal({**receipt, "fingerprint": "0" * 32 + "-64"}))

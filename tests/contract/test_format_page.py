@@ -1,4 +1,4 @@
-"""docs/format.md is enough to write a reader from: the one that stands there reads stores of both containers."""
+"""docs/format.md suffices to write a reader: the function on the page reads stores of both containers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TestPage:
     @pytest.mark.parametrize("kind", ["zarr", "hdf5"], indirect=True)
     @pytest.mark.parametrize("ids", ["dense", "strings"])
     def test_its_reader_reads(self, make_store: Any, kind: Any, ids: str, read_rows: Any) -> None:
-        """Every array of rows from all shards, bit by bit, without a line of ours."""
+        """Every array of rows from all shards, bit by bit, without softlabels."""
         made = make_store(kind, ids=ids)
         made.write()
         rows = [0, 199, 64, 63, 17, 17]

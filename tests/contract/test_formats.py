@@ -36,7 +36,7 @@ def contents() -> dict[str, Any]:
 
 class TestFormat1:
     def test_the_files_are_as_they_were_made(self) -> None:
-        """Nobody has touched them, and git has not mended their line ends."""
+        """Nobody has changed them, and git has not converted their line ends."""
         found = {
             str(path.relative_to(FORMAT1)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in FORMAT1.rglob("*")
@@ -46,7 +46,7 @@ class TestFormat1:
 
     @pytest.mark.parametrize("name", sorted(RECORDED["stores"]))
     def test_it_is_read_as_it_was_written(self, name: str, contents: dict[str, Any]) -> None:
-        """The same digest, and every row bit by bit, in an order of our own; reading leaves no trace in the folder."""
+        """The same digest, and every row bit by bit, in random order; reading changes nothing in the folder."""
         before = sorted(FORMAT1.rglob("*"))
         with softlabels.open(FORMAT1 / name) as store:
             assert store.digest == RECORDED["stores"][name]
@@ -72,7 +72,7 @@ class TestFormat1:
 
     @pytest.mark.parametrize("name", sorted(RECORDED["stores"]))
     def test_it_can_be_converted(self, name: str, contents: dict[str, Any], tmp_path: Path) -> None:
-        """An old store becomes one of today's."""
+        """An old store can be converted to the current format."""
         convert_store(FORMAT1 / name, tmp_path / "new", container="hdf5" if name.startswith("zarr") else "zarr")
         batch = softlabels.open(tmp_path / "new").batch(contents["ids"])
         assert batch.encoded["targets"].tobytes() == contents["targets"].tobytes()

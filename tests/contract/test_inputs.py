@@ -89,7 +89,7 @@ class TestReading:
             assert store.ids().tolist() == kept.ids.tolist()
 
     def test_a_store_without_inputs_says_so(self, made: Any) -> None:
-        """With the words that would make one that has them."""
+        """The message says how to make a store that has them."""
         with softlabels.open(made.root) as store:
             with pytest.raises(UnknownFieldError, match="inputs = true"):
                 store.batch(made.ids[:2], inputs=True)
@@ -134,7 +134,7 @@ class TestKeeping:
 
     @pytest.mark.parametrize("kind", ["zarr", "hdf5"], indirect=True)
     def test_inputs_of_other_samples_are_found(self, make_store: Any, kind: Any) -> None:
-        """A writer that keeps inputs in another order than their fingerprints is found out by `verify`."""
+        """A writer that keeps inputs in another order than their fingerprints is reported by `verify`."""
         made = with_inputs(make_store(kind), pixels())
         write(made, pixels()[::-1].copy())
         report = verify(made.root)
@@ -219,14 +219,14 @@ class TestPlanning:
 
     @pytest.mark.parametrize("views", [2])
     def test_views_keep_no_inputs(self, views: int) -> None:
-        """Their rows are many a sample, and the inputs would stand once a view."""
+        """These have many rows per sample, and the inputs would be repeated for each."""
         layout = RowLayout(kind="views", samples=4, rows=4 * views, views=views)
         with pytest.raises(JobError, match="not in a store of views"):
             self._plan(ArraySpec(dtype="|u1", row_shape=(8,)), samples=4, layout=layout)
 
     @pytest.mark.parametrize("kind", ["zarr"], indirect=True)
     def test_a_manifest_that_says_otherwise_is_not_believed(self, kept: Any) -> None:
-        """Inputs in a layout of views are no manifest of ours."""
+        """A manifest with inputs in a layout of views is invalid."""
         path = kept.root / "plan.json"
         body = open_sealed(path.read_bytes(), what="plan")
         body["layout"] = {"kind": "views", "samples": 100, "rows": 200, "views": 2}

@@ -21,7 +21,7 @@ from softlabels.store.hdf5_container import shard_path
 
 
 def expected(made: Any) -> dict[str, Any]:
-    """The arrays as they lie in files."""
+    """The arrays as stored in files."""
     ids = to_fixed_bytes(made.ids, width_bytes=12) if made.ids.dtype.kind == "U" else made.ids
     arrays = {**made.encoded, "fingerprints": made.fingerprints, "ids": ids}
     return arrays if made.labels is None else {**arrays, "labels": made.labels.astype(np.int32)}

@@ -149,7 +149,7 @@ class TestDamage:
         softlabels.open(made.root).batch(made.ids, fingerprints=True)
 
     def test_chunks_that_changed_places(self, made: Any, place: Any) -> None:
-        """Two chunks of one size, each sound by itself, that were swapped are found out."""
+        """Two chunks of one size, each intact by itself, that were swapped are noticed."""
         (path, first, size), (_, second, other) = (place(made.root, "fingerprints", 1, chunk) for chunk in (0, 1))
         if size != other:
             pytest.skip("these chunks compress to different sizes, so that swapping them is plain damage")
@@ -188,7 +188,7 @@ class TestDamage:
             softlabels.open(made.root).batch(made.ids)
 
     def test_a_missing_file(self, made: Any, place: Any) -> None:
-        """A shard's file that is gone is an error, never fill values."""
+        """A missing file of a shard is an error, never fill values."""
         place(made.root, "targets", 2, 0)[0].unlink()
         store = softlabels.open(made.root)
         store.batch(made.ids[:64])
@@ -196,7 +196,7 @@ class TestDamage:
             store.batch(made.ids)
 
     def test_a_missing_receipt(self, made: Any) -> None:
-        """What the ledger does not have is not served, though its files lie there."""
+        """A shard without a receipt is not read, though its files exist."""
         (made.root / "ledger" / "00000002.json").unlink()
         with pytest.raises(TruncatedError, match="receipt of shard 2 is missing"):
             softlabels.open(made.root).batch(made.ids)
@@ -234,7 +234,7 @@ class TestUnfinished:
             store.batch(made.ids[60:70])
 
     def test_a_reader_sees_shards_as_they_come(self, make_store: Any, kind: Any) -> None:
-        """A store opened before a shard was committed serves it afterwards."""
+        """A store opened before a shard was committed reads it afterwards."""
         made = make_store(kind)
         made.write(shards=range(1), finish=False)
         store = softlabels.open(made.root)

@@ -1,4 +1,4 @@
-"""Every container is written alike: shards in any order, each by one owner, the same again at no harm."""
+"""Writing, in every container: shards in any order, each by one writer; writing the same again changes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from softlabels.store import StoreWriter
 
 class TestCommit:
     def test_shards_in_any_order(self, make_store: Any, kind: Any) -> None:
-        """A writer commits what is missing, another one the rest, and the result does not show it."""
+        """A writer commits what is missing, another one the rest, and the result is the same."""
         made = make_store(kind)
         made.write(shards=range(2, 4), finish=False)
         writer = StoreWriter.resume(made.root)
@@ -89,7 +89,7 @@ class TestCommit:
         assert not (made.root / "manifest.json").exists()
 
     def test_an_id_that_stands_twice(self, make_store: Any, kind: Any) -> None:
-        """Two samples of one id: nobody could say which row is meant."""
+        """Two samples with one id are ambiguous."""
         made = make_store(kind, ids="strings")
         made.ids[150] = made.ids[3]
         writer = made.write(finish=False)

@@ -26,7 +26,7 @@ from softlabels.store.store_reader import LocalRows
 
 HERE = Path(__file__).parent
 NOT_COMPARED = ("locks", "staging", "damaged")
-"""Folders that hold nothing of a store's contents."""
+"""Folders that are not part of a store's contents."""
 
 PATIENCE_S = 60.0
 
@@ -39,9 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1800))
 
 
-def load_nursery() -> ModuleType:
-    """The nursery's module, for what it knows of kinds of stores."""
-    spec = importlib.util.spec_from_file_location("softlabels_fault_nursery", HERE / "nursery.py")
+def load_fork_server() -> ModuleType:
+    """The fork server's module, which defines the kinds of stores."""
+    spec = importlib.util.spec_from_file_location("softlabels_fault_fork_server", HERE / "fork_server.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -50,16 +50,16 @@ def load_nursery() -> ModuleType:
     return module
 
 
-NURSERY = load_nursery()
+FORK_SERVER = load_fork_server()
 
 
-class Nursery:
-    """The nursery's process; `start` a task, do something to it, and `wait` for its end."""
+class ForkServer:
+    """The fork server's process; `start` a task, disturb it, and `wait` for its end."""
 
     def __init__(self, log: Path, *arguments: str) -> None:
         self.log = log
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "nursery.py"), *arguments],
+            [sys.executable, str(HERE / "fork_server.py"), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -68,7 +68,7 @@ class Nursery:
         assert self._line() == "ready"
 
     def start(self, do: str, **task: Any) -> int:
-        """Begin a task in a child; its pid."""
+        """Start a task in a child; return its pid."""
         self.log.unlink(missing_ok=True)
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"do": do, "log": str(self.log), **task}, default=str) + "\n")
@@ -79,7 +79,7 @@ class Nursery:
         return int(json.loads(self._line())["code"])
 
     def run(self, do: str, **task: Any) -> int:
-        """A whole task."""
+        """Run a task to its end."""
         self.start(do, **task)
         return self.wait()
 
@@ -98,39 +98,39 @@ class Nursery:
     def _line(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, "the nursery died"
+        assert line, "the fork server died"
         return line.strip()
 
 
 @pytest.fixture(scope="session")
-def make_nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Nursery]]:
-    """Starts nurseries; all end with the session."""
-    started: list[Nursery] = []
+def make_fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ForkServer]]:
+    """Starts fork servers; all end with the session."""
+    started: list[ForkServer] = []
 
-    def make(*arguments: str) -> Nursery:
-        started.append(Nursery(tmp_path_factory.mktemp("nursery") / "log", *arguments))
+    def make(*arguments: str) -> ForkServer:
+        started.append(ForkServer(tmp_path_factory.mktemp("fork_server") / "log", *arguments))
         return started[-1]
 
     yield make
-    for nursery in started:
-        nursery.close()
+    for fork_server in started:
+        fork_server.close()
 
 
 @pytest.fixture(scope="session")
-def nursery(make_nursery: Callable[..., Nursery]) -> Nursery:
-    """One nursery for all."""
-    return make_nursery()
+def fork_server(make_fork_server: Callable[..., ForkServer]) -> ForkServer:
+    """One fork server for all tests."""
+    return make_fork_server()
 
 
 @pytest.fixture(scope="session")
 def undisturbed(fast_folder: Path) -> Callable[[str], Path]:
-    """A finished store of each kind that nothing happened to; not to be changed."""
+    """An undamaged finished store of each kind; must not be changed."""
     made: dict[str, Path] = {}
 
     def find(kind: str) -> Path:
         if kind not in made:
             made[kind] = fast_folder / f"undisturbed-{kind}"
-            NURSERY.Kind(kind).write(made[kind])
+            FORK_SERVER.Kind(kind).write(made[kind])
         return made[kind]
 
     return find
@@ -150,13 +150,13 @@ def damaged_copy(tmp_path: Path, undisturbed: Callable[[str], Path]) -> Callable
 @pytest.fixture(scope="session")
 def kind_of() -> Callable[..., Any]:
     """What a kind of store is made of, by name."""
-    kind: Callable[..., Any] = NURSERY.Kind
+    kind: Callable[..., Any] = FORK_SERVER.Kind
     return kind
 
 
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, str]]:
-    """SHA-256 of every file of a store by path, without what holds no contents."""
+    """SHA-256 of every file of a store by path, without locks, staging and damaged files."""
 
     def tree(root: Path) -> dict[str, str]:
         found = {}
@@ -171,13 +171,13 @@ def tree() -> Callable[[Path], dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def refuse_wrong_rows() -> Callable[[Path, str], int]:
-    """Reads every row and field of a store of a kind in every way there is; what is served must be what was written.
+    """Reads every row and field of a store in every way there is; what is returned must be what was written.
 
     Returns how many rows were served; what is refused with an error of the product's own is not counted.
     """
 
     def check(root: Path, name: str) -> int:
-        kind = NURSERY.Kind(name)
+        kind = FORK_SERVER.Kind(name)
         served = 0
         try:
             rows = LocalRows(root)
@@ -186,7 +186,7 @@ def refuse_wrong_rows() -> Callable[[Path, str], int]:
         for field in rows.manifest.arrays:
             for number in range(rows.manifest.shards.count):
                 span = range(
-                    number * NURSERY.ROWS_PER_SHARD, min((number + 1) * NURSERY.ROWS_PER_SHARD, kind.plan.rows)
+                    number * FORK_SERVER.ROWS_PER_SHARD, min((number + 1) * FORK_SERVER.ROWS_PER_SHARD, kind.plan.rows)
                 )
                 try:
                     found = rows.fetch_rows(np.arange(span.start, span.stop), (field,))[field]
@@ -209,10 +209,10 @@ def expected_rows(kind: Any, span: range, field: str) -> Any:
 
 
 def served_by_id(kind: Any, rows: LocalRows) -> int:
-    """Rows that are served when they are asked for by sample id, one sample at a time."""
+    """Rows returned by sample id, one sample at a time."""
     served = 0
     keys: dict[str, Any] = {"views": np.array([1])} if kind.views > 1 else {}
-    for position in range(0, NURSERY.SAMPLES, 7):
+    for position in range(0, FORK_SERVER.SAMPLES, 7):
         try:
             found = rows.fetch(kind.ids[position : position + 1], ("targets",), **keys)["targets"]
         except SoftLabelsError:
@@ -232,16 +232,16 @@ def expected_of_sample(kind: Any, position: int) -> Any:
         first = position * kind.views + 1
     pieces = []
     for row in range(first, first + count):
-        shard = row // NURSERY.ROWS_PER_SHARD
-        span = range(shard * NURSERY.ROWS_PER_SHARD, min((shard + 1) * NURSERY.ROWS_PER_SHARD, kind.plan.rows))
+        shard = row // FORK_SERVER.ROWS_PER_SHARD
+        span = range(shard * FORK_SERVER.ROWS_PER_SHARD, min((shard + 1) * FORK_SERVER.ROWS_PER_SHARD, kind.plan.rows))
         pieces.append(kind.contents(span)["encoded"]["targets"][row - span.start])
-    shape = (0, *((kind.members,) if kind.members else ()), NURSERY.CLASSES)
+    shape = (0, *((kind.members,) if kind.members else ()), FORK_SERVER.CLASSES)
     return np.stack(pieces) if pieces else np.empty(shape, "<f2")
 
 
 @pytest.fixture(scope="session")
 def fast_folder() -> Iterator[Path]:
-    """A folder in memory where there is one: fsync then costs nothing, and a kill falls as likely on any other call."""
+    """A folder in memory where possible: fsync is free there, so a kill is as likely at any other call."""
     memory = Path("/dev/shm")
     place = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=place, prefix="softlabels-faults-") as folder:
@@ -258,7 +258,7 @@ def tmp_path(fast_folder: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Random numbers, other ones on each run: `SOFTLABELS_FAULT_SEED` repeats a run that failed."""
+    """Random numbers, different on each run: `SOFTLABELS_FAULT_SEED` repeats a run that failed."""
     seed = int(os.environ.get("SOFTLABELS_FAULT_SEED", time.time_ns() % 2**32))
     print(f"SOFTLABELS_FAULT_SEED={seed}")
     return np.random.default_rng(seed)
@@ -282,11 +282,11 @@ def stopped() -> Callable[[int], None]:
 
 @pytest.fixture(scope="session")
 def go_on() -> Callable[[int], None]:
-    """Lets a stopped child go on."""
+    """Resumes a stopped child."""
     return lambda pid: os.kill(pid, signal.SIGCONT)
 
 
-@pytest.fixture(params=NURSERY.KINDS)
+@pytest.fixture(params=FORK_SERVER.KINDS)
 def kind_name(request: pytest.FixtureRequest) -> str:
     """Every kind of store."""
     return str(request.param)

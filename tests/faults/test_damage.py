@@ -1,4 +1,4 @@
-"""Bits flip, files shrink and vanish: what is served is right or refused, `verify` tells, and `repair` mends."""
+"""Flipped bits, truncated and missing files: rows are right or refused, `verify` reports, and `repair` repairs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TestFiles:
     @pytest.mark.parametrize("damage", ["delete", "empty", "halve", "cut two bytes", "add one byte", "zero", "link"])
     def test_every_file_is_missed_and_mended(
         self,
-        nursery: Any,
+        fork_server: Any,
         undisturbed: Callable[[str], Path],
         damaged_copy: Copy,
         kind_name: str,
@@ -82,7 +82,7 @@ class TestFiles:
         tree: Tree,
         refuse_wrong_rows: Refuse,
     ) -> None:
-        """No wrong row is served, `verify` finds it, and after `repair` and `resume` the store is bit-identical."""
+        """No wrong row is returned, `verify` finds it, and after `repair` and `resume` the store is bit-identical."""
         expected = tree(undisturbed(kind_name))
         for path in expected:
             root = damaged_copy(kind_name)
@@ -91,12 +91,12 @@ class TestFiles:
             assert not verify(root).sound, (path, damage)
             done = repair(root)
             refuse_wrong_rows(root, kind_name)
-            assert nursery.run("write", root=root, kind=kind_name) == 0, (path, damage, done, nursery.said())
+            assert fork_server.run("write", root=root, kind=kind_name) == 0, (path, damage, done, fork_server.said())
             assert tree(root) == expected, (path, damage, done)
             assert verify(root).sound
 
     def test_the_job_is_watched_too(self, damaged_copy: Copy) -> None:
-        """A damaged job is told; that there is none is no fault, since it serves `resume` alone."""
+        """A damaged job is a fault; a missing one is not, since only `resume` needs it."""
         root = damaged_copy("zarr")
         (root / "job.json").write_text("{}")
         [fault] = verify(root, every_fault=True).faults
@@ -113,7 +113,7 @@ class TestBehindTheLedger:
     @pytest.mark.parametrize("array", ["targets", "labels"])
     def test_a_chunk_of_zeros(
         self,
-        nursery: Any,
+        fork_server: Any,
         undisturbed: Callable[[str], Path],
         damaged_copy: Copy,
         tree: Tree,
@@ -122,7 +122,7 @@ class TestBehindTheLedger:
         array: str,
         how: str,
     ) -> None:
-        """Zeros are never served as targets, although Fletcher-32 of zeros is zero; labels may well be zeros."""
+        """Zeros are never returned as targets, although Fletcher-32 of zeros is zero; labels may well be zeros."""
         root = damaged_copy(kind_name)
         shard, chunk = (2, 1) if array == "labels" and kind_name != "zarr-sequences" else (0, 1)
         path, offset, size = chunk_place(root, array, shard, chunk)
@@ -137,11 +137,11 @@ class TestBehindTheLedger:
         assert not verify(root).sound
         assert not verify(root, sample=10_000).sound or how == "all of the file"
         repair(root)
-        assert nursery.run("write", root=root, kind=kind_name) == 0
+        assert fork_server.run("write", root=root, kind=kind_name) == 0
         assert tree(root) == tree(undisturbed(kind_name))
 
     def test_chunks_that_change_places(self, damaged_copy: Copy, kind_name: str, refuse_wrong_rows: Refuse) -> None:
-        """Each has a sound checksum, and the rows are not where they belong: the receipt tells."""
+        """Each checksum is right, but the rows are swapped: the receipt shows it."""
         root = damaged_copy(kind_name)
         path, first, size = chunk_place(root, "targets", 0, 0)
         _, second, other = chunk_place(root, "targets", 0, 1)
@@ -167,7 +167,7 @@ class TestBehindTheLedger:
     def test_files_of_two_shards_change_places(
         self, damaged_copy: Copy, kind_name: str, refuse_wrong_rows: Refuse
     ) -> None:
-        """Sound files of this very store in each other's place: no chunk of them ends as its receipt says."""
+        """Two intact files of one store, swapped: their chunks do not end as the receipt says."""
         root = damaged_copy(kind_name)
         one, two = (chunk_place(root, "targets", shard, 0)[0] for shard in (0, 1))
         aside = root / "aside"
@@ -177,7 +177,7 @@ class TestBehindTheLedger:
         refuse_wrong_rows(root, kind_name)
         assert not verify(root).sound
 
-    def test_a_file_that_shrinks_under_a_reader(self, damaged_copy: Copy, nursery: Any) -> None:
+    def test_a_file_that_shrinks_under_a_reader(self, damaged_copy: Copy, fork_server: Any) -> None:
         """A shard that was not read yet is refused; the process lives."""
         root = damaged_copy("zarr")
         rows = LocalRows(root)

@@ -60,15 +60,15 @@ device = "cpu"
 
 
 @pytest.fixture(scope="module")
-def torch_nursery(make_nursery: Callable[..., Any]) -> Any:
-    """A nursery that has torch and precompute loaded."""
-    return make_nursery("--torch")
+def torch_fork_server(make_fork_server: Callable[..., Any]) -> Any:
+    """A fork server that has torch and precompute loaded."""
+    return make_fork_server("--torch")
 
 
 class TestPrecompute:
     @pytest.mark.parametrize("container", ["zarr", "hdf5"])
     def test_killed_at_a_random_moment_and_resumed(
-        self, torch_nursery: Any, tmp_path: Path, tree: Tree, rng: np.random.Generator, container: str
+        self, torch_fork_server: Any, tmp_path: Path, tree: Tree, rng: np.random.Generator, container: str
     ) -> None:
         """A real precompute, 100 kills for each container; some runs are killed again while they resume."""
         (tmp_path / "parts.py").write_text(MODULE)
@@ -76,7 +76,7 @@ class TestPrecompute:
             (tmp_path / f"{name}.toml").write_text(JOB.format(path=name, container=container))
         job, store = tmp_path / "killed.toml", tmp_path / "killed"
         started = time.monotonic()
-        assert torch_nursery.run("precompute", job=tmp_path / "undisturbed.toml") == 0, torch_nursery.said()
+        assert torch_fork_server.run("precompute", job=tmp_path / "undisturbed.toml") == 0, torch_fork_server.said()
         took_s = time.monotonic() - started
         expected = without_job(tree(tmp_path / "undisturbed"))
         interrupted = 0
@@ -84,15 +84,15 @@ class TestPrecompute:
             shutil.rmtree(store, ignore_errors=True)
             alive = 0
             while True:
-                pid = torch_nursery.start("precompute", job=job)
+                pid = torch_fork_server.start("precompute", job=job)
                 time.sleep(rng.uniform(0, 1.1 * took_s))
                 kill(pid)
-                if torch_nursery.wait() == 0:
+                if torch_fork_server.wait() == 0:
                     break
                 interrupted += 1
                 refuse_faults(store)
                 if rng.random() < 0.7:
-                    assert torch_nursery.run("precompute", job=job) == 0, torch_nursery.said()
+                    assert torch_fork_server.run("precompute", job=job) == 0, torch_fork_server.said()
                     break
                 alive += 1
             assert without_job(tree(store)) == expected
@@ -102,7 +102,7 @@ class TestPrecompute:
 class TestWriter:
     def test_killed_at_a_random_moment_of_each_kind(
         self,
-        nursery: Any,
+        fork_server: Any,
         undisturbed: Callable[[str], Path],
         kind_name: str,
         tmp_path: Path,
@@ -110,23 +110,23 @@ class TestWriter:
         rng: np.random.Generator,
         refuse_wrong_rows: Callable[[Path, str], int],
     ) -> None:
-        """Every kind of store, 25 kills each: what the dead writer left serves no wrong row, and is resumed."""
+        """Every kind of store, 25 kills each: what the killed writer left returns no wrong row, and is resumed."""
         root = tmp_path / "s"
         started = time.monotonic()
-        assert nursery.run("write", root=tmp_path / "timed", kind=kind_name) == 0, nursery.said()
+        assert fork_server.run("write", root=tmp_path / "timed", kind=kind_name) == 0, fork_server.said()
         took_s = time.monotonic() - started
         interrupted = 0
         while interrupted < 25:
             shutil.rmtree(root, ignore_errors=True)
-            pid = nursery.start("write", root=root, kind=kind_name)
+            pid = fork_server.start("write", root=root, kind=kind_name)
             time.sleep(rng.uniform(0, took_s))
             kill(pid)
-            if nursery.wait() == 0:
+            if fork_server.wait() == 0:
                 continue
             interrupted += 1
             refuse_faults(root)
             refuse_wrong_rows(root, kind_name)
-            assert nursery.run("write", root=root, kind=kind_name) == 0, nursery.said()
+            assert fork_server.run("write", root=root, kind=kind_name) == 0, fork_server.said()
             assert tree(root) == tree(undisturbed(kind_name))
 
 
@@ -139,7 +139,7 @@ def kill(pid: int) -> None:
 
 
 def refuse_faults(root: Path) -> None:
-    """A dead writer's store may be unfinished or not begun, and nothing else."""
+    """A killed writer's store may be unfinished or not created, and nothing else."""
     if (root / "plan.json").exists():
         assert {fault.kind for fault in verify(root, every_fault=True).faults} <= {"unfinished"}
 

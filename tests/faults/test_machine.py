@@ -1,4 +1,4 @@
-"""Commits, kills, damage, resumes and repairs in any order: what the store says of itself is always true."""
+"""Commits, kills, damage, resumes and repairs in any order: the store never reports anything false."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     kind_name: str
     kind: Any
-    nursery: Any
+    fork_server: Any
     expected: dict[str, str]
     pristine: Path
     tree: Callable[[Path], dict[str, str]]
@@ -47,7 +47,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(shard=st.integers(0, SHARDS - 1))
     def commit(self, shard: int) -> None:
-        """Write one shard, as far as what stands there lets a writer."""
+        """Write one shard, where the existing files allow it."""
         try:
             self.kind.race(self.root, shard)
         except SoftLabelsError:
@@ -82,7 +82,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def mend(self) -> None:
-        """Repair; nothing is left to complain of but unfinished work, and tables that the transfer set alone gives."""
+        """Repair; afterwards only unfinished work is reported, and tables that only the transfer set can restore."""
         try:
             done = repair(self.root)
         except UnknownStoreError:
@@ -97,12 +97,12 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(after=UNITS)
     def kill_a_writer(self, after: float) -> None:
         """kill -9 somewhere on the way from beginning to end."""
-        pid = self.nursery.start("write", root=self.root, kind=self.kind_name)
+        pid = self.fork_server.start("write", root=self.root, kind=self.kind_name)
         # Not `time.sleep`: the moment is a count of looks at the store's own growth, so that it falls on work.
         for _ in range(int(after * 300)):
             os.path.exists(self.root)
         os.kill(pid, 9)
-        assert self.nursery.wait() in (-9, 0, 3), self.nursery.said()
+        assert self.fork_server.wait() in (-9, 0, 3), self.fork_server.said()
 
     @rule(which=UNITS, where=UNITS, bit=st.integers(0, 7))
     def flip(self, which: float, where: float, bit: int) -> None:
@@ -137,7 +137,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def verify_tells_the_truth(self) -> None:
-        """It complains of damage exactly where there is any."""
+        """It reports damage exactly where there is any."""
         if not self.root.exists():
             return
         try:
@@ -171,7 +171,7 @@ class StoreMachine(RuleBasedStateMachine):
         return [path for path in self.expected if path.startswith("ledger/")]
 
     def wrong(self) -> set[str]:
-        """Files that are damaged or lost: of these somebody vouches that they are there as written."""
+        """Files that are damaged or missing, and that the manifest or a receipt lists."""
         found = self.found()
         vouched = {path for path in ("plan.json", "manifest.json", *self.receipts()) if path in found}
         if "manifest.json" in found:
@@ -205,7 +205,7 @@ def shard_of(path: str) -> int | None:
 
 @pytest.fixture
 def machine(
-    nursery: Any,
+    fork_server: Any,
     undisturbed: Callable[[str], Path],
     kind_of: Callable[..., Any],
     tree: Callable[[Path], dict[str, str]],
@@ -218,7 +218,7 @@ def machine(
         facts = {
             "kind_name": kind_name,
             "kind": kind_of(kind_name),
-            "nursery": nursery,
+            "fork_server": fork_server,
             "expected": tree(undisturbed(kind_name)),
             "pristine": undisturbed(kind_name),
             "tree": staticmethod(tree),

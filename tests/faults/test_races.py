@@ -18,22 +18,24 @@ Tree = Callable[[Path], dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def rival(make_nursery: Callable[..., Any]) -> Any:
-    """A second nursery."""
-    return make_nursery()
+def rival(make_fork_server: Callable[..., Any]) -> Any:
+    """A second fork server."""
+    return make_fork_server()
 
 
 @pytest.fixture
-def race(nursery: Any, rival: Any, stopped: Callable[[int], None], go_on: Callable[[int], None]) -> Callable[..., Any]:
+def race(
+    fork_server: Any, rival: Any, stopped: Callable[[int], None], go_on: Callable[[int], None]
+) -> Callable[..., Any]:
     """Runs two tasks from the same moment on; their exit codes and what they reported."""
 
     def run(first: dict[str, Any], second: dict[str, Any], *, turned: bool) -> list[tuple[int, str]]:
-        pids = [nursery.start(wait=True, **first), rival.start(wait=True, **second)]
+        pids = [fork_server.start(wait=True, **first), rival.start(wait=True, **second)]
         for pid in pids:
             stopped(pid)
         for pid in reversed(pids) if turned else pids:
             go_on(pid)
-        return [(runner.wait(), runner.said()) for runner in (nursery, rival)]
+        return [(runner.wait(), runner.said()) for runner in (fork_server, rival)]
 
     return run
 
@@ -64,13 +66,13 @@ class TestOneShard:
     def test_two_writers_of_the_whole_store(
         self,
         race: Callable[..., Any],
-        nursery: Any,
+        fork_server: Any,
         undisturbed: Callable[[str], Path],
         tmp_path: Path,
         tree: Tree,
         kind_name: str,
     ) -> None:
-        """Two runs of one job at once, begin and publication included: together or alone they make the same store."""
+        """Two runs of one job at once, from creation to publication: together or alone they make the same store."""
         for number in range(RACES // 2):
             root = tmp_path / "s"
             shutil.rmtree(root, ignore_errors=True)
@@ -78,26 +80,26 @@ class TestOneShard:
             for code, said in race(task, task, turned=bool(number % 2)):
                 assert code in (0, 3), said
                 assert code == 0 or said.startswith(("ShardClaimedError", "TruncatedError")), said
-            assert nursery.run("write", root=root, kind=kind_name) == 0, nursery.said()
+            assert fork_server.run("write", root=root, kind=kind_name) == 0, fork_server.said()
             assert tree(root) == tree(undisturbed(kind_name))
             assert verify(root).sound
 
 
 class TestRepairBesideAWriter:
     def test_a_repair_while_shards_are_written(
-        self, race: Callable[..., Any], nursery: Any, undisturbed: Callable[[str], Path], tmp_path: Path, tree: Tree
+        self, race: Callable[..., Any], fork_server: Any, undisturbed: Callable[[str], Path], tmp_path: Path, tree: Tree
     ) -> None:
         """Neither harms the other: the store ends as an undisturbed one."""
         for number in range(RACES // 2):
             root = tmp_path / "s"
             shutil.rmtree(root, ignore_errors=True)
-            assert nursery.run("race", root=root, kind="hdf5", seed=0, shard=2) == 0, nursery.said()
+            assert fork_server.run("race", root=root, kind="hdf5", seed=0, shard=2) == 0, fork_server.said()
             raw = bytearray((root / "shards" / "00000002.h5").read_bytes())
             raw[len(raw) // 2] ^= 1
             (root / "shards" / "00000002.h5").write_bytes(raw)
             write = {"do": "write", "root": root, "kind": "hdf5"}
             (_, _), (code, said) = race({"do": "repair", "root": root}, write, turned=bool(number % 2))
             assert code in (0, 3), said
-            assert nursery.run("repair", root=root) == 0, nursery.said()
-            assert nursery.run("write", root=root, kind="hdf5") == 0, nursery.said()
+            assert fork_server.run("repair", root=root) == 0, fork_server.said()
+            assert fork_server.run("write", root=root, kind="hdf5") == 0, fork_server.said()
             assert tree(root) == tree(undisturbed("hdf5"))

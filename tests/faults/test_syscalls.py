@@ -1,4 +1,4 @@
-"""Every single system call of a writer fails once, or is the last that it makes: nothing half-done is ever believed."""
+"""Each system call of a writer fails once, or is its last: nothing partial is ever read as complete."""
 
 from __future__ import annotations
 
@@ -52,14 +52,16 @@ def _needs_strace() -> None:
 
 
 class Tracer:
-    """Runs a task of a nursery under strace."""
+    """Runs a task of a fork server under strace."""
 
-    def __init__(self, nursery: Any, stopped: Callable[[int], None], go_on: Callable[[int], None], log: Path) -> None:
-        self._nursery, self._stopped, self._go_on, self._log = nursery, stopped, go_on, log
+    def __init__(
+        self, fork_server: Any, stopped: Callable[[int], None], go_on: Callable[[int], None], log: Path
+    ) -> None:
+        self._fork_server, self._stopped, self._go_on, self._log = fork_server, stopped, go_on, log
 
     def run(self, calls: str, inject: str | None, do: str, **task: Any) -> tuple[int, str]:
         """The task's exit code and what strace wrote of these calls."""
-        pid = self._nursery.start(do, wait=True, **task)
+        pid = self._fork_server.start(do, wait=True, **task)
         self._stopped(pid)
         self._log.unlink(missing_ok=True)
         command = ["strace", "-f", "-p", str(pid), "-o", str(self._log), "-e", f"trace={calls}"]
@@ -69,16 +71,16 @@ class Tracer:
         assert tracer.stderr is not None
         assert "attached" in tracer.stderr.readline()
         self._go_on(pid)
-        code = self._nursery.wait()
+        code = self._fork_server.wait()
         tracer.stderr.close()
         tracer.wait(timeout=60)
         return code, self._log.read_text()
 
 
 @pytest.fixture
-def tracer(nursery: Any, stopped: Callable[[int], None], go_on: Callable[[int], None], tmp_path: Path) -> Tracer:
-    """Runs a task of the nursery under strace."""
-    return Tracer(nursery, stopped, go_on, tmp_path / "strace.log")
+def tracer(fork_server: Any, stopped: Callable[[int], None], go_on: Callable[[int], None], tmp_path: Path) -> Tracer:
+    """Runs a task of the fork server under strace."""
+    return Tracer(fork_server, stopped, go_on, tmp_path / "strace.log")
 
 
 def count_calls(tracer: Tracer, root: Path, kind: str) -> Counter[str]:
@@ -92,7 +94,7 @@ def count_calls(tracer: Tracer, root: Path, kind: str) -> Counter[str]:
 class TestWriting:
     def test_every_call_fails_once(
         self,
-        nursery: Any,
+        fork_server: Any,
         tracer: Tracer,
         undisturbed: Callable[[str], Path],
         tmp_path: Path,
@@ -114,19 +116,19 @@ class TestWriting:
                     if "INJECTED" not in log:
                         continue
                     trials += 1
-                    assert code in (0, 3), f"{what}: {nursery.said()}"
+                    assert code in (0, 3), f"{what}: {fork_server.said()}"
                     if code == 0:  # what failed was not needed
                         assert tree(root) == expected, what
                     refuse_half_done(root, what)
                     refuse_wrong_rows(root, kind)
-                    assert nursery.run("write", root=root, kind=kind) == 0, f"{what}; then: {nursery.said()}"
+                    assert fork_server.run("write", root=root, kind=kind) == 0, f"{what}; then: {fork_server.said()}"
                     assert tree(root) == expected, what
         print(f"{kind}: {trials} calls failed once")
         assert trials > 300
 
     def test_every_call_is_the_last(
         self,
-        nursery: Any,
+        fork_server: Any,
         tracer: Tracer,
         undisturbed: Callable[[str], Path],
         tmp_path: Path,
@@ -146,7 +148,7 @@ class TestWriting:
                 trials += 1
                 left_over += bool(list(root.rglob("*.part")))
                 refuse_half_done(root, what)
-                assert nursery.run("write", root=root, kind=kind) == 0, f"{what}; then: {nursery.said()}"
+                assert fork_server.run("write", root=root, kind=kind) == 0, f"{what}; then: {fork_server.said()}"
                 assert tree(root) == expected, what
                 assert list(root.rglob("*.part")) == [], what
         print(f"{kind}: killed at {trials} calls, {left_over} times with half-written files left over")
@@ -157,7 +159,7 @@ class TestWriting:
 class TestFullDisk:
     @pytest.mark.parametrize("kind", ["zarr", "hdf5"])
     def test_a_disk_that_fills_up(
-        self, nursery: Any, undisturbed: Callable[[str], Path], tmp_path: Path, tree: Tree, kind: str
+        self, fork_server: Any, undisturbed: Callable[[str], Path], tmp_path: Path, tree: Tree, kind: str
     ) -> None:
         """Every size of a small disk up to one that suffices: an error, whole shards; resumed when there is room."""
         disk = tmp_path / "disk"
@@ -169,11 +171,11 @@ class TestFullDisk:
             refused = 0
             for pages in range(3, 200):
                 remount(disk, pages)
-                code = nursery.run("write", root=disk / "s", kind=kind)
+                code = fork_server.run("write", root=disk / "s", kind=kind)
                 if code == 0:
                     break
-                assert code == 3, nursery.said()
-                assert "No space left" in nursery.said()
+                assert code == 3, fork_server.said()
+                assert "No space left" in fork_server.said()
                 refused += 1
                 refuse_half_done(disk / "s", f"{pages} pages")
                 if refused % 3 == 0:  # else what is there already counts towards the next, larger disk
@@ -185,7 +187,7 @@ class TestFullDisk:
 
 
 def refuse_half_done(root: Path, what: str) -> None:
-    """A store after a failure: not begun, unfinished, or finished; never damaged."""
+    """A store after a failure: not created, unfinished, or finished; never damaged."""
     if (root / "plan.json").exists():
         faults = verify(root, every_fault=True).faults
         assert {fault.kind for fault in faults} <= {"unfinished"}, f"{what}: {faults}"
@@ -197,7 +199,7 @@ def remount(disk: Path, pages: int) -> None:
 
 
 def unmount(disk: Path) -> None:
-    """Unmount, also when a reader has not let go yet."""
+    """Unmount, also while a reader still has files mapped."""
     for _ in range(50):
         if subprocess.run(["umount", str(disk)], capture_output=True, check=False).returncode == 0:
             return

@@ -1,4 +1,4 @@
-"""Stores that somebody made to do harm: sound ones whose documents are rewritten, sealed again, and so believable."""
+"""Malicious stores: valid ones whose documents are changed and given a matching digest again."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def store(request: pytest.FixtureRequest, make_store: Callable[..., Path]) -> Pa
 
 @pytest.fixture
 def rewrite() -> Callable[[Path, Change], None]:
-    """Changes a sealed document and seals it again: whoever makes a store can do that."""
+    """Changes a document and its digest: anybody who makes a store can do that."""
 
     def rewrite(path: Path, change: Change) -> None:
         body = open_sealed(path.read_bytes(), what=str(path))

@@ -1,4 +1,4 @@
-"""A compressed chunk may claim to be anything; no more is ever decoded than a chunk holds."""
+"""Whatever a compressed chunk declares, no more is decoded than a chunk holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMPRESSIONS = ("zstd", "blosc", "gzip")
 
 
 def bomb(compression: str, size: int) -> bytes:
-    """A sound frame of zeros, of another size than the chunk."""
+    """A valid frame of zeros, of another size than the chunk."""
     zeros = np.zeros(size, dtype=np.uint8)
     if compression == "gzip":
         return zlib.compress(zeros.data, 9)
@@ -44,7 +44,7 @@ class TestDecompress:
             decompress(body, compression, dtype=F16, size_bytes=SIZE)
 
     def test_a_frame_that_lies_about_its_size(self, compression: str, little_memory: Any) -> None:
-        """A header that claims the right size for another content is found out as well."""
+        """A header that claims the right size for another content is refused as well."""
         for size in (SIZE // 2, SIZE * 2, SIZE * 256):
             body = bytearray(bomb(compression, size))
             if compression == "blosc":
@@ -60,7 +60,7 @@ class TestDecompress:
 
     @given(body=st.binary(max_size=100))
     def test_anything(self, compression: str, body: bytes) -> None:
-        """Bytes of no meaning are a plain error."""
+        """Random bytes are a plain error."""
         with pytest.raises(ValueError, match="chunk"):
             decompress(body, compression, dtype=F16, size_bytes=SIZE)
 

@@ -1,4 +1,4 @@
-"""JSON that is meant to exhaust a reader, or to mean two things, is refused before it does."""
+"""JSON that would exhaust memory, or is ambiguous, is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from softlabels.errors import ManifestError
 
 
 def sealed(text: str) -> bytes:
-    """A document as text, without a digest: what stands in it is refused before the digest is looked at."""
+    """A document as text, without a digest: it is refused before the digest is checked."""
     return ('{"sha256": "' + "0" * 64 + '", "body": ' + text + "}").encode()
 
 
@@ -80,7 +80,7 @@ class TestFile:
         softlabels.open(root).batch([0])
 
     def test_far_too_large(self, store: Path, name: str, little_memory: Any) -> None:
-        """A file of terabytes (sparse, so that it costs nobody anything) is refused by its size."""
+        """A (sparse) file of terabytes is refused by its size."""
         with (store / name).open("r+b") as file:
             file.truncate(1 << 40)
         with little_memory(), pytest.raises(ManifestError, match="bytes, more than"):
@@ -102,7 +102,7 @@ class TestFile:
             path.unlink()
 
     def test_a_pipe(self, store: Path, name: str) -> None:
-        """A named pipe would hold its reader for ever."""
+        """A named pipe would block its reader for ever."""
         (store / name).unlink()
         os.mkfifo(store / name)
         with pytest.raises(ManifestError, match="not a plain file"):

@@ -1,4 +1,4 @@
-"""An HDF5 file can point anywhere: we never follow, because we never open one for reading."""
+"""An HDF5 file can refer to any other file: it is never followed, because none is opened for reading."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TestCraftedShards:
     def test_it_is_an_error_to_every_reader_of_ours(
         self, hdf5: Path, tmp_path: Path, craft: Callable[[Path, Path], None]
     ) -> None:
-        """Reading and converting end in an error; the secret is neither opened nor served."""
+        """Reading and converting end in an error; the secret file is not opened."""
         secret = tmp_path / "secret.h5"
         with h5py.File(secret, "w") as file:
             file["secret"] = SECRET

@@ -1,4 +1,4 @@
-"""The index of ids is a NumPy file: no pickle is loaded from it, and no position that it gives leads astray."""
+"""The index of ids is a NumPy file: no pickle is loaded from it, and no position in it leads to a wrong row."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class TestPositions:
             softlabels.open(looked_up).batch([7 * 3])
 
     def test_one_that_leads_to_another_sample(self, looked_up: Path) -> None:
-        """An index that swaps two samples is found out, because rows carry their own ids."""
+        """An index that swaps two samples is noticed, because rows carry their own ids."""
         positions = np.load(looked_up / "index" / "positions.npy")
         positions[[7, 8]] = positions[[8, 7]]
         (looked_up / "index" / "positions.npy").write_bytes(npy(positions))

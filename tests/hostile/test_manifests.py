@@ -1,4 +1,4 @@
-"""A manifest is believed only where it adds up; whatever else it says, nothing breaks and nothing large is made."""
+"""Inconsistent manifests are refused; whatever they say, nothing crashes and nothing large is allocated."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def put(body: dict[str, Any], path: Path_, value: Any) -> dict[str, Any]:
 
 
 def leaves(value: Any, path: Path_ = ()) -> Iterator[Path_]:
-    """Where every value stands, tables and lists among them."""
+    """The path of every value, tables and lists among them."""
     if path:
         yield path
     if isinstance(value, dict):
@@ -136,7 +136,7 @@ def leaves(value: Any, path: Path_ = ()) -> Iterator[Path_]:
 class TestLies:
     @pytest.mark.parametrize(("path", "value"), LIES.values(), ids=list(LIES))
     def test_it_is_refused(self, store: Path, path: Path_, value: Any, little_memory: Any) -> None:
-        """Sealed rightly and still refused, with the class that says why, in little memory."""
+        """With a valid digest and still refused, by the right error class, in little memory."""
         (store / "manifest.json").write_bytes(seal(put(body_of(store), path, value)))
         with little_memory(), pytest.raises((ManifestError, UnknownEncodingError)):
             softlabels.open(store)
@@ -189,7 +189,7 @@ class TestAbsurdShapes:
     @pytest.mark.parametrize("name", ENCODING_NAMES)
     @pytest.mark.parametrize("classes", [1 << 31, 1 << 20])
     def test_an_encoding_of_endless_rows(self, store: Path, name: str, classes: int, little_memory: Any) -> None:
-        """Two milliards of classes are refused unseen, a million are found not to fit the arrays beside them."""
+        """Two billion classes are refused at once, a million are found not to fit the arrays beside them."""
         params = {"topk": {"k": classes}, "sampled": {"head": 5, "draws": 1 << 20}}.get(name, {})
         body = put(put(body_of(store), ("classes",), classes), ("encoding", "name"), name)
         body["encoding"]["params"] = params
@@ -198,7 +198,7 @@ class TestAbsurdShapes:
 
     @pytest.mark.parametrize("members", [1 << 20, 1 << 10])
     def test_endless_members(self, store: Path, members: int, little_memory: Any) -> None:
-        """Members that fit the arrays named beside them are believed, and cost nothing until rows are read."""
+        """Members that fit the arrays named beside them are accepted, and cost nothing until rows are read."""
         body = put(put(body_of(store), ("members",), members), ("arrays", "targets", "row_shape"), [members, 4])
         with little_memory():
             Manifest.from_json(body)

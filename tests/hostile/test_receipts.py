@@ -1,4 +1,4 @@
-"""A receipt says where bytes lie: wherever it points, nothing outside the store is read, and nothing crashes."""
+"""A receipt holds file offsets: whatever they are, nothing outside the store is read, and nothing crashes."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ ESCAPES = (
 )
 
 
-class TestLies:
+class TestInvalidReceipts:
     @pytest.mark.parametrize("lie", LIES.values(), ids=list(LIES))
     def test_it_is_refused(self, store: Path, rewrite: Any, lie: Lie) -> None:
-        """Sealed rightly and still refused, when the first row is asked for."""
+        """With a valid digest and still refused, when the first row is read."""
         rewrite(receipt_path(store), lambda receipt: lie(receipt, receipt["parts"]["targets"]))
         with pytest.raises(ManifestError):
             softlabels.open(store).batch([0])
@@ -130,7 +130,7 @@ class TestLies:
 
     @pytest.mark.parametrize("path", ESCAPES, ids=lambda path: repr(path)[:20])
     def test_a_path_that_leaves_the_store(self, store: Path, rewrite: Any, path: Any) -> None:
-        """No path leads out, however it is spelt, also where the right bytes wait there."""
+        """However the path is written, and also where the right bytes are at its target."""
 
         def escape(receipt: dict[str, Any]) -> None:
             part = receipt["parts"]["targets"]
@@ -180,7 +180,7 @@ class TestLinks:
             softlabels.open(store).batch([0])
 
     def test_a_folder_that_is_a_link(self, store: Path) -> None:
-        """A link higher up leads outside just as well."""
+        """A linked folder leads outside as well."""
         part = open_sealed(receipt_path(store).read_bytes(), what="receipt")["parts"]["targets"]
         folder = store / part["path"].split("/")[0]
         folder.rename(store.parent / "moved")
@@ -189,7 +189,7 @@ class TestLinks:
             softlabels.open(store).batch([0])
 
     def test_the_store_itself_may_be_one(self, store: Path, rows: Any) -> None:
-        """Whoever opens a path chose it: that it is a link is their own affair."""
+        """The path of the store is the caller's choice, so it may be a link."""
         link = store.parent / "link"
         link.symlink_to(store)
         assert np.array_equal(softlabels.open(link).batch([5]).encoded["targets"], rows[[5]])
@@ -202,7 +202,7 @@ class TestLinks:
             softlabels.open(store).batch([0])
 
     def test_a_file_that_is_a_folder_or_a_pipe(self, store: Path) -> None:
-        """Neither is read, and neither holds the reader."""
+        """Neither is read, and neither blocks the reader."""
         part = open_sealed(receipt_path(store).read_bytes(), what="receipt")["parts"]["targets"]
         path = store / part["path"]
         path.unlink()

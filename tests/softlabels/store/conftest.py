@@ -19,12 +19,12 @@ from softlabels.store import StoreWriter, plan_store
 from softlabels.transfer_set import sample_fingerprints
 
 NOT_COMPARED = ("locks", "staging", "damaged")
-"""Folders that hold nothing of a store's contents."""
+"""Folders that are not part of a store's contents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a store is made of: 200 samples of 10 classes in four shards, the last one short."""
+    """Contents of a store: 200 samples of 10 classes in four shards, the last one short."""
 
     ids: str = "dense"
     container: str = "zarr"
@@ -91,7 +91,7 @@ class Source:
             claim.commit(**{**given, **changes})
 
     def write(self, root: Path, shards: list[int] | None = None) -> StoreWriter:
-        """Write these shards of the store, all unless told otherwise, and publish it where none is missing."""
+        """Write these shards of the store, all unless told otherwise, and finish it where none is missing."""
         writer = StoreWriter.create(root, self.plan())
         for shard in writer.missing_shards() if shards is None else shards:
             self.commit(writer, shard)
@@ -101,7 +101,7 @@ class Source:
 
 
 def tree_of(root: Path) -> dict[str, str]:
-    """SHA-256 of every file of a store by path, without what holds no contents."""
+    """SHA-256 of every file of a store by path, without locks, staging and damaged files."""
     found = {}
     for path in sorted(root.rglob("*")):
         inner = path.relative_to(root)

@@ -1,4 +1,4 @@
-"""Where a store may begin: an empty folder, one that a dead writer left, and one whose plan was lost; nowhere else."""
+"""Where a store can be created: in an empty folder, one that a killed writer left, or one whose plan was lost."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from softlabels.store import StoreWriter
 Tree = Callable[[Path], dict[str, str]]
 
 
-class TestBegin:
+class TestCreate:
     def test_a_missing_folder_is_made(self, source: Any, tmp_path: Path) -> None:
         """With its parents."""
         assert StoreWriter.create(tmp_path / "a" / "b", source.plan()).missing_shards() == [0, 1, 2, 3]
 
     def test_other_files_are_refused(self, source: Any, tmp_path: Path) -> None:
-        """However deep they lie."""
+        """At any depth."""
         (tmp_path / "thesis" / "chapters").mkdir(parents=True)
         StoreWriter.create(tmp_path / "empty", source.plan())
         (tmp_path / "thesis" / "chapters" / "1.tex").write_text("mine")
         with pytest.raises(StoreExistsError):
             StoreWriter.create(tmp_path / "thesis", source.plan())
 
-    def test_what_a_dead_writer_left_is_no_hindrance(self, source: Any, tmp_path: Path) -> None:
+    def test_files_of_a_killed_writer_are_accepted(self, source: Any, tmp_path: Path) -> None:
         """Locks, a half-written plan, the job and what `repair` took out."""
         for name in ("locks/store.lock", "plan.json.part", "job.json", "damaged/plan.json", "staging/x.part"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -35,28 +35,28 @@ class TestBegin:
         source.write(tmp_path)
 
     def test_another_plan_is_refused(self, source: Any, store: Path) -> None:
-        """The message says in what they differ."""
+        """The message says where they differ."""
         other = type(source)(ids=source.ids, container=source.container, teacher="hum")
         with pytest.raises(StoreExistsError, match="teachers"):
             StoreWriter.create(store, other.plan())
 
     def test_tables_must_be_those_of_the_plan(self, source: Any, tmp_path: Path) -> None:
-        """A plan that names files is not begun without their contents."""
+        """A plan that lists files needs their contents."""
         with pytest.raises(ManifestError):
             StoreWriter.create_with_files(tmp_path, source.plan(), {"index/offsets.npy": b"?"})
 
 
 class TestLostPlan:
     def test_shards_are_kept_for_the_same_plan(self, source: Any, store: Path, tree: Tree) -> None:
-        """Weeks of work do not hang on one small file."""
+        """Weeks of work do not depend on one small file."""
         before = tree(store)
         for name in ("plan.json", "manifest.json"):
             (store / name).unlink()
         source.write(store)
         assert tree(store) == before
 
-    def test_damaged_receipts_do_not_stand_in_the_way(self, source: Any, store: Path) -> None:
-        """As long as one is sound; `repair` drops the others when there is a plan again."""
+    def test_damaged_receipts_are_ignored(self, source: Any, store: Path) -> None:
+        """As long as one is valid; `repair` drops the others when there is a plan again."""
         for name in ("plan.json", "manifest.json"):
             (store / name).unlink()
         (store / "ledger" / "00000002.json").write_text("{}")

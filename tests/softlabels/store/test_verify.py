@@ -102,7 +102,7 @@ class TestDamage:
         assert faults[0].path == name
 
     def test_a_lost_file(self, store: Path) -> None:
-        """Gone though the ledger has it."""
+        """Missing though its shard is committed."""
         path, _ = chunk_place(store, "fingerprints", 2, 0)
         path.unlink()
         [fault] = verify(store).faults
@@ -123,7 +123,7 @@ class TestDamage:
         assert verify(store).faults[0].kind == "missing"
 
     def test_a_stray_file(self, store: Path) -> None:
-        """A file in an array's folder that nobody vouches for; the store's own folder is the user's."""
+        """An unlisted file in an array's folder; the store's own folder is the user's."""
         path, _ = chunk_place(store, "targets", 0, 0)
         (path.parent / "extra").write_bytes(b"?")
         (store / "NOTES.txt").write_text("mine")

@@ -1,9 +1,9 @@
-"""A process that has imported everything already and forks a child for each task: hundreds of real processes a minute.
+"""Fork server: a process that has imported everything and forks a child per task, hundreds of processes a minute.
 
 Tasks come as lines of JSON on stdin; for each, a line with the child's pid and, when it has ended, one with its exit
-code go to stdout. A child that is told to wait stops itself (SIGSTOP) before it begins: a tracer can then be attached.
+code go to stdout. A child that is told to wait stops itself (SIGSTOP) first, so that a tracer can be attached.
 
-The stores that it writes are of many kinds, each deterministic: the same kind and seed give the same bytes.
+It writes stores of many kinds, each deterministic: the same kind and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ KINDS = (
 
 
 class Kind:
-    """What a kind of store is made of.
+    """Contents of a kind of store.
 
     Args:
-        name: container and what is special about it.
-        seed: of the logits.
+        name: container, and what is special about the store.
+        seed: random seed of the logits.
     """
 
     def __init__(self, name: str, seed: int = 0) -> None:
@@ -141,7 +141,7 @@ class Kind:
         return found
 
     def writer(self, root: Path) -> StoreWriter:
-        """A writer of the store at `root`, begun now or before."""
+        """A writer of the store at `root`, created now or before."""
         return StoreWriter.create(root, self.plan, table=self.table)
 
     def commit(self, writer: StoreWriter, shard: int) -> None:
@@ -150,7 +150,7 @@ class Kind:
             claim.commit(**self.contents(claim.rows))
 
     def race(self, root: Path, shard: int) -> None:
-        """Begin the store, or go on with it, and write one shard."""
+        """Create or continue the store, and write one shard."""
         self.commit(self.writer(root), shard)
 
     def write(self, root: Path) -> None:
@@ -162,7 +162,7 @@ class Kind:
 
 
 def prepared(task: dict[str, Any]) -> Callable[[], object]:
-    """A task, all but what it does to a store."""
+    """A function that runs a task, prepared up to its first change of a store."""
     what, root = task["do"], Path(task.get("root", "."))
     if what in ("write", "race"):
         kind = Kind(task["kind"], seed=task.get("seed", 0))
@@ -178,7 +178,7 @@ def prepared(task: dict[str, Any]) -> Callable[[], object]:
 
 
 def child(task: dict[str, Any]) -> int:
-    """Run a task; the exit code, with what was reported in the task's log."""
+    """Run a task; return the exit code, and write the error to the task's log."""
     do = prepared(task)
     if task.get("wait"):
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -188,13 +188,13 @@ def child(task: dict[str, Any]) -> int:
         said, code = f"{type(error).__name__}: {error}", REPORTED
     else:
         return 0
-    # The log is not written while the error is handled: a tracer may still make calls fail.
+    # After the error is handled: until then a tracer may still make calls fail.
     Path(task["log"]).write_text(said)
     return code
 
 
 def warm_up() -> None:
-    """Import all that a child imports on its way: a failing call must meet the store's code, not an import."""
+    """Import everything that a child imports, so that a failing call hits the store's code and not an import."""
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -228,7 +228,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             sys.stdin = open(os.devnull)  # noqa: SIM115
-            # What a child prints must not be taken for the nursery's own lines.
+            # What a child prints must not be taken for the fork server's own lines.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = CRASHED
             try:
