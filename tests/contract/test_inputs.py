@@ -233,5 +233,5 @@ class TestPlanning:
         path.write_bytes(seal(json.loads(json.dumps(body))))
         shutil.rmtree(kept.root / "ledger")
         (kept.root / "manifest.json").unlink()
-        with pytest.raises(ManifestError, match="inputs are kept"):
+        with pytest.raises(ManifestError, match="arrays.inputs needs the layout"):
             LocalRows(kept.root)
