@@ -1,4 +1,4 @@
-"""What does each encoding cost in bytes, in error and in time, on real rows?
+"""Encodings: bytes per row, error and time on real rows.
 
     python -m benchmarks.bench_encodings [--quick]
 

@@ -1,4 +1,4 @@
-"""What does encoding cost beside the teacher on an accelerator? `make bench-encodings_gpu`.
+"""Encodings on an accelerator, beside the teacher's forward pass: `make bench-encodings_gpu`.
 
 Says so where there is none.
 

@@ -1,4 +1,4 @@
-"""What does a precompute cost beside its teachers' forward passes alone? `make bench-precompute`.
+"""Precompute beside its teachers' forward passes alone: `make bench-precompute`.
 
 Everything is random and made here: pictures of bytes, residual networks, stores in a scratch folder. Contenders take
 turns, and every ratio is the median over rounds of neighbours in time. A precompute is counted whole, from the job to

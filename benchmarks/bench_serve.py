@@ -1,4 +1,4 @@
-"""How fast do rows reach a student, next to a bare TCP socket and Arrow Flight over the same gather?
+"""Serving: rows per second at a client, beside a bare TCP socket and Arrow Flight over the same gather.
 
     python -m benchmarks.bench_serve [--rounds N] [--folder FOLDER]
 

@@ -1,4 +1,4 @@
-"""What does the store cost beside plain files and its peers? Gather, sequential read, open, write: `make bench-store`.
+"""The store beside plain files and its peers: gather, sequential read, open, write: `make bench-store`.
 
 Every figure is the median over interleaved rounds of one run, and so is every ratio: these are ratios of neighbours in
 time, which hold on a noisy machine. Rows are 1,000 f16, 200,000 of them unless said otherwise; a batch is 256 random

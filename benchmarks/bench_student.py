@@ -1,4 +1,4 @@
-"""What does a student pay for targets from the service, next to its own arrays, and over a slow link?
+"""A student fed by the service, beside one fed from its own arrays, and over a slow link.
 
     python -m benchmarks.bench_student [--rounds N] [--only overhead|slow_link]
 

@@ -1,4 +1,4 @@
-"""Which plots and tables of docs/encodings.md follow from the measurements?
+"""Plots and tables of docs/encodings.md, made from the measurements.
 
     python -m benchmarks.encodings_page
 

@@ -1,4 +1,4 @@
-"""How far are a few kept classes from the whole row, for sampled rows and for their peers at equal bytes?"""
+"""Sampled rows and their peers at equal bytes: distance of a few kept classes from the whole row."""
 
 from __future__ import annotations
 

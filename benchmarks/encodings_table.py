@@ -1,4 +1,4 @@
-"""What does a row of the encodings' benchmark hold, and which of the bounds does the whole table meet?"""
+"""Rows of the encodings' benchmark, and the bounds that the whole table must meet."""
 
 from __future__ import annotations
 

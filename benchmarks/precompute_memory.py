@@ -1,4 +1,4 @@
-"""How much memory does a precompute of so many rows take? In a process of its own: prints the peak in MB and rows/s.
+"""Peak memory of a precompute in a process of its own: prints MB and rows/s.
 
 python -m benchmarks.precompute_memory ROWS FOLDER
 """

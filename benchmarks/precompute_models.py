@@ -1,4 +1,4 @@
-"""What do the precompute benchmarks run? Residual networks of torch's own layers, and pictures that cost no disk."""
+"""Models and data of the precompute benchmarks: residual networks, and images that need no disk."""
 
 from __future__ import annotations
 

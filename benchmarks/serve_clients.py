@@ -1,4 +1,4 @@
-"""How many batches a second reach a client's process? One client of one server, told by lines on its standard input.
+"""One client process of the serving benchmark, controlled by lines on its standard input.
 
     python -m benchmarks.serve_clients KIND ADDRESS SAMPLES ROW_BYTES BATCH
 

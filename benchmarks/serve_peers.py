@@ -1,4 +1,4 @@
-"""What does serving rows cost without HTTP? A bare TCP socket and Arrow Flight over the same gather of the same store.
+"""Serving rows without HTTP: a bare TCP socket and Arrow Flight over the same gather of the same store.
 
     python -m benchmarks.serve_peers tcp|flight STORE
 

@@ -1,4 +1,4 @@
-"""How fast do the same rows come out of Redis? A server of its own with every row under its id, and MGET over a socket.
+"""The same rows from Redis: a server of its own with every row under its id, and MGET over a socket.
 
 The client is as lean as one can be: it knows how long each value is, so that a reply is read into one buffer and seen
 as an array without a look at any byte between.

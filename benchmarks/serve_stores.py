@@ -1,4 +1,4 @@
-"""Which stores does the serving benchmark read? Made-up rows, written once by the real writer and kept between runs."""
+"""Stores of the serving benchmark: synthetic rows, written once by the real writer and kept between runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does a far student's link do to the bytes? A proxy that delays and throttles real TCP, and counts the questions.
+"""A slow link: a proxy that delays and throttles real TCP, and counts the requests.
 
     python -m benchmarks.slow_link PORT [--rtt-ms 50] [--mbit 100]
 

@@ -1,4 +1,4 @@
-"""What does a student pay for being fed by the service? Epochs over loopback beside epochs from arrays, in turn.
+"""Overhead of a student fed by the service: epochs over loopback beside epochs from arrays, in turn.
 
 Legend: B rows, C classes.
 """

@@ -1,4 +1,4 @@
-"""How much of a slow link's bandwidth does a student's first epoch use, and how fast is the second, from the disk?
+"""A student over a slow link: bandwidth used in the first epoch, and rate of the second from the disk.
 
     python -m benchmarks.student_slow_link [--rounds N] [--folder FOLDER]
 

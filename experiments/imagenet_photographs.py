@@ -1,4 +1,4 @@
-"""Three real ImageNet networks over 1,000 photographs: an ensemble by each mean, verified, served, and learnt from.
+"""Three ImageNet networks over 1,000 photographs: ensembles by each mean, verified, served, distilled.
 
     python -m experiments.imagenet_photographs             all photographs; minutes a core
     python -m experiments.imagenet_photographs --quick     the first 100

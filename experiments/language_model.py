@@ -1,4 +1,4 @@
-"""A real language model over real text: truncated, sampled and hidden-state stores, verified, served, and learnt from.
+"""A language model over real text: truncated, sampled and hidden-state stores, verified, served, distilled.
 
     python -m experiments.language_model             8 windows of 256 tokens; minutes a core
     python -m experiments.language_model --quick     4 windows

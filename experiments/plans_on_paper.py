@@ -1,4 +1,4 @@
-"""Does `softlabels plan` reckon rightly? Two jobs too large to run, planned from a pilot, beside small runs of them.
+"""Accuracy of `softlabels plan`: two jobs too large to run, planned from a pilot, beside small runs of them.
 
     python -m experiments.plans_on_paper             14,000 states × 700 million frames; 128,000 tokens × 10⁹ positions
     python -m experiments.plans_on_paper --quick     a tenth of the rows in the small runs

@@ -1,4 +1,4 @@
-"""How does a small language model learn next tokens from a served store? Copy this file and change the net.
+"""A small language model that learns next tokens from a served store. Copy this file and change the network.
 
     python tokens.py http://127.0.0.1:8000/stories stories.npz --epochs 3 --out student.safetensors
 
@@ -31,7 +31,7 @@ class Texts:
     """Token ids of many texts in one array.
 
     Args:
-        path: of the .npz.
+        path: the .npz file.
     """
 
     def __init__(self, path: str) -> None:
@@ -40,12 +40,12 @@ class Texts:
         self._checked: set[int] = set()
 
     def text(self, number: int) -> NDArray[np.int64]:
-        """[length]."""
+        """Return the token ids [length] of a text."""
         whole: NDArray[np.int64] = self.tokens[self.offsets[number] : self.offsets[number + 1]]
         return whole
 
-    def refuse_others(self, numbers: list[int], fingerprints: NDArray[np.uint8]) -> None:
-        """Compare texts with what the teachers read, the first time that each is seen."""
+    def check(self, numbers: list[int], fingerprints: NDArray[np.uint8]) -> None:
+        """Raise unless texts are those that the teachers read; each is compared once."""
         for number, expected in zip(numbers, fingerprints, strict=True):
             if number not in self._checked and (sample_fingerprints(self.text(number)[None])[0] != expected).any():
                 raise FingerprintMismatchError(f"text {self.ids[number]!r} is not the one that the teachers read")
@@ -53,7 +53,7 @@ class Texts:
 
 
 class Student(nn.Module):
-    """A recurrent net: it sees the tokens up to a position and nothing after it."""
+    """A recurrent network, which sees the tokens up to a position and none after it."""
 
     def __init__(self, vocabulary: int, width: int = 128) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Student(nn.Module):
         self.last = nn.Linear(width, vocabulary)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
-        """logits_BLV."""
+        """Return logits_BLV."""
         logits_BLV: Tensor = self.last(self.memory(self.embedding(tokens_BL))[0])
         return logits_BLV
 
@@ -70,11 +70,11 @@ class Student(nn.Module):
 def batches(
     store: softlabels.TargetStore, texts: Texts, sampler: EpochSampler
 ) -> Iterator[tuple[Tensor, Tensor, SoftTargetBatch]]:
-    """tokens_BL, filled up with 0; real_BL, which positions are no padding; their targets [R, V]; one request each."""
+    """Yield tokens_BL, padded with 0; a mask of the real tokens [B, L]; their targets [R, V]; one request each."""
     for numbers in sampler:
         targets = store.batch(texts.ids[numbers], fingerprints=True)
         assert targets.fingerprints is not None
-        texts.refuse_others(numbers, targets.fingerprints)
+        texts.check(numbers, targets.fingerprints)
         rows = [torch.from_numpy(texts.text(number).astype(np.int64)) for number in numbers]
         tokens_BL = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths_B = torch.tensor([len(row) for row in rows])
@@ -83,12 +83,12 @@ def batches(
 
 
 def main(arguments: list[str] | None = None) -> float:
-    """Train, keep the student; the last epoch's mean KL to the targets in nats a token."""
+    """Train and save the student; return the last epoch's mean KL to the targets in nats a token."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="URL of a served store, or a folder")
     parser.add_argument("data", help=".npz with tokens, offsets and ids")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--texts", type=int, default=16, help="a step")
+    parser.add_argument("--texts", type=int, default=16, help="texts per step")
     parser.add_argument("--learning-rate", type=float, default=0.003)
     parser.add_argument("--out", default="student.safetensors")
     options = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
-"""How does a small convnet learn pictures from a served store? Copy this file and change the net and the data.
+"""A small convolutional network that learns images from a served store. Copy this file and change network and data.
 
     python vision.py http://127.0.0.1:8000/photographs photographs.npz --epochs 30 --out student.safetensors
 
-The .npz holds `images` [N, H, W, 3] uint8, the very bytes that the teachers saw, and `ids` [N]. Every image is compared
-with the fingerprint in the store before the student flips it: another crop or order is an error, not a bad student.
+The .npz holds `images` [N, H, W, 3] uint8, the same bytes that the teachers saw, and `ids` [N]. Every image is compared
+with the fingerprint in the store before it is flipped: another crop or order is an error.
 
 Legend: B images, C classes.
 """
@@ -22,7 +22,7 @@ from softlabels_client import SoftTargetDataset, data_loader, save_student
 
 
 class Student(nn.Module):
-    """Four convolutions; scaling is the net's own, so that inputs stay what the teachers saw."""
+    """Four convolutions. The network scales its inputs, so that they stay what the teachers saw."""
 
     def __init__(self, classes: int, width: int = 32) -> None:
         super().__init__()
@@ -36,26 +36,26 @@ class Student(nn.Module):
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """logits_BC of uint8 images [B, H, W, 3]."""
+        """Return logits_BC of uint8 images [B, H, W, 3]."""
         logits_BC: Tensor = self.layers(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
         return logits_BC
 
 
 def flipped(images: Tensor) -> Tensor:
-    """Half of the images, mirrored: the one augmentation here that leaves a teacher's answer nearly as it was."""
+    """Mirror a random half of the images, which hardly changes a teacher's output."""
     mirrored = torch.rand(len(images), device=images.device) < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(2), images)
 
 
 def main(arguments: list[str] | None = None) -> float:
-    """Train, keep the student; the last epoch's mean KL to the targets in nats."""
+    """Train and save the student; return the last epoch's mean KL to the targets in nats."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="URL of a served store, or a folder")
     parser.add_argument("data", help=".npz with images and ids")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--temperature", type=float, help="the store's own when left out")
+    parser.add_argument("--temperature", type=float, help="temperature of the targets (the store's default)")
     parser.add_argument("--out", default="student.safetensors")
     options = parser.parse_args(arguments)
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> float:
         divergence = 0.0
         for epoch in range(options.epochs):
             total = torch.zeros((), device=device)
-            for batch in loader:  # targets were fetched while the student learnt from those before
+            for batch in loader:  # targets are prefetched by a thread
                 batch = batch.to(device)
                 parts = loss.parts(student(flipped(batch.inputs)), batch.targets)
                 optimizer.zero_grad()
