@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import msgspec
 
@@ -20,8 +20,6 @@ Schedule: TypeAlias = Literal["one_cycle", "cosine", "step", "constant"]
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 OPTIMIZERS = ("sgd", "adamw", "adam")
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 AtLeastOne: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 NotNegativeInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]

@@ -25,7 +25,7 @@ from softlabels_client.training.checkpoint import CheckpointFolder
 from softlabels_client.training.optimization import make_optimizer, make_scheduler
 from softlabels_client.training.settings import DistillSettings
 from softlabels_client.training.step import ErrorCount, batch_sums
-from softlabels_client.training.training_log import LogRow, PairRecord, TrainingLog, TrainingLogs
+from softlabels_client.training.training_log import LogRow, PairRecord, TrainingLog
 from softlabels_client.training.training_state import (
     TrainingState,
     check_same_training,
@@ -116,39 +116,39 @@ def distill(
     """
     if evaluate is None and (settings.patience or settings.keep_best or settings.evaluate_every):
         raise RequestError("patience, keep_best and evaluate_every need something to evaluate on: pass `evaluate`")
-    trainer = _Trainer(student, dataset, settings, evaluate, progress, checkpoints, TrainingLogs(logs, record))
+    trainer = _Trainer(student, dataset, settings, evaluate, progress, checkpoints, logs, record)
     with seeded(settings.seed, trainer.device):
         trainer.resume()
         trainer.train()
     return trainer.result()
 
 
+@dataclass
 class _Trainer:
-    """One training; the arguments are those of `distill`."""
+    """One training; the fields are the arguments of `distill`."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        dataset: SoftTargetDataset,
-        settings: DistillSettings,
-        evaluate: Evaluate | None,
-        progress: Progress,
-        checkpoints: CheckpointFolder | None,
-        logs: TrainingLogs,
-    ) -> None:
-        self.settings, self.dataset, self.evaluate = settings, dataset, evaluate
-        self.progress, self.checkpoints, self.logs = progress, checkpoints, logs
+    student: nn.Module
+    dataset: SoftTargetDataset
+    settings: DistillSettings
+    evaluate: Evaluate | None
+    progress: Progress
+    checkpoints: CheckpointFolder | None
+    logs: Sequence[TrainingLog]
+    record: PairRecord | None
+
+    def __post_init__(self) -> None:
+        settings = self.settings
         self.device = _device(settings.device)
-        self.student = student.to(self.device)
-        self.identity = training_identity(student, dataset, settings)
+        self.student.to(self.device)
+        self.identity = training_identity(self.student, self.dataset, settings)
         weights = {} if settings.hard_weight is None else {"hard_weight": settings.hard_weight}
         self.loss = make_loss(settings.loss, **{**weights, **settings.loss_args})
-        self.optimizer = make_optimizer(student, settings)
+        self.optimizer = make_optimizer(self.student, settings)
         self.optimizer.zero_grad()  # the caller may have left gradients on the student
         self.mixed = _MIXED.get(settings.precision)
         # Scales the loss so that float16 gradients do not underflow, and skips a step whose gradients overflow.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.mixed is torch.float16)
-        self.loader = _loader(dataset, settings)
+        self.loader = _loader(self.dataset, settings)
         self.state = TrainingState.initial(self.device)
         self.rows_per_step = settings.batch_size * settings.accumulate
         self.resumed_at: int | None = None
@@ -177,13 +177,17 @@ class _Trainer:
     def train(self) -> None:
         """Train until the last epoch ends or early stopping does."""
         state, settings, student = self.state, self.settings, self.student
-        with self.logs.opened(state.step):
+        with contextlib.ExitStack() as stack:
+            for log in self.all_logs:
+                stack.callback(log.close)
+                log.begin(state.step)
             while not self.finished:
                 student.train()
                 self.loader.set_epoch(state.epoch)
                 with contextlib.closing(iter(self.loader)) as batches:
                     for batch in batches:
-                        self.logs.add_pairs(state.step + 1, state.epoch + 1, batch)
+                        if self.record is not None:
+                            self.record.add(state.step + 1, state.epoch + 1, batch)
                         # A step has the same number of rows each time, but for the last one of an epoch.
                         step_start = state.cursor - state.cursor % self.rows_per_step
                         step_end = min(step_start + self.rows_per_step, len(self.dataset))
@@ -266,15 +270,16 @@ class _Trainer:
             samples_per_second=round((samples - self.logged_sample) / max(now_s - self.logged_s, 1e-9), 1),
         )
         self.logged_sample, self.logged_s = samples, now_s
-        self.logs.add(row)
+        for log in self.logs:
+            log.add(row)
         told = "" if accuracy is None else f", accuracy {accuracy:.1f}%"
         told += f", errors {state.errors[-1]:g}" if state.errors else ""
         self.progress.note(f"epoch {row.epoch} of {self.settings.epochs}, KL {divergence:.4f} nats{told}")
 
     def save(self, checkpoints: CheckpointFolder) -> None:
-        """Write a checkpoint."""
         self.check_finite()
-        self.logs.sync()  # a checkpoint must not be newer than rows that a power cut could take
+        for log in self.all_logs:
+            log.sync()  # a checkpoint must not be newer than rows that a power cut could take
         checkpoints.write(
             self.state.step,
             {
@@ -310,7 +315,6 @@ class _Trainer:
         )
 
     def check_finite(self) -> None:
-        """Raise unless the loss is finite."""
         if not torch.isfinite(self.state.sums).all():
             raise DivergenceError(
                 f"the loss is not finite in epoch {self.state.epoch + 1}: the training diverged; try a smaller "
@@ -318,22 +322,22 @@ class _Trainer:
             )
 
     def is_due(self, every: int | None, epoch_over: bool) -> bool:
-        """Return whether something due every so many steps, or every epoch if None, is due after this step."""
         return epoch_over if every is None else self.state.step % every == 0
 
     @property
+    def all_logs(self) -> list[TrainingLog | PairRecord]:
+        return [*self.logs, *([] if self.record is None else [self.record])]
+
+    @property
     def finished(self) -> bool:
-        """Whether the training is over."""
         return self.state.stopped or self.state.epoch == self.settings.epochs
 
     @property
     def samples(self) -> int:
-        """Samples trained on, over all epochs."""
         return self.state.epoch * len(self.dataset) + self.state.cursor
 
     @property
     def seconds(self) -> float:
-        """Duration of the training, earlier processes included."""
         return self.state.seconds + time.monotonic() - self.started_s
 
 

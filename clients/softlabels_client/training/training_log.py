@@ -6,12 +6,10 @@ removed and written again.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Protocol
@@ -207,42 +205,3 @@ class PairRecord(ResumableCsv):
 def target_digest(row: bytes) -> str:
     """Return the digest that a `PairRecord` holds of a target's float32 logits: 16 hex digits."""
     return hashlib.blake2b(row, digest_size=_DIGEST_BYTES).hexdigest()
-
-
-class TrainingLogs:
-    """All logs of one training, opened, synced and closed together.
-
-    Args:
-        logs: destinations of metrics.
-        record: destination of pairs, if any.
-    """
-
-    def __init__(self, logs: Sequence[TrainingLog], record: PairRecord | None) -> None:
-        self._logs, self._record = (*logs,), record
-        self._all: list[TrainingLog | PairRecord] = [*logs, *([] if record is None else [record])]
-
-    @contextlib.contextmanager
-    def opened(self, step: int) -> Iterator[None]:
-        """Open every log to continue after this step, and close them in the end."""
-        try:
-            for log in self._all:
-                log.begin(step)
-            yield
-        finally:
-            for log in self._all:
-                log.close()
-
-    def add(self, row: LogRow) -> None:
-        """Append a row to every log."""
-        for log in self._logs:
-            log.add(row)
-
-    def add_pairs(self, step: int, epoch: int, batch: DistillationBatch) -> None:
-        """Append a batch to the record of pairs, if there is one; see `PairRecord.add`."""
-        if self._record is not None:
-            self._record.add(step, epoch, batch)
-
-    def sync(self) -> None:
-        """Make all logs durable."""
-        for log in self._all:
-            log.sync()
