@@ -69,7 +69,7 @@ def accepted_format(accept: str | None) -> Format:
     if not accept or accept == MEDIA_TYPE:
         return "safetensors"
     ranges = [_media_range(part) for part in accept.split(",") if part.strip()]
-    weights = {name: _weight(media_type, ranges) for name, media_type in MEDIA_TYPES.items()}
+    weights: dict[Format, float] = {name: _weight(media_type, ranges) for name, media_type in MEDIA_TYPES.items()}
     best = max(weights, key=lambda name: weights[name])  # the first of equals: the server's preference
     if weights[best] <= 0:
         raise HTTPException(406, f"it accepts only {accept[:128]!r}; available: {', '.join(MEDIA_TYPES.values())}")
