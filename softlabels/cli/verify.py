@@ -96,5 +96,5 @@ def _repaired(done: Repair, where: Path) -> list[str]:
     if done.digest is None:
         lines.append(f"the store is unfinished; continue with: softlabels resume {where}")
     else:
-        lines.append(f"the store is whole, digest {done.digest}")
+        lines.append(f"the store is complete, digest {done.digest}")
     return lines

@@ -108,4 +108,4 @@ class TestCommand:
         assert main(["merge", str(halves[0]), str(tmp_path / "all")]) == 1
         assert "2 shards are missing" in capsys.readouterr().out
         assert main(["merge", *map(str, halves), str(tmp_path / "all")]) == 0
-        assert "whole, digest" in capsys.readouterr().out
+        assert "complete, digest" in capsys.readouterr().out
