@@ -123,11 +123,11 @@ class Encoding(Protocol):
         """Decode to rows of the kind that `encode` takes, which is cheaper than `decode` for hidden states."""
         ...
 
-    def logits_of(self, rows_BW: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    def logits_of(self, rows_BW: NDArray[np.floating[Any]], /) -> NDArray[np.floating[Any]]:
         """Return the logits that rows of this kind stand for: the rows themselves, unless they are hidden states."""
         ...
 
-    def logits_of_torch(self, rows_BW: Tensor) -> Tensor:
+    def logits_of_torch(self, rows_BW: Tensor, /) -> Tensor:
         """`logits_of` on the tensor's device."""
         ...
 
