@@ -153,11 +153,11 @@ class LogitsEncoding(ABC):
         """Decode rows: the logits."""
         return self.decode(encoded)
 
-    def logits_of(self, rows_BW: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    def logits_of(self, rows_BW: NDArray[np.floating[Any]], /) -> NDArray[np.floating[Any]]:
         """Return the rows, which are logits."""
         return rows_BW
 
-    def logits_of_torch(self, rows_BW: Tensor) -> Tensor:
+    def logits_of_torch(self, rows_BW: Tensor, /) -> Tensor:
         """Return the rows, which are logits."""
         return rows_BW
 

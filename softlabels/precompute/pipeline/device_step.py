@@ -102,12 +102,15 @@ class DeviceStep:
             self.ensemble.check_finite(started.outputs, batch.ids)
             rows_RC = self.ensemble.rows_to_store(started.outputs, self.plan, row_kind=self._encoding.row_kind)
             encoded = self._encode(rows_RC, batch)
-            figures = self._figures(rows_RC, encoded, int(batch.numbers[0]))
+            # Rows are copied first: the copy then overlaps with what the host queues for the audit.
             if shard is not None:
-                shard.write(batch, encoded, figures)
-                return
-            for tensor in encoded.values():
-                tensor.cpu()
+                shard.write(batch, encoded)
+            else:
+                for tensor in encoded.values():
+                    tensor.cpu()
+            figures = self._figures(rows_RC, encoded, int(batch.numbers[0]))
+            if shard is not None and figures is not None:
+                shard.write_figures(figures)
 
     def _encode(self, rows_RC: Tensor, batch: RowBatch) -> dict[str, Tensor]:
         # A store of members has no encoding that draws, and more rows than keys.

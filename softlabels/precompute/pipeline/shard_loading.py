@@ -76,8 +76,8 @@ class ClaimedShard:
         """Return whether all rows were written."""
         return self.written_rows == len(self.rows)
 
-    def write(self, batch: RowBatch, encoded: Mapping[str, Tensor], figures: Tensor | None) -> None:
-        """Begin to copy a batch into the shard: its encoded rows, and the audit figures of those that were audited."""
+    def write(self, batch: RowBatch, encoded: Mapping[str, Tensor]) -> None:
+        """Begin to copy a batch's encoded rows into the shard."""
         if not self._arrays:
             self._arrays = {name: self._empty(name) for name in encoded}
         part = slice(self.written_rows, self.written_rows + batch.rows)
@@ -85,12 +85,15 @@ class ClaimedShard:
             target = self._arrays[name][part]
             assert tensor.dtype == target.dtype, f"{name}: {tensor.dtype} is not the plan's {target.dtype}"
             target.copy_(tensor.reshape(target.shape), non_blocking=self._streams.pinned)
-        if figures is not None:
-            on_host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=self._streams.pinned)
-            self._figures.append(on_host.copy_(figures, non_blocking=self._streams.pinned))
         self._done = self._streams.copies_done()
         self._keep_facts(part, batch)
         self.written_rows += batch.rows
+
+    def write_figures(self, packed: Tensor) -> None:
+        """Begin to copy the audit figures of a batch, from `pack_figures`."""
+        on_host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=self._streams.pinned)
+        self._figures.append(on_host.copy_(packed, non_blocking=self._streams.pinned))
+        self._done = self._streams.copies_done()
 
     def commit(self) -> Audit:
         """Wait for the last copy, write the shard, release it, and return the audit of its rows.

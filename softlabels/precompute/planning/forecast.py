@@ -23,7 +23,7 @@ from softlabels.encodings.sampled import sampled_within
 from softlabels.encodings.selection import EncodingTrial, choose_encoding
 from softlabels.errors import EncodingError, TeacherError
 from softlabels.manifest import SAMPLE_ARRAYS, Manifest
-from softlabels.precompute.hidden_states import encoding_of_head
+from softlabels.precompute.checks.teacher_checks import encoding_of_head
 from softlabels.precompute.job import Job
 from softlabels.precompute.pipeline.device_step import audited_rows, pack_figures
 from softlabels.precompute.pipeline.inference import audit_temperatures

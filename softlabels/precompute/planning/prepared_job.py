@@ -20,8 +20,7 @@ from softlabels.encodings import Encoding
 from softlabels.encodings.selection import EncodingRequest, parse_encoding
 from softlabels.errors import JobError
 from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec
-from softlabels.precompute.checks.teacher_checks import checked_logits
-from softlabels.precompute.hidden_states import encoding_of_head, refuse_ensembles
+from softlabels.precompute.checks.teacher_checks import checked_logits, encoding_of_head
 from softlabels.precompute.job import Job
 from softlabels.precompute.pipeline.device import choose_device
 from softlabels.precompute.pipeline.inference import TeacherEnsemble, with_numerics
@@ -224,7 +223,11 @@ def _row_loader(job: Job, data: TransferSet) -> RowLoader:
 
 
 def _hidden_encoding(prepared: PreparedJob, request: EncodingRequest) -> Encoding:
-    refuse_ensembles(prepared.ensemble.teachers, prepared.job.targets.keep)
+    if len(prepared.ensemble.teachers) > 1 or prepared.job.targets.keep == "members":
+        raise JobError(
+            "hidden states come from one teacher: those of several cannot be averaged, since each belongs to a head of "
+            "its own. Make a store for each teacher, or keep logits"
+        )
     (hidden_RD,) = prepared.ensemble.run(prepared.first_batch, row_kind="hidden_states")
     (teacher,), (logits_RC,) = prepared.ensemble.teachers, prepared.first_logits
     return encoding_of_head(teacher, request.params, logits_RC=logits_RC, hidden_RD=hidden_RD)
