@@ -11,15 +11,15 @@ together have taken. Resuming at a cursor, with any number of ranks and any batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import msgspec
 import numpy as np
 
-from softlabels.documents import Document, as_json
+from softlabels.documents import Document, as_json, parse_document
 from softlabels.errors import RequestError, RowsNotCommittedError
 from softlabels.order.epoch_order import EpochOrder, require_int
 from softlabels.order.permutation import CHUNK, Positions
@@ -32,21 +32,6 @@ Remainder: TypeAlias = Literal["split", "drop", "pad"]
 
 _LARGEST_COUNT = 2**31 - 1
 """Bound of ranks and batch sizes: above any real one, and products stay far below 64 bits."""
-
-
-class EpochOptions(TypedDict, total=False):
-    """The fields of an `EpochConfig`, for functions that accept them as keyword arguments."""
-
-    seed: int
-    epoch: int
-    batch_size: int
-    rank: int
-    world_size: int
-    cursor: int
-    shuffle: bool
-    block: int | None
-    remainder: Remainder
-    view: int | None
 
 
 class EpochConfig(Document, frozen=True, kw_only=True):
@@ -96,6 +81,18 @@ class EpochConfig(Document, frozen=True, kw_only=True):
         """Return the parameters of an epoch request's URL; `epoch` is part of its path."""
         values = {name: value for name, value in as_json(self).items() if name != "epoch"}
         return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
+
+    @classmethod
+    def from_query(cls, parameters: Mapping[str, str]) -> EpochConfig:
+        """Return the configuration in an epoch request: what `to_query` returns, and `epoch`. Raises RequestError."""
+        document: dict[str, Any] = dict(parameters)
+        for name, text in parameters.items():
+            if name == "shuffle" and text in ("true", "false"):
+                document[name] = text == "true"
+            # 2⁶⁴ has 20 digits. The bound comes first: a hostile number of a million digits takes minutes to parse.
+            elif len(text) <= 20 and text.isascii() and text.isdecimal():
+                document[name] = int(text)
+        return parse_document(document, cls, what="query", error=RequestError)
 
     def batches(self, manifest: Manifest, digest: str) -> RankBatches:
         """Return this rank's batches in a store.

@@ -273,7 +273,7 @@ def plan_stream(store: ServedStore, epoch: str, query: str, settings: Settings) 
     """
     parameters = read_query(query)
     named = {name: parameters.pop(name) for name in EpochConfig.__struct_fields__ if name in parameters}
-    config = parse_query({**named, "epoch": epoch}, EpochConfig)
+    config = EpochConfig.from_query({**named, "epoch": epoch})
     options = parse_query(parameters, RowOptions)
     check_version(store, digest=options.digest)
     check_transfer_set(store.manifest, options.transfer_set)

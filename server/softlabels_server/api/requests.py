@@ -23,7 +23,6 @@ from softlabels.documents import Document, parse_document
 from softlabels.errors import BadIdsError, BatchTooLargeError, EmptyBatchError, RequestError, UnknownIdError
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import Manifest
-from softlabels.order import EpochConfig
 from softlabels_server.fast_path.response_plan import COLUMN_WIDTHS, split_columns
 from softlabels_server.settings import Settings
 
@@ -31,7 +30,6 @@ TARGETS = "targets"
 """In `fields`: every array of the store's encoding."""
 
 _LISTS = frozenset({"fields", "columns"})
-_NUMBERS = frozenset(EpochConfig.__struct_fields__) - {"shuffle", "remainder"}
 
 Int64: TypeAlias = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Span: TypeAlias = Annotated[list[Int64], Meta(min_length=2, max_length=2)]
@@ -210,10 +208,6 @@ def parse_query(parameters: Mapping[str, str], kind: type[Q]) -> Q:
     for name, text in parameters.items():
         if name in _LISTS:
             document[name] = text.split(",")
-        elif name in _NUMBERS and text.isascii() and text.isdecimal() and len(text) <= 20:
-            document[name] = int(text)
-        elif name == "shuffle" and text in ("true", "false"):
-            document[name] = text == "true"
         elif name == "temperature":
             with contextlib.suppress(ValueError):  # as text it is refused as a temperature, with that error's code
                 document[name] = float(text)
