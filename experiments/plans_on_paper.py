@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softlabels.cli.plan import lines, size
+from softlabels.cli.jobs import lines, size
 from softlabels.precompute import load_job, precompute
 from softlabels.precompute.planning.forecast import forecast
 from softlabels.transfer_sets.ragged import RaggedTransferSet

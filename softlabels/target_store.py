@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from softlabels.class_list import check_class_names
 from softlabels.encodings import Encoding
-from softlabels.epochs import EpochIterator, EpochRows
 from softlabels.errors import (
     EmptyBatchError,
     FingerprintMismatchError,
@@ -27,7 +26,7 @@ from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import FINGERPRINTS, IDS, INPUTS, LABELS, ROW_OFFSETS, VIEW_PARAMETERS, Manifest
 from softlabels.order import EpochConfig
 from softlabels.softmath import check_mean, check_temperature, check_weights, is_locked
-from softlabels.targets import MemberMean, SoftTargets, check_unlocked
+from softlabels.targets import EpochIterator, EpochRows, MemberMean, SoftTargets, check_unlocked
 
 _IDS_AT_ONCE = 1024
 """Ids per frame when all ids are read: a frame of this size is below every server's limit."""

@@ -1,8 +1,8 @@
-"""Soft targets: a batch as a trainer receives it, with ids, labels and temperature."""
+"""Soft targets as a trainer receives them: one batch, and the iterator over the batches of an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -123,3 +123,67 @@ def check_unlocked(wanted: float, *, captured: float, locked: bool) -> None:
             captured=captured,
             wanted=wanted,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRows:
+    """Rows of one step of one rank, as a row source returns them.
+
+    Attributes:
+        ids: [B].
+        arrays: one per field, [B, ...]; for sequences the concatenated rows, with `row_offsets` [B + 1].
+        repeated: how many samples, at the end, were already taken in this epoch.
+        cursor_after: cursor of the epoch once every rank has taken this step.
+    """
+
+    ids: IdArray
+    arrays: Mapping[str, NDArray[Any]]
+    repeated: int
+    cursor_after: int
+
+
+class EpochIterator:
+    """Iterator over the batches of an epoch, as `SoftTargets`.
+
+    Args:
+        rows: rows of each step; closed together with this iterator.
+        wrap: makes a batch of targets from the rows of a step.
+        cursor: where in the epoch the iterator begins.
+        batch_count: steps from there to the end.
+    Attributes:
+        cursor: where the rest of the epoch begins, after the batches returned so far.
+        repeated: samples at the end of the last batch that only pad it, so that all ranks take equally many.
+    """
+
+    def __init__(
+        self, rows: Iterator[EpochRows], wrap: Callable[[EpochRows], SoftTargets], *, cursor: int, batch_count: int
+    ) -> None:
+        self._rows, self._wrap, self._batch_count = rows, wrap, batch_count
+        self.cursor = cursor
+        self.repeated = 0
+
+    def __len__(self) -> int:
+        """Number of batches of the whole iterator, the same on every rank."""
+        return self._batch_count
+
+    def __iter__(self) -> EpochIterator:
+        return self
+
+    def __next__(self) -> SoftTargets:
+        rows = next(self._rows)
+        targets = self._wrap(rows)
+        # Only now: a checkpoint that is written after a failed batch must begin with that batch.
+        self.cursor, self.repeated = rows.cursor_after, rows.repeated
+        return targets
+
+    def close(self) -> None:
+        """Stop background fetching; not needed after reading to the end."""
+        close = getattr(self._rows, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> EpochIterator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

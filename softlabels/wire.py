@@ -1,8 +1,8 @@
-"""The wire format: named arrays as one safetensors file, written and read with NumPy alone.
+"""Wire formats: named arrays as one safetensors file (NumPy alone), and errors as RFC 9457 problem details.
 
-The whole format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length H; H bytes of
-JSON, `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}`, padded with spaces so
-that data begin at a multiple of 8; then the arrays' bytes, in the order of the header, without gaps.
+safetensors (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length H; H bytes of JSON,
+`{"name": {"dtype", "shape", "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}`, padded with spaces so that
+data begin at a multiple of 8; then the arrays' bytes, in the order of the header, without gaps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import WireError
+from softlabels.errors import ConflictError, NotFoundError, RequestError, SoftLabelsError, WireError, rebuild_error
 
 MEDIA_TYPE = "application/vnd.safetensors"
 """Media type of a batch reply."""
@@ -28,6 +28,11 @@ MAX_AXES = 32
 
 CHECKSUM = "checksum"
 """The last array of a reply, uint64 [1]; see `checksum_of`."""
+
+END_FORMAT = "softlabels-end/1"
+"""Format name in the metadata of a stream's last frame; see docs/http.md."""
+
+PROBLEM_TYPE_PREFIX = "urn:softlabels:error:"
 
 _TO_WIRE = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "<i2": "I16", "|i1": "I8",
             "<u8": "U64", "<u4": "U32", "<u2": "U16", "|u1": "U8"}  # fmt: skip
@@ -190,3 +195,38 @@ def _entry(entry: Mapping[str, Any], *, expected_begin: int) -> tuple[np.dtype[A
     if begin != expected_begin or end - begin != size:
         raise ValueError(f"{entry['dtype']}{list(shape)} does not lie at {begin}:{end}")
     return dtype, shape, end
+
+
+def all_error_classes(root: type[SoftLabelsError] = SoftLabelsError) -> list[type[SoftLabelsError]]:
+    """Return `root` and every error class below it, parents first."""
+    return [root, *(found for child in root.__subclasses__() for found in all_error_classes(child))]
+
+
+def to_problem(error: SoftLabelsError) -> dict[str, Any]:
+    """Return an error as problem details, ready for JSON."""
+    return {
+        "type": PROBLEM_TYPE_PREFIX + error.code,
+        "title": error.title,
+        "status": error.status,
+        "detail": error.message,
+        "code": error.code,
+        "context": error.context,
+    }
+
+
+def from_problem(problem: Mapping[str, Any]) -> SoftLabelsError:
+    """Return the error that problem details describe; for an unknown code, the class that fits the HTTP status."""
+    message = str(problem.get("detail") or problem.get("title") or "the server gave no reason")
+    context = problem.get("context")
+    facts = {str(k): v for k, v in context.items()} if isinstance(context, Mapping) else {}
+    by_code = {cls.code: cls for cls in all_error_classes()}
+    known = by_code.get(str(problem.get("code")))
+    return rebuild_error(known or _class_for_status(problem.get("status")), message, facts)
+
+
+def _class_for_status(status: object) -> type[SoftLabelsError]:
+    if status == 404:
+        return NotFoundError
+    if status == 409:
+        return ConflictError
+    return RequestError if isinstance(status, int) and 400 <= status < 500 else SoftLabelsError

@@ -21,20 +21,20 @@ EXIT_INTERRUPTED = 130
 """What shells report for a process ended by Ctrl-C: 128 + SIGINT."""
 
 COMMANDS = {
-    "plan": ("plan:plan", "bytes, hours and the error of every encoding, before a job runs"),
-    "precompute": ("precompute:run_job", "run the teachers of a job file once over its transfer set"),
-    "resume": ("precompute:resume_store", "continue an interrupted precompute"),
-    "status": ("status:status", "progress of a store: shards, rate, time left, workers, error so far"),
-    "inspect": ("status:inspect", "show the manifest of a store"),
-    "verify": ("verify:verify_store", "check a store: every checksum, every row, every file"),
-    "repair": ("verify:repair_store", "take faulty shards out of a store, so that resume computes only those"),
-    "merge": ("convert:merge_stores", "unite shards that were computed in several places"),
-    "convert": ("convert:convert", "copy a store into another container (Zarr, HDF5), bit-exact"),
-    "convert-weights": ("convert:convert_weights", "write the weights of a pickled checkpoint as safetensors"),
+    "plan": ("jobs:plan", "bytes, hours and the error of every encoding, before a job runs"),
+    "precompute": ("jobs:run_job", "run the teachers of a job file once over its transfer set"),
+    "resume": ("jobs:resume_store", "continue an interrupted precompute"),
+    "status": ("stores:status", "progress of a store: shards, rate, time left, workers, error so far"),
+    "inspect": ("stores:inspect", "show the manifest of a store"),
+    "verify": ("stores:verify_store", "check a store: every checksum, every row, every file"),
+    "repair": ("stores:repair_store", "take faulty shards out of a store, so that resume computes only those"),
+    "merge": ("stores:merge_stores", "unite shards that were computed in several places"),
+    "convert": ("stores:convert", "copy a store into another container (Zarr, HDF5), bit-exact"),
+    "convert-weights": ("jobs:convert_weights", "write the weights of a pickled checkpoint as safetensors"),
     "serve": ("serve:serve", "serve the stores of a folder over HTTP"),
     "distill": ("distill:distill_student", "train a student on a store's soft targets"),
-    "cache": ("cache:app", "show or clear the rows of served stores that are kept on this machine"),
-    "demo": ("demo:demo", "run the whole main job on MNIST: train, precompute, serve, distill, compare"),
+    "cache": ("stores:cache", "show or clear the rows of served stores that are kept on this machine"),
+    "demo": ("jobs:demo", "run the whole main job on MNIST: train, precompute, serve, distill, compare"),
 }
 """Where each subcommand is, below `softlabels.cli`, and its line in `softlabels --help`."""
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
-from softlabels.epochs import EpochRows
 from softlabels.errors import ManifestError, RequestError, RowsNotCommittedError, UnknownFieldError
 from softlabels.ids import IdArray
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, Manifest
@@ -18,6 +17,7 @@ from softlabels.order import EpochConfig
 from softlabels.store.array_reader import ArrayReader
 from softlabels.store.sample_index import SequenceIndex, ids_of_rows, make_index
 from softlabels.store.store_documents import load_encoding, load_manifest, plan_digest, store_digest
+from softlabels.targets import EpochRows
 
 
 class LocalRows:

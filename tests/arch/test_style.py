@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from softlabels.errors import SoftLabelsError
-from softlabels.problem_details import all_error_classes
+from softlabels.wire import all_error_classes
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (ROOT / "softlabels", ROOT / "server" / "softlabels_server", ROOT / "clients" / "softlabels_client")

@@ -23,7 +23,7 @@ from softlabels.errors import (
     ShapeMismatchError,
     TemperatureError,
 )
-from softlabels.problem_details import to_problem
+from softlabels.wire import to_problem
 
 Array = NDArray[np.float64]
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.epochs import EpochRows
 from softlabels.ids import IdArray
 from softlabels.manifest import IDS
 from softlabels.order import StepBatch
 from softlabels.target_store import RowSource
+from softlabels.targets import EpochRows
 from softlabels_client.cache.cache_folder import OpenTable
 from softlabels_client.cache.row_records import Words
 

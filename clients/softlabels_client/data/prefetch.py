@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Final, Generic, TypeVar
 
-from softlabels.epochs import EpochRows
 from softlabels.errors import RequestError
+from softlabels.targets import EpochRows
 
 T = TypeVar("T")
 

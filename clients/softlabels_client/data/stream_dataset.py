@@ -11,14 +11,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.epochs import EpochIterator
 from softlabels.errors import BadIdsError, ConflictError, FingerprintMismatchError
 from softlabels.extras import needs_extra
 from softlabels.ids import IdArray
 from softlabels.losses import SoftTargetBatch
 from softlabels.order import EpochConfig, RankBatches, Remainder
 from softlabels.target_store import TargetStore
-from softlabels.targets import SoftTargets
+from softlabels.targets import EpochIterator, SoftTargets
 from softlabels.transfer_set import TransferSet
 from softlabels_client.data.dataset import Check, SoftTargetDataset, StoreInputs, samples_in
 from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches

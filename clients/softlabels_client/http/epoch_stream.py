@@ -9,10 +9,11 @@ from urllib.parse import urlencode
 from numpy.typing import NDArray
 
 from softlabels import wire
-from softlabels.epochs import END_FORMAT, EpochRows
 from softlabels.errors import SoftLabelsError, WireError
 from softlabels.manifest import IDS, ROW_OFFSETS, Manifest
 from softlabels.order import EpochConfig, RankBatches, StepBatch
+from softlabels.targets import EpochRows
+from softlabels.wire import END_FORMAT
 from softlabels_client.http.replies import ReplyStream
 from softlabels_client.http.reply_reader import ReplyReader
 from softlabels_client.http.transport import HttpTransport

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from softlabels import wire
 from softlabels.documents import MAX_DOCUMENT_BYTES
 from softlabels.encodings import Encoding
-from softlabels.epochs import EpochRows
 from softlabels.errors import ManifestError, RequestError, WireError
 from softlabels.ids import IdArray, id_kind
 from softlabels.manifest import IDS, ROW_OFFSETS, Manifest, check_encoding
 from softlabels.order import EpochConfig
+from softlabels.targets import EpochRows
 from softlabels_client.http.address import parse_address
 from softlabels_client.http.epoch_stream import epoch_rows
 from softlabels_client.http.reply_reader import ReplyReader

@@ -18,7 +18,7 @@ from softlabels.errors import (
     TruncatedError,
     UnauthorizedError,
 )
-from softlabels.problem_details import from_problem
+from softlabels.wire import from_problem
 
 RETRIED_STATUSES = frozenset({429, 502, 503, 504})
 """Statuses of a server or proxy that is busy, starting or stopping: the same request may succeed in a moment."""

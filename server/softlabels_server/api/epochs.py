@@ -19,11 +19,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from softlabels import wire
-from softlabels.epochs import END_FORMAT
 from softlabels.ids import to_fixed_bytes
 from softlabels.manifest import IDS, ROW_OFFSETS
 from softlabels.order import EpochConfig, RankBatches, StepBatch
 from softlabels.target_store import check_transfer_set
+from softlabels.wire import END_FORMAT
 from softlabels_server.api.batch import (
     array_names,
     bytes_a_row,

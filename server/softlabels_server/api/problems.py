@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softlabels.errors import NotFoundError, RequestError, SoftLabelsError
-from softlabels.problem_details import to_problem
+from softlabels.wire import to_problem
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Path, Request, Response
 from pydantic import BaseModel, Field
 
 from softlabels import __version__, wire
-from softlabels.problem_details import to_problem
+from softlabels.wire import to_problem
 from softlabels_server.api.openapi import NOT_FOUND, PROBLEMS
 from softlabels_server.api.requests import etag_of, names_digest
 from softlabels_server.catalog import BrokenStore, ServedStore, StoreFolder

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from softlabels.audit import Audit
 from softlabels.encodings import Encoding, make_encoding
-from softlabels.epochs import EpochRows
 from softlabels.ids import IdArray
 from softlabels.manifest import IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.order import EpochConfig
 from softlabels.store import LocalRows, SampleTable, StoreWriter, plan_store
 from softlabels.target_store import TargetStore
+from softlabels.targets import EpochRows
 from softlabels_client.cache import CachedRows
 
 SAMPLES, CLASSES, VIEWS = 120, 6, 3

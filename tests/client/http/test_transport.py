@@ -24,7 +24,7 @@ from softlabels.errors import (
     UnauthorizedError,
     WireError,
 )
-from softlabels.problem_details import to_problem
+from softlabels.wire import to_problem
 from softlabels_client import HttpTransport, RetryPolicy, parse_address
 
 BODY = bytes(range(256)) * 40

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from softlabels.errors import StoreChangedError
-from softlabels.problem_details import all_error_classes, from_problem
+from softlabels.wire import all_error_classes, from_problem
 from softlabels_server.api.problems import reply_to
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from softlabels.cli import main
-from softlabels.cli.plan import lines, size
+from softlabels.cli.jobs import lines, size
 from softlabels.precompute import load_job, precompute
 from softlabels.precompute.planning.forecast import Forecast, forecast
 from softlabels.store.ledger import read_status
