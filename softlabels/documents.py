@@ -21,6 +21,9 @@ from softlabels.errors import ManifestError, SoftLabelsError
 MAX_DOCUMENT_BYTES = 16 << 20
 """No real manifest or receipt comes near; a hostile one must not fill the memory."""
 
+MAX_MESSAGE = 1_000
+"""Characters of a library's message that are passed on."""
+
 Number: TypeAlias = int | float
 """A JSON number as it was written: `float` would turn 4 into 4.0, whose canonical bytes and digest are others."""
 
@@ -49,7 +52,8 @@ def parse_document(value: Any, kind: type[D], *, what: str, error: type[SoftLabe
     try:
         return msgspec.convert(value, kind, strict=True)
     except (msgspec.ValidationError, OverflowError, RecursionError, UnicodeEncodeError) as problem:
-        raise error(f"{what}: {_explain(str(problem), kind)}") from problem
+        # Cut: msgspec quotes an unknown key whole, and a hostile one may have megabytes.
+        raise error(f"{what}: {_explain(str(problem)[:MAX_MESSAGE], kind)}") from problem
 
 
 def as_json(value: Any) -> Any:
