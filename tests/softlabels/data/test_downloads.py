@@ -128,7 +128,7 @@ class TestMirrors:
         assert "404" in found.failures[0]
 
     def test_a_cache_that_cannot_be_written_is_reported(self, tmp_path: Path, url: str) -> None:
-        """Not a traceback: the reason stands among the locations tried."""
+        """Not a traceback: the reason is listed among the locations tried."""
         taken = tmp_path / "taken"
         taken.write_text("a file where the cache's folder should be")
         with pytest.raises(DataUnavailableError, match=r"mirror 127\.0\.0\.1:\d+: .*taken"):
@@ -155,6 +155,15 @@ class TestMirrors:
             fetch_files("SET", FILES, [mirror(url, cache)])
         assert [entry.name for entry in cache.iterdir()] == ["images"]
         assert (cache / "images").read_bytes() == b"before"
+
+    def test_a_compressed_reply_is_bounded_while_it_arrives(
+        self, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A reply without end must fill neither the memory nor the disk."""
+        monkeypatch.setattr("softlabels.data.downloads.MAX_FILE_BYTES", 20)
+        with pytest.raises(DataUnavailableError, match=r"images\.gz sends more than the 20 bytes"):
+            fetch_files("SET", FILES, [mirror(url, tmp_path / "cache")])
+        assert list((tmp_path / "cache").iterdir()) == []
 
     def test_no_answer_is_reported_in_few_words(self, tmp_path: Path) -> None:
         """A closed port fails at once, without the texts that requests and urllib3 wrap around it."""
