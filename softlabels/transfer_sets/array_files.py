@@ -1,4 +1,4 @@
-"""Arrays in npy, Zarr and HDF5 files: rows are read when they are asked for, and nothing is kept in memory.
+"""Arrays in npy, Zarr and HDF5 files: rows are read on demand, and nothing is kept in memory.
 
 Shapes: N samples, B of them in a batch.
 """
@@ -6,9 +6,7 @@ Shapes: N samples, B of them in a batch.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,117 +24,74 @@ from softlabels.transfer_sets.source_files import FileTransferSet, existing_path
 from softlabels.transfer_sets.sources import Source
 
 _IDS_PER_BLOCK = 1 << 16
+"""Ids that are read at a time when a job begins: 512 KiB of integers."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """An array in a file.
-
-    Attributes:
-        array: the library's own array, with a `shape`.
-        read: returns the rows at some positions, [B, ...], in their order; positions may repeat.
-    """
-
-    array: Any
-    read: Callable[[Any, NDArray[np.int64]], NDArray[Any]]
-
-    def __len__(self) -> int:
-        return int(self.array.shape[0])
-
-    def rows(self, positions: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the rows at these positions."""
-        return self.read(self.array, positions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Arrays of one length that make a transfer set; None where there are no labels or ids."""
-
-    inputs: Column
-    labels: Column | None = None
-    ids: Column | None = None
+OpenArrays = Callable[[], dict[str, Any]]
+ReadRows = Callable[[Any, NDArray[np.int64]], NDArray[Any]]
 
 
 class StoredArrays(FileTransferSet):
-    """Samples whose inputs, labels and ids are arrays on disk. Safe for threads and fork; pickling re-opens files.
+    """Samples whose inputs, labels and ids are arrays on disk. Safe for threads and fork; pickling re-opens the files.
 
     Args:
         name: name for messages and manifests.
-        open_columns: opens the files; a module's function with its arguments bound, so that it can be pickled.
+        open_arrays: returns the libraries' own arrays under "inputs" and, where there are any, "labels" and "ids"; a
+            function of a module with its arguments bound, so that it can be pickled.
+        read: returns an array's rows at some positions, in their order; positions may repeat.
         files: files that it opens, for `identity`; folders stand for all files in them.
-        one_at_a_time: whether reads have to be serialised.
         spec: how a store keeps the ids, if known already; else every id is read once.
     Raises:
         ShapeMismatchError: the arrays differ in length. BadIdsError: an id occurs twice.
     """
 
     def __init__(
-        self,
-        name: str,
-        open_columns: Callable[[], Columns],
-        files: Sequence[Path],
-        one_at_a_time: bool = False,
-        spec: IdSpec | None = None,
+        self, name: str, open_arrays: OpenArrays, read: ReadRows, files: Sequence[Path], spec: IdSpec | None = None
     ) -> None:
-        self._open, self._one_at_a_time = open_columns, one_at_a_time
-        self._lock = threading.RLock()
-        self._opened, self._pid = open_columns(), os.getpid()
-        lengths = {key: len(column) for key, column in vars(self._opened).items() if column is not None}
+        self._open, self._read = open_arrays, read
+        self._opened, self._pid = open_arrays(), os.getpid()
+        lengths = {key: int(array.shape[0]) for key, array in self._opened.items()}
         self._count = lengths["inputs"]
         if len(set(lengths.values())) > 1:
             raise ShapeMismatchError(f"the arrays of {name!r} differ in length: {lengths}")
         super().__init__(name, files, spec or self._examine(name))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.name, self._open, self._files, self._one_at_a_time, self._spec)
+        return type(self), (self.name, self._open, self._read, self._files, self._spec)
 
     def __len__(self) -> int:
         return self._count
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """Return the samples at these positions, in this order; positions may repeat.
-
-        Raises:
-            UnreadableSampleError: a file cannot be read. JobError: labels are not integers.
-        """
-        columns = self._columns()
+        """Return the samples at these positions. Raises JobError, besides others, if labels are not integers."""
         try:
-            if self._one_at_a_time:
-                with self._lock:
-                    return self._take(columns, positions)
-            return self._take(columns, positions)
+            rows = {key: self._read(array, positions) for key, array in self._arrays().items()}
         except OSError as error:
             raise UnreadableSampleError(
                 f"samples {int(positions.min())} to {int(positions.max())} of {self.name!r} cannot be read ({error}): "
                 f"check {', '.join(map(str, self._files[:3]))}"
             ) from error
-
-    def _take(self, columns: Columns, positions: NDArray[np.int64]) -> Samples:
-        labels = None if columns.labels is None else columns.labels.rows(positions)
+        labels = rows.get("labels")
         if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1):
             raise JobError(
-                f"labels of {self.name!r} are {labels.dtype}{list(labels.shape[1:])} a sample, not one integer; use -1 "
-                "for no label"
+                f"labels of {self.name!r} are {labels.dtype}{list(labels.shape[1:])} per sample, not one integer; use "
+                "-1 for no label"
             )
-        ids = positions.astype(np.int64) if columns.ids is None else _as_ids(columns.ids.rows(positions))
         return Samples(
-            ids=ids,
-            inputs=columns.inputs.rows(positions),
+            ids=_as_ids(rows["ids"]) if "ids" in rows else positions.astype(np.int64),
+            inputs=rows["inputs"],
             labels=None if labels is None else labels.astype(np.int64),
         )
 
-    def _columns(self) -> Columns:
+    def _arrays(self) -> dict[str, Any]:
         if self._pid != os.getpid():  # open files and the locks of their libraries do not survive a fork
-            self._lock = threading.RLock()
             self._opened, self._pid = self._open(), os.getpid()
         return self._opened
 
     def _examine(self, name: str) -> IdSpec:
-        ids = self._opened.ids
-        if ids is None:
+        if "ids" not in self._opened:
             return IdSpec(kind="int", dense_start=0)
         blocks = (
-            _as_ids(ids.rows(np.arange(start, min(start + _IDS_PER_BLOCK, self._count), dtype=np.int64)))
+            _as_ids(self._read(self._opened["ids"], np.arange(start, min(start + _IDS_PER_BLOCK, self._count))))
             for start in range(0, self._count, _IDS_PER_BLOCK)
         )
         return examine_ids(blocks, self._count, name)
@@ -161,18 +116,14 @@ class NpySource(Source, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if (self.dtype is None) != (self.shape is None):
-            raise ValueError(
-                "a file without a header needs both `dtype` and `shape` of one sample; a .npy file neither"
-            )
+            raise ValueError("a file without a header needs both `dtype` and `shape` of a sample, a .npy file neither")
 
     def load(self, base: Path | None) -> StoredArrays:
-        """Return the samples. Raises JobError or DataUnavailableError: a file is missing or holds no such array."""
-        named = {"inputs": self.inputs, "labels": self.labels, "ids": self.ids}
-        paths = {
-            key: existing_path(path, base, what=f"file of {key}") for key, path in named.items() if path is not None
-        }
+        """Return the samples."""
+        paths = {key: existing_path(path, base, what=f"file of {key}") for key, path in _array_names(self).items()}
         sample = None if self.dtype is None else (self.dtype, tuple(self.shape or ()))
-        return StoredArrays(self.name or paths["inputs"].stem, partial(_open_npy, paths, sample), tuple(paths.values()))
+        open_arrays = partial(_open_npy, paths, sample)
+        return StoredArrays(self.name or paths["inputs"].stem, open_arrays, _read_mapped, tuple(paths.values()))
 
 
 class _NamedArrays(Source, frozen=True, kw_only=True):
@@ -190,67 +141,55 @@ class _NamedArrays(Source, frozen=True, kw_only=True):
     labels: str | None = None
     ids: str | None = None
 
-    def _keys(self) -> dict[str, str]:
-        keys = {"inputs": self.inputs, "labels": self.labels, "ids": self.ids}
-        return {key: array for key, array in keys.items() if array is not None}
-
 
 class Hdf5Source(_NamedArrays, frozen=True, kw_only=True):
     """Samples in data sets of an HDF5 file; arguments as for Zarr."""
 
     def load(self, base: Path | None) -> StoredArrays:
-        """Return the samples.
-
-        Raises:
-            JobError, DataUnavailableError: no such file or data set. MissingExtraError: h5py is not installed.
-        """
+        """Return the samples."""
         file = existing_path(self.path, base, what="HDF5 file")
-        # h5py holds a lock of its own around every call, so threads gain nothing.
-        return StoredArrays(
-            self.name or file.stem, partial(_open_hdf5, file, self._keys()), (file,), one_at_a_time=True
-        )
+        open_arrays = partial(_open_hdf5, file, _array_names(self))
+        # No lock is needed: h5py holds its own around every call.
+        return StoredArrays(self.name or file.stem, open_arrays, _read_hdf5, (file,))
 
 
 class ZarrSource(_NamedArrays, frozen=True, kw_only=True):
     """Samples in arrays of a Zarr group, format 2 or 3."""
 
     def load(self, base: Path | None) -> StoredArrays:
-        """Return the samples.
-
-        Raises:
-            JobError, DataUnavailableError: no such group or array. MissingExtraError: zarr is not installed.
-        """
+        """Return the samples."""
         folder = existing_path(self.path, base, what="Zarr group")
-        return StoredArrays(self.name or folder.stem, partial(_open_zarr, folder, self._keys()), (folder,))
+        open_arrays = partial(_open_zarr, folder, _array_names(self))
+        return StoredArrays(self.name or folder.stem, open_arrays, _read_zarr, (folder,))
 
 
-def _open_npy(paths: dict[str, Path], sample: tuple[str, tuple[int, ...]] | None) -> Columns:
-    arrays = {key: _mapped(path, sample if key == "inputs" else None) for key, path in paths.items()}
-    return Columns(**{key: Column(array=array, read=_read_mapped) for key, array in arrays.items()})
+def _array_names(source: NpySource | _NamedArrays) -> dict[str, str]:
+    names = {"inputs": source.inputs, "labels": source.labels, "ids": source.ids}
+    return {key: name for key, name in names.items() if name is not None}
 
 
-def _open_hdf5(path: Path, keys: dict[str, str]) -> Columns:
+def _open_npy(paths: dict[str, Path], sample: tuple[str, tuple[int, ...]] | None) -> dict[str, Any]:
+    return {key: _mapped(path, sample if key == "inputs" else None) for key, path in paths.items()}
+
+
+def _open_hdf5(path: Path, names: dict[str, str]) -> dict[str, Any]:
     with needs_extra("store", "reading HDF5 files"):
         import h5py
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         raise JobError(f"{path} cannot be opened as an HDF5 file: {error}") from error
-    return Columns(
-        **{key: Column(array=_dataset(h5py, file, name, path), read=_read_hdf5) for key, name in keys.items()}
-    )
+    return {key: _dataset(h5py, file, name, path) for key, name in names.items()}
 
 
-def _open_zarr(folder: Path, keys: dict[str, str]) -> Columns:
+def _open_zarr(folder: Path, names: dict[str, str]) -> dict[str, Any]:
     with needs_extra("store", "reading Zarr groups"):
         import zarr
     try:
         group = zarr.open_group(folder, mode="r")
     except (OSError, ValueError, KeyError) as error:
         raise JobError(f"{folder} cannot be opened as a Zarr group: {error}") from error
-    return Columns(
-        **{key: Column(array=_zarr_array(zarr, group, name, folder), read=_read_zarr) for key, name in keys.items()}
-    )
+    return {key: _zarr_array(zarr, group, name, folder) for key, name in names.items()}
 
 
 def _mapped(path: Path, sample: tuple[str, tuple[int, ...]] | None) -> NDArray[Any]:
@@ -266,7 +205,7 @@ def _mapped(path: Path, sample: tuple[str, tuple[int, ...]] | None) -> NDArray[A
     if not isinstance(array, np.ndarray):
         raise JobError(f"{path} holds several arrays, which cannot be mapped: save each as a .npy file")
     if array.ndim == 0:
-        raise JobError(f"{path} holds a single number, no array of samples")
+        raise JobError(f"{path} holds a single number, not an array of samples")
     return array
 
 
@@ -277,7 +216,7 @@ def _dataset(h5py: Any, file: Any, name: str, path: Path) -> Any:
         raise JobError(f"{path} has no data set {name!r}: it has {', '.join(known[:20]) or 'none'}")
     found = file[name]
     if not isinstance(found, h5py.Dataset) or not found.shape:
-        raise JobError(f"{name!r} of {path} is no data set of samples")
+        raise JobError(f"{name!r} of {path} is not a data set of samples")
     return found
 
 
@@ -288,7 +227,7 @@ def _zarr_array(zarr: Any, group: Any, path: str, folder: Path) -> Any:
         known = ", ".join(sorted(group.keys())[:20])
         raise JobError(f"Zarr group {folder} has no array {path!r}: it has {known or 'nothing'}") from error
     if not isinstance(found, zarr.Array) or not found.shape:
-        raise JobError(f"{path!r} of Zarr group {folder} is no array of samples")
+        raise JobError(f"{path!r} of Zarr group {folder} is not an array of samples")
     return found
 
 
@@ -316,7 +255,7 @@ def _read_zarr(array: Any, positions: NDArray[np.int64]) -> NDArray[Any]:
 
 
 def _as_ids(stored: NDArray[Any]) -> IdArray:
-    """Return ids as files store them: integers, strings of any kind, or UTF-8 bytes. Raises BadIdsError otherwise."""
+    # Files store strings in many ways: fixed or variable length, as text or as UTF-8 bytes.
     if stored.dtype.kind == "S":
         return as_ids(np.char.decode(stored, "utf-8"))
     if stored.dtype.kind in "OT":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,14 @@ from softlabels.errors import JobError, ShapeMismatchError, UnreadableSampleErro
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
 from softlabels.transfer_set import UNLABELLED, Samples
-from softlabels.transfer_sets.images import ImageDecoder
+from softlabels.transfer_sets.images import ImageDecoder, ImageFile
 from softlabels.transfer_sets.sample_ids import examine_ids
 from softlabels.transfer_sets.source_files import FileTransferSet
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrowColumns:
-    """Names of the columns that make a sample.
-
-    Attributes:
-        inputs: one column, or several with a number each.
-        label, id: None where there is none.
-    """
+    """Names of the columns that make a sample; several `inputs` hold a number each."""
 
     inputs: tuple[str, ...]
     label: str | None = None
@@ -40,16 +34,15 @@ class ArrowColumns:
         """Return all names, each once."""
         return list(dict.fromkeys(name for name in (*self.inputs, self.label, self.id) if name is not None))
 
+    def check(self, known: Sequence[str], what: str) -> None:
+        """Raise JobError if a column is not among the `known` ones of `what`."""
+        for column in self.names():
+            if column not in known:
+                raise JobError(f"{what} has no column {column!r}: it has {', '.join(known[:30])}")
+
 
 class ArrowRows(FileTransferSet):
-    """A transfer set over Arrow tables; subclasses give the rows.
-
-    Args:
-        columns: columns of input, label and id.
-        decoder: decodes images; None where inputs are no images.
-        name: name for messages and manifests.
-        files: the files.
-    """
+    """A transfer set over Arrow tables; subclasses give the rows. `decoder` is None where inputs are not images."""
 
     def __init__(
         self, columns: ArrowColumns, decoder: ImageDecoder | None, name: str, files: Sequence[Path] = ()
@@ -61,17 +54,12 @@ class ArrowRows(FileTransferSet):
         raise NotImplementedError
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """Return the samples at these positions, in this order; positions may repeat.
-
-        Raises:
-            UnreadableSampleError: a file or an image cannot be read, or an input is null.
-            ShapeMismatchError: inputs differ in shape. JobError: the columns hold neither numbers nor images.
-        """
+        """Return the samples at these positions. Raises JobError for inputs that are neither numbers nor images."""
         rows, columns = self._rows(positions), self._columns
         ids: IdArray = positions.astype(np.int64)
         if columns.id is not None:
             ids = as_ids(rows.column(columns.id).to_pylist())
-        labels = None if columns.label is None else label_array(rows.column(columns.label), columns.label)
+        labels = None if columns.label is None else _label_array(rows.column(columns.label), columns.label)
         return Samples(ids=ids, inputs=self._inputs(rows, ids), labels=labels)
 
     def _rows(self, positions: NDArray[np.int64]) -> Any:
@@ -81,28 +69,26 @@ class ArrowRows(FileTransferSet):
     def _inputs(self, rows: Any, ids: IdArray) -> NDArray[Any]:
         columns = [rows.column(name).combine_chunks() for name in self._columns.inputs]
         for name, column in zip(self._columns.inputs, columns, strict=True):
-            refuse_nulls(column, name, ids)
+            if column.null_count:
+                absent = ids.tolist()[int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])]
+                raise UnreadableSampleError(f"sample {absent!r} has no input: its {name!r} is null", sample=absent)
         if self._decoder is None:
             return self._arrays(columns, ids)
-        named = zip(columns[0].to_pylist(), ids.tolist(), strict=True)
-        return self._decoder.decode_batch([(partial(image_bytes, value), str(name)) for value, name in named])
+        sources = [image_file(value) for value in columns[0].to_pylist()]
+        return self._decoder.decode_batch(sources, [str(name) for name in ids.tolist()])
 
     def _arrays(self, columns: list[Any], ids: IdArray) -> NDArray[Any]:
-        """Return inputs that are no images, [B, ...]."""
-        parts = [numbers(column, name) for name, column in zip(self._columns.inputs, columns, strict=True)]
+        """Return inputs that are not images, [B, ...]."""
+        parts = [_numbers(column, name) for name, column in zip(self._columns.inputs, columns, strict=True)]
         return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
 
     def _examine(self, blocks: Iterable[Any]) -> None:
-        """Note how a store keeps the ids. Raises BadIdsError: an id occurs twice."""
+        """Set how a store keeps the ids. Raises BadIdsError: an id occurs twice."""
         self._spec = examine_ids((as_ids(block.to_pylist()) for block in blocks), len(self), self.name)
 
 
-def numbers(column: Any, name: str) -> NDArray[Any]:
-    """Return a pyarrow array of numbers, or of lists of them nested to any depth, as one NumPy array.
-
-    Raises:
-        ShapeMismatchError: lists differ in length. UnreadableSampleError: a null. JobError: no numbers.
-    """
+def _numbers(column: Any, name: str) -> NDArray[Any]:
+    """Return a pyarrow array of numbers, or of lists of them nested to any depth, as one NumPy array."""
     import pyarrow as pa
 
     if isinstance(column.type, pa.BaseExtensionType):
@@ -128,8 +114,7 @@ def numbers(column: Any, name: str) -> NDArray[Any]:
     return found.reshape(shape)
 
 
-def label_array(column: Any, name: str) -> NDArray[np.int64]:
-    """Return a column of labels, [B]; null is unlabelled. Raises JobError if they are not integers."""
+def _label_array(column: Any, name: str) -> NDArray[np.int64]:
     import pyarrow as pa
 
     if not (pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
@@ -137,23 +122,12 @@ def label_array(column: Any, name: str) -> NDArray[np.int64]:
     return np.array([UNLABELLED if value is None else value for value in column.to_pylist()], dtype=np.int64)
 
 
-def refuse_nulls(column: Any, name: str, ids: IdArray) -> None:
-    """Raise UnreadableSampleError unless the column has a value for each of these samples."""
-    if column.null_count:
-        absent = ids.tolist()[int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])]
-        raise UnreadableSampleError(f"sample {absent!r} has no input: its {name!r} is null", sample=absent)
-
-
-def image_bytes(value: Any) -> bytes:
-    """Return the contents of an image file: bytes, or a struct with bytes or a path, as `datasets` stores it."""
+def image_file(value: Any) -> ImageFile:
+    """Return an image as Parquet files and `datasets` store it: its bytes, or a struct with its bytes or its path."""
     if not isinstance(value, dict):
         return bytes(value)
-    found, path = value.get("bytes"), value.get("path")
-    if found is not None:
-        return bytes(found)
-    if path is None:
+    if value.get("bytes") is not None:
+        return bytes(value["bytes"])
+    if value.get("path") is None:
         raise UnreadableSampleError("an image's row holds neither bytes nor a path")
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UnreadableSampleError(f"image {path} cannot be read: {error}", sample=str(path)) from error
+    return Path(value["path"])

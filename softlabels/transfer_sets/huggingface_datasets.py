@@ -19,13 +19,8 @@ _IDS_PER_BLOCK = 1 << 14
 
 
 class HuggingFaceRows(ArrowRows):
-    """Samples of a `datasets.Dataset`. Safe under threads; pickles as the data set does.
+    """Samples of a `datasets.Dataset` with images not decoded. Safe under threads; pickles as the data set does.
 
-    Args:
-        rows: the data set, images not decoded.
-        columns: columns of input, label and id.
-        decoder: decodes images; None where the input is numbers.
-        name: name for messages and manifests.
     Raises:
         BadIdsError: an id occurs twice.
     """
@@ -76,12 +71,7 @@ class HuggingFaceSource(ImageSource, frozen=True, kw_only=True):
     revision: str | None = None
 
     def load(self, base: Path | None) -> HuggingFaceRows:
-        """Return the rows of the data set.
-
-        Raises:
-            DataUnavailableError: it cannot be loaded. JobError: no such split or column, or a streamed data set.
-            MissingExtraError: the datasets library is not installed.
-        """
+        """Return the rows of the data set."""
         rows = self._load_dataset(base)
         import datasets
 
@@ -131,7 +121,5 @@ class HuggingFaceSource(ImageSource, frozen=True, kw_only=True):
         if label is None:
             label = next((column for column in ("label", "labels") if column in features), None)
         columns = ArrowColumns(inputs=(self.input or images[0],), label=None if label == "none" else label, id=self.id)
-        for column in columns.names():
-            if column not in features:
-                raise JobError(f"data set {self.path!r} has no column {column!r}: it has {', '.join(features)}")
+        columns.check(list(features), f"data set {self.path!r}")
         return columns

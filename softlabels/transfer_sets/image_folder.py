@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,7 @@ from softlabels.transfer_sets.source_files import FileTransferSet, existing_path
 
 
 class ImageFolder(FileTransferSet):
-    """Images below a folder. Ids are paths relative to it, with `/` on every system. Can be pickled.
-
-    Args:
-        folder: top folder.
-        paths: paths of the images, relative to `folder`.
-        labels: [N], `UNLABELLED` where absent; None when no image has one.
-        decoder: brings images to one shape.
-        name: name for messages and manifests.
-    """
+    """Images below a folder, each under its path relative to it, with `/` on every system. Can be pickled."""
 
     def __init__(
         self, folder: Path, paths: PackedStrings, labels: NDArray[np.int64] | None, decoder: ImageDecoder, name: str
@@ -38,16 +29,11 @@ class ImageFolder(FileTransferSet):
         return len(self._paths)
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """Return the samples at these positions, decoded, in this order; positions may repeat.
-
-        Raises:
-            UnreadableSampleError, ShapeMismatchError: see `ImageDecoder.decode_batch`; the file is named.
-        """
+        """Return the samples at these positions."""
         ids = self._paths.take(positions)
-        # Files are opened in the decoder's threads, so that slow disks serve several at a time.
-        files = [(partial(Path, self._folder, path), path) for path in ids.tolist()]
-        labels = None if self._labels is None else self._labels[positions]
-        return Samples(ids=ids, inputs=self._decoder.decode_batch(files), labels=labels)
+        names = ids.tolist()
+        inputs = self._decoder.decode_batch([self._folder / name for name in names], names)
+        return Samples(ids=ids, inputs=inputs, labels=None if self._labels is None else self._labels[positions])
 
     def identity(self) -> Iterator[tuple[str, str]]:
         """Yield path, size and modification time of each image as they are now."""
@@ -76,20 +62,14 @@ class ImageFolderSource(ImageSource, frozen=True, kw_only=True):
     classes: list[str] | None = None
 
     def load(self, base: Path | None) -> ImageFolder:
-        """Return the images below the folder.
-
-        Raises:
-            DataUnavailableError: no image there. JobError: labels that fit no image.
-            MissingExtraError: Pillow is not installed.
-        """
+        """Return the images below the folder."""
         folder = existing_path(self.path, base, what="folder of images")
         decoder = self.decoder()
         paths = PackedStrings(_images_in(folder))
         if len(paths) == 0:
             raise DataUnavailableError(f"{folder} holds no image; known are {', '.join(sorted(EXTENSIONS))}")
-        return ImageFolder(
-            folder, paths, self._labels_of(paths, folder, base), decoder, self.name or folder.resolve().name
-        )
+        labels = self._labels_of(paths, folder, base)
+        return ImageFolder(folder, paths, labels, decoder, self.name or folder.resolve().name)
 
     def _labels_of(self, paths: PackedStrings, folder: Path, base: Path | None) -> NDArray[np.int64] | None:
         if self.labels in (None, "none"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,19 +31,19 @@ Pixels = Annotated[int, msgspec.Meta(ge=1)]
 # Not tuple[Pixels, Pixels]: msgspec 0.23 crashes the interpreter on a bounded int in a union with a fixed tuple.
 Size = Pixels | Annotated[list[Pixels], msgspec.Meta(min_length=2, max_length=2)]
 
-ReadImage = Callable[[], Path | bytes]
-"""Returns an image's file, or the contents of the file."""
+ImageFile = Path | bytes
+"""An image's file, or the contents of the file."""
 
 
 class ImageDecoder:
-    """Decodes images to one shape, batches in threads of its own, since Pillow releases the GIL. Can be pickled.
+    """Decodes images to one shape, batches in a thread pool, since Pillow releases the GIL. Can be pickled.
 
     Args:
         size: (height, width) of the centre crop; None keeps images as they are, all of one shape.
         resize: length of the shorter side before the crop; None takes the least that covers the crop.
         mode: "RGB", or "L" for one grey channel.
         layout: "chw" [channels, height, width], or "hwc"; grey images have a channel axis too.
-        threads: number of threads; one a core, up to `MAX_THREADS`, when None.
+        threads: number of threads; one per core, up to `MAX_THREADS`, when None.
     Raises:
         MissingExtraError: Pillow is not installed.
     """
@@ -61,14 +61,11 @@ class ImageDecoder:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._size, self._resize, self._mode, self._layout, self._threads)
 
-    def decode(self, source: Path | bytes, name: str) -> NDArray[np.uint8]:
-        """Return the pixels of an image.
+    def decode(self, source: ImageFile, name: str) -> NDArray[np.uint8]:
+        """Return the pixels of an image; `name` is for messages.
 
-        Args:
-            source: the file, or its contents.
-            name: name for messages.
         Raises:
-            UnreadableSampleError: corrupt, truncated, too large, or more than 8 bits a channel.
+            UnreadableSampleError: missing, corrupt, truncated, too large, or more than 8 bits a channel.
         """
         pil_image = _pillow()
         try:
@@ -112,28 +109,23 @@ class ImageDecoder:
         left, top = round((new[0] - width) / 2.0), round((new[1] - height) / 2.0)
         return image.crop((left, top, left + width, top + height))
 
-    def decode_batch(self, sources: Sequence[tuple[ReadImage, str]]) -> NDArray[np.uint8]:
-        """Return images as one array, [B, ...].
+    def decode_batch(self, sources: Sequence[ImageFile], names: Sequence[str]) -> NDArray[np.uint8]:
+        """Return images as one array, [B, ...]; files are opened in the threads, so slow disks serve several at once.
 
-        Args:
-            sources: a reader and a name for each image; readers are called in the threads.
         Raises:
             UnreadableSampleError: an image cannot be decoded.
             ShapeMismatchError: images differ in size and there is no `size`.
         """
-        images = list(self._map(sources))
-        for (_, name), pixels in zip(sources, images, strict=True):
+        is_single = self._threads == 1 or len(sources) < 2
+        mapped: Iterable[NDArray[np.uint8]] = (map if is_single else self._executor().map)(self.decode, sources, names)
+        images = list(mapped)
+        for name, pixels in zip(names, images, strict=True):
             if pixels.shape != images[0].shape:
                 raise ShapeMismatchError(
-                    f"images {sources[0][1]!r} and {name!r} have the shapes {images[0].shape} and {pixels.shape}: "
-                    "give a `size` to resize and crop them to"
+                    f"images {names[0]!r} and {name!r} have the shapes {images[0].shape} and {pixels.shape}: give a "
+                    "`size` to resize and crop them to"
                 )
         return np.stack(images) if images else np.empty((0, *(self._size or (0, 0))), np.uint8)
-
-    def _map(self, sources: Sequence[tuple[ReadImage, str]]) -> Any:
-        if self._threads == 1 or len(sources) < 2:
-            return (self.decode(read(), name) for read, name in sources)
-        return self._executor().map(lambda source: self.decode(source[0](), source[1]), sources)
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -150,7 +142,7 @@ class ImageSource(Source, frozen=True, kw_only=True):
     Attributes:
         size: height and width of the centre crop, one number or [height, width]; needed if images differ in size.
         resize, mode, layout: see `ImageDecoder`.
-        threads: decoding threads; one a core, up to 16, when left out.
+        threads: decoding threads; one per core, up to 16, when left out.
     """
 
     size: Size | None = None

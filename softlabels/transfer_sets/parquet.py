@@ -1,4 +1,4 @@
-"""Parquet files: row groups are decoded when a row of them is asked for, and the last ones used are kept."""
+"""Parquet files: row groups are decoded on demand, and those used last are cached."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from softlabels.errors import JobError, UnreadableSampleError
 from softlabels.extras import needs_extra
 from softlabels.ids import IdArray
 from softlabels.manifest import IdSpec
-from softlabels.transfer_sets.arrow_rows import ArrowColumns, ArrowRows, image_bytes
+from softlabels.transfer_sets.arrow_rows import ArrowColumns, ArrowRows, image_file
 from softlabels.transfer_sets.images import ImageSource
 from softlabels.transfer_sets.source_files import match_files
 
 MAX_CACHED_BYTES = 512 << 20
-"""Decoded row groups that are kept, least recently used first out; at least one is kept, whatever its size."""
+"""Largest size of the cached row groups, decoded; the one used last is cached whatever its size."""
 
 
 class ParquetRows(ArrowRows):
@@ -28,7 +28,7 @@ class ParquetRows(ArrowRows):
 
     Args:
         paths: the files, in order; all have the same columns.
-        source: columns, format of images and raw inputs, and name.
+        source: columns, and format of images and raw inputs.
         name: name for messages and manifests.
         spec: how a store keeps the ids, if known already; else every id is read once.
     Raises:
@@ -40,7 +40,7 @@ class ParquetRows(ArrowRows):
         self._readers = [_open(path) for path in paths]
         columns = source.columns()
         for path, file in zip(paths, self._readers, strict=True):
-            _check_columns(path, file.schema_arrow.names, columns)
+            columns.check(file.schema_arrow.names, str(path))
         self._holds_bytes = _is_bytes(self._readers[0].schema_arrow.field(columns.inputs[0]).type)
         super().__init__(columns, source.decoder() if self._holds_bytes and source.dtype is None else None, name, paths)
         self._groups = [
@@ -78,7 +78,6 @@ class ParquetRows(ArrowRows):
         return joined if np.array_equal(back, np.arange(len(back))) else joined.take(pa.array(back))
 
     def _row_group(self, group: int) -> Any:
-        """Return the columns in use of a row group, decoded."""
         import pyarrow as pa
 
         # Held while decoding too: two threads that want one row group decode it once.
@@ -94,7 +93,7 @@ class ParquetRows(ArrowRows):
                     f"row group {number} of {self._files[file]} cannot be read: {error}"
                 ) from error
             self._cache[group] = table
-            while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > MAX_CACHED_BYTES:
+            while len(self._cache) > 1 and sum(cached.nbytes for cached in self._cache.values()) > MAX_CACHED_BYTES:
                 self._cache.popitem(last=False)
             return table
 
@@ -115,7 +114,7 @@ class ParquetSource(ImageSource, frozen=True, kw_only=True):
     """Samples in rows of Parquet files.
 
     Attributes:
-        path: a file, a list of files, or with `*` and `{00..31}`; the transfer set has the first one's name by default.
+        path: a file or a list of files, `*` and `{00..31}` allowed; the first one's name is the default `name`.
         input: column of images (bytes, or a struct with `bytes`), of lists of numbers, or of numbers; a list of columns
             with a number each makes one input of them.
         label: column of integers; null and -1 are unlabelled.
@@ -131,11 +130,7 @@ class ParquetSource(ImageSource, frozen=True, kw_only=True):
     shape: list[int] | None = None
 
     def load(self, base: Path | None) -> ParquetRows:
-        """Return the rows of the files.
-
-        Raises:
-            JobError, DataUnavailableError: no such file or column. MissingExtraError: pyarrow is not installed.
-        """
+        """Return the rows of the files."""
         paths = match_files(self.path, base, what="Parquet files")
         found = ParquetRows(paths, self, self.name or paths[0].stem)
         if len(found) == 0:
@@ -158,20 +153,22 @@ def _open(path: Path) -> Any:
         raise JobError(f"{path} cannot be opened as a Parquet file: {error}") from error
 
 
-def _check_columns(path: Path, known: list[str], columns: ArrowColumns) -> None:
-    for column in columns.names():
-        if column not in known:
-            raise JobError(f"{path} has no column {column!r}: it has {', '.join(known[:30])}")
-
-
 def _is_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
+def _contents_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UnreadableSampleError(f"{file} cannot be read: {error}", sample=str(file)) from error
+
+
 def _from_bytes(column: Any, dtype: np.dtype[Any], ids: IdArray) -> NDArray[Any]:
-    contents = [image_bytes(value) for value in column.to_pylist()]
+    files = [image_file(value) for value in column.to_pylist()]
+    contents = [file if isinstance(file, bytes) else _contents_of(file) for file in files]
     for body, name in zip(contents, ids.tolist(), strict=True):
         if len(body) != dtype.itemsize:
             raise UnreadableSampleError(

@@ -2,7 +2,7 @@
 
 A sample is [length, ...]: token ids, or frames of features. `take` returns a batch as one array [B, L, ...], L the
 longest, padded at the end with `PADDING` (integers) or NaN (floats): never zeros, which a model would take for data.
-`lengths` gives the length of each sample; without that method all samples have one length. Labels are [B, L], one a
+`lengths` gives the length of each sample; without that method all samples have one length. Labels are [B, L], one per
 position.
 """
 
@@ -49,9 +49,9 @@ class RaggedTransferSet:
         if len(self.ids) != len(self._sequences):
             raise ShapeMismatchError(f"{len(self.ids)} ids for {len(self._sequences)} sequences: give one each")
         if len(np.unique(self.ids)) != len(self.ids):
-            raise BadIdsError(f"sample ids of {name!r} repeat: each sample needs an id of its own")
+            raise BadIdsError(f"sample ids of {name!r} repeat: each sample needs its own id")
         if self._labels is not None and [len(row) for row in self._labels] != [len(row) for row in self._sequences]:
-            raise ShapeMismatchError(f"labels of {name!r} are not one a position: give each sequence as many as it has")
+            raise ShapeMismatchError(f"labels of {name!r} are not one per position: give each sequence as many labels")
 
     def __len__(self) -> int:
         return len(self._sequences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -13,15 +14,13 @@ from softlabels.ids import MAX_STRING_ID_BYTES, IdArray, utf8
 from softlabels.manifest import IdSpec
 
 MAX_CHECKED_IDS = 1 << 24
-"""Largest number of ids that is searched for duplicates before a job begins (128 MiB of hashes). The store finds
-duplicates among more ids when it is finished."""
+"""Largest number of ids that is searched for duplicates before a job begins (128 MiB of hashes). In larger sets the
+store finds duplicates when it is finished."""
 
 
 class PackedStrings:
     """Strings by position: all UTF-8 bytes in one buffer beside their offsets, a third of the memory of a list.
 
-    Args:
-        strings: in their order.
     Raises:
         BadIdsError: a string that is empty, not UTF-8, or too long to be an id.
     """
@@ -53,28 +52,26 @@ class PackedStrings:
 
     def find_duplicate(self) -> str | None:
         """Return a string that occurs more than once, None if all differ."""
-        hashes = np.empty(len(self), dtype="<u8")
-        for position in range(len(self)):
-            digest = hashlib.blake2b(self._bytes_at(position), digest_size=8).digest()
-            hashes[position] = int.from_bytes(digest, "little")
-        pair = _equal_pair(hashes)
+        digests = (hashlib.blake2b(self._bytes_at(position), digest_size=8).digest() for position in range(len(self)))
+        numbers = (
+            int.from_bytes(digest, "little") for digest in digests
+        )  # one at a time: a list would fill the memory
+        pair = _equal_pair(np.fromiter(numbers, dtype="<u8", count=len(self)))
         if pair is None:
             return None
         first, second = (self[position] for position in pair)
+        if first == second:
+            return first
         # Different strings may share a 64-bit hash (chance 1e-5 among 10^7): only then is every string compared.
-        return first if first == second else _first_duplicate(self)
+        return next((string for string, count in Counter(self).items() if count > 1), None)
 
     def _bytes_at(self, position: int) -> bytes:
         return self._text[self._ends[position] : self._ends[position + 1]]
 
 
 def examine_ids(blocks: Iterable[IdArray], count: int, name: str) -> IdSpec:
-    """Return how a store keeps these ids, after a search for duplicates.
+    """Return how a store keeps the `count` ids in these blocks, after a search for duplicates.
 
-    Args:
-        blocks: all ids in order, some at a time.
-        count: total number of ids.
-        name: name of the transfer set, for messages.
     Raises:
         BadIdsError: an id occurs twice (named), or some ids are integers and some strings.
     """
@@ -101,7 +98,7 @@ def examine_ids(blocks: Iterable[IdArray], count: int, name: str) -> IdSpec:
 
 
 def _refuse_duplicates(pieces: list[IdArray], name: str) -> None:
-    duplicate: object = None
+    duplicate: object
     if pieces[0].dtype.kind == "U":
         duplicate = PackedStrings(text for piece in pieces for text in piece.tolist()).find_duplicate()
     else:
@@ -133,12 +130,3 @@ def _equal_pair(values: NDArray[np.int64] | NDArray[np.uint64]) -> tuple[int, in
     order = np.argsort(values, kind="stable")
     inside = np.flatnonzero(values[order[1:]] == values[order[:-1]])
     return None if len(inside) == 0 else (int(order[inside[0]]), int(order[inside[0] + 1]))
-
-
-def _first_duplicate(strings: PackedStrings) -> str | None:
-    seen: set[str] = set()
-    for string in strings:
-        if string in seen:
-            return string
-        seen.add(string)
-    return None

@@ -21,12 +21,10 @@ MAX_FILES_PER_PATTERN = 1_000_000
 
 
 class FileTransferSet:
-    """Base of transfer sets that are read from files.
+    """Base of transfer sets that are read from files; folders among `files` stand for all files in them.
 
-    Args:
-        name: name for messages and manifests.
-        files: files of the samples; folders stand for all files in them.
-        spec: how a store keeps the ids.
+    Every `take` raises UnreadableSampleError where a sample cannot be read, and ShapeMismatchError where samples differ
+    in shape.
     """
 
     def __init__(self, name: str, files: Sequence[Path], spec: IdSpec) -> None:
@@ -55,12 +53,8 @@ def existing_path(path: str | Path, base: Path | None, *, what: str) -> Path:
 
 
 def match_files(patterns: str | Sequence[str], base: Path | None, *, what: str) -> list[Path]:
-    """Return the files that patterns name, sorted within each pattern.
+    """Return the files that patterns (`*`, `?`, `**`, `{000..146}`, `{train,val}`) name, sorted within each pattern.
 
-    Args:
-        patterns: with `*`, `?`, `**`, `{000..146}` and `{train,val}`.
-        base: folder that relative patterns start from.
-        what: description for messages.
     Raises:
         DataUnavailableError: a pattern names no file. JobError: a file is named twice, or a range is too long.
     """

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.documents import Document, parse_document
+from softlabels.documents import Document, did_you_mean, parse_document
 from softlabels.errors import JobError
 from softlabels.manifest import IdSpec
 from softlabels.references import load_reference
@@ -42,25 +41,30 @@ class Source(Document, frozen=True, kw_only=True):
     name: str | None = None
 
     def load(self, base: Path | None) -> TransferSet:
-        """Return the transfer set; relative paths start from `base`, or from the working folder when None."""
+        """Return the transfer set; relative paths start from `base`, or from the working folder when None.
+
+        Raises:
+            DataUnavailableError: a file is missing. MissingExtraError: the library that reads it is not installed.
+            JobError: a file holds something else, or has no such array, column, split or label.
+        """
         raise NotImplementedError
 
 
 @runtime_checkable
 class SupportsIdSpec(Protocol):
-    """A transfer set that knows how a store is to keep its ids before any sample is read."""
+    """A transfer set that knows kind and width of its ids before any sample is read."""
 
     def id_spec(self) -> IdSpec:
-        """Return kind and width of the ids."""
+        """Return how a store keeps the ids."""
         ...
 
 
 @runtime_checkable
 class SupportsIdentity(Protocol):
-    """A transfer set that can tell cheaply whether it has changed; a resumed job compares."""
+    """A transfer set that shows cheaply whether it has changed since a job began."""
 
     def identity(self) -> Iterator[tuple[str, str]]:
-        """Yield (name, state) pairs in a fixed order: mostly files, each with its size and time of modification."""
+        """Yield (name, state) pairs in a fixed order, mostly files with size and modification time."""
         ...
 
 
@@ -74,15 +78,11 @@ class SupportsLengths(Protocol):
 
 
 def check_source(source: str) -> str:
-    """Return `source`, which must be a short name or a reference.
-
-    Raises:
-        JobError: neither; the nearest short name is suggested.
-    """
+    """Return `source`. Raises JobError unless it is a short name or a reference."""
     if ":" in source or source in KINDS:
         return source
     raise JobError(
-        f"transfer set source {source!r} is unknown{_suggestion(source, KINDS)}; use one of {', '.join(KINDS)}, or a "
+        f"transfer set source {source!r} is unknown{did_you_mean(source, KINDS)}; use one of {', '.join(KINDS)}, or a "
         "reference such as 'package.module:name' or 'file.py:name'",
         source=source,
     )
@@ -117,20 +117,13 @@ def _check_arguments(make: Callable[..., Any], arguments: Mapping[str, Any], wha
         signature = inspect.signature(make)
     except (TypeError, ValueError):  # some callables written in C have no signature
         return
-    parameters = signature.parameters.values()
-    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for key in arguments:
-            if key not in known:
-                raise JobError(
-                    f"{what} has no argument `{key}`{_suggestion(key, known)}; it takes {signature}", key=key
-                )
+    parameters = signature.parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = next((key for key in arguments if key not in parameters), None)
+    if unknown is not None and not takes_any:
+        hint = did_you_mean(unknown, parameters)
+        raise JobError(f"{what} has no argument `{unknown}`{hint}; it takes {signature}", key=unknown)
     try:
         signature.bind(**arguments)
     except TypeError as error:
         raise JobError(f"{what}: {error}; give it under `arguments`") from error
-
-
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f": did you mean `{near[0]}`?" if near else ""

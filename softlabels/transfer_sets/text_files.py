@@ -23,7 +23,7 @@ from softlabels.extras import needs_extra
 from softlabels.transfer_set import Samples
 from softlabels.transfer_sets.ragged import pad_sequences
 from softlabels.transfer_sets.sample_ids import PackedStrings
-from softlabels.transfer_sets.source_files import FileTransferSet, match_files
+from softlabels.transfer_sets.source_files import FileTransferSet, match_files, resolve_path
 from softlabels.transfer_sets.sources import Source
 
 _BLOCK_CHARACTERS = 1 << 16
@@ -42,7 +42,7 @@ class TokenWindows(FileTransferSet):
     Args:
         paths: the files, in order, UTF-8.
         load_tokenizer: returns the function that turns text into token ids.
-        length: tokens a window, the first-token id included.
+        length: tokens per window, `first_token` included.
         first_token: token id that every window begins with; None for none.
         max_windows: largest number of windows; None for all.
         name: name for messages and manifests.
@@ -98,7 +98,7 @@ class TextSource(Source, frozen=True, kw_only=True):
         files: a path, a list of paths, or with `*` and `{00..31}`; the first one names the transfer set by default.
         tokenizer: a folder, or a name that `transformers` finds in its cache or on the hub.
         gguf_file: name of a GGUF file in the folder, whose tokenizer is taken.
-        length: tokens a window.
+        length: tokens per window.
         begin: whether every window begins with the tokenizer's BOS token, as some models expect.
         windows: largest number of windows; all when left out.
     """
@@ -111,14 +111,9 @@ class TextSource(Source, frozen=True, kw_only=True):
     windows: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
     def load(self, base: Path | None) -> TokenWindows:
-        """Tokenize the files and return their windows.
-
-        Raises:
-            DataUnavailableError: no such file. JobError: no such tokenizer, or one without a BOS token.
-            MissingExtraError: transformers is not installed.
-        """
+        """Tokenize the files and return their windows."""
         paths = match_files(self.files, base, what="transfer set text")
-        folder = Path(base or Path.cwd()) / self.tokenizer
+        folder = resolve_path(self.tokenizer, base)
         location = str(folder) if folder.is_dir() else self.tokenizer
         first_token = _load_tokenizer(location, self.gguf_file).bos_token_id if self.begin else None
         if self.begin and first_token is None:
@@ -146,7 +141,7 @@ def _load_tokenizer(location: str, gguf_file: str | None) -> Any:
         found = auto_tokenizer.from_pretrained(location, **more)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise JobError(f"text: the tokenizer {location} cannot be loaded: {error}") from error
-    found.model_max_length = 1 << 60  # it would warn of blocks longer than its model takes; windows are not
+    found.model_max_length = 1 << 60  # else it warns that blocks are longer than its model takes; windows are not
     return found
 
 
@@ -169,26 +164,19 @@ def _tokenize_files(
             if max_tokens is not None and done >= max_tokens:
                 break
         file.flush()
-        # The mapping keeps the nameless file on disk alive until it is released itself.
+        # The mapping keeps the deleted file's contents on disk until it is released.
         mapped = np.memmap(file, dtype="<i4", mode="r", shape=(done,)) if done else np.empty(0, dtype="<i4")
     return mapped, spans
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    block: list[str] = []
-    characters = 0
     try:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                block.append(line)
-                characters += len(line)
-                if characters >= _BLOCK_CHARACTERS:
-                    yield "".join(block)
-                    block, characters = [], 0
+        with path.open(encoding="utf-8") as file:
+            # `readlines` stops after the line with which it exceeds its argument.
+            while lines := file.readlines(_BLOCK_CHARACTERS - 1):
+                yield "".join(lines)
     except UnicodeDecodeError as error:
         raise JobError(f"{path} is not UTF-8 text: {error}") from error
-    if block:
-        yield "".join(block)
 
 
 def _windows(spans: Sequence[tuple[str, int, int]], step: int) -> Iterator[tuple[str, int, int, int]]:

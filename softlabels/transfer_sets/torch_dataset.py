@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,13 +23,9 @@ _PROBED_ITEMS = 3
 
 
 class TorchDataset(SequenceTransferSet):
-    """Samples of a map-style torch data set, with their id specification and the files that they come from.
+    """Samples of a map-style torch data set; `files` are those that the job says it reads."""
 
-    Attributes:
-        files: files that the data set reads, as far as the job names them.
-    """
-
-    files: tuple[Path, ...] = ()
+    files: Sequence[Path] = ()
 
     def identity(self) -> Iterator[tuple[str, str]]:
         """Yield size and modification time of the files."""
@@ -43,13 +39,7 @@ class TorchDataset(SequenceTransferSet):
 
 
 class SelectedItems:
-    """A data set of (input, label) pairs, taken from items that are tuples or mappings.
-
-    Args:
-        items: the data set.
-        input_key: index or key of the input in each item.
-        label_key: index or key of the label; None where there is none.
-    """
+    """A data set of (input, label) pairs, or of inputs alone, taken from items that are tuples or mappings."""
 
     def __init__(self, items: MapStyleDataset, input_key: int | str, label_key: int | str | None) -> None:
         self._items, self._input_key, self._label_key = items, input_key, label_key
@@ -78,8 +68,7 @@ class TorchSource(Source, frozen=True, kw_only=True):
         input_key, label_key: index or key in items that are tuples or mappings; when both are left out, an item is an
             input, or a tuple (input, label, …).
         ids: attribute of the data set with the ids, or a .npy file of them; positions when left out.
-        files: files that the data set reads, with `*` and `{0..9}`: their state is noted when the job begins and
-            compared when it resumes.
+        files: files that the data set reads, `*` and `{0..9}` allowed: a job that resumes checks that none changed.
         name: by default the class name of the data set.
     """
 
@@ -94,7 +83,7 @@ class TorchSource(Source, frozen=True, kw_only=True):
         """Return the samples.
 
         Raises:
-            JobError: an iterable data set, one whose items change from read to read, or items of no known form.
+            JobError: an iterable data set, or one whose items change from read to read.
         """
         made = self._make(load_reference(self.dataset, base=base))
         _refuse_iterable(made, self.dataset)
@@ -102,13 +91,12 @@ class TorchSource(Source, frozen=True, kw_only=True):
         if self.input_key is not None or self.label_key is not None:
             items = SelectedItems(made, self.input_key or 0, self.label_key)
         found = TorchDataset(items, ids=_ids(made, self.ids, base), name=self.name or type(made).__name__)
-        found.files = tuple(match_files(self.files or [], base, what="files of the data set"))
+        found.files = match_files(self.files or [], base, what="files of the data set")
         _refuse_random_items(found, self.dataset)
         return found
 
     def _make(self, maker: Any) -> Any:
-        is_dataset = hasattr(maker, "__getitem__") and hasattr(maker, "__len__") and not isinstance(maker, type)
-        if is_dataset:
+        if _is_map_style(maker) and not isinstance(maker, type):
             return maker
         if not callable(maker):
             raise JobError(f"{self.dataset} is a {type(maker).__name__}: neither a data set nor a callable")
@@ -119,15 +107,19 @@ class TorchSource(Source, frozen=True, kw_only=True):
             raise JobError(f"data set {self.dataset} does not take {arguments}: {error}") from error
 
 
+def _is_map_style(value: Any) -> bool:
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__")
+
+
 def _refuse_iterable(made: Any, dataset: str) -> None:
     import torch.utils.data
 
-    mapped = hasattr(made, "__getitem__") and hasattr(made, "__len__")
-    if isinstance(made, torch.utils.data.IterableDataset) or not mapped:
+    # torch's IterableDataset inherits a `__getitem__` that only raises.
+    if isinstance(made, torch.utils.data.IterableDataset) or not _is_map_style(made):
         raise JobError(
             f"data set {dataset} gives a {type(made).__name__}, which has no items by position: its samples have no "
-            "stable ids, a shard could not be computed again, and a job could not resume. Use a map-style data set "
-            "(`__len__` and `__getitem__`), or write the samples to webdataset tars, Parquet or arrays"
+            "stable ids and a job could not resume. Use a map-style data set (`__len__` and `__getitem__`), or write "
+            "the samples to webdataset tars, Parquet or arrays"
         )
 
 
@@ -154,7 +146,6 @@ def _refuse_random_items(found: TorchDataset, dataset: str) -> None:
         first, second = (found.take(np.array([position])) for _ in range(2))
         if not np.array_equal(first.inputs, second.inputs, equal_nan=first.inputs.dtype.kind == "f"):
             raise JobError(
-                f"data set {dataset} returns another input when item {position} is read a second time: it augments at "
-                "random. Leave out its random transforms, so that a student can show the very inputs that the teacher "
-                "saw"
+                f"data set {dataset} returns another input when item {position} is read again: it augments at random. "
+                "Leave out random transforms, so that the student sees the inputs that the teacher saw"
             )

@@ -6,8 +6,9 @@ import io
 import json
 import tarfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +30,9 @@ _BLOCK_BYTES = 512
 _IMAGES = tuple(sorted(extension[1:] for extension in EXTENSIONS))
 _PICKLES = frozenset({"pth", "pt", "pyd", "pkl", "pickle"})
 
-ReadLabel = Callable[[bytes], int]
-
 
 class TarIndex:
-    """Offsets and sizes of each sample's input and label in the tars: five integers and a key a sample.
+    """Offsets and sizes of each sample's input and label in the tars: six integers and a key per sample.
 
     Args:
         paths: the tars, in order.
@@ -45,22 +44,15 @@ class TarIndex:
 
     def __init__(self, paths: Sequence[Path], inputs: Sequence[str], label: str | None) -> None:
         self.paths, self._inputs, self._label = tuple(paths), inputs, label
-        numbers = array("q")  # of all samples, one after the other: lists of tuples would take ten times the memory
+        numbers = array("q")  # of all samples, one after another: lists of tuples would take ten times the memory
         self.keys = [PackedStrings(self._index(shard, path, numbers)) for shard, path in enumerate(self.paths)]
         table = np.array(numbers, dtype=np.int64).reshape(-1, 6).T
         self.shard, self.input_at, self.input_size, self.label_at, self.label_size, self.is_npy = table
 
     def _index(self, shard: int, path: Path, numbers: array[int]) -> Iterator[str]:
         """Yield the keys of a tar's samples, and add to `numbers`; consecutive members with one key are one sample."""
-        key, parts = None, dict[str, tuple[int, int]]()
-        for member_key, extension, offset, size in _members(path):
-            if member_key != key and key is not None:
-                numbers.extend([shard, *self._sample(path, key, parts)])
-                yield key
-            if member_key != key:
-                key, parts = member_key, {}
-            parts[extension] = (offset, size)
-        if key is not None:
+        for key, members in groupby(_members(path), key=itemgetter(0)):
+            parts = {extension: (offset, size) for _, extension, offset, size in members}
             numbers.extend([shard, *self._sample(path, key, parts)])
             yield key
 
@@ -68,8 +60,8 @@ class TarIndex:
         chosen = next((extension for extension in self._inputs if extension in parts), None)
         if chosen is None:
             raise JobError(
-                f"sample {key!r} of {path} has no input: its members are {', '.join(sorted(parts))}, and an input is "
-                f"one of {', '.join(self._inputs)}; name it by `input`"
+                f"sample {key!r} of {path} has no input: its members are {', '.join(sorted(parts))}, an input is one "
+                f"of {', '.join(self._inputs)}; choose by `input`"
             )
         return (*parts[chosen], *parts.get(self._label or "", (ABSENT, 0)), chosen.endswith("npy"))
 
@@ -80,27 +72,23 @@ class WebDataset(FileTransferSet):
     Args:
         index: offsets of the samples.
         ids: ids in the order of the index.
-        read_label: parses the contents of a label's member; None where no sample has one.
+        label_key: key of the label in the JSON object of its member; "" for members with the integer alone; None
+            where no sample has a label.
         decoder: brings images to one shape; None where all inputs are npy.
         name: name for messages and manifests.
     """
 
     def __init__(
-        self, index: TarIndex, ids: PackedStrings, read_label: ReadLabel | None, decoder: ImageDecoder | None, name: str
+        self, index: TarIndex, ids: PackedStrings, label_key: str | None, decoder: ImageDecoder | None, name: str
     ) -> None:
         super().__init__(name, index.paths, ids.id_spec())
-        self._index, self._ids, self._read_label, self._decoder = index, ids, read_label, decoder
+        self._index, self._ids, self._label_key, self._decoder = index, ids, label_key, decoder
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
-        """Return the samples at these positions, decoded, in this order; positions may repeat.
-
-        Raises:
-            UnreadableSampleError: a member is truncated or cannot be decoded.
-            ShapeMismatchError: samples differ in shape.
-        """
+        """Return the samples at these positions."""
         ids, index = self._ids.take(positions), self._index
         contents: list[bytes] = [b""] * len(positions)
         labels = np.full(len(positions), UNLABELLED, dtype=np.int64)
@@ -110,17 +98,16 @@ class WebDataset(FileTransferSet):
                     sample = int(positions[row])
                     what = f"{ids[row]} of {index.paths[shard]}"
                     contents[row] = _read(file, index.input_at[sample], index.input_size[sample], what)
-                    if self._read_label is not None and index.label_at[sample] != ABSENT:
+                    if self._label_key is not None and index.label_at[sample] != ABSENT:
                         text = _read(file, index.label_at[sample], index.label_size[sample], what)
-                        labels[row] = _parsed(self._read_label, text, what)
+                        labels[row] = _parse_label(text, self._label_key, what)
         inputs = self._decoded(contents, ids.tolist(), positions)
-        return Samples(ids=ids, inputs=inputs, labels=None if self._read_label is None else labels)
+        return Samples(ids=ids, inputs=inputs, labels=None if self._label_key is None else labels)
 
     def _decoded(self, contents: list[bytes], ids: list[str], positions: NDArray[np.int64]) -> NDArray[Any]:
-        named = list(zip(contents, ids, strict=True))
-        if self._decoder is not None and not any(self._index.is_npy[position] for position in positions.tolist()):
-            return self._decoder.decode_batch([(partial(bytes, body), name) for body, name in named])
-        arrays = [_array(body, name) for body, name in named]
+        if self._decoder is not None and not self._index.is_npy[positions].any():
+            return self._decoder.decode_batch(contents, ids)
+        arrays = [_array(body, name) for body, name in zip(contents, ids, strict=True)]
         for found, name in zip(arrays, ids, strict=True):
             if (found.shape, found.dtype) != (arrays[0].shape, arrays[0].dtype):
                 raise ShapeMismatchError(
@@ -138,8 +125,7 @@ class WebDatasetSource(ImageSource, frozen=True, kw_only=True):
         input: extensions of the input, such as "jpg;png" or "npy"; by default any image, or npy.
         label: "cls" for a member with an integer, "json:KEY" for an integer in a JSON object, "none"; by default cls
             where there is any. A sample without that member is unlabelled.
-        ids: "key", or "shard/key" to put the tar's name first; by default the latter where a key occurs in several
-            tars.
+        ids: "key", or "shard/key" to put the tar's name first; by default the latter if a key occurs in several tars.
         name: by default the name of the first tar's folder.
     """
 
@@ -158,12 +144,7 @@ class WebDatasetSource(ImageSource, frozen=True, kw_only=True):
             raise ValueError(f"`label` is {self.label!r}: choose 'cls', 'json:KEY' or 'none'")
 
     def load(self, base: Path | None) -> WebDataset:
-        """Return the samples of the tars.
-
-        Raises:
-            DataUnavailableError: there is no such tar. MissingExtraError: Pillow is not installed.
-            JobError: a tar is compressed or damaged, a key occurs twice in it, or no sample has the label asked for.
-        """
+        """Return the samples of the tars."""
         paths = match_files(self.shards, base, what="webdataset shards")
         kind, _, key = self._label_kind()
         index = TarIndex(paths, self._extensions(), None if kind == "none" else kind)
@@ -171,13 +152,12 @@ class WebDatasetSource(ImageSource, frozen=True, kw_only=True):
             raise JobError(f"the tars hold no sample: {paths[0]} is the first of {len(paths)}")
         is_labelled = bool((index.label_at != ABSENT).any())
         if self.label not in (None, "none") and not is_labelled:
-            raise JobError(f"no sample has a member .{kind} for its label; write label = 'none' if that is meant")
-        read_label: ReadLabel | None = partial(_json_label, key) if kind == "json" else int
+            raise JobError(f"no sample has a member .{kind} for its label; write label = 'none' if this is intended")
         name = self.name or paths[0].resolve().parent.name
         ids = _ids(index, self.ids, name)
         index.keys.clear()  # `ids` holds the same strings
         decoder = None if all(index.is_npy) else self.decoder()
-        return WebDataset(index, ids, read_label if is_labelled else None, decoder, name)
+        return WebDataset(index, ids, key if is_labelled else None, decoder, name)
 
     def _extensions(self) -> tuple[str, ...]:
         return tuple(self.input.lower().lstrip(".").split(";")) if self.input else (*_IMAGES, "npy")
@@ -203,13 +183,13 @@ def _members(path: Path) -> Iterator[tuple[str, str, int, int]]:
             _check_end(path, tar.offset)
     except tarfile.TarError as error:
         raise JobError(
-            f"{path} cannot be read as an uncompressed tar ({error}): samples are read in any order, so decompress the "
-            "tar first, or fetch a damaged one again"
+            f"{path} cannot be read as an uncompressed tar ({error}): decompress it, as samples are read in any order, "
+            "or fetch a damaged one again"
         ) from error
 
 
 def _check_end(path: Path, offset: int) -> None:
-    # tarfile takes a damaged or truncated header for the end of the archive: samples behind it would be lost silently.
+    # tarfile takes a damaged or truncated header for the end of the archive: samples after it would be lost silently.
     with path.open("rb") as file:
         file.seek(offset)
         if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
@@ -233,9 +213,7 @@ def _ids(index: TarIndex, style: str | None, name: str) -> PackedStrings:
     ids = PackedStrings(f"{stem}/{key}" for stem, keys in zip(stems, index.keys, strict=True) for key in keys)
     duplicate = ids.find_duplicate()
     if duplicate is not None:
-        raise JobError(
-            f"sample {duplicate!r} occurs twice in {name!r}: each needs a key of its own in its tar", id=duplicate
-        )
+        raise JobError(f"sample {duplicate!r} occurs twice in {name!r}: keys must be unique within a tar", id=duplicate)
     return ids
 
 
@@ -251,20 +229,14 @@ def _array(body: bytes, name: str) -> NDArray[Any]:
     try:
         return np.asarray(np.load(io.BytesIO(body), allow_pickle=False))
     except (ValueError, EOFError, OSError) as error:
-        raise UnreadableSampleError(f"sample {name!r} is no array in npy format: {error}", sample=name) from error
+        raise UnreadableSampleError(f"sample {name!r} is not an array in npy format: {error}", sample=name) from error
 
 
-def _parsed(read: ReadLabel, text: bytes, what: str) -> int:
+def _parse_label(text: bytes, key: str, what: str) -> int:
     try:
-        return read(text)
-    except (ValueError, KeyError, TypeError) as error:
+        found = json.loads(text).get(key) if key else int(text)
+        if found is not None and type(found) is not int:  # `true` counts as an integer in Python
+            raise TypeError(found)
+    except (ValueError, TypeError, AttributeError) as error:
         raise UnreadableSampleError(f"the label of sample {what} is {text[:80]!r}, not an integer") from error
-
-
-def _json_label(key: str, text: bytes) -> int:
-    found = json.loads(text).get(key)
-    if found is None:
-        return UNLABELLED
-    if type(found) is not int:
-        raise ValueError(key)
-    return found
+    return UNLABELLED if found is None else int(found)

@@ -46,7 +46,7 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("source", "arguments", "words"),
         [
-            ("parts.py:made", {"cuont": 3}, "no argument `cuont`: did you mean `count`"),
+            ("parts.py:made", {"cuont": 3}, "no argument `cuont`; did you mean `count`"),
             ("parts.py:made", {"count": 3, "zzz": 1}, "no argument `zzz`; it takes .count, .*seed=0"),
             ("parts.py:made", {}, "missing a required argument:.*count"),
             ("parts.py:number", {}, "returns a int, not a TransferSet"),

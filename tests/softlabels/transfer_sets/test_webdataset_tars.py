@@ -238,7 +238,7 @@ class TestRefusals:
         out = io.BytesIO()
         np.save(out, np.array([{}]), allow_pickle=True)
         members(tmp_path / "0.tar", [("a.npy", out.getvalue())])
-        with pytest.raises(UnreadableSampleError, match="'a' is no array"):
+        with pytest.raises(UnreadableSampleError, match="'a' is not an array"):
             everything(load(tmp_path))
 
     def test_arrays_of_several_shapes(self, tmp_path: Path) -> None:
