@@ -1,10 +1,10 @@
 """Reference mathematics of soft targets: pure NumPy functions that every faster version is tested against.
 
 Shapes: B rows, C classes, M members. `logits_` are natural-log units free up to a row constant, `logp_` are
-log-probabilities, `p_` and `q_` probabilities (p the target's, q the student's), y a one-hot label.
+log-probabilities, `p_` and `q_` probabilities (p the target's, q the student's).
 Arithmetic is in float64; float16 and float32 return float32, float64 returns float64; one number a row is float64.
-A logit of -inf is a class of probability 0. A row with NaN, +inf or no finite entry has no distribution and
-returns NaN, never something plausible.
+A logit of -inf is a class of probability 0. A row with NaN, +inf or no finite entry has no distribution: the result is
+NaN, never something plausible.
 Source, where nothing else is named: Hinton, Vinyals, Dean 2015, sections 2 and 2.1.
 """
 
@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import NonFiniteLogitsError, RequestError, ShapeMismatchError, TemperatureError
+from softlabels.errors import RequestError, ShapeMismatchError, TemperatureError
 
 FloatArray = NDArray[np.floating[Any]]
 Mean = Literal["none", "arithmetic", "geometric"]
@@ -30,16 +30,11 @@ _NAMED_AT_MOST = 8  # an error names this many offenders, so that a whole bad ba
 
 def check_temperature(temperature: object) -> float:
     """Return the temperature as a float; raise TemperatureError unless it is a finite number above 0 (True is none)."""
-    if isinstance(temperature, Real) and not isinstance(temperature, bool):
-        try:
-            value = float(temperature)
-        except OverflowError:
-            value = math.inf
-        if math.isfinite(value) and value > 0:
-            return value
+    if _is_positive(temperature):
+        return float(temperature)
     raise TemperatureError(
-        f"the temperature is {temperature!r}; logits are divided by it, so it has to be a finite number above 0, "
-        "for instance 4.0 (1.0 leaves the distribution as the teacher gave it)",
+        f"the temperature is {temperature!r}; logits are divided by it, so give a finite number above 0, for example "
+        "4.0 (1.0 leaves the distribution as it is)",
         temperature=repr(temperature),
     )
 
@@ -77,7 +72,8 @@ def check_weights(weights_M: Sequence[float] | FloatArray | None, members: int) 
             weights=len(weights),
             members=members,
         )
-    share = np.array([_weight(weight) for weight in weights])
+    # Whatever is no weight becomes 0, which the check below refuses.
+    share = np.array([float(weight) if _is_positive(weight) else 0.0 for weight in weights])
     share /= share.max() or 1.0  # first, so that the sum cannot overflow
     share /= share.sum() or 1.0
     if not (share > 0).all():
@@ -140,32 +136,10 @@ def log_soften(logits_BC: FloatArray, *, temperature: float) -> FloatArray:
     return _like(_log_softmax(logits_BC, temperature), logits_BC)
 
 
-def shift_rows(logits_BC: FloatArray) -> FloatArray:
-    """Return the same distributions with each row's largest logit at 0, as stores hold them."""
-    return _like(_shifted(logits_BC), logits_BC)
-
-
-def zero_mean(logits_BC: FloatArray) -> FloatArray:
-    """Return the same distributions with each row's mean at 0, as section 2.1 needs.
-
-    Raises:
-        NonFiniteLogitsError: a row holds NaN or an infinity and so has no mean.
-    """
-    z = _rows(logits_BC)
-    bad_rows = np.flatnonzero(~np.isfinite(z).all(axis=-1))
-    if bad_rows.size:
-        raise NonFiniteLogitsError(
-            f"{bad_rows.size} rows hold NaN or an infinity, the first in row {bad_rows[0]}; such a row has no mean, so "
-            "its logits cannot be matched: use the soft targets instead, which take -inf as a probability of 0",
-            rows=bad_rows[:_NAMED_AT_MOST].tolist(),
-        )
-    return _like(z - z.mean(axis=-1, keepdims=True), logits_BC)
-
-
 def retemper(logits_BC: FloatArray, *, captured: float, temperature: float) -> FloatArray:
     """Return rows at `captured` re-tempered to `temperature`: softmax at T = 1 of the result is the target.
 
-    The largest entry of a row comes back as 0. Whether targets may be re-tempered at all is `is_locked`'s.
+    The largest entry of each row is 0. `is_locked` says whether targets may be re-tempered at all.
     """
     kept, asked = check_temperature(captured), check_temperature(temperature)
     z = _shifted(logits_BC)
@@ -201,26 +175,19 @@ def mean_geometric(logits_MBC: FloatArray, *, weights_M: Sequence[float] | Float
     return _like((z * check_weights(weights_M, len(z))[:, None, None]).sum(axis=0), logits_MBC)
 
 
-def entropy(logp_BC: FloatArray) -> NDArray[np.float64]:
-    """Return H(p) of each row, nats, [B]."""
-    return soft_cross_entropy(logp_BC, logp_BC)
-
-
-def soft_cross_entropy(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float64]:
-    """Return -sum_i p_i log q_i of each row, nats, [B]; a class with p = 0 adds nothing even where q = 0."""
-    logp, logq = _pair(logp_BC, logq_BC)
-    p = np.exp(logp)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(0.0 - np.where(p == 0, 0.0, p * logq).sum(axis=-1), dtype=np.float64)
-
-
 def kl_divergence(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float64]:
     """Return KL(p, q) of each row, nats, [B]; inf where q = 0 < p.
 
     Summed as p log(p/q) - p + q. For rows that sum to 1 the result is the same, but no term is negative, and a row
     whose sum is off by e adds e²/2 instead of e: float32 rows differ visibly down to 1e-12 instead of 1e-7.
     """
-    logp, logq = _pair(logp_BC, logq_BC)
+    logp, logq = _rows(logp_BC), _rows(logq_BC)
+    if logp.shape != logq.shape:
+        raise ShapeMismatchError(
+            f"the rows compared have shapes {list(logp.shape)} and {list(logq.shape)}: they have to be the same",
+            left=list(logp.shape),
+            right=list(logq.shape),
+        )
     p, q = np.exp(logp), np.exp(logq)
     with np.errstate(invalid="ignore", over="ignore"):
         gap = logq - logp
@@ -229,68 +196,14 @@ def kl_divergence(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float6
         return np.asarray(np.where(np.abs(gap) < 1, near, far).sum(axis=-1), dtype=np.float64)
 
 
-def hard_cross_entropy(student_logits_BC: FloatArray, labels_B: NDArray[Any]) -> float:
-    """Return the mean of -log q_label at T = 1 over the labelled rows, nats; 0 if no row is labelled."""
-    logq = _log_softmax(student_logits_BC, 1.0)
-    labels = check_labels(labels_B, rows=len(logq), classes=logq.shape[-1])
-    rows = np.flatnonzero(labels != UNLABELLED)
-    return float(-logq[rows, labels[rows]].mean()) if rows.size else 0.0
-
-
-def distillation_objective(
-    student_logits_BC: FloatArray,
-    logp_BC: FloatArray,
-    *,
-    temperature: float,
-    labels_B: NDArray[Any] | None = None,
-    hard_weight: float = 0.5,
-    soft_weight: float = 1.0,
-) -> float:
-    """Return the paper's objective: soft_weight T² CE(p, q at T) + hard_weight CE(y, q at 1), each a mean over rows.
-
-    Args:
-        student_logits_BC: logits of the student.
-        logp_BC: log-probabilities of the targets at `temperature`.
-        temperature: T of the targets.
-        labels_B: classes, -1 for unlabelled; None if no row has a label. Unlabelled rows have the soft term alone.
-        hard_weight: weight of the term of the labels.
-        soft_weight: weight of the term of the targets.
-    """
-    logq = _log_softmax(student_logits_BC, temperature)
-    soft = check_temperature(temperature) ** 2 * float(soft_cross_entropy(logp_BC, logq).mean())
-    hard = 0.0 if labels_B is None else hard_cross_entropy(student_logits_BC, labels_B)
-    return soft_weight * soft + hard_weight * hard
-
-
-def soft_gradient(student_logits_BC: FloatArray, logp_BC: FloatArray, *, temperature: float) -> FloatArray:
-    """Return d CE(p, q) / dz = (q - p)/T of each row, eq. 2: before T² and before the mean over rows."""
-    q = np.exp(_log_softmax(student_logits_BC, temperature))
-    return _like((q - np.exp(_rows(logp_BC))) / check_temperature(temperature), student_logits_BC)
-
-
-def hard_gradient(student_logits_BC: FloatArray, labels_B: NDArray[Any]) -> FloatArray:
-    """Return d CE(y, q) / dz = q - y of each row at T = 1; 0 for unlabelled rows."""
-    gradient = np.exp(_log_softmax(student_logits_BC, 1.0))
-    labels = check_labels(labels_B, rows=len(gradient), classes=gradient.shape[-1])
-    gradient[labels == UNLABELLED] = 0.0
-    rows = np.flatnonzero(labels != UNLABELLED)
-    gradient[rows, labels[rows]] -= 1.0
-    return _like(gradient, student_logits_BC)
-
-
-def logit_matching_gradient_limit(
-    student_logits_BC: FloatArray, teacher_logits_BC: FloatArray, *, temperature: float
-) -> FloatArray:
-    """Return (z - v)/(N T²), both zero-meaned, N classes: the limit of `soft_gradient` as T grows, eq. 4."""
-    gap = zero_mean(_rows(student_logits_BC)) - zero_mean(_rows(teacher_logits_BC))
-    return _like(gap / (gap.shape[-1] * check_temperature(temperature) ** 2), student_logits_BC)
-
-
-def _weight(weight: object) -> float:
-    # 0 stands for everything that is no weight: `check_weights` refuses all of them in one place.
-    sound = isinstance(weight, Real) and not isinstance(weight, bool)
-    value = float(weight) if sound and isinstance(weight, Real) else 0.0
-    return value if math.isfinite(value) and value > 0 else 0.0
+def _is_positive(value: object) -> TypeGuard[float]:
+    """Return whether a value is a finite number above 0; True is none, an integer beyond float64 neither."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value)) and float(value) > 0
+    except OverflowError:
+        return False
 
 
 def _rows(logits_BC: FloatArray) -> NDArray[np.float64]:
@@ -310,17 +223,6 @@ def _members(logits_MBC: FloatArray) -> NDArray[np.float64]:
             shape=list(z.shape),
         )
     return z
-
-
-def _pair(logp_BC: FloatArray, logq_BC: FloatArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    logp, logq = _rows(logp_BC), _rows(logq_BC)
-    if logp.shape != logq.shape:
-        raise ShapeMismatchError(
-            f"the rows compared have shapes {list(logp.shape)} and {list(logq.shape)}: they have to be the same",
-            left=list(logp.shape),
-            right=list(logq.shape),
-        )
-    return logp, logq
 
 
 def _shifted(logits_BC: FloatArray) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from softlabels import softmath
 from softlabels.ensemble import Combined, combine
 from softlabels.errors import RequestError, ShapeMismatchError, TeacherError, TeacherShapeError, TemperatureError
+from tests.softlabels.losses import reference_losses
 
 torch.set_num_threads(1)
 
@@ -45,7 +46,7 @@ def reference(mean: str, logits_MBC: Array, temperature: float, weights: list[fl
         mixed_BC = softmath.mean_arithmetic(wide_MBC, temperature=temperature, weights_M=weights)
     else:
         mixed_BC = softmath.mean_geometric(wide_MBC, weights_M=weights)
-    return np.asarray(softmath.shift_rows(mixed_BC), dtype=np.float64)
+    return np.asarray(reference_losses.shift_rows(mixed_BC), dtype=np.float64)
 
 
 class TestCombine:
@@ -120,7 +121,7 @@ class TestCombine:
         combined = combine(members, mean=mean, temperature=2.0)
         exact_MBC = np.stack([member.to(torch.float64).numpy() for member in members])
         assert combined.logits_BC.dtype == torch.float32
-        expected = softmath.shift_rows(
+        expected = reference_losses.shift_rows(
             softmath.mean_arithmetic(exact_MBC, temperature=2.0)
             if mean == "arithmetic"
             else softmath.mean_geometric(exact_MBC)

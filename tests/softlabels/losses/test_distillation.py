@@ -31,6 +31,7 @@ from softlabels.losses import (
     logit_matching_loss,
     soft_loss,
 )
+from tests.softlabels.losses import reference_losses
 
 torch.set_num_threads(1)
 
@@ -100,14 +101,14 @@ class TestDistillationLoss:
         targets = batch(teacher, temperature=temperature, labels=labels)
         parts = distillation_loss(torch.tensor(student), targets, hard_weight=hard_weight, soft_weight=soft_weight)
         logq_BC = softmath.log_soften(student, temperature=temperature)
-        expected = softmath.distillation_objective(
+        expected = reference_losses.distillation_objective(
             student, logp_BC, temperature=temperature, labels_B=labels, hard_weight=hard_weight, soft_weight=soft_weight
         )
         np.testing.assert_allclose(parts.total.item(), expected, rtol=1e-9, atol=1e-9)
-        soft = temperature**2 * softmath.soft_cross_entropy(logp_BC, logq_BC).mean()
+        soft = temperature**2 * reference_losses.soft_cross_entropy(logp_BC, logq_BC).mean()
         np.testing.assert_allclose(parts.soft.item(), soft, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(
-            parts.hard.item(), softmath.hard_cross_entropy(student, labels), rtol=1e-9, atol=1e-12
+            parts.hard.item(), reference_losses.hard_cross_entropy(student, labels), rtol=1e-9, atol=1e-12
         )
         np.testing.assert_allclose(
             parts.kl.item(), softmath.kl_divergence(logp_BC, logq_BC).mean(), rtol=1e-7, atol=1e-9
@@ -122,7 +123,7 @@ class TestDistillationLoss:
         targets = batch(teacher.astype(np.float32), temperature=temperature, labels=labels)
         parts = distillation_loss(torch.tensor(student.astype(np.float32)), targets)
         logp_BC = softmath.log_soften(teacher, temperature=temperature)
-        expected = softmath.distillation_objective(student, logp_BC, temperature=temperature, labels_B=labels)
+        expected = reference_losses.distillation_objective(student, logp_BC, temperature=temperature, labels_B=labels)
         np.testing.assert_allclose(parts.total.item(), expected, rtol=1e-5, atol=1e-5 * temperature**2 + 1e-5)
 
     @given(problems(), temperatures)
@@ -134,7 +135,9 @@ class TestDistillationLoss:
         z = leaf(student)
         gradient = gradient_of(soft_loss(z, batch(teacher, temperature=temperature)), z)
         logp_BC = softmath.log_soften(teacher, temperature=temperature)
-        expected = softmath.soft_gradient(student, logp_BC, temperature=temperature) * temperature**2 / len(student)
+        expected = (
+            reference_losses.soft_gradient(student, logp_BC, temperature=temperature) * temperature**2 / len(student)
+        )
         np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12 * temperature)
 
     @given(problems())
@@ -143,7 +146,7 @@ class TestDistillationLoss:
         student, teacher, labels = problem
         z = leaf(student)
         gradient = gradient_of(hard_loss(z, batch(teacher, temperature=9.0, labels=labels)), z)
-        expected = softmath.hard_gradient(student, labels) / max(1, int((labels >= 0).sum()))
+        expected = reference_losses.hard_gradient(student, labels) / max(1, int((labels >= 0).sum()))
         np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)
         assert not gradient[labels == -1].any()
 
@@ -161,8 +164,8 @@ class TestDistillationLoss:
         targets = batch(teacher, temperature=temperature, labels=labels)
         parts = distillation_loss(z, targets, hard_weight=hard_weight, soft_weight=soft_weight)
         logp_BC = softmath.log_soften(teacher, temperature=temperature)
-        soft = softmath.soft_gradient(student, logp_BC, temperature=temperature) * temperature**2 / len(student)
-        hard = softmath.hard_gradient(student, labels) / max(1, int((labels >= 0).sum()))
+        soft = reference_losses.soft_gradient(student, logp_BC, temperature=temperature) * temperature**2 / len(student)
+        hard = reference_losses.hard_gradient(student, labels) / max(1, int((labels >= 0).sum()))
         np.testing.assert_allclose(
             gradient_of(parts.total, z), soft_weight * soft + hard_weight * hard, rtol=1e-9, atol=1e-12 * temperature
         )
@@ -232,13 +235,13 @@ class TestTemperature:
 
     def test_the_soft_gradient_tends_to_logit_matching(self) -> None:
         """With zero-mean logits to (z - v)/(N T²) before T²: the error falls as 1/T."""
-        student, teacher = (np.asarray(softmath.zero_mean(normal(seed, 6, 10))) for seed in (0, 1))
+        student, teacher = (np.asarray(reference_losses.zero_mean(normal(seed, 6, 10))) for seed in (0, 1))
         limit_N = (student - teacher) / 10
         errors: list[float] = []
         for temperature in (10.0, 100.0, 1000.0, 10000.0):
             z = leaf(student)
             by_autograd = gradient_of(soft_loss(z, batch(teacher, temperature=temperature)), z) * len(student)
-            limit = softmath.logit_matching_gradient_limit(student, teacher, temperature=temperature)
+            limit = reference_losses.logit_matching_gradient_limit(student, teacher, temperature=temperature)
             np.testing.assert_allclose(limit * temperature**2, limit_N, atol=1e-12)
             errors.append(float(np.abs(by_autograd / temperature**2 - limit).max() / np.abs(limit).max()))
         assert errors[-1] < 1e-3
@@ -251,7 +254,7 @@ class TestTemperature:
         """Tempered with one T and used at another is as if used at the other from the start."""
         student, teacher, labels = (torch.tensor(part).numpy() for part in problem)
         direct = distillation_loss(torch.tensor(student), batch(teacher, temperature=temperature, labels=labels))
-        kept_BC = softmath.shift_rows(teacher / captured)
+        kept_BC = reference_losses.shift_rows(teacher / captured)
         again = batch(kept_BC, captured=captured, temperature=temperature, labels=labels)
         np.testing.assert_allclose(
             [float(part) for part in distillation_loss(torch.tensor(student), again)],
@@ -264,8 +267,8 @@ class TestTemperature:
         """A locked mean at T = 4 is used as it is: p at 4, q at 4, T² of 4."""
         logits_MBC, student = normal(0, 3, 5, 6), normal(1, 5, 6)
         logp_BC = softmath.mean_arithmetic(logits_MBC, temperature=4.0)
-        targets = batch(softmath.shift_rows(logp_BC), temperature=4.0, captured=4.0, locked=True)
-        expected = softmath.distillation_objective(student, logp_BC, temperature=4.0)
+        targets = batch(reference_losses.shift_rows(logp_BC), temperature=4.0, captured=4.0, locked=True)
+        expected = reference_losses.distillation_objective(student, logp_BC, temperature=4.0)
         np.testing.assert_allclose(float(distillation_loss(torch.tensor(student), targets).total), expected, rtol=1e-12)
 
 
@@ -288,7 +291,7 @@ class TestKnownMistakes:
         z, targets = self.student_and_targets()
         theirs = self.kl_of_torch(z, targets, "batchmean") * self.TEMPERATURE**2
         parts = distillation_loss(z, targets)
-        entropy = softmath.entropy(targets.log_p().numpy()).mean()
+        entropy = reference_losses.entropy(targets.log_p().numpy()).mean()
         np.testing.assert_allclose((parts.soft - theirs).item(), self.TEMPERATURE**2 * entropy, rtol=1e-12)
         np.testing.assert_allclose(gradient_of(parts.soft, z), gradient_of(theirs, z), rtol=1e-9, atol=1e-15)
         np.testing.assert_allclose(parts.kl.item() * self.TEMPERATURE**2, theirs.item(), rtol=1e-9)
@@ -317,7 +320,7 @@ class TestZerosAndPrecision:
         z, targets = leaf(student), batch(teacher, temperature=2.0, labels=[0, -1])
         parts = distillation_loss(z, targets)
         logp_BC = softmath.log_soften(teacher, temperature=2.0)
-        expected = softmath.distillation_objective(
+        expected = reference_losses.distillation_objective(
             student, logp_BC, temperature=2.0, labels_B=np.array([0, -1]), hard_weight=0.5
         )
         np.testing.assert_allclose(parts.total.item(), expected, rtol=1e-12)
@@ -325,8 +328,8 @@ class TestZerosAndPrecision:
         assert np.isfinite(gradient).all()
         np.testing.assert_allclose(
             gradient,
-            4 * softmath.soft_gradient(student, logp_BC, temperature=2.0) / 2
-            + 0.5 * softmath.hard_gradient(student, np.array([0, -1])),
+            4 * reference_losses.soft_gradient(student, logp_BC, temperature=2.0) / 2
+            + 0.5 * reference_losses.hard_gradient(student, np.array([0, -1])),
             atol=1e-12,
         )
 
@@ -361,7 +364,7 @@ class TestLogitMatching:
         student, teacher, _ = problem
         z = leaf(student)
         loss = logit_matching_loss(z, batch(teacher / captured, captured=captured, temperature=20.0))
-        gap = softmath.zero_mean(student) - softmath.zero_mean(teacher)
+        gap = reference_losses.zero_mean(student) - reference_losses.zero_mean(teacher)
         np.testing.assert_allclose(loss.item(), 0.5 * (gap**2).mean(), rtol=1e-9, atol=1e-12)
         expected = gap / gap.size  # (z - v)/N a row, and the mean over rows
         np.testing.assert_allclose(gradient_of(loss, z), expected, rtol=1e-9, atol=1e-12)
