@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.encodings import make_encoding, rng_keys
-from softlabels.precompute.pipeline.device_step import figures_on_device
+from softlabels.precompute.pipeline.device_step import pack_figures
 
 ROWS, CLASSES, ROUNDS = 256, 1_000, 15
 BOUND = 0.02
@@ -91,7 +91,7 @@ def main() -> None:
     work: dict[str, Callable[[], object]] = {"forward": lambda: model(images)}
     for name, encoding in encodings.items():
         work[name] = lambda e=encoding: e.encode_torch(logits, keys_B=keys)
-    work["audit"] = lambda: figures_on_device(logits, logits, temperatures=(1.0, 4.0), captured=1.0)
+    work["audit"] = lambda: pack_figures(logits, logits, temperatures=(1.0, 4.0), captured=1.0).cpu()
     times: dict[str, list[float]] = {name: [] for name in work}
     with torch.inference_mode():
         for number in range(ROUNDS + 3):

@@ -51,18 +51,17 @@ class DeviceStreams:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._cuda = device.type == "cuda"
-        self._copy = _new_stream(device) if self._cuda else None
-        self._encode = _new_stream(device) if self._cuda else None
+        self.pinned = self._cuda = device.type == "cuda"  # copies from pinned memory overlap with the device's work
+        self._copy = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._encode = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._last_end: torch.cuda.Event | None = None
         self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._began_s = time.perf_counter()
         self._idle_s = 0.0
 
-    @property
-    def pinned(self) -> bool:
-        """Return whether host memory should be pinned, so that copies overlap with the device's work."""
-        return self._cuda
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the host pinned, where that lets copies overlap with the device's work."""
+        return tensor.pin_memory() if self.pinned else tensor
 
     def upload(self, inputs: Tensor) -> Tensor:
         """Copy inputs to the device in the copy stream; the current stream waits for them."""
@@ -96,10 +95,9 @@ class DeviceStreams:
 
     @contextmanager
     def encoding(self, after: torch.cuda.Event | None, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Run what is enclosed in the encoding stream, after an event.
+        """Run what is enclosed in the encoding stream, after an event of the teachers' stream.
 
         Args:
-            after: event in the teachers' stream.
             tensors: outputs of the teachers' stream that are read here.
         """
         if self._encode is None or after is None:
@@ -176,10 +174,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def _new_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _record(stream: torch.cuda.Stream, *, timed: bool = False) -> torch.cuda.Event:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from softlabels.manifest import Manifest
 from softlabels.precompute.pipeline.device import DeviceStreams
 from softlabels.precompute.pipeline.inference import TeacherEnsemble, audit_temperatures, format_ids
 from softlabels.precompute.row_batches import RowBatch
-from softlabels.precompute.teachers import Teacher
 
 if TYPE_CHECKING:
     from softlabels.precompute.pipeline.shard_loading import ClaimedShard
@@ -38,6 +37,7 @@ The audit makes some 60 passes over a row in float64 (the KL of a good encoding 
 nothing beside a teacher at 1,000 classes, a few per cent of the run at 100,000."""
 
 _STRIDE_ENTRIES = 1 << 13
+
 _BLOCK_ENTRIES = 1 << 22
 """Entries measured at once: 32 MiB per float64 temporary, of which there are about ten."""
 
@@ -47,12 +47,7 @@ _SUMS = 3
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StartedBatch:
-    """A batch whose forward passes are queued.
-
-    Attributes:
-        outputs: rows per teacher.
-        mark: event after the forward passes.
-    """
+    """A batch whose forward passes are queued: each teacher's rows, and an event after them."""
 
     batch: RowBatch
     outputs: list[Tensor]
@@ -60,28 +55,21 @@ class StartedBatch:
 
 
 class DeviceStep:
-    """Runs batches of one plan on one device.
-
-    Args:
-        plan: plan of the store.
-        ensemble: teachers, on the device of `streams`.
-        encoding: encoding of the rows, with what it learnt.
-        streams: of the device.
-    """
+    """Runs batches of one plan on the device of `streams`, where the teachers of `ensemble` are."""
 
     def __init__(
         self, plan: Manifest, ensemble: TeacherEnsemble, *, encoding: Encoding, streams: DeviceStreams
     ) -> None:
         self.plan, self.streams, self._encoding = plan, streams, encoding
-        teachers = [_on_device(teacher, streams.device) for teacher in ensemble.teachers]
+        # The order of classes is moved here once: copied to the device for every batch, it would stall each.
+        orders = [None if t.order_C is None else t.order_C.to(streams.device) for t in ensemble.teachers]
+        teachers = [replace(t, order_C=order_C) for t, order_C in zip(ensemble.teachers, orders, strict=True)]
         self.ensemble = replace(ensemble, teachers=teachers)
         self._temperatures = audit_temperatures(plan)
 
     def start(self, batch: RowBatch, inputs: Tensor) -> StartedBatch:
-        """Queue the forward passes of a batch.
+        """Queue the forward passes of a batch, whose `inputs` are pinned where the streams ask for it.
 
-        Args:
-            inputs: `batch.inputs`, pinned where the streams ask for it.
         Raises:
             TeacherError: a teacher fails or returns another shape.
         """
@@ -138,13 +126,7 @@ class DeviceStep:
 
 
 def audited_rows(first_row: int, rows: int, classes: int) -> slice:
-    """Return which rows of a batch are audited: by row number, so that a shard computed again is audited alike.
-
-    Args:
-        first_row: number of the batch's first row in the store.
-        rows: rows of the batch.
-        classes: classes per row.
-    """
+    """Return which rows of a batch are audited: by row number, so that a shard computed again is audited alike."""
     stride = 1 if classes <= MOST_ENTRIES_A_ROW else classes // _STRIDE_ENTRIES
     return slice(-first_row % stride, rows, stride)
 
@@ -160,31 +142,26 @@ def pack_figures(
 ) -> Tensor:
     """Return the audit figures of rows as one float64 tensor: one asynchronous copy to the host.
 
-    `softlabels.audit` is the reference.
+    `softlabels.audit.Audit.add` is the reference; arguments as there, KL is measured at `temperatures`.
 
-    Args:
-        exact_BC, decoded_BC: logits tempered at `captured`, before and after the encoding.
-        temperatures: temperatures at which KL is measured.
-        captured: temperature of the logits.
-        dropped_mass_B: mass that the encoding cut off; when None, the mass of classes that came back as -inf.
     Returns:
-        [3 + C + B · T], for `unpack_figures`.
+        [3 + C + T · B], for `unpack_figures`.
     """
-    block = max(1, _BLOCK_ENTRIES // max(1, exact_BC.shape[1]))
-    pieces = [
-        _figures(
-            exact_BC[start : start + block],
-            decoded_BC[start : start + block],
-            temperatures,
-            captured,
-            None if dropped_mass_B is None else dropped_mass_B[start : start + block],
-        )
-        for start in range(0, len(exact_BC), block)
-    ]
-    totals = pieces[0][0]
-    for piece in pieces[1:]:
-        totals = totals + piece[0]
-    return torch.cat([totals, torch.cat([kl_TB for _, kl_TB in pieces], dim=1).flatten()])
+    classes = exact_BC.shape[1]
+    sums = torch.zeros(_SUMS + classes, dtype=torch.float64, device=exact_BC.device)
+    kl_TB: list[Tensor] = []
+    step = max(1, _BLOCK_ENTRIES // max(1, classes))
+    for start in range(0, len(exact_BC), step):
+        part = slice(start, start + step)
+        exact, decoded = exact_BC[part].double(), decoded_BC[part].double()
+        p_BC = torch.softmax(exact, dim=-1)
+        error_BC = torch.softmax(decoded, dim=-1) - p_BC
+        dropped = p_BC.where(decoded.isneginf(), 0.0) if dropped_mass_B is None else dropped_mass_B[part]
+        agreements = exact_BC[part].argmax(dim=1) == decoded_BC[part].argmax(dim=1)
+        scalars = [each.sum(dtype=torch.float64) for each in (agreements, dropped, error_BC.square())]
+        sums += torch.cat([torch.stack(scalars), error_BC.sum(dim=0)])
+        kl_TB.append(torch.stack([_kl(exact * (captured / t), decoded * (captured / t)) for t in temperatures]))
+    return torch.cat([sums, torch.cat(kl_TB, dim=1).flatten()])
 
 
 def unpack_figures(packed: NDArray[np.float64], *, classes: int, temperatures: Sequence[float]) -> ErrorSums:
@@ -200,28 +177,6 @@ def unpack_figures(packed: NDArray[np.float64], *, classes: int, temperatures: S
     )
 
 
-def figures_on_device(
-    exact_BC: Tensor, decoded_BC: Tensor, *, temperatures: Sequence[float], **known: Any
-) -> ErrorSums:
-    """Return the figures of rows on a device, of which a few bytes per row are copied; arguments as `pack_figures`."""
-    packed = pack_figures(exact_BC, decoded_BC, temperatures=temperatures, **known)
-    return unpack_figures(packed.cpu().numpy(), classes=exact_BC.shape[1], temperatures=temperatures)
-
-
-def _figures(
-    exact_BC: Tensor, decoded_BC: Tensor, temperatures: Sequence[float], captured: float, dropped_B: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return sums over the rows, [3 + C], and each row's KL at each temperature, [T, B]."""
-    exact, decoded = exact_BC.double(), decoded_BC.double()
-    p_BC = torch.softmax(exact, dim=-1)
-    error_BC = torch.softmax(decoded, dim=-1) - p_BC
-    dropped = torch.where(decoded_BC.isneginf(), p_BC, 0.0) if dropped_B is None else dropped_B
-    agreements = (exact_BC.argmax(dim=1) == decoded_BC.argmax(dim=1)).sum(dtype=torch.float64)
-    sums = torch.stack([agreements, dropped.sum(dtype=torch.float64), error_BC.square().sum()])
-    kl = [_kl(exact * (captured / t), decoded * (captured / t)) for t in temperatures]
-    return torch.cat([sums, error_BC.sum(dim=0)]), torch.stack(kl)
-
-
 def _kl(exact_BC: Tensor, decoded_BC: Tensor) -> Tensor:
     # As `softmath.kl_divergence`: p log(p/q) - p + q, whose terms are never negative and cancel no digits.
     logp, logq = torch.log_softmax(exact_BC, dim=-1), torch.log_softmax(decoded_BC, dim=-1)
@@ -229,11 +184,6 @@ def _kl(exact_BC: Tensor, decoded_BC: Tensor) -> Tensor:
     small_gap = p * (torch.expm1(gap) - gap)
     large_gap = q - p - torch.where(p == 0, torch.zeros_like(p), p * gap)
     return torch.where(gap.abs() < 1, small_gap, large_gap).sum(dim=-1)
-
-
-def _on_device(teacher: Teacher, device: torch.device) -> Teacher:
-    # The order of classes too: copied to the device for every batch, it would stall each.
-    return teacher if teacher.order_C is None else replace(teacher, order_C=teacher.order_C.to(device))
 
 
 def _blamed_ids(error: EncodingError, ids: IdArray, rows_per_id: int) -> list[int | str]:

@@ -308,5 +308,4 @@ class Prefetcher:
         return self._on_host(shard, batch)
 
     def _on_host(self, shard: ClaimedShard, batch: RowBatch) -> PrefetchedBatch:
-        inputs = as_tensor(batch.inputs)
-        return PrefetchedBatch(shard=shard, batch=batch, inputs=inputs.pin_memory() if self._streams.pinned else inputs)
+        return PrefetchedBatch(shard=shard, batch=batch, inputs=self._streams.pin(as_tensor(batch.inputs)))

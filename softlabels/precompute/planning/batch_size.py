@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import pairwise
 
 from torch import Tensor
 
 from softlabels.errors import JobError, TeacherError
 from softlabels.precompute.pipeline.device import MemoryMeter, is_out_of_memory, release_cached
-from softlabels.precompute.pipeline.device_step import DeviceStep, StartedBatch
+from softlabels.precompute.pipeline.device_step import DeviceStep
 from softlabels.precompute.pipeline.inference import as_tensor
 from softlabels.precompute.row_batches import RowBatch
 from softlabels.store.chunks import shard_rows
@@ -35,10 +36,10 @@ _MOST_PASSES = 1000
 
 
 def find_batch_size(step: DeviceStep, *, limit_gib: float | None) -> int:
-    """Return the batch size for a run.
+    """Return the batch size for a run, measured on inputs of the first shard.
 
     Args:
-        step: device step of the run; inputs are those of the first shard.
+        step: device step of the run.
         limit_gib: most device memory to use (on the CPU: of the process), peaks included; most of what is free when
             None.
     Raises:
@@ -47,14 +48,17 @@ def find_batch_size(step: DeviceStep, *, limit_gib: float | None) -> int:
     meter = MemoryMeter(step.streams.device)
     limit = meter.limit_bytes() if limit_gib is None else int(limit_gib * (1 << 30))
     before, speeds, size = meter.peak_bytes(), dict[int, float](), 1
-    while (batch := _first_batch(step, size)) is not None:
+    while True:
+        batch = next(step.ensemble.rows.batches(shard_rows(step.plan, 0), size))
+        if len(batch.inputs) < size:
+            break  # the first shard has no more inputs
         inputs_per_s = _speed_if_it_fits(step, batch)
         peak = meter.peak_bytes()
         if inputs_per_s is None or peak > limit:
             break
         speeds[size] = inputs_per_s
         # Memory beyond the weights doubles with the size: a size that cannot fit is not tried.
-        if 2 * peak - before > limit or _stalls(list(speeds.values())):
+        if 2 * peak - before > limit or _stalls([*speeds.values()][-3:]):
             break
         size *= 2
     if not speeds:
@@ -64,12 +68,6 @@ def find_batch_size(step: DeviceStep, *, limit_gib: float | None) -> int:
             "a smaller teacher"
         )
     return min(size for size, speed in speeds.items() if speed >= _NEARLY * max(speeds.values()))
-
-
-def _first_batch(step: DeviceStep, size: int) -> RowBatch | None:
-    """Return the first batch of this size, or None where the first shard has fewer inputs."""
-    batch = next(step.ensemble.rows.batches(shard_rows(step.plan, 0), size))
-    return batch if len(batch.inputs) == size else None
 
 
 def _speed_if_it_fits(step: DeviceStep, batch: RowBatch) -> float | None:
@@ -84,9 +82,7 @@ def _speed_if_it_fits(step: DeviceStep, batch: RowBatch) -> float | None:
 
 
 def _speed(step: DeviceStep, batch: RowBatch) -> float:
-    inputs = as_tensor(batch.inputs)
-    if step.streams.pinned:
-        inputs = inputs.pin_memory()
+    inputs = step.streams.pin(as_tensor(batch.inputs))
     spent_s = _time_passes(step, batch, inputs, passes=1)
     if spent_s > _LONG_PASS_S:
         return len(batch.inputs) / spent_s
@@ -97,17 +93,15 @@ def _speed(step: DeviceStep, batch: RowBatch) -> float:
 
 def _time_passes(step: DeviceStep, batch: RowBatch, inputs: Tensor, *, passes: int) -> float:
     began_s = time.perf_counter()
-    before: StartedBatch | None = None
-    for _ in range(passes):
+    before = step.start(batch, inputs)
+    for _ in range(passes - 1):
         started = step.start(batch, inputs)
-        if before is not None:
-            step.finish(before, None)
-        before = started
-    if before is not None:
         step.finish(before, None)
+        before = started
+    step.finish(before, None)
     step.streams.synchronize()
     return time.perf_counter() - began_s
 
 
 def _stalls(speeds: list[float]) -> bool:
-    return len(speeds) > 2 and speeds[-1] < _GAIN * speeds[-2] and speeds[-2] < _GAIN * speeds[-3]
+    return len(speeds) == 3 and all(after < _GAIN * before for before, after in pairwise(speeds))

@@ -9,8 +9,9 @@ Legend: R rows of the pilot, C classes, D width of hidden states.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from softlabels.encodings import Encoding, RowKind, TopK, encoding_label, rng_ke
 from softlabels.encodings.sampled import sampled_within
 from softlabels.encodings.selection import EncodingTrial, choose_encoding
 from softlabels.errors import EncodingError, TeacherError
-from softlabels.manifest import SAMPLE_ARRAYS, Manifest
+from softlabels.manifest import SAMPLE_ARRAYS
 from softlabels.precompute.checks.teacher_checks import encoding_of_head
 from softlabels.precompute.job import Job
 from softlabels.precompute.pipeline.device_step import audited_rows, pack_figures
@@ -40,14 +41,14 @@ MOST_PILOT_ROWS = 2048
 _OFFSET_BYTES = 8
 
 MANY_CLASSES = 1 << 12
-"""From here on small `topk` and `sampled` encodings are tried too: rows of all classes are too large for most."""
+"""From here on `topk` and `sampled` are tried at `_SMALL_SIZES` too: rows of all classes are too large for most."""
 
 _SMALL_SIZES = (64, 128, 256, 512)
-"""Bytes per row at which they are tried."""
+"""Bytes per row."""
 
 _FEW_ROWS = 48
-"""Rows that are then encoded in the thirty or so ways that keep all classes: too few to learn a basis from, which at so
-many classes would take minutes."""
+"""Rows of many classes that are encoded in the thirty or so ways that keep all classes: too few to learn a basis from,
+which would take minutes."""
 
 _BLOCK_ENTRIES = 1 << 22
 """Rows × classes that are audited at once."""
@@ -56,6 +57,8 @@ _TEACHERS_S = 1.0
 """How long the teachers are timed, after a first batch as a warm-up."""
 
 _ENCODING_S = 0.03
+"""How long an encoding is timed, after a first call as a warm-up."""
+
 _ENCODED_ROWS = 64
 """Rows on which an encoding is timed, and audited where `choose_encoding` has not done that."""
 
@@ -65,10 +68,8 @@ class Option:
     """One way to encode the rows, and its cost.
 
     Attributes:
-        label: encoding and parameters, short.
         row_bytes: bytes per row and member. constant_bytes: bytes stored once.
         kl: mean, p99 and max in nats by temperature; none at temperatures that the encoding does not serve.
-        top1_agreement: share of rows whose largest class stays the largest.
         rms_error: root mean square error of a gradient entry, at the captured temperature.
         row_s: seconds per row: teachers, mean, encoding and audit one after the other.
     """
@@ -87,12 +88,11 @@ class Forecast:
     """The cost of a job.
 
     Attributes:
-        samples, rows, classes: sizes of the whole job.
+        samples, rows: sizes of the whole job.
         members: rows stored per row, where every teacher's own is kept; else 1.
         pilot_rows: rows that were measured.
         rows_per_s: rate of loading, all teachers and their mean, on this machine.
-        temperatures: temperatures at which errors were measured.
-        options: every encoding that was tried, smallest first.
+        options: every encoding that was tried, smallest first, with errors at `temperatures`.
         own: name and cost of the job's own encoding.
         fact_bytes: bytes per row beside its targets. sample_bytes: bytes per sample in files of their own.
         input_bytes: bytes per sample of stored inputs; 0 where none are.
@@ -149,6 +149,7 @@ def forecast(job: Job, *, samples: int | None = None, rows: int | None = None) -
     if rows is not None:
         samples = max(1, round(rows / rows_per_sample))
     whole = layout.samples if samples is None else samples
+    ids = 0 if plan.ids.dense_start is not None else _OFFSET_BYTES + (plan.ids.width_bytes or _OFFSET_BYTES)
     return Forecast(
         samples=whole,
         rows=round(whole * rows_per_sample) if rows is None else rows,
@@ -160,7 +161,7 @@ def forecast(job: Job, *, samples: int | None = None, rows: int | None = None) -
         options=tuple(sorted(measuring.options(rows_RC), key=lambda option: (option.row_bytes, option.rms_error))),
         own=(own.encoding.name, measuring.option(own.encoding, rows_RC, as_in_a_run=True)),
         fact_bytes=sum(spec.row_bytes for name, spec in plan.arrays.items() if name in SAMPLE_ARRAYS),
-        sample_bytes=_sample_bytes(plan),
+        sample_bytes=ids + (_OFFSET_BYTES + FINGERPRINT_BYTES if plan.layout.kind == "sequences" else 0),
         input_bytes=plan.arrays["inputs"].row_bytes if "inputs" in plan.arrays else 0,
         rows_per_chunk=job.store.rows_per_chunk,
     )
@@ -181,7 +182,10 @@ class EncodingBenchmark:
         self._ensemble, self._members = exact.prepared.ensemble, exact.plan.members or 1
         self.temperatures = audit_temperatures(exact.plan)
         self.teachers_s = self._time_teachers("logits")
-        self._hidden_s: float | None = None
+
+    @cached_property
+    def _hidden_s(self) -> float:
+        return self._time_teachers("hidden_states")
 
     def options(self, rows_RC: NDArray[np.float32]) -> Iterator[Option]:
         """Yield every way to encode these rows, tempered as the plan captures them."""
@@ -200,11 +204,9 @@ class EncodingBenchmark:
                 yield self.option(encoding, rows_RC)
 
     def option(self, encoding: Encoding, rows_RC: NDArray[np.float32], *, as_in_a_run: bool = False) -> Option:
-        """Return the cost of an encoding.
+        """Return the cost of an encoding of these rows, tempered as the plan captures them.
 
         Args:
-            encoding: encoding to measure.
-            rows_RC: rows, tempered as the plan captures them.
             as_in_a_run: time it on as many rows as a forward pass gives: large arrays take longer per row than small
                 ones, which stay in a processor's caches.
         """
@@ -212,19 +214,17 @@ class EncodingBenchmark:
         captured = spec.captured if encoding.retemperable else spec.default
         temperatures = self.temperatures if encoding.retemperable else (captured,)
         if encoding.row_kind == "hidden_states":
-            given, teachers_s = self._hidden_rows(encoding.classes), self._time_hidden_states()
+            (hidden_RD,) = self._ensemble.run(next(self._batches()), row_kind="hidden_states")
+            given, teachers_s = hidden_RD.cpu().numpy(), self._hidden_s
         else:
             given, teachers_s = rows_RC * np.float32(spec.captured / captured), self.teachers_s
-        exact_RC = encoding.logits_of(given)
-        summary = _audit(encoding, given[:_ENCODED_ROWS], exact_RC[:_ENCODED_ROWS], temperatures, captured)
+        summary = _audit(encoding, given[:_ENCODED_ROWS], temperatures, captured)
         timed = given[: self._rows_per_pass(encoding.classes) if as_in_a_run else _ENCODED_ROWS]
         encoding_s = self._time_encoding(encoding, timed, temperatures, captured)
         infinite: dict[str, float] = dict.fromkeys(("mean", "p99", "max"), np.inf)
         unbounded = {float(t): infinite for t in summary["infinite_kl_rows"]}
-        return Option(
-            label=encoding_label(encoding),
-            row_bytes=row_bytes(encoding),
-            constant_bytes=_constant_bytes(encoding),
+        return _option(
+            encoding,
             kl={float(t): figures for t, figures in summary["kl_nats"].items()} | unbounded,
             top1_agreement=summary["top1_agreement"],
             rms_error=summary["gradient"]["rms_error"],
@@ -235,10 +235,8 @@ class EncodingBenchmark:
         """Return the cost of an encoding whose error `choose_encoding` has measured."""
         captured = self._plan.temperature.captured
         encoding_s = self._time_encoding(trial.encoding, rows_RC[:_ENCODED_ROWS], self.temperatures, captured)
-        return Option(
-            label=encoding_label(trial.encoding),
-            row_bytes=trial.row_bytes,
-            constant_bytes=_constant_bytes(trial.encoding),
+        return _option(
+            trial.encoding,
             kl={t * captured: figures for t, figures in trial.kl.items()},
             top1_agreement=trial.top1_agreement,
             rms_error=trial.rms_error,
@@ -271,16 +269,6 @@ class EncodingBenchmark:
             return encoding_of_head(teacher, {"kept_as": kept_as}, logits_RC=logits_RC, hidden_RD=hidden_RD)
         except TeacherError:
             return None
-
-    def _hidden_rows(self, classes: int) -> NDArray[np.float32]:
-        (hidden_RD,) = self._ensemble.run(next(self._batches()), row_kind="hidden_states")
-        rows: NDArray[np.float32] = hidden_RD[: self._rows_per_pass(classes)].cpu().numpy()
-        return rows
-
-    def _time_hidden_states(self) -> float:
-        if self._hidden_s is None:
-            self._hidden_s = self._time_teachers("hidden_states")
-        return self._hidden_s
 
     def _time_teachers(self, row_kind: RowKind) -> float:
         """Return seconds per row, in batches as the run has them."""
@@ -315,51 +303,37 @@ class EncodingBenchmark:
             pack_figures(exact, encoding.decode_torch(some), temperatures=temperatures, captured=captured).cpu()
 
         try:
-            return _time_repeated(once) / len(given)
+            once()
+            began_s, times = time.perf_counter(), 0
+            while (spent_s := time.perf_counter() - began_s) < _ENCODING_S:
+                once()
+                times += 1
         except EncodingError:
             return 0.0
+        return spent_s / max(1, times) / len(given)
 
     def _batches(self) -> Iterator[RowBatch]:
         positions = self._ensemble.rows.spread_positions(1 << 14)
         return self._ensemble.rows.samples(positions, self._job.run.pilot_batch_size)
 
 
-def _sample_bytes(plan: Manifest) -> int:
-    """Return bytes per sample: the id index where ids are not dense, and a sequence's offset and fingerprint."""
-    ids = 0 if plan.ids.dense_start is not None else _OFFSET_BYTES + (plan.ids.width_bytes or _OFFSET_BYTES)
-    return ids + (_OFFSET_BYTES + FINGERPRINT_BYTES if plan.layout.kind == "sequences" else 0)
-
-
-def _constant_bytes(encoding: Encoding) -> int:
-    return sum(array.nbytes for array in encoding.constants.values())
+def _option(encoding: Encoding, **cost: Any) -> Option:
+    constant_bytes = sum(array.nbytes for array in encoding.constants.values())
+    return Option(label=encoding_label(encoding), row_bytes=row_bytes(encoding), constant_bytes=constant_bytes, **cost)
 
 
 def _audit(
-    encoding: Encoding,
-    given: NDArray[np.float32],
-    exact_RC: NDArray[np.floating[Any]],
-    temperatures: tuple[float, ...],
-    captured: float,
+    encoding: Encoding, given: NDArray[np.float32], temperatures: tuple[float, ...], captured: float
 ) -> dict[str, Any]:
     """Return the audit's figures of these rows; infinite everywhere where the encoding refuses one of them."""
     audit = Audit(temperatures)
-    step = max(1, _BLOCK_ENTRIES // exact_RC.shape[1])
+    keys, step = rng_keys("plan", np.arange(len(given))), max(1, _BLOCK_ENTRIES // encoding.classes)
     try:
         for start in range(0, len(given), step):
             part = slice(start, start + step)
-            encoded = encoding.encode(given[part], keys_B=rng_keys("plan", np.arange(len(given[part])) + start))
-            dropped = encoded.get("tail_mass")
-            audit.add(exact_RC[part], encoding.decode(encoded), captured=captured, dropped_mass_B=dropped)
+            exact_RC, encoded = encoding.logits_of(given[part]), encoding.encode(given[part], keys_B=keys[part])
+            decoded_RC, dropped = encoding.decode(encoded), encoded.get("tail_mass")
+            audit.add(exact_RC, decoded_RC, captured=captured, dropped_mass_B=dropped)
     except EncodingError:
         return {**Audit().summary(), "infinite_kl_rows": {f"{t:g}": len(given) for t in temperatures}}
     return audit.summary()
-
-
-def _time_repeated(work: Callable[[], None]) -> float:
-    """Return seconds per call."""
-    work()
-    began_s, times = time.perf_counter(), 0
-    while (spent_s := time.perf_counter() - began_s) < _ENCODING_S:
-        work()
-        times += 1
-    return spent_s / max(1, times)

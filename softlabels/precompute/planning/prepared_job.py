@@ -46,13 +46,7 @@ _FIRST_SEQUENCES = 2
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedJob:
-    """A job with everything that it names loaded.
-
-    Attributes:
-        job: the job.
-        data: its transfer set.
-        ensemble: its teachers on their device, with the loader of the store's rows.
-    """
+    """A job with everything that it names loaded: its transfer set, and its teachers on their device."""
 
     job: Job
     data: TransferSet
@@ -103,11 +97,7 @@ class PlannedJob:
 
 
 def load_transfer_set(job: Job) -> TransferSet:
-    """Load the transfer set that a job names.
-
-    Raises:
-        JobError: its source is unknown, cannot be loaded, or returns something else; and what the source raises.
-    """
+    """Load the transfer set that a job names. Raises JobError where that fails, and what its source raises."""
     return load_source(job.transfer_set.source, job.transfer_set.arguments, base=job.base)
 
 
@@ -120,11 +110,8 @@ def load_teachers(job: Job, device: torch.device) -> list[Teacher]:
 def prepare_job(
     job: Job, *, transfer_set: TransferSet | None = None, teachers: Sequence[Teacher] | None = None
 ) -> PreparedJob:
-    """Load what a job names.
+    """Load what a job names, except a transfer set and teachers that are given.
 
-    Args:
-        job: job to prepare.
-        transfer_set, teachers: given where they live in this process already.
     Raises:
         JobError, TeacherError: something cannot be loaded, or the transfer set is empty.
     """
@@ -133,9 +120,8 @@ def prepare_job(
     if len(data) == 0:
         raise JobError(f"transfer set {data.name!r} is empty: there is nothing to compute targets for")
     members = load_teachers(job, device) if teachers is None else with_numerics(teachers, job.run)
-    return PreparedJob(
-        job=job, data=data, ensemble=TeacherEnsemble(teachers=members, rows=_row_loader(job, data), device=device)
-    )
+    ensemble = TeacherEnsemble(teachers=members, rows=_row_loader(job, data), device=device)
+    return PreparedJob(job=job, data=data, ensemble=ensemble)
 
 
 def plan_job(
@@ -167,7 +153,7 @@ def plan_job(
     locked = (combined.locked and not keep_members) or request.locked
     spec = TemperatureSpec(default=temperature, captured=temperature if locked else 1.0, locked=locked)
     if request.row_kind == "hidden_states":
-        made = _hidden_encoding(prepared, request)
+        made = _hidden_encoding(prepared, request)  # also on resuming: the teacher is checked again
         encoding = encoding or made
     encoding = encoding or request.make(
         classes=classes,
@@ -176,19 +162,14 @@ def plan_job(
     )
     if not encoding.retemperable:  # `auto` may choose truncated rows where T = 1 is all that was asked for
         spec = replace(spec, locked=True)
-    plan = _plan_of(prepared, encoding, spec)
-    precision = None if job.run.precision == "float32" else job.run.precision
-    class_list = class_list_of_store(job, ensemble.teachers, classes=classes)
-    return PlannedJob(
-        prepared=prepared, plan=replace(plan, class_list=class_list, precision=precision), encoding=encoding
-    )
+    return PlannedJob(prepared=prepared, plan=_plan_of(prepared, encoding, spec), encoding=encoding)
 
 
 def _plan_of(prepared: PreparedJob, encoding: Encoding, temperature: TemperatureSpec) -> Manifest:
     job, data, rows, first = prepared.job, prepared.data, prepared.rows, prepared.first_batch
     teachers = prepared.ensemble.teachers
     inputs = first.inputs if first.kept_inputs is None else first.kept_inputs
-    return plan_store(
+    plan = plan_store(
         name=job.store_name,
         samples=len(data),
         ids=_id_spec(data) if rows.table is None else examine_ids([rows.table.ids], len(data), data.name),
@@ -211,6 +192,9 @@ def _plan_of(prepared: PreparedJob, encoding: Encoding, temperature: Temperature
         table=rows.table,
         inputs=kept_inputs(inputs) if job.store.inputs else None,
     )
+    precision = None if job.run.precision == "float32" else job.run.precision
+    class_list = class_list_of_store(job, teachers, classes=encoding.classes)
+    return replace(plan, class_list=class_list, precision=precision)
 
 
 def _row_loader(job: Job, data: TransferSet) -> RowLoader:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from softlabels.audit import Audit
+from softlabels.audit import Audit, ErrorSums
 from softlabels.encodings import make_encoding
-from softlabels.precompute.pipeline.device_step import audited_rows, figures_on_device
+from softlabels.precompute.pipeline.device_step import audited_rows, pack_figures, unpack_figures
 
 TEMPERATURES = (1.0, 4.0, 20.0)
+
+
+def figures_on_device(
+    exact_BC: Tensor, decoded_BC: Tensor, *, temperatures: tuple[float, ...], **known: Any
+) -> ErrorSums:
+    """The figures of rows, packed and unpacked."""
+    packed = pack_figures(exact_BC, decoded_BC, temperatures=temperatures, **known)
+    return unpack_figures(packed.cpu().numpy(), classes=exact_BC.shape[1], temperatures=temperatures)
 
 
 @pytest.mark.parametrize(

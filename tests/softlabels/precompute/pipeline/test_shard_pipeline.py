@@ -24,7 +24,7 @@ from softlabels.errors import JobError, ShardClaimedError, SoftLabelsError, Teac
 from softlabels.manifest import IdSpec
 from softlabels.precompute import Job, load_job, precompute, resume, teacher_from_module
 from softlabels.precompute.job import RunTable, StoreTable, TargetsTable, TeacherTable, TransferSetTable
-from softlabels.precompute.pipeline.device_step import figures_on_device
+from softlabels.precompute.pipeline.device_step import pack_figures, unpack_figures
 from softlabels.precompute.pipeline.inference import audit_temperatures
 from softlabels.precompute.pipeline.shard_loading import ClaimedShard
 from softlabels.precompute.planning.prepared_job import plan_job, prepare_job
@@ -133,14 +133,14 @@ class TestSameBytes:
             for batch in batches:
                 exact = ensemble.rows_to_store(ensemble.run(batch), plan)
                 encoded = coder.encode_torch(exact, keys_B=batch.keys)
-                figures = figures_on_device(
+                packed = pack_figures(
                     exact,
                     coder.decode_torch(encoded),
                     temperatures=audit.temperatures,
                     captured=plan.temperature.captured,
                     dropped_mass_B=encoded.get("tail_mass"),
                 )
-                audit.add_sums(figures)
+                audit.add_sums(unpack_figures(packed.numpy(), classes=plan.classes, temperatures=audit.temperatures))
                 parts.append({name: tensor.numpy() for name, tensor in encoded.items()})
             with writer.claim(shard) as claim:
                 claim.commit(
