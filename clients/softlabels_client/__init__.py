@@ -12,12 +12,11 @@ from softlabels_client.http.transport import HttpTransport
 from softlabels_client.training.settings import DistillSettings
 
 if TYPE_CHECKING:
-    from softlabels_client.data.dataset import SoftTargetDataset, data_loader
+    from softlabels_client.data.dataset import SoftTargetDataset, ViewDataset, data_loader
     from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
     from softlabels_client.data.loader import StatefulLoader
     from softlabels_client.data.sampler import EpochDistributedSampler, EpochSampler
     from softlabels_client.data.stream_dataset import SoftTargetStream, stream_loader
-    from softlabels_client.data.view_dataset import ViewDataset
     from softlabels_client.training.checkpoint import CheckpointFolder, save_student
     from softlabels_client.training.step import count_errors
     from softlabels_client.training.trainer import DistillResult, distill

@@ -107,8 +107,7 @@ def distill_student(
         import torch
 
     from softlabels.target_store import open_store
-    from softlabels_client.data.dataset import SoftTargetDataset
-    from softlabels_client.data.view_dataset import ViewDataset
+    from softlabels_client.data.dataset import SoftTargetDataset, ViewDataset
     from softlabels_client.training.checkpoint import save_student
     from softlabels_client.training.step import measure_errors
 

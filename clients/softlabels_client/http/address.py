@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ class StoreAddress:
     Attributes:
         scheme: http or https.
         host: host name or IP address, without brackets.
-        port: explicit port, else the scheme's default.
-        prefix: path that a reverse proxy adds before the server's routes; empty or beginning with "/".
+        port: the scheme's default where the URL has none.
+        prefix: path before the server's routes, as reverse proxies add it; empty or beginning with "/".
         name: name of the store.
     """
 
@@ -52,7 +51,7 @@ def parse_address(url: str) -> StoreAddress:
 
     Raises:
         RequestError: not an http(s) URL, or one with a user name, query or fragment.
-        UnknownStoreError: the URL names no store, or a name that no store can have.
+        UnknownStoreError: the URL has no store's name, or one that no store can have.
     """
     try:
         parts = urlsplit(url.strip())
@@ -66,24 +65,20 @@ def parse_address(url: str) -> StoreAddress:
     if parts.username is not None or parts.password is not None:
         raise RequestError("a URL with a user name or password in it ends up in logs: pass `token=...` instead")
     if parts.query or parts.fragment:
-        raise RequestError(f"{url!r} has a query or fragment, which says nothing here: write it like {_EXAMPLE}")
+        raise RequestError(f"{url!r} has a query or fragment, which no store's URL has: write it like {_EXAMPLE}")
     path = parts.path.rstrip("/")
     prefix, _, name = (path + "/" if path.endswith(API_PATH) else path).rpartition("/")
     prefix = prefix.rstrip("/").removesuffix(API_PATH)
     base = f"{parts.scheme}://{parts.netloc}{prefix}"
     if not name:
         raise UnknownStoreError(
-            f"{url!r} names a server and no store: end it with the store's name, {base}/NAME; {base}{API_PATH} lists "
-            "the names that it has"
+            f"{url!r} is a server's URL: end it with a store's name, {base}/NAME; {base}{API_PATH} lists the names"
         )
     if not STORE_NAME.fullmatch(name):
-        raise UnknownStoreError(
-            f"no store can be called {name!r}; {base}{API_PATH} lists the names that the server has"
-        )
-    default_port = 443 if parts.scheme == "https" else 80
-    return StoreAddress(
-        scheme=parts.scheme, host=host, port=default_port if port is None else port, prefix=prefix, name=name
-    )
+        raise UnknownStoreError(f"no store can be called {name!r}; {base}{API_PATH} lists the server's stores")
+    if port is None:
+        port = 443 if parts.scheme == "https" else 80
+    return StoreAddress(scheme=parts.scheme, host=host, port=port, prefix=prefix, name=name)
 
 
 def proxy_for(address: StoreAddress) -> str | None:
@@ -93,7 +88,7 @@ def proxy_for(address: StoreAddress) -> str | None:
     """
     if not any(value and name.lower().endswith("_proxy") for name, value in os.environ.items()):
         return None
-    # Imported here: it takes longer than all of this module, and most trainers have no proxy.
+    # Imported only here: it takes longer than all of this module, and most trainers have no proxy.
     from urllib.request import getproxies, proxy_bypass
 
     proxies = getproxies()
@@ -104,6 +99,7 @@ def proxy_for(address: StoreAddress) -> str | None:
 
 
 def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
+    try:
         return ipaddress.ip_address(host).is_loopback
-    return host == "localhost" or host.endswith(".localhost")
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

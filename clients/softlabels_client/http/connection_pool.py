@@ -13,7 +13,7 @@ from urllib3.exceptions import TimeoutError as PoolTimeoutError
 from urllib3.util import make_headers, parse_url
 
 from softlabels.errors import RequestError
-from softlabels_client.http.buffers import Buffers
+from softlabels_client.http.raw_connection import Buffers
 from softlabels_client.http.replies import ParsedReply
 from softlabels_client.http.retry import Deadline
 
@@ -22,18 +22,18 @@ _CONNECTIONS = 16
 
 
 class ConnectionPool:
-    """Sends requests through urllib3, one attempt each: retries and their deadline belong to the transport.
+    """Sends requests through urllib3, one attempt each: the transport retries.
 
     Args:
         proxy: URL of the proxy; None connects directly.
-        timeout_s: for each read of a streaming reply.
+        timeout_s: limit of each read of a streaming reply, seconds.
         buffers: memory for frames.
     Raises:
-        RequestError: a proxy of a kind that urllib3 does not speak.
+        RequestError: a proxy of a kind that urllib3 does not support.
     """
 
     def __init__(self, *, proxy: str | None, timeout_s: float, buffers: Buffers) -> None:
-        # Default context of the standard library, which heeds SSL_CERT_FILE, rather than urllib3's own.
+        # The standard library's default context honours SSL_CERT_FILE; urllib3's own does not.
         options: dict[str, Any] = {"maxsize": _CONNECTIONS, "ssl_context": ssl.create_default_context()}
         self._proxy, self._timeout_s, self._buffers = proxy, timeout_s, buffers
         if proxy is None:
@@ -50,11 +50,7 @@ class ConnectionPool:
     def send(
         self, method: str, url: str, *, body: bytes | None, headers: Mapping[str, str], deadline: Deadline
     ) -> ParsedReply:
-        """Send a request and return its reply once the head is here.
-
-        Raises:
-            OSError, http.client.HTTPException: it could not be sent, or no valid head came.
-        """
+        """Send a request and return its reply once the head has arrived. Raises OSError, http.client.HTTPException."""
         left_s = deadline.left_s()
         try:
             response = self._manager.request(
@@ -76,7 +72,7 @@ class ConnectionPool:
             try:
                 piece = response.read1(size_bytes, decode_content=False)
                 if not response.length_remaining and response.length_remaining is not None:
-                    # The last byte of a known length is here: only a read to the end returns the connection.
+                    # All of a known length has arrived; only another read, past the end, returns the connection.
                     response.read(decode_content=False)
             except HTTPError as error:
                 raise self._builtin_error(error) from error
@@ -88,8 +84,8 @@ class ConnectionPool:
                 connection.sock.settimeout(seconds)
 
         def close() -> None:
-            # Closes the connection too where the body was not read to its end: what is left of it must not be read as
-            # the reply to another request.
+            # If the body was not read to its end this closes the connection too: the rest of it must not be read as the
+            # reply to another request.
             response.close()
             response.release_conn()
 
@@ -112,15 +108,12 @@ class ConnectionPool:
     def _builtin_error(self, error: BaseException) -> OSError | http.client.HTTPException:
         """Return the error of the standard library behind one of urllib3's, which the transport explains."""
         if isinstance(error, ProxyError):
-            return ConnectionError(f"through the proxy {_without_login(self._proxy)}: {error}")
+            found = parse_url(self._proxy or "")
+            # Without the login, which would end up in logs.
+            return ConnectionError(f"through the proxy {found.scheme}://{found.netloc}: {error}")
         if isinstance(error, PoolTimeoutError):
             return TimeoutError(str(error))
         for cause in (*error.args, error.__cause__):
             if isinstance(cause, OSError | http.client.HTTPException):
                 return cause
         return ConnectionError(f"{type(error).__name__}: {error}")
-
-
-def _without_login(proxy: str | None) -> str:
-    found = parse_url(proxy or "")
-    return f"{found.scheme}://{found.netloc}"

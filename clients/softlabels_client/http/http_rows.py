@@ -14,14 +14,21 @@ from numpy.typing import NDArray
 from softlabels import wire
 from softlabels.documents import MAX_DOCUMENT_BYTES
 from softlabels.encodings import Encoding
-from softlabels.errors import ManifestError, RequestError, WireError
+from softlabels.errors import (
+    ManifestError,
+    RequestError,
+    ServerUnreachableError,
+    SoftLabelsError,
+    TruncatedError,
+    WireError,
+)
 from softlabels.ids import IdArray, id_kind
 from softlabels.manifest import IDS, ROW_OFFSETS, Manifest, check_encoding
 from softlabels.order import EpochConfig
 from softlabels.targets import EpochRows
 from softlabels_client.http.address import parse_address
-from softlabels_client.http.epoch_stream import epoch_rows
-from softlabels_client.http.reply_reader import ReplyReader
+from softlabels_client.http.replies import ReplyStream
+from softlabels_client.http.reply_reader import FrameReader, ReplyReader
 from softlabels_client.http.retry import RetryPolicy
 from softlabels_client.http.transport import HttpTransport
 
@@ -42,9 +49,10 @@ class HttpRows:
 
     Args:
         url: `http(s)://host[:port][/prefix]/NAME`.
-        token: bearer token, for a server that requires one.
-        timeout_s: limit of one request, all retries included, seconds.
-        retry: when a request is sent again.
+        token, timeout_s, retry: as in `HttpTransport`.
+    Attributes:
+        manifest: manifest of the store when it was opened.
+        digest: digest of the version that was opened; rows of any other are refused.
     Raises:
         RequestError, UnknownStoreError, ServerUnreachableError, ManifestError, FormatVersionError.
     """
@@ -56,23 +64,13 @@ class HttpRows:
         self._transport = HttpTransport(self._address, token=token, timeout_s=timeout_s, retry=retry)
         self._where = self._address.base_url + self._address.path
         try:
-            self._manifest, self._digest = self._describe()
+            self.manifest, self.digest = self._describe()
         except BaseException:
             # The caller gets no object to close, and the error's traceback would keep the connection open.
             self._transport.close()
             raise
-        self._reader = ReplyReader(self._manifest, self._digest, self._where)
+        self._reader = ReplyReader(self.manifest, self.digest, self._where)
         self._queries: dict[tuple[str, ...], str] = {}
-
-    @property
-    def manifest(self) -> Manifest:
-        """Manifest of the store when it was opened."""
-        return self._manifest
-
-    @property
-    def digest(self) -> str:
-        """Digest of the version that was opened; batches of any other are refused."""
-        return self._digest
 
     @cached_property
     def encoding(self) -> Encoding:
@@ -81,8 +79,8 @@ class HttpRows:
         Raises:
             ManifestError: the constants are not those that the manifest names; and as `fetch`.
         """
-        if not self._manifest.encoding.constants:
-            return self._manifest.make_encoding()
+        if not self.manifest.encoding.constants:
+            return self.manifest.make_encoding()
         reply = self._transport.request(
             "GET",
             f"{self._address.path}/constants",
@@ -91,14 +89,14 @@ class HttpRows:
         )
         arrays, metadata = wire.from_bytes(reply.body)
         self._reader.check_version(metadata.get("digest"))
-        if set(arrays) != set(self._manifest.encoding.constants):
+        if set(arrays) != set(self.manifest.encoding.constants):
             raise ManifestError(
-                f"{self._where} keeps its rows with {', '.join(self._manifest.encoding.constants)} and sent "
+                f"{self._where} encodes rows with {', '.join(self.manifest.encoding.constants)} and sent "
                 f"{', '.join(sorted(arrays)) or 'nothing'}: no row can be decoded"
             )
         # Copied: constants outlive every batch, and as views they would keep the reply's buffer from being reused.
-        learnt = {name: array.copy() for name, array in arrays.items()}
-        return check_encoding(self._manifest, self._manifest.make_encoding(learnt))
+        constants = {name: array.copy() for name, array in arrays.items()}
+        return check_encoding(self.manifest, self.manifest.make_encoding(constants))
 
     def fetch(
         self,
@@ -142,18 +140,38 @@ class HttpRows:
         if IDS in found:
             found[IDS] = returned
         if ROW_OFFSETS in arrays:
-            self._check_lengths(arrays[ROW_OFFSETS], spans)
             found[ROW_OFFSETS] = arrays[ROW_OFFSETS]
+            if spans is not None and not np.array_equal(np.diff(found[ROW_OFFSETS]), spans[:, 1] - spans[:, 0]):
+                raise WireError(f"{self._where} returned ranges of other lengths than requested")
         return found
 
     def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
-        """Iterate over the rows of each step of an epoch, read as one stream that is resumed if it breaks.
+        """Yield the rows of each step of an epoch, read as one stream, which is resumed at its cursor if it breaks.
 
         Raises, while iterating: as `fetch`; a broken stream only once retries are used up.
         """
-        return epoch_rows(
-            self._transport, self._address.path, self._reader, self._manifest, self._digest, config, fields
-        )
+        names = tuple(dict.fromkeys((*fields, IDS)))
+        failures = 0
+        while len(steps := config.batches(self.manifest, self.digest)):
+            stream: ReplyStream | None = None
+            try:
+                query = urlencode({**config.to_query(), "fields": ",".join(names), "digest": self.digest}, safe=",")
+                stream = self._transport.open(f"{self._address.path}/epochs/{config.epoch}?{query}")
+                frames = FrameReader(stream, self._reader, names)
+                for step in steps:
+                    rows = frames.read(step)
+                    yield rows
+                    config, failures = config.resumed_at(rows.cursor_after), 0
+                frames.read_end(steps)
+                stream.finish()
+                return
+            except SoftLabelsError as error:
+                failures += 1
+                transient = isinstance(error, TruncatedError | WireError | ServerUnreachableError)
+                self._transport.pause_or_raise(error, failures, transient=transient)
+            finally:
+                if stream is not None:
+                    stream.close()
 
     def close(self) -> None:
         """Close idle connections; a later batch opens new ones."""
@@ -172,15 +190,13 @@ class HttpRows:
                 "of a `softlabels serve`"
             ) from error
         if not isinstance(described, dict) or not isinstance(digest, str) or not digest:
-            raise WireError(
-                f"{self._where} did not answer with a store's description: its manifest or digest is missing"
-            )
+            raise WireError(f"{self._where} did not answer with a store's description: manifest or digest is missing")
         manifest = Manifest.from_json(described)
         # The digest of an unfinished store covers more than its plan, so only the server can compute it.
         if manifest.finished and manifest.digest != digest:
             raise ManifestError(
-                f"the manifest that {self._where} sent has digest {manifest.digest}, announced is {digest}: it was "
-                "changed in transit, or the server runs another version of softlabels"
+                f"the manifest from {self._where} has digest {manifest.digest}, announced as {digest}: it was changed "
+                "in transit, or the server runs another version of softlabels"
             )
         return manifest, digest
 
@@ -194,38 +210,35 @@ class HttpRows:
         keys = {name: values for name, values in (("views", views), ("spans", spans)) if values is not None}
         if id_kind(ids) == "str":
             keys_json = {name: values.tolist() for name, values in keys.items()}
-            document = {"ids": ids.tolist(), "fields": names, "digest": self._digest, **keys_json}
+            document = {"ids": ids.tolist(), "fields": names, "digest": self.digest, **keys_json}
             return "", json.dumps(document).encode(), JSON
         query = self._queries.get((*names, *keys))
         if query is None:
             columns = {"columns": ",".join(("ids", *keys))} if keys else {}
-            wanted = {"fields": ",".join(names), "digest": self._digest, **columns}
+            wanted = {"fields": ",".join(names), "digest": self.digest, **columns}
             query = self._queries[*names, *keys] = "?" + urlencode(wanted, safe=",")
         body = b"".join(np.ascontiguousarray(column, dtype="<i8").tobytes() for column in (ids, *keys.values()))
         return query, body, BINARY
 
     def _most_reply_bytes(self, names: tuple[str, ...], ids: IdArray, spans: NDArray[np.int64] | None) -> int:
         rows = len(ids)
-        if self._manifest.layout.kind == "sequences":
+        if self.manifest.layout.kind == "sequences":
             # Only the server knows how long whole sequences are; no range is longer than the store.
-            whole = np.array([[0, self._manifest.rows]])
-            begin, end = np.clip(whole if spans is None else spans, 0, self._manifest.rows).T
-            lengths = np.maximum(end - begin, 0)
-            rows += int(lengths.sum()) if spans is not None else len(ids) * int(lengths[0])
+            if spans is None:
+                rows += len(ids) * self.manifest.rows
+            else:
+                begin, end = np.clip(spans, 0, self.manifest.rows).T
+                rows += int(np.maximum(end - begin, 0).sum())
         return rows * self._reader.row_bytes(names) + _SLACK_BYTES
 
     def _check_keys(self, views: NDArray[np.int64] | None, spans: NDArray[np.int64] | None) -> None:
-        name, kind = self._manifest.name, self._manifest.layout.kind
+        name, kind = self.manifest.name, self.manifest.layout.kind
         if views is not None and kind != "views":
             raise RequestError(f"{name!r} keeps one row a sample: it has no views")
         if views is None and kind == "views":
             raise RequestError(
-                f"{name!r} keeps {self._manifest.layout.views} views a sample: say which one each input shows; a "
-                "target of one view never serves another"
+                f"{name!r} has {self.manifest.layout.views} views a sample: pass `views`, the one that each input "
+                "shows, since targets of different views differ"
             )
         if spans is not None and kind != "sequences":
             raise RequestError(f"{name!r} keeps no sequences: it has no spans")
-
-    def _check_lengths(self, offsets: NDArray[np.int64], spans: NDArray[np.int64] | None) -> None:
-        if spans is not None and not np.array_equal(np.diff(offsets), spans[:, 1] - spans[:, 0]):
-            raise WireError(f"{self._where} returned ranges of other lengths than requested")

@@ -1,4 +1,4 @@
-"""Checks of a reply against the request: store version, arrays, dtypes and shapes, checksum, and sample ids."""
+"""Replies checked against the request: store version, arrays, dtypes, shapes, checksum, ids; whole and in frames."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from softlabels import wire
 from softlabels.errors import StoreChangedError, UnknownFieldError, WireError
 from softlabels.ids import IdArray, from_fixed_bytes
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, ArraySpec, Manifest
+from softlabels.order import RankBatches, StepBatch
+from softlabels.targets import EpochRows
 from softlabels.transfer_set import FINGERPRINT_BYTES
+from softlabels_client.http.replies import ReplyStream
 
 _MOST_HEADERS = 64
-"""Most headers kept; replies to batches of one size have equal headers."""
+"""Headers remembered; replies to batches of one size have equal headers."""
+
+_MOST_HEADER_BYTES = 1 << 20
+"""Longest frame header accepted; real ones name a dozen arrays in under 2 KiB."""
 
 
 class ReplyReader:
-    """Parses and checks the replies of one store version.
-
-    Args:
-        manifest: manifest of the store.
-        digest: digest of the version that was opened.
-        where: URL of the store, for messages.
-    """
+    """Parses and checks the replies of one store version; `where` is the store's URL, for messages."""
 
     def __init__(self, manifest: Manifest, digest: str, where: str) -> None:
-        self._manifest, self._digest, self._where = manifest, digest, where
+        self.manifest, self._digest, self._where = manifest, digest, where
         self._specs = _specs(manifest)
-        # A header, which says where the arrays are, is checked once; equal bytes mean the same the next time.
+        # A header, which says where the arrays are, is parsed and checked once: equal bytes have the same meaning.
         self._known: dict[tuple[bytes, tuple[str, ...], int], wire.TensorLayout] = {}
 
     def row_bytes(self, names: tuple[str, ...]) -> int:
-        """Return the bytes of a row in these arrays. Raises UnknownFieldError: the store keeps no such array."""
+        """Return the bytes of a row in these arrays. Raises UnknownFieldError."""
         return sum(self._spec(name).row_bytes for name in names)
 
     def read(
@@ -44,8 +44,7 @@ class ReplyReader:
 
         Args:
             blob: body of the reply.
-            names: requested arrays.
-            samples: number of requested samples.
+            names, samples: requested arrays, and number of requested samples.
         Raises:
             WireError: cut, inconsistent, or not the requested arrays. StoreChangedError: rows of another version.
         """
@@ -69,17 +68,17 @@ class ReplyReader:
             raise WireError(f"{self._where} sent rows without a checksum, so they cannot be verified")
         if checksum[0] != wire.checksum_of(arrays.values())[0]:
             raise WireError(
-                f"rows from {self._where} were changed in transit: their checksum fails; check the proxy or the "
-                "network between"
+                f"rows from {self._where} were changed in transit, since their checksum fails: check the network, or "
+                "the proxy before the server"
             )
         return arrays
 
-    def ids_of(self, kept: NDArray[Any]) -> IdArray:
-        """Return the ids in a reply. Raises WireError: they are not UTF-8."""
-        if self._manifest.ids.kind == "int":
-            return kept
+    def ids_of(self, sent: NDArray[Any]) -> IdArray:
+        """Return the ids in a reply's array. Raises WireError if they are not UTF-8."""
+        if self.manifest.ids.kind == "int":
+            return sent
         try:
-            return from_fixed_bytes(kept)
+            return from_fixed_bytes(sent)
         except UnicodeDecodeError as error:
             raise WireError(f"{self._where} returned sample ids that are not UTF-8: {error}") from error
 
@@ -87,8 +86,8 @@ class ReplyReader:
         """Raise WireError unless the reply has the requested ids, which the server reads from the store."""
         if not np.array_equal(returned, asked):
             raise WireError(
-                f"{self._where} returned rows of other samples than requested, or in another order: none of this batch "
-                "can be used; check the server, or the proxy or cache before it",
+                f"{self._where} returned rows of other samples than requested, or in another order, so this batch "
+                "cannot be used: check the server, or the proxy or cache before it",
                 asked=asked[:5].tolist(),
                 returned=returned[:5].tolist(),
             )
@@ -106,11 +105,11 @@ class ReplyReader:
     def check(
         self, layout: wire.TensorLayout, blob: memoryview, names: tuple[str, ...], *, samples: int
     ) -> dict[str, NDArray[Any]]:
-        """Return the arrays of a reply whose header is new, after checking it. Raises as `read`."""
+        """Return the arrays of a reply whose header is new, checked against the manifest. Raises as `read`."""
         arrays = self.verified(layout.arrays(blob))
         self.check_version(layout.metadata.get("digest"))
         rows = samples
-        if self._manifest.layout.kind == "sequences":
+        if self.manifest.layout.kind == "sequences":
             offsets = arrays.get(ROW_OFFSETS)
             if offsets is None or offsets.dtype != np.dtype("<i8") or offsets.shape != (samples + 1,):
                 raise WireError(f"{self._where} did not say which rows belong to which of the {samples} sequences")
@@ -118,19 +117,19 @@ class ReplyReader:
             if offsets[0] != 0 or bool((np.diff(offsets) < 0).any()):
                 raise WireError(f"{self._where} sent row offsets that do not ascend from 0")
         for name in names:
-            once_a_sample = name == IDS or (name == FINGERPRINTS and name not in self._manifest.arrays)
-            self._check_array(arrays, name, rows=samples if once_a_sample else rows)
+            per_sample = name == IDS or (name == FINGERPRINTS and name not in self.manifest.arrays)
+            self._check_array(arrays.get(name), name, rows=samples if per_sample else rows)
         return arrays
 
     def _spec(self, name: str) -> ArraySpec:
         spec = self._specs.get(name)
         if spec is None:
-            kept = ", ".join(self._specs)
-            raise UnknownFieldError(f"{self._manifest.name!r} keeps no {name!r}; it keeps {kept}", field=name)
+            stored = ", ".join(self._specs)
+            raise UnknownFieldError(f"{self.manifest.name!r} has no {name!r}; it has {stored}", field=name)
         return spec
 
-    def _check_array(self, arrays: Mapping[str, NDArray[Any]], name: str, *, rows: int) -> None:
-        array, spec = arrays.get(name), self._spec(name)
+    def _check_array(self, array: NDArray[Any] | None, name: str, *, rows: int) -> None:
+        spec = self._spec(name)
         if array is None:
             raise WireError(f"{self._where} left {name!r} out of its reply")
         if array.dtype != np.dtype(spec.dtype) or array.shape != (rows, *spec.row_shape):
@@ -138,6 +137,91 @@ class ReplyReader:
                 f"{self._where} sent {name!r} as {array.dtype.str}{list(array.shape)} where the manifest says "
                 f"{spec.dtype}{[rows, *spec.row_shape]}"
             )
+
+
+class FrameReader:
+    """Reads and checks the frames of an epoch stream; `names` are the requested arrays.
+
+    Every frame is compared with what the client computes itself: the number of samples of the step, the cursor after it
+    and, if ids are consecutive integers, the ids.
+    """
+
+    def __init__(self, stream: ReplyStream, reader: ReplyReader, names: tuple[str, ...]) -> None:
+        self._stream, self._reader, self._names = stream, reader, names
+        # The last parsed header, its layout, and the step whose frame it began.
+        self._parsed: tuple[bytes, wire.TensorLayout, StepBatch] | None = None
+
+    def read(self, step: StepBatch) -> EpochRows:
+        """Return the rows of this step. Raises WireError, TruncatedError, StoreChangedError."""
+        header = self._header()
+        known = self._known_layout(header, step)
+        layout = known or wire.parse_header(header)
+        blob = self._blob(header, layout)
+        if known is None:
+            arrays = self._reader.check(layout, blob, self._names, samples=len(step.positions))
+            _check_cursor(layout.metadata, step)
+            self._parsed = header, layout, step
+        else:
+            arrays = self._reader.verified(layout.arrays(blob))
+        ids = self._reader.ids_of(arrays[IDS])
+        first_id = self._reader.manifest.ids.dense_start
+        if first_id is not None:
+            self._reader.check_ids(ids, step.positions + first_id)
+        names = (*self._names, ROW_OFFSETS) if ROW_OFFSETS in arrays else self._names
+        found: dict[str, NDArray[Any]] = {name: arrays[name] for name in names}
+        found[IDS] = ids
+        return EpochRows(ids=ids, arrays=found, repeated=step.repeated, cursor_after=step.cursor_after)
+
+    def read_end(self, steps: RankBatches) -> None:
+        """Read the frame that ends a complete stream. Raises WireError, TruncatedError."""
+        layout = wire.parse_header(self._header())
+        expected = (wire.END_FORMAT, str(steps.batch_count), str(steps.sample_count))
+        found = tuple(layout.metadata.get(name) for name in ("format", "batches", "samples"))
+        if layout.entries or found != expected:
+            raise WireError(f"the stream ends with {layout.metadata}, not as an epoch of {steps.batch_count} batches")
+
+    def _header(self) -> bytes:
+        # All headers of a stream but that of its end have one length: after the first, each takes one read.
+        usual = 8 if self._parsed is None else len(self._parsed[0])
+        start = bytes(self._stream.read(usual if usual <= self._stream.left_bytes else 8))
+        length = int.from_bytes(start[:8], "little")
+        if 8 + length == len(start):
+            return start
+        if length > _MOST_HEADER_BYTES:
+            raise WireError(f"a frame announces a header of {length} bytes: this is not a stream of safetensors files")
+        if 8 + length < len(start):
+            raise WireError("a frame's header is shorter than those before it: the stream is out of step")
+        return start + bytes(self._stream.read(8 + length - len(start)))
+
+    def _blob(self, header: bytes, layout: wire.TensorLayout) -> memoryview:
+        if layout.data_bytes > self._stream.left_bytes:
+            raise WireError(f"a frame announces {layout.data_bytes} bytes, more than the stream has left")
+        blob = self._stream.buffers.take(len(header) + layout.data_bytes)
+        blob[: len(header)] = header
+        self._stream.read_into(blob[len(header) :])
+        return blob.toreadonly()
+
+    def _known_layout(self, header: bytes, step: StepBatch) -> wire.TensorLayout | None:
+        """Return the last parsed layout if this header must, and does, equal the last one but for the cursor.
+
+        Most frames of a stream differ in this one number, and need not be parsed.
+        """
+        if self._parsed is None or ROW_OFFSETS in self._names:
+            return None
+        last, layout, then = self._parsed
+        old, new = (b'"cursor":"%d"' % cursor for cursor in (then.cursor_after, step.cursor_after))
+        if len(then.positions) != len(step.positions) or then.repeated != step.repeated or last.count(old) != 1:
+            return None
+        return layout if header == last.replace(old, new).rstrip(b" ").ljust(len(last)) else None
+
+
+def _check_cursor(metadata: Mapping[str, str], step: StepBatch) -> None:
+    if metadata.get("cursor") != str(step.cursor_after) or metadata.get("repeated") != str(step.repeated):
+        raise WireError(
+            f"the stream is at cursor {metadata.get('cursor')!r}, expected was {step.cursor_after}: a batch is missing "
+            "or repeated",
+            cursor=step.cursor_after,
+        )
 
 
 def _specs(manifest: Manifest) -> dict[str, ArraySpec]:

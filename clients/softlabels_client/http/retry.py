@@ -1,7 +1,8 @@
-"""Failed requests: when and how soon they are retried, the deadline, and which error of the product they become."""
+"""Failed requests: when and how soon they are retried, the deadline, and which error class they become."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import random
@@ -32,12 +33,11 @@ class RetryPolicy:
     """How often and how soon a failed request is sent again, within the request's deadline.
 
     Attributes:
-        attempts: most attempts at a server that has answered before: it is probably restarting. With the defaults they
-            take up to 11 s in total.
+        attempts: most attempts at a server that has answered before: it is probably restarting. The defaults allow it
+            up to 11 s.
         attempts_at_first: most attempts at a server that never answered: its address is probably wrong, and the user
             is waiting.
-        first_pause_s: pause before the second attempt, seconds; doubles each time.
-        longest_pause_s: upper bound of the doubling, seconds.
+        first_pause_s: pause before the second attempt, seconds; doubles each time, up to `longest_pause_s`.
     """
 
     attempts: int = 8
@@ -62,11 +62,7 @@ class Deadline:
         self._end_s = time.monotonic() + timeout_s
 
     def left_s(self) -> float:
-        """Return the seconds left, more than 0.
-
-        Raises:
-            TimeoutError: none are left.
-        """
+        """Return the seconds left, more than 0. Raises TimeoutError if none are."""
         left = self._end_s - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"no complete reply within {self.timeout_s:g} s")
@@ -82,7 +78,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     text = headers.get("retry-after", "").strip()
     if not text:
         return None
-    # Imported only here: urllib3 takes 150 ms, and a server that sends this header is about to be waited for anyway.
+    # Imported only here: importing urllib3 takes 150 ms, and a server that sends this header makes us wait anyway.
     from urllib3.exceptions import InvalidHeader
     from urllib3.util import Retry
 
@@ -93,13 +89,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 
 def connection_error(error: OSError | http.client.HTTPException, *, url: str, timeout_s: float) -> SoftLabelsError:
-    """Return the product's error for a request that got no complete reply.
-
-    Args:
-        error: error of the socket, TLS or HTTP library.
-        url: URL of the request.
-        timeout_s: limit of the request, seconds.
-    """
+    """Return the error for a request that got no complete reply, from that of the socket, TLS or HTTP library."""
     if isinstance(error, SoftLabelsError):
         return error
     if isinstance(error, http.client.IncompleteRead):
@@ -123,23 +113,14 @@ def connection_error(error: OSError | http.client.HTTPException, *, url: str, ti
     )
 
 
-def is_transient(error: BaseException) -> bool:
-    """Return whether the same request may succeed in a moment; an invalid certificate will not."""
-    return not isinstance(error, ssl.SSLCertVerificationError)
-
-
 def status_error(status: int, headers: Mapping[str, str], body: memoryview, *, url: str) -> SoftLabelsError:
-    """Return the error for a reply whose status is not 200: the server's own, if it sent problem details.
-
-    Args:
-        status: HTTP status.
-        headers: by lower-case name.
-        body: body of the reply.
-        url: URL of the request.
-    """
+    """Return the error for a reply whose status is not 200: the server's own, if it sent problem details."""
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    problem = _json_object(body) if media_type == PROBLEM_TYPE else None
-    if problem is not None:
+    problem: Any = None
+    if media_type == PROBLEM_TYPE:
+        with contextlib.suppress(ValueError, RecursionError):
+            problem = json.loads(bytes(body))
+    if isinstance(problem, dict):
         return from_problem({**problem, "status": status})
     if status in (401, 403):
         return UnauthorizedError(f"{url} refuses access (status {status}): pass a valid `token`", url=url)
@@ -147,16 +128,8 @@ def status_error(status: int, headers: Mapping[str, str], body: memoryview, *, u
         target = headers.get("location", "elsewhere")
         return RequestError(f"{url} redirects to {target!r}, and redirects are not followed: open that store", url=url)
     return ServerUnreachableError(
-        f"{url} replied with status {status} and no reason: check that this is the address of a `softlabels serve`, "
-        "including the path prefix of a proxy before it, and look at the server's log",
+        f"{url} replied with status {status} and no reason: check that `softlabels serve` runs there, that the path "
+        "prefix of a proxy before it is right, and what the server's log says",
         url=url,
         status=status,
     )
-
-
-def _json_object(body: memoryview) -> dict[str, Any] | None:
-    try:
-        document = json.loads(bytes(body))
-    except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None

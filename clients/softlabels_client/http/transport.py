@@ -1,4 +1,4 @@
-"""HttpTransport: sends a request, retries it within a deadline, and returns the whole reply or the product's own error.
+"""HttpTransport: sends a request, retries it within a deadline, and returns the whole reply or raises its error.
 
 Plain http without a proxy uses raw sockets (`raw_connection`), since batches are read that way; TLS and proxies use
 urllib3 (`connection_pool`), which is imported only then. All requests are reads, so all may be sent again.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import ssl
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -16,17 +17,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from softlabels import wire
-from softlabels.errors import RequestError, ServerUnreachableError, SoftLabelsError, TruncatedError, WireError
+from softlabels.errors import RequestError, SoftLabelsError, WireError
 from softlabels_client.http.address import StoreAddress, proxy_for
-from softlabels_client.http.buffers import Buffers
-from softlabels_client.http.raw_connection import RawConnection, parse_usual, read_body
-from softlabels_client.http.replies import ParsedReply, RawStream, Reply, ReplyStream, too_long
+from softlabels_client.http.raw_connection import Buffers, RawConnection, parse_usual, read_body
+from softlabels_client.http.replies import ParsedReply, RawStream, Reply, ReplyStream, check_length
 from softlabels_client.http.retry import (
     RETRIED_STATUSES,
     Deadline,
     RetryPolicy,
     connection_error,
-    is_transient,
     retry_after_s,
     status_error,
 )
@@ -38,10 +37,10 @@ MAX_ERROR_BYTES = 1 << 20
 """Longest body of an error reply that is read: problem details are a few sentences."""
 
 _MOST_HEADS = 64
-"""Request heads kept: a trainer sends one kind of request, and another for the last batch."""
+"""Request heads cached: a trainer sends one kind of request, and another for the last batch."""
 
 _STALE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
-"""Errors of a request on a kept connection that the server closed meanwhile."""
+"""Errors of a request on an idle connection that the server closed meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +56,16 @@ class _Request:
 class HttpTransport:
     """Requests to the server of one store, over connections that are kept alive.
 
-    Safe in threads and after fork: a child process opens its own connections. Pickles without its connections. Honours
-    HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, read when this is made.
+    Safe in threads and after fork: a child process opens its own connections. Pickles without connections. Honours
+    HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY as they are when it is made.
 
     Args:
         address: address of the store.
         token: bearer token, for a server that requires one.
         timeout_s: limit of one request, all retries included, seconds.
-        retry: when to send again.
+        retry: when to send a request again.
     Raises:
-        RequestError: an impossible timeout or token.
+        RequestError: a timeout or token that cannot be used.
     """
 
     def __init__(
@@ -102,14 +101,12 @@ class HttpTransport:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        """Send a request, again if need be, and return its whole reply, of status 200.
+        """Send a request, retrying it, and return its whole reply, of status 200.
 
         Args:
-            method: HTTP method.
+            method, body, headers: of the request; common headers are added.
             path: path below the server's base address.
             max_bytes: longest reply accepted; a longer one is refused before it is read.
-            body: body of the request.
-            headers: additional headers.
         Raises:
             TruncatedError: the reply was cut each time.
             WireError: the reply is longer than `max_bytes`, compressed, or of unknown length.
@@ -126,7 +123,7 @@ class HttpTransport:
                 raise
             except (OSError, http.client.HTTPException) as error:
                 failure = connection_error(error, url=url, timeout_s=self._timeout_s)
-                transient = is_transient(error)
+                transient = not isinstance(error, ssl.SSLCertVerificationError)
             else:
                 if reply.status == 200:
                     self._has_answered = True
@@ -135,7 +132,7 @@ class HttpTransport:
                 transient, asked_s = reply.status in RETRIED_STATUSES, retry_after_s(reply.headers)
             failures += 1
             try:
-                self._pause_or_give_up(failure, failures, request.deadline, transient=transient, asked_s=asked_s)
+                self.pause_or_raise(failure, failures, transient=transient, asked_s=asked_s, deadline=request.deadline)
             finally:
                 # A raised error refers to the frames it passed through; if they referred to it in turn, connections
                 # would stay open until the next collection of reference cycles.
@@ -146,37 +143,49 @@ class HttpTransport:
         request = self._prepared("GET", path, None, {"Accept": wire.MEDIA_TYPE}, 0)
         url = self._address.base_url + path
         try:
-            stream = self._open_raw(request) if self._is_raw else self._send_pooled(request)
+            with contextlib.ExitStack() as on_failure:
+                stream = self._open_raw(request) if self._is_raw else self._send_pooled(request)
+                on_failure.callback(stream.close)
+                if isinstance(stream, ParsedReply):
+                    stream.check_identity_encoding()
+                if stream.status == 200:
+                    self._has_answered = True
+                    on_failure.pop_all()
+                    return stream
+                assert isinstance(stream, ParsedReply), "the fast path is for status 200"
+                body = stream.read_whole(MAX_ERROR_BYTES, request.deadline)
         except WireError:
             raise
         except (OSError, http.client.HTTPException) as error:
             raise connection_error(error, url=url, timeout_s=self._timeout_s) from error
-        try:
-            if isinstance(stream, ParsedReply):
-                stream.check_identity_encoding()
-            if stream.status == 200:
-                self._has_answered = True
-                return stream
-            assert isinstance(stream, ParsedReply), "the fast path is for status 200"
-            body = stream.read_whole(MAX_ERROR_BYTES, request.deadline)
-        except (OSError, http.client.HTTPException) as error:
-            stream.close()
-            raise connection_error(error, url=url, timeout_s=self._timeout_s) from error
-        except BaseException:
-            stream.close()
-            raise
-        stream.close()
         raise status_error(stream.status, stream.headers, body, url=url)
 
-    def pause_or_raise(self, error: SoftLabelsError, failures: int) -> None:
-        """Wait before a stream is requested again; raise the error if that is pointless."""
-        transient = isinstance(error, TruncatedError | WireError | ServerUnreachableError)
-        if not transient or failures >= self._retry.attempts:
+    def pause_or_raise(
+        self,
+        failure: SoftLabelsError,
+        failures: int,
+        *,
+        transient: bool,
+        asked_s: float | None = None,
+        deadline: Deadline | None = None,
+    ) -> None:
+        """Wait before a request is sent again; raise its error if that is pointless.
+
+        Args:
+            failure: error of the last attempt.
+            failures: failed attempts in a row.
+            transient: whether the same request may succeed in a moment.
+            asked_s: pause that the server asks for, seconds.
+            deadline: the pause must end before it.
+        """
+        most = self._retry.attempts if self._has_answered else self._retry.attempts_at_first
+        pause_s = self._retry.pause_s(failures, asked_s=asked_s)
+        if not transient or failures >= most or (deadline is not None and not deadline.allows(pause_s)):
             try:
-                raise error
+                raise failure
             finally:
-                del error
-        time.sleep(self._retry.pause_s(failures))
+                del failure  # as in `request`
+        time.sleep(pause_s)
 
     def close(self) -> None:
         """Close idle connections; a later request opens a new one."""
@@ -212,58 +221,47 @@ class HttpTransport:
             deadline=Deadline(self._timeout_s),
         )
 
-    def _pause_or_give_up(
-        self, failure: SoftLabelsError, failures: int, deadline: Deadline, *, transient: bool, asked_s: float | None
-    ) -> None:
-        most = self._retry.attempts if self._has_answered else self._retry.attempts_at_first
-        pause_s = self._retry.pause_s(failures, asked_s=asked_s)
-        if not transient or failures >= most or not deadline.allows(pause_s):
-            try:
-                raise failure
-            finally:
-                del failure
-        time.sleep(pause_s)
-
     def _exchange(self, request: _Request) -> Reply:
         if not self._is_raw:
             return self._exchange_parsed(self._send_pooled(request), request)
-        kept = self._kept_connection()
-        if kept is not None:
+        self._forget_after_fork()
+        idle = None
+        with contextlib.suppress(IndexError):
+            idle = self._idle.pop()
+        if idle is not None:
+            # If the server closed it while idle, that says nothing about its health: a fresh connection decides.
             with contextlib.suppress(*_STALE):
-                return self._exchange_over(kept, request)
-            # Closed by the server while idle, which says nothing about its health: a fresh connection decides.
-        fresh = RawConnection(self._address.host, self._address.port, timeout=request.deadline.left_s())
-        return self._exchange_over(fresh, request)
+                return self._exchange_raw(idle, request)
+        return self._exchange_raw(self._new_connection(request), request)
 
-    def _exchange_over(self, connection: RawConnection, request: _Request) -> Reply:
+    def _new_connection(self, request: _Request) -> RawConnection:
+        return RawConnection(self._address.host, self._address.port, timeout=request.deadline.left_s())
+
+    def _exchange_raw(self, connection: RawConnection, request: _Request) -> Reply:
+        is_reusable = True
         try:
             if connection.sock is None:
                 connection.connect()
-            reply, keep = self._exchange_raw(connection, request)
+            head, buffer, begin, end = connection.ask(self._head_of(request), request.body, request.deadline)
+            usual = parse_usual(head)
+            received = memoryview(buffer)
+            if usual is None:
+                parsed, is_reusable = self._parsed(connection, request, bytes(received[:end]))
+                reply = self._exchange_parsed(parsed, request)
+            else:
+                headers, length = usual
+                check_length(length, request.max_bytes)
+                body = read_body(connection, length, received[begin:end], request.deadline, self._buffers)
+                reply = Reply(status=200, headers=headers, body=body)
         except BaseException:
             # KeyboardInterrupt too: half a reply may still arrive on this connection, so it cannot be used again.
             connection.close()
             raise
-        if keep:
+        if is_reusable:
             self._idle.append(connection)
         else:
             connection.close()
         return reply
-
-    def _exchange_raw(self, connection: RawConnection, request: _Request) -> tuple[Reply, bool]:
-        """Return the reply, and whether the connection can be used again."""
-        deadline = request.deadline
-        head, buffer, begin, end = connection.ask(self._head_of(request), request.body, deadline)
-        usual = parse_usual(head)
-        received = memoryview(buffer)
-        if usual is None:
-            parsed, keep = self._parsed(connection, request, bytes(received[:end]))
-            return self._exchange_parsed(parsed, request), keep
-        headers, length = usual
-        if length > request.max_bytes:
-            raise too_long(length, request.max_bytes)
-        body = read_body(connection, length, received[begin:end], deadline, self._buffers)
-        return Reply(status=200, headers=headers, body=body), True
 
     def _exchange_parsed(self, parsed: ParsedReply, request: _Request) -> Reply:
         limit = request.max_bytes if parsed.status == 200 else MAX_ERROR_BYTES
@@ -275,7 +273,7 @@ class HttpTransport:
         return Reply(status=parsed.status, headers=parsed.headers, body=body)
 
     def _open_raw(self, request: _Request) -> ReplyStream:
-        connection = RawConnection(self._address.host, self._address.port, timeout=request.deadline.left_s())
+        connection = self._new_connection(request)
         try:
             connection.connect()
             head, buffer, begin, end = connection.ask(self._head_of(request), None, request.deadline)
@@ -286,8 +284,16 @@ class HttpTransport:
             connection.close()
             raise
         headers, length = usual
-        received = bytes(memoryview(buffer)[begin:end])
-        return RawStream(connection, headers, length, received, lambda: Deadline(self._timeout_s), self._buffers)
+        return RawStream(
+            status=200,
+            headers=headers,
+            length=length,
+            timeout_s=self._timeout_s,
+            buffers=self._buffers,
+            close=connection.close,
+            connection=connection,
+            received=memoryview(bytes(buffer[begin:end])),
+        )
 
     def _parsed(self, connection: RawConnection, request: _Request, received: bytes) -> tuple[ParsedReply, bool]:
         """Let `http.client` parse an unusual reply; also return whether the connection can be used again."""
@@ -297,19 +303,19 @@ class HttpTransport:
             status=response.status,
             headers={name.lower(): value for name, value in response.getheaders()},
             length=response.length,
+            timeout_s=self._timeout_s,
+            buffers=self._buffers,
+            close=connection.close,
             chunked=response.chunked,
             read_once=response.read1,
             set_timeout=connection.use_timeout,
-            close=connection.close,
-            timeout_s=self._timeout_s,
-            buffers=self._buffers,
         )
         return parsed, not response.will_close
 
     def _send_pooled(self, request: _Request) -> ParsedReply:
         self._forget_after_fork()
         if self._pool is None:
-            # Imported only here: urllib3 takes 150 ms, and trainers on plain http never need it.
+            # Imported only here: importing urllib3 takes 150 ms, and trainers on plain http never need it.
             from softlabels_client.http.connection_pool import ConnectionPool
 
             self._pool = ConnectionPool(proxy=self._proxy, timeout_s=self._timeout_s, buffers=self._buffers)
@@ -319,7 +325,7 @@ class HttpTransport:
         )
 
     def _head_of(self, request: _Request) -> bytes:
-        """Return the bytes before a request's body; kept, since they are equal for every batch of an epoch."""
+        """Return the bytes before a request's body; cached, since they are equal for every batch of an epoch."""
         length = None if request.body is None else len(request.body)
         key = (request.method, request.target, length, *request.headers.items())
         head = self._heads.get(key)
@@ -334,12 +340,6 @@ class HttpTransport:
                 self._heads.clear()
             head = self._heads[key] = "\r\n".join([*lines, "", ""]).encode("ascii")
         return head
-
-    def _kept_connection(self) -> RawConnection | None:
-        self._forget_after_fork()
-        with contextlib.suppress(IndexError):
-            return self._idle.pop()
-        return None
 
     def _forget_after_fork(self) -> None:
         if self._process != os.getpid():

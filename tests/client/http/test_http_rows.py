@@ -57,7 +57,7 @@ class TestFetch:
     def test_a_field_that_the_store_lacks_is_not_asked_for(self, peer: Any, impostor: Any, quick: RetryPolicy) -> None:
         """The manifest says what there is."""
         rows = opened(peer, impostor, quick, impostor.batch())
-        with pytest.raises(UnknownFieldError, match="keeps no 'audio'"):
+        with pytest.raises(UnknownFieldError, match="has no 'audio'"):
             rows.fetch(IDS, ("audio",))
         assert len(peer.asked) == 1
 

@@ -20,8 +20,7 @@ from softlabels.softmath import soften
 from softlabels.store import LocalRows
 from softlabels.transfer_set import ArrayTransferSet
 from softlabels.views import ViewReplay, load_view_transform
-from softlabels_client.data.dataset import data_loader
-from softlabels_client.data.view_dataset import ViewDataset
+from softlabels_client.data.dataset import ViewDataset, data_loader
 
 PARTS = '''
 import numpy as np

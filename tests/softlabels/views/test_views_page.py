@@ -12,7 +12,7 @@ import softlabels
 from softlabels.precompute import load_job, precompute
 from softlabels.transfer_set import ArrayTransferSet
 from softlabels.wire import all_error_classes
-from softlabels_client.data.view_dataset import ViewDataset
+from softlabels_client.data.dataset import ViewDataset
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "views.md").read_text(encoding="utf-8")
 

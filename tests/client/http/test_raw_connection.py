@@ -12,7 +12,7 @@ import pytest
 import softlabels
 from softlabels import wire
 from softlabels.transfer_set import ArrayTransferSet
-from softlabels_client.http.buffers import Buffers
+from softlabels_client.http.raw_connection import Buffers
 
 LARGE = 1 << 17
 """Above the size below which memory is left to the allocator."""
