@@ -1,4 +1,4 @@
-"""SoftTargetDataset: inputs and soft targets paired by sample id, for torch's DataLoader; one request per batch."""
+"""Datasets for torch's DataLoader that pair inputs, or replayed views, with soft targets by id, a request per batch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
 
     Args:
         inputs: a transfer set, or a sequence, array or map-style torch data set together with `ids`; None takes the
-            store's own, if it keeps them.
+            store's own, if it has them.
         store: store of the targets, from `softlabels.open`.
         ids: [N] sample ids of `inputs`, unless it is a transfer set.
         temperature: temperature of the targets; the store's default when left out.
@@ -58,7 +58,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
             loads it, "always", or "never".
     Raises:
         TemperatureError, TemperatureLockedError: the store has no targets of this temperature.
-        UnknownFieldError: the store keeps no fingerprints to check, or no inputs where none were given.
+        UnknownFieldError: the store has no fingerprints to check, or no inputs where none were given.
         RequestError: an unknown `check`, ids missing, or a store of sequences.
     """
 
@@ -79,12 +79,12 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
             check_unlocked(wanted, captured=spec.captured, locked=spec.locked)
         if store.manifest.layout.kind == "sequences":
             raise RequestError(
-                f"{store.manifest.name!r} keeps sequences, one row per position: fetch ranges of them by "
+                f"{store.manifest.name!r} has sequences, one row per position: fetch ranges of them by "
                 "`store.batch(ids, spans=…)`, as clients/examples/tokens.py does"
             )
         if check != "never" and FINGERPRINTS not in store.manifest.arrays:
             raise UnknownFieldError(
-                f"{store.manifest.name!r} keeps no fingerprints, so inputs cannot be compared with those that the "
+                f"{store.manifest.name!r} has no fingerprints, so inputs cannot be compared with those that the "
                 "teacher saw; pass check='never' if you are certain that ids agree"
             )
         self.samples = StoreInputs(store, ids) if inputs is None else as_transfer_set(inputs, ids)
@@ -97,7 +97,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
         return len(self.samples)
 
     def __getitem__(self, position: int) -> DistillationBatch:
-        """Return one sample as a batch of one row, by one request; loaders read whole batches instead."""
+        """Return one sample as a batch of one row, by a request of its own; loaders read whole batches instead."""
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> DistillationBatch:
@@ -108,7 +108,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
             UnknownIdError: the store has no targets for a sample.
         """
         wanted = np.asarray(positions, dtype=np.int64)
-        if not len(wanted):  # some ranks at the last step, if fewer samples than ranks are left
+        if not len(wanted):  # on some ranks at the last step, if fewer samples than ranks are left
             return self[0].first(0)
         checked = self.checks(wanted)
         if isinstance(self.samples, StoreInputs):
@@ -130,9 +130,9 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
         """Return a batch of samples and the targets fetched for their ids, in the same order.
 
         Args:
-            samples: samples at `positions`.
+            samples: samples at `positions`, [B], in the data set.
             targets: their targets; with fingerprints if `checks` requires them.
-            positions: [B] positions in the data set.
+            positions: [B].
         Raises:
             FingerprintMismatchError: an input is not the one that the targets of its id were computed for.
         """
@@ -157,11 +157,87 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
             f"{int(differs.sum())} of {len(ids)} inputs are not those that the targets of {manifest.name!r} were "
             f"computed for, for example ids {', '.join(map(repr, wrong))}; a sample here is {inputs.dtype}"
             f"{list(inputs.shape[1:])}. Order, ids, dtype or preprocessing differ from transfer set "
-            f"{manifest.transfer_set.name!r}, and the student would learn the targets of other samples: load the data "
+            f"{manifest.transfer_set.name!r}, so the student would learn the targets of other samples: load the data "
             "as the teacher's job did",
             ids=wrong,
             mismatched=int(differs.sum()),
         )
+
+
+class ViewDataset(SoftTargetDataset):
+    """As `SoftTargetDataset`, for a store of views: epoch e shows view e modulo their number of every sample.
+
+    Views are replayed from the parameters, or the seed, that the store has for each.
+
+    Args:
+        inputs: the samples before augmentation.
+        store: a store of views.
+        transform: transform of the views; when left out, the manifest's reference is loaded.
+        ids, temperature: as in `SoftTargetDataset`.
+        check: as in `SoftTargetDataset`, for replayed views. "always" accepts other library versions, since every view
+            that differs is found.
+        base: folder that a file reference to the transform is relative to.
+    Raises:
+        RequestError: the store has no views. ViewReplayError: another transform or other library versions than in the
+        manifest. ReferenceLoadError: the reference cannot be loaded here. And as `SoftTargetDataset`.
+    """
+
+    def __init__(
+        self,
+        inputs: TransferSet | MapStyleDataset | None,
+        store: TargetStore,
+        *,
+        transform: ViewTransform | Any = None,
+        ids: Iterable[Any] | NDArray[Any] | None = None,
+        temperature: float | None = None,
+        check: Check = "first",
+        base: Path | None = None,
+    ) -> None:
+        if inputs is None:
+            raise RequestError(f"{store.manifest.name!r} has views of samples, not the samples: pass your inputs")
+        super().__init__(inputs, store, ids=ids, temperature=temperature, check=check)
+        spec = store.manifest.views
+        if store.manifest.layout.kind != "views" or spec is None:
+            raise RequestError(f"{store.manifest.name!r} has no views to replay: use SoftTargetDataset")
+        if transform is None:
+            made = load_view_transform(spec.transform, arguments=spec.arguments, base=base)
+        else:
+            made = as_view_transform(transform, arguments=spec.arguments)
+        self._replay = ViewReplay(store.manifest, made, other_versions=check == "always")
+        # In shared memory: persistent workers of a loader have a copy of everything else, made before the first epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    def show_epoch(self, epoch: int) -> None:
+        """Switch to the view of this epoch; loaders call this."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def view(self) -> int:
+        """View of every sample in the current epoch."""
+        return int(self._epoch) % self.store.manifest.layout.views
+
+    def __getitems__(self, positions: Sequence[int]) -> DistillationBatch:
+        """Return the current view of the samples at these positions as one batch, by one request.
+
+        Raises:
+            FingerprintMismatchError: a replayed view is not the one that the teacher saw.
+            ViewReplayError: it cannot be replayed here.
+        """
+        wanted = np.asarray(positions, dtype=np.int64)
+        if not len(wanted):
+            return self[0].first(0)
+        samples = self.samples.take(wanted)
+        views = np.full(len(wanted), self.view, dtype=np.int64)
+        targets = self.store.batch(
+            samples.ids,
+            temperature=self.temperature,
+            views=views,
+            labels=samples.labels is None,
+            fingerprints=self.checks(wanted),
+            view_parameters=bool(self._replay.parameters),
+        )
+        made = self._replay.views(samples.inputs, samples.ids, views, targets.view_parameters)
+        return self.pair(Samples(ids=samples.ids, inputs=made, labels=samples.labels), targets, wanted)
 
 
 def data_loader(
@@ -218,57 +294,48 @@ def data_loader(
 
 
 def samples_in(targets: SoftTargets) -> Samples:
-    """Return the samples that came with their targets, from a store that keeps both."""
+    """Return the samples that came with their targets, from a store that has both."""
     assert targets.inputs is not None
     return Samples(ids=targets.ids, inputs=targets.inputs, labels=targets.labels)
 
 
 def _tensor(inputs: NDArray[Any]) -> torch.Tensor:
-    # torch has no read-only tensors: memory-mapped arrays and views of a reply are copied.
+    # torch has no read-only tensors, so memory-mapped arrays and views of a reply are copied.
     return torch.from_numpy(inputs if inputs.flags.writeable else inputs.copy())
 
 
 class StoreInputs:
-    """The samples that a store keeps beside its targets, as a transfer set.
+    """The samples that a store has beside its targets, as a transfer set.
 
     Args:
         store: local or served store.
         ids: [N] ids of the samples to use; all of the store's when None.
     Raises:
-        UnknownFieldError: the store keeps no inputs.
+        UnknownFieldError: the store has no inputs.
     """
 
     def __init__(self, store: TargetStore, ids: Iterable[Any] | NDArray[Any] | None = None) -> None:
         if INPUTS not in store.manifest.arrays:
             raise UnknownFieldError(
-                f"{store.manifest.name!r} keeps no inputs, so a student cannot be trained from it alone: pass the "
+                f"{store.manifest.name!r} has no inputs, so a student cannot be trained from it alone: pass the "
                 "inputs, or precompute with `inputs = true` in the job's [store] table",
                 field=INPUTS,
             )
         self._store = store
         self.ids = store.ids() if ids is None else as_ids(ids)
-
-    @property
-    def name(self) -> str:
-        """Name of the transfer set that the targets were computed for."""
-        return self._store.manifest.transfer_set.name
+        self.name = store.manifest.transfer_set.name
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
         """Return the samples at these positions, in this order, by one request; positions may repeat."""
-        targets = self._store.batch(self.ids[positions], inputs=True)
-        assert targets.inputs is not None
-        return Samples(ids=targets.ids, inputs=targets.inputs, labels=targets.labels)
+        return samples_in(self._store.batch(self.ids[positions], inputs=True))
 
 
 def as_transfer_set(inputs: TransferSet | MapStyleDataset, ids: Iterable[Any] | NDArray[Any] | None) -> TransferSet:
-    """Return the trainer's data as a transfer set.
+    """Return the trainer's data, whose ids are its own or `ids`, as a transfer set.
 
-    Args:
-        inputs: a transfer set, which has ids, or a sequence, array or map-style torch data set.
-        ids: sample ids of the latter; None for a transfer set.
     Raises:
         RequestError: ids are missing, or given twice.
     """
@@ -279,96 +346,9 @@ def as_transfer_set(inputs: TransferSet | MapStyleDataset, ids: Iterable[Any] | 
         return cast(TransferSet, inputs)
     if ids is None:
         raise RequestError(
-            "these inputs have no sample ids: pass `ids`, the ids that their targets were computed for; a position "
-            "in a shuffled or filtered data set is not an id, and targets would silently go to other samples"
+            "these inputs have no sample ids: pass `ids`, those that their targets were computed for; a position in a "
+            "shuffled or filtered data set is not an id, and targets would silently go to other samples"
         )
     if isinstance(inputs, np.ndarray):
         return ArrayTransferSet("inputs", inputs, ids=as_ids(ids))
     return SequenceTransferSet(cast(MapStyleDataset, inputs), ids=ids, name=type(inputs).__name__)
-
-
-# MERGED from softlabels_client.data.dataset: ViewDataset: replays the augmented views that the teacher saw, checked by fingerprint, with their targets.
-
-
-with needs_extra("torch", "training a student"):
-    import torch
-
-
-class ViewDataset(SoftTargetDataset):
-    """As `SoftTargetDataset`, for a store of views: epoch e shows view e modulo their number of every sample.
-
-    A view's parameters, or its seed, come with its target; the input is replayed from them.
-
-    Args:
-        inputs: the samples before augmentation; see `SoftTargetDataset`.
-        store: one that keeps views.
-        transform: transform of the views; when left out, the manifest's reference is loaded.
-        ids, temperature: as in `SoftTargetDataset`.
-        check: when to compare a replayed view's fingerprint with that of the teacher's view: the "first" time that a
-            process shows a sample, "always", or "never". "always" accepts other library versions, since every view that
-            differs is found.
-        base: folder that a file reference to the transform is relative to.
-    Raises:
-        RequestError: the store keeps no views. ViewReplayError: another transform or other library versions than in the
-        manifest. ReferenceLoadError: the reference cannot be loaded here. And as `SoftTargetDataset`.
-    """
-
-    def __init__(
-        self,
-        inputs: TransferSet | MapStyleDataset | None,
-        store: TargetStore,
-        *,
-        transform: ViewTransform | Any = None,
-        ids: Iterable[Any] | NDArray[Any] | None = None,
-        temperature: float | None = None,
-        check: Check = "first",
-        base: Path | None = None,
-    ) -> None:
-        if inputs is None:
-            raise RequestError(f"{store.manifest.name!r} keeps views of samples, not the samples: pass your inputs")
-        super().__init__(inputs, store, ids=ids, temperature=temperature, check=check)
-        spec = store.manifest.views
-        if store.manifest.layout.kind != "views" or spec is None:
-            raise RequestError(
-                f"{store.manifest.name!r} keeps no views that could be made again: use SoftTargetDataset"
-            )
-        made = (
-            load_view_transform(spec.transform, arguments=spec.arguments, base=base)
-            if transform is None
-            else as_view_transform(transform, arguments=spec.arguments)
-        )
-        self._replay = ViewReplay(store.manifest, made, other_versions=check == "always")
-        # In shared memory, since persistent workers of a loader keep their own copy of everything else.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-
-    def show_epoch(self, epoch: int) -> None:
-        """Switch to the view of this epoch; loaders call this."""
-        self._epoch.fill_(epoch)
-
-    @property
-    def view(self) -> int:
-        """View of every sample that is shown now."""
-        return int(self._epoch) % self.store.manifest.layout.views
-
-    def __getitems__(self, positions: Sequence[int]) -> DistillationBatch:
-        """Return the current view of the samples at these positions as one batch, by one request.
-
-        Raises:
-            FingerprintMismatchError: a replayed view is not the one that the teacher saw.
-            ViewReplayError: it cannot be replayed here.
-        """
-        wanted = np.asarray(positions, dtype=np.int64)
-        if not len(wanted):
-            return self[0].first(0)
-        samples = self.samples.take(wanted)
-        views = np.full(len(wanted), self.view, dtype=np.int64)
-        targets: SoftTargets = self.store.batch(
-            samples.ids,
-            temperature=self.temperature,
-            views=views,
-            labels=samples.labels is None,
-            fingerprints=self.checks(wanted),
-            view_parameters=bool(self._replay.parameters),
-        )
-        made = self._replay.views(samples.inputs, samples.ids, views, targets.view_parameters)
-        return self.pair(Samples(ids=samples.ids, inputs=made, labels=samples.labels), targets, wanted)
