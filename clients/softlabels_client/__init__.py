@@ -61,7 +61,7 @@ _NEEDS_TORCH = {
     "SoftTargetStream": "data.stream_dataset",
     "StatefulLoader": "data.loader",
     "TensorBoardLog": "training.training_log",
-    "ViewDataset": "data.view_dataset",
+    "ViewDataset": "data.dataset",
     "collate_batches": "data.distillation_batch",
     "count_errors": "training.step",
     "data_loader": "data.dataset",
