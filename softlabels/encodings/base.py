@@ -1,12 +1,11 @@
-"""What every encoding does: the `Encoding` protocol, and base classes for rows of logits and for packed bytes."""
+"""Base classes of encodings: `Encoding`, written once over NumPy and torch, and `PackedRows` for rows of bytes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,52 +43,44 @@ class Field:
         return self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
 
 
-class Encoding(Protocol):
-    """How one distribution over `classes` classes becomes bytes.
+class Encoding(ABC):
+    """How one distribution over `classes` classes becomes bytes. Subclasses are frozen dataclasses.
 
     Rows are logits up to a row constant, shifted so that a row's largest is 0, and decode to such rows. A row has a
     fixed size, so its address in a file is arithmetic. The same bytes decode to the same bits in NumPy and torch
     (except `hidden`, which multiplies matrices of floats). The same rows encode to the same bytes, except for values
     that lie on a rounding edge.
+
+    Attributes:
+        classes: C.
+        row_kind: what a row given to `encode` is. Only logits can be averaged over an ensemble.
+        retemperable: whether decoded rows may be brought to another temperature. If not (truncated and sampled rows),
+            rows are tempered at the captured temperature before they are encoded.
     """
 
+    classes: int
+    row_kind: RowKind = "logits"
+    retemperable: bool
+
     @property
+    @abstractmethod
     def name(self) -> str:
         """Name in job files and manifests."""
-        ...
 
     @property
-    def classes(self) -> int:
-        """Number of classes."""
-        ...
-
-    @property
+    @abstractmethod
     def params(self) -> Mapping[str, Any]:
         """JSON parameters from which `make_encoding` rebuilds the encoding, beside name, classes and constants."""
-        ...
 
     @property
     def constants(self) -> Mapping[str, NDArray[Any]]:
         """Arrays that belong to one store and are needed to decode its rows; empty for most encodings."""
-        ...
+        return {}
 
     @property
+    @abstractmethod
     def fields(self) -> Mapping[str, Field]:
         """The arrays that rows are kept in, by name."""
-        ...
-
-    @property
-    def row_kind(self) -> RowKind:
-        """What a row given to `encode` is. Only logits can be averaged over an ensemble."""
-        ...
-
-    @property
-    def retemperable(self) -> bool:
-        """Whether decoded rows may be brought to another temperature.
-
-        If not (truncated and sampled rows), rows are tempered at the captured temperature before they are encoded.
-        """
-        ...
 
     def encode(
         self, rows_BW: NDArray[np.floating[Any]], /, *, keys_B: NDArray[np.uint64] | None = None
@@ -105,67 +96,47 @@ class Encoding(Protocol):
         Raises:
             EncodingError: a row is outside the range of this encoding; `context["rows"]` has the row numbers.
         """
-        ...
+        return self._encode(NUMPY, np.asarray(rows_BW), keys_B)
 
     def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Decode to logits, up to a row constant; -inf is a probability of 0. Leading dimensions are kept."""
-        ...
+        decoded: NDArray[np.float32] = self._decode(NUMPY, encoded)
+        return decoded
 
     def encode_torch(self, rows_BW: Tensor, /, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
         """`encode` on the tensor's device, to the same bytes; `keys_B` stays on the host."""
-        ...
+        return self._encode(torch_ops(), rows_BW, keys_B)
 
     def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
         """`decode` on the tensors' device, to the same bits."""
-        ...
+        decoded: Tensor = self._decode(torch_ops(), encoded)
+        return decoded
 
     def decode_rows(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Decode to rows of the kind that `encode` takes, which is cheaper than `decode` for hidden states."""
-        ...
-
-    def logits_of(self, rows_BW: NDArray[np.floating[Any]], /) -> NDArray[np.floating[Any]]:
-        """Return the logits that rows of this kind stand for: the rows themselves, unless they are hidden states."""
-        ...
-
-    def logits_of_torch(self, rows_BW: Tensor, /) -> Tensor:
-        """`logits_of` on the tensor's device."""
-        ...
-
-
-class LogitsEncoding(ABC):
-    """The members of `Encoding` that all encodings of logits share."""
-
-    @property
-    def row_kind(self) -> RowKind:
-        """Rows are logits."""
-        return "logits"
-
-    @property
-    def constants(self) -> Mapping[str, NDArray[Any]]:
-        """No arrays, unless a subclass has learnt some."""
-        return {}
-
-    @abstractmethod
-    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Decode rows."""
-
-    def decode_rows(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Decode rows: the logits."""
         return self.decode(encoded)
 
     def logits_of(self, rows_BW: NDArray[np.floating[Any]], /) -> NDArray[np.floating[Any]]:
-        """Return the rows, which are logits."""
+        """Return the logits that rows of this kind stand for: the rows themselves, unless they are hidden states."""
         return rows_BW
 
     def logits_of_torch(self, rows_BW: Tensor, /) -> Tensor:
-        """Return the rows, which are logits."""
+        """`logits_of` on the tensor's device."""
         return rows_BW
 
+    @abstractmethod
+    def _encode(self, ops: Ops, rows_BW: Array, keys_B: NDArray[np.uint64] | None) -> dict[str, Array]: ...
 
-class PackedRows(LogitsEncoding):
-    """An encoding whose row is one run of bytes in the array `targets`, written once over `Ops`."""
+    @abstractmethod
+    def _decode(self, ops: Ops, encoded: Mapping[str, Array]) -> Array: ...
 
-    classes: int
+    def __getstate__(self) -> dict[str, Any]:
+        # Cached properties are not pickled: they may hold tensors on a device that the other process does not have.
+        return {field.name: getattr(self, field.name) for field in fields(cast("DataclassInstance", self))}
+
+
+class PackedRows(Encoding):
+    """An encoding whose row is one run of bytes in the array `targets`."""
 
     @property
     @abstractmethod
@@ -180,63 +151,29 @@ class PackedRows(LogitsEncoding):
     def _unpack(self, ops: Ops, bytes_BS: Array) -> Array:
         """Return bytes as logits, float32 [B, classes]."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Cached properties are not pickled: they may hold tensors on a device that the other process does not have.
-        return {field.name: getattr(self, field.name) for field in fields(cast("DataclassInstance", self))}
-
     @property
     def fields(self) -> Mapping[str, Field]:
         """One array, uint8 [rows, bytes]."""
         return {TARGETS: Field(dtype=np.dtype("u1"), row_shape=(self.size_bytes,))}
 
-    def encode(
-        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """Encode rows. Raises EncodingError for what the class's docstring lists as refused."""
-        check_shape(logits_BC.shape, self.classes, keys_B)
-        packed = np.empty((len(logits_BC), self.size_bytes), dtype=np.uint8)
-        self._pack_blocks(NUMPY, logits_BC, keys_B, packed)
-        return {TARGETS: packed}
-
-    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Decode rows; leading dimensions (views, members) are kept."""
-        packed = encoded[TARGETS]
-        decoded: NDArray[np.float32] = self._unpack(NUMPY, packed.reshape(-1, self.size_bytes))
-        return decoded.reshape(*packed.shape[:-1], self.classes)
-
-    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
-        """Encode rows on their device."""
-        import torch
-
-        check_shape(tuple(logits_BC.shape), self.classes, keys_B)
-        if logits_BC.device.type != "cpu" or len(logits_BC) == 0:
-            return {TARGETS: self._pack(torch_ops(), logits_BC, keys_B)}
-        packed = logits_BC.new_empty((len(logits_BC), self.size_bytes), dtype=torch.uint8)
-        self._pack_blocks(torch_ops(), logits_BC, keys_B, packed)
-        return {TARGETS: packed}
-
-    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        """Decode rows on their device; leading dimensions are kept."""
-        packed = encoded[TARGETS]
-        decoded: Tensor = self._unpack(torch_ops(), packed.reshape(-1, self.size_bytes))
-        return decoded.reshape(*packed.shape[:-1], self.classes)
-
-    def _pack_blocks(self, ops: Ops, logits_BC: Array, keys_B: NDArray[np.uint64] | None, packed: Array) -> None:
+    def _encode(self, ops: Ops, rows_BW: Array, keys_B: NDArray[np.uint64] | None) -> dict[str, Array]:
+        check_shape(rows_BW, self.classes, keys_B)
+        if str(rows_BW.device) != "cpu":
+            return {TARGETS: self._pack(ops, rows_BW, keys_B)}
+        packed = ops.zeros((len(rows_BW), self.size_bytes), "u1", rows_BW)
         step = max(1, _BLOCK_ENTRIES // self.classes)
-        for start in range(0, len(logits_BC), step):
-            part = slice(start, start + step)
-            with _rows_numbered_from(start):
-                packed[part] = self._pack(ops, logits_BC[part], None if keys_B is None else keys_B[part])
+        for start in range(0, len(rows_BW), step):
+            block = slice(start, start + step)
+            try:
+                packed[block] = self._pack(ops, rows_BW[block], None if keys_B is None else keys_B[block])
+            except EncodingError as error:  # which numbers the rows of its block from 0
+                error.context["rows"] = [row + start for row in error.context.get("rows", [])]
+                raise
+        return {TARGETS: packed}
 
-
-@contextmanager
-def _rows_numbered_from(start: int) -> Iterator[None]:
-    """Add the block's first row number to the rows that an EncodingError names."""
-    try:
-        yield
-    except EncodingError as error:
-        error.context["rows"] = [row + start for row in error.context.get("rows", [])]
-        raise
+    def _decode(self, ops: Ops, encoded: Mapping[str, Array]) -> Array:
+        packed = encoded[TARGETS]
+        return self._unpack(ops, packed.reshape(-1, self.size_bytes)).reshape(*packed.shape[:-1], self.classes)
 
 
 def encoding_label(encoding: Encoding) -> str:
@@ -249,16 +186,15 @@ def row_bytes(encoding: Encoding) -> int:
     return sum(field.row_bytes for field in encoding.fields.values())
 
 
-def check_shape(shape: tuple[int, ...], classes: int, keys_B: NDArray[np.uint64] | None = None) -> None:
-    """Raise ShapeMismatchError unless the shape is [rows, classes] and there is one key for each row."""
-    if len(shape) != 2 or shape[1] != classes:
+def check_shape(rows_BW: Array, width: int, keys_B: NDArray[np.uint64] | None = None, *, what: str = "classes") -> None:
+    """Raise ShapeMismatchError unless rows have the shape [rows, width] and there is one key for each."""
+    shape = list(rows_BW.shape)
+    if len(shape) != 2 or shape[1] != width:
         raise ShapeMismatchError(
-            f"this encoding holds rows of {classes} classes and was given an array of shape {list(shape)}; give "
-            f"[rows, {classes}]",
-            shape=list(shape),
-            classes=classes,
+            f"this encoding holds rows of {width} {what} and was given an array of shape {shape}; give [rows, {width}]",
+            **{"shape": shape, what: width},
         )
-    if keys_B is not None and keys_B.shape != shape[:1]:
+    if keys_B is not None and keys_B.shape != (shape[0],):
         keys = list(keys_B.shape)
         raise ShapeMismatchError(f"{shape[0]} rows need as many keys, not {keys}", rows=shape[0], keys=keys)
 

@@ -10,23 +10,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.array_ops import NUMPY, Array, Ops, torch_ops
-from softlabels.encodings.base import TARGETS, Field, LogitsEncoding, check_shape
+from softlabels.encodings.array_ops import NUMPY, Array, Ops
+from softlabels.encodings.base import TARGETS, Encoding, Field, check_shape
 from softlabels.errors import EncodingError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _BF16_INFINITY = 0x7F80
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseEncoding(LogitsEncoding):
+class DenseEncoding(Encoding):
     """Base of the dense encodings, which differ in how they narrow and widen an array."""
 
     classes: int
@@ -46,37 +43,18 @@ class DenseEncoding(LogitsEncoding):
         """One array, [rows, classes]."""
         return {TARGETS: Field(dtype=np.dtype(self.dtype), row_shape=(self.classes,))}
 
-    def encode(
-        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """Encode rows. Raises EncodingError for rows that are no distributions or out of range."""
-        return {TARGETS: self._narrow(np.asarray(logits_BC))}
-
-    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Widen to float32, exactly."""
-        return self._widen(np.asarray(encoded[TARGETS]))
-
-    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
-        """Encode rows on their device."""
-        return {TARGETS: self._narrow_torch(logits_BC)}
-
-    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        """Widen to float32 on the tensor's device, exactly."""
-        return encoded[TARGETS].float()
-
     @abstractmethod
-    def _narrow(self, rows_BC: NDArray[Any]) -> NDArray[Any]:
+    def _narrow(self, ops: Ops, rows_BC: Array) -> Array:
         """Check rows and convert them to the kept type."""
 
-    @abstractmethod
-    def _narrow_torch(self, rows_BC: Tensor) -> Tensor:
-        """`_narrow` on the tensor's device."""
+    def _encode(self, ops: Ops, rows_BW: Array, keys_B: NDArray[np.uint64] | None) -> dict[str, Array]:
+        return {TARGETS: ops.contiguous(self._narrow(ops, rows_BW))}
 
-    def _widen(self, kept: NDArray[Any]) -> NDArray[np.float32]:
-        return kept.astype(np.float32, copy=False)
+    def _decode(self, ops: Ops, encoded: Mapping[str, Array]) -> Array:
+        return ops.cast(encoded[TARGETS], "f4")
 
     def _check_rows(self, ops: Ops, rows_BC: Array) -> None:
-        check_shape(tuple(rows_BC.shape), self.classes)
+        check_shape(rows_BC, self.classes)
         if len(rows_BC) == 0:
             return
         # A finite maximum means no NaN, no +inf, and at least one class with a probability.
@@ -104,14 +82,9 @@ class F32(DenseEncoding):
     name = "f32"
     dtype: ClassVar[str] = "<f4"
 
-    def _narrow(self, rows_BC: NDArray[Any]) -> NDArray[Any]:
-        rows = np.ascontiguousarray(rows_BC, dtype="<f4")
-        self._check_rows(NUMPY, rows)
-        return rows
-
-    def _narrow_torch(self, rows_BC: Tensor) -> Tensor:
-        rows = rows_BC.float().contiguous()
-        self._check_rows(torch_ops(), rows)
+    def _narrow(self, ops: Ops, rows_BC: Array) -> Array:
+        rows = ops.cast(rows_BC, "f4")
+        self._check_rows(ops, rows)
         return rows
 
 
@@ -123,18 +96,11 @@ class F16(DenseEncoding):
     dtype: ClassVar[str] = "<f2"
     largest: ClassVar[str] = "65,504"
 
-    def _narrow(self, rows_BC: NDArray[Any]) -> NDArray[Any]:
-        self._check_rows(NUMPY, rows_BC)
-        with np.errstate(over="ignore"):
-            rounded: NDArray[Any] = rows_BC.astype("<f2")
-        self._check_range(NUMPY, np.isinf(rounded))
+    def _narrow(self, ops: Ops, rows_BC: Array) -> Array:
+        self._check_rows(ops, rows_BC)
+        rounded = ops.cast(rows_BC, "f2")
+        self._check_range(ops, ops.xp.isinf(rounded))
         return rounded
-
-    def _narrow_torch(self, rows_BC: Tensor) -> Tensor:
-        self._check_rows(torch_ops(), rows_BC)
-        rounded = rows_BC.half()
-        self._check_range(torch_ops(), rounded.isinf())
-        return rounded.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,29 +111,25 @@ class BF16(DenseEncoding):
     dtype: ClassVar[str] = "<u2"
     largest: ClassVar[str] = "3.39e38"
 
-    def _narrow(self, rows_BC: NDArray[Any]) -> NDArray[Any]:
-        rows = np.ascontiguousarray(rows_BC, dtype="<f4")
-        self._check_rows(NUMPY, rows)
-        bits = rows.view("<u4")
+    def _narrow(self, ops: Ops, rows_BC: Array) -> Array:
+        if ops is not NUMPY:
+            self._check_rows(ops, rows_BC)
+            rounded = rows_BC.bfloat16()
+            self._check_range(ops, rounded.isinf() & rows_BC.isfinite())
+            return rounded.view(ops.xp.uint16)
+        rows = ops.cast(rows_BC, "f4")
+        self._check_rows(ops, rows)
+        bits = ops.bits(rows, "u4")
         # Round half to even: add just under half of the dropped half-word, and 1 more if the kept half-word is odd.
-        rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-        self._check_range(NUMPY, ((rounded & np.uint32(0x7FFF)) == _BF16_INFINITY) & np.isfinite(rows))
-        kept: NDArray[Any] = rounded.astype("<u2")
-        return kept
+        bits = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+        self._check_range(ops, ((bits & np.uint32(0x7FFF)) == _BF16_INFINITY) & np.isfinite(rows))
+        return bits.astype("<u2")
 
-    def _narrow_torch(self, rows_BC: Tensor) -> Tensor:
-        import torch
+    def _decode(self, ops: Ops, encoded: Mapping[str, Array]) -> Array:
+        kept = encoded[TARGETS]
+        return widened_bf16(kept) if ops is NUMPY else kept.view(ops.xp.bfloat16).float()
 
-        self._check_rows(torch_ops(), rows_BC)
-        rounded = rows_BC.bfloat16().contiguous()
-        self._check_range(torch_ops(), rounded.isinf() & rows_BC.isfinite())
-        return rounded.view(torch.uint16)
 
-    def _widen(self, kept: NDArray[Any]) -> NDArray[np.float32]:
-        return (kept.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        """Widen to float32 on the tensor's device, exactly."""
-        import torch
-
-        return encoded[TARGETS].view(torch.bfloat16).float()
+def widened_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return float32 of bfloat16's 16 bits, exactly."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

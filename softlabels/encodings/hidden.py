@@ -17,17 +17,17 @@ Legend: B rows, C classes, D width of the hidden states.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.array_ops import NUMPY, Array, Ops, torch_ops
-from softlabels.encodings.base import TARGETS, Field, RowKind
-from softlabels.encodings.dense import BF16, F16, F32, DenseEncoding
-from softlabels.errors import EncodingError, ShapeMismatchError, UnknownEncodingError
+from softlabels.encodings.array_ops import NUMPY, Array, Ops
+from softlabels.encodings.base import TARGETS, Encoding, Field, check_shape
+from softlabels.encodings.dense import BF16, F16, F32, DenseEncoding, widened_bf16
+from softlabels.errors import EncodingError, UnknownEncodingError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ _LARGEST_FACTOR = 1e30  # of `scale` and `softcap`: any integer is allowed in JS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Hidden:
+class Hidden(Encoding):
     """Hidden states, and the head that turns them into logits.
 
     Attributes:
@@ -58,6 +58,7 @@ class Hidden:
     """
 
     name = "hidden"
+    row_kind = "hidden_states"
     retemperable = True
 
     classes: int
@@ -71,15 +72,6 @@ class Hidden:
         problem = _find_problem(self)
         if problem:
             raise UnknownEncodingError(f"encoding 'hidden' cannot be made: {problem}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Cached properties are not pickled: they may hold tensors on a device that the other process does not have.
-        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
-
-    @property
-    def row_kind(self) -> RowKind:
-        """Rows are hidden states."""
-        return "hidden_states"
 
     @property
     def width(self) -> int:
@@ -106,32 +98,14 @@ class Hidden:
             SCALES: Field(dtype=np.dtype("<f4"), row_shape=(1,)),
         }
 
-    def encode(
-        self, hidden_BD: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """Encode hidden states. Raises EncodingError for NaN, ±inf and numbers outside the type's range."""
-        self._check_rows(NUMPY, hidden_BD)
-        if self.kept_as == "q8":
-            codes_BD, scale_B1 = _quantise(NUMPY, np.asarray(hidden_BD))
-            return {TARGETS: codes_BD.astype(np.int8), SCALES: scale_B1}
-        try:
-            return self._dense.encode(hidden_BD)
-        except EncodingError as error:
-            raise _out_of_range(error, self.kept_as) from error
-
-    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Decode to logits_BC, each row's largest 0; leading dimensions are kept."""
-        return self.logits_of(self.decode_rows(encoded))
-
     def decode_rows(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Decode to hidden states, [B, D] float32: for a student's own head, or for few of the classes."""
-        if self.kept_as != "q8":
-            return self._dense.decode(encoded)
-        return np.asarray(encoded[TARGETS]).astype(np.float32) * np.asarray(encoded[SCALES], dtype=np.float32)
+        rows_BD: NDArray[np.float32] = self._decode_rows(NUMPY, encoded)
+        return rows_BD
 
-    def logits_of(self, hidden_BD: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    def logits_of(self, rows_BW: NDArray[np.floating[Any]], /) -> NDArray[np.float32]:
         """Return the head's logits of hidden states, each row's largest 0."""
-        z = np.asarray(hidden_BD, dtype=np.float32) @ self._head_DC
+        z = np.asarray(rows_BW, dtype=np.float32) @ self._head_DC
         if self.bias_C is not None:
             z += self.bias_C
         if self.scale != 1:
@@ -142,33 +116,14 @@ class Hidden:
             z -= z.max(axis=-1, keepdims=True)
         return z
 
-    def encode_torch(self, hidden_BD: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
-        """`encode` on the tensor's device, to the same bytes."""
-        self._check_rows(torch_ops(), hidden_BD)
-        if self.kept_as == "q8":
-            import torch
-
-            codes_BD, scale_B1 = _quantise(torch_ops(), hidden_BD)
-            return {TARGETS: codes_BD.to(torch.int8), SCALES: scale_B1}
-        try:
-            return self._dense.encode_torch(hidden_BD)
-        except EncodingError as error:
-            raise _out_of_range(error, self.kept_as) from error
-
-    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        """`decode` on the tensors' device."""
-        if self.kept_as != "q8":
-            return self.logits_of_torch(self._dense.decode_torch(encoded))
-        return self.logits_of_torch(encoded[TARGETS].float() * encoded[SCALES])
-
-    def logits_of_torch(self, hidden_BD: Tensor) -> Tensor:
+    def logits_of_torch(self, rows_BW: Tensor, /) -> Tensor:
         """`logits_of` on the tensor's device."""
         import torch
 
-        head_CD, bias_C = self._head_on(hidden_BD.device)
+        head_CD, bias_C = self._head_on(rows_BW.device)
         # Autocast would round the product to half precision.
-        with torch.autocast(hidden_BD.device.type, enabled=False):
-            z = torch.nn.functional.linear(hidden_BD.float(), head_CD, bias_C)
+        with torch.autocast(rows_BW.device.type, enabled=False):
+            z = torch.nn.functional.linear(rows_BW.float(), head_CD, bias_C)
         if self.scale != 1:
             z = z * self.scale
         if self.softcap:
@@ -196,18 +151,32 @@ class Hidden:
             self._heads_by_device[device] = head_CD.to(device), bias_C
         return self._heads_by_device[device]
 
-    def _check_rows(self, ops: Ops, hidden_BD: Array) -> None:
-        shape = tuple(hidden_BD.shape)
-        if len(shape) != 2 or shape[1] != self.width:
-            raise ShapeMismatchError(
-                f"this encoding holds hidden states of {self.width} numbers and was given {list(shape)}; give [rows, "
-                f"{self.width}]",
-                shape=list(shape),
-                width=self.width,
-            )
-        rows = ops.rows_where(~ops.xp.isfinite(hidden_BD).all(-1)) if shape[0] else []
+    def _encode(self, ops: Ops, rows_BW: Array, keys_B: NDArray[np.uint64] | None) -> dict[str, Array]:
+        check_shape(rows_BW, self.width, what="numbers")
+        rows = ops.rows_where(~ops.xp.isfinite(rows_BW).all(-1))
         if rows:
             raise EncodingError(f"{len(rows)} hidden state(s) hold NaN or Inf; check the teacher", rows=rows)
+        if self.kept_as == "q8":
+            codes_BD, scale_B1 = _quantise(ops, rows_BW)
+            return {TARGETS: ops.cast(codes_BD, "i1"), SCALES: scale_B1}
+        try:
+            return self._dense._encode(ops, rows_BW, None)
+        except EncodingError as error:  # whose message is about logits
+            rows = error.context.get("rows", [])
+            raise EncodingError(
+                f"{self.kept_as} has no number for an entry of {len(rows)} hidden state(s): keep them as 'bf16' or "
+                "'f32'",
+                rows=rows,
+            ) from error
+
+    def _decode(self, ops: Ops, encoded: Mapping[str, Array]) -> Array:
+        rows_BD = self._decode_rows(ops, encoded)
+        return self.logits_of(rows_BD) if ops is NUMPY else self.logits_of_torch(rows_BD)
+
+    def _decode_rows(self, ops: Ops, encoded: Mapping[str, Array]) -> Array:
+        if self.kept_as != "q8":
+            return self._dense._decode(ops, encoded)
+        return ops.cast(encoded[TARGETS], "f4") * ops.cast(encoded[SCALES], "f4")
 
 
 def hidden_encoding(
@@ -233,7 +202,7 @@ def _quantise(ops: Ops, hidden_BD: Array) -> tuple[Array, Array]:
     if x.shape[0] == 0:
         return x, x[:, :1]
     scale_B1 = ops.max(abs(x)) / _LARGEST_CODE
-    codes = ops.xp.round(x / ops.xp.where(scale_B1 > 0, scale_B1, scale_B1 + 1.0))
+    codes = ops.round(x / ops.xp.where(scale_B1 > 0, scale_B1, scale_B1 + 1.0))
     return ops.xp.clip(codes, -_LARGEST_CODE, _LARGEST_CODE), scale_B1
 
 
@@ -249,15 +218,8 @@ def _narrowed(head_CD: NDArray[np.float32]) -> NDArray[Any]:
 
 def _widened(head_CD: NDArray[Any]) -> NDArray[np.float32]:
     if head_CD.dtype == np.uint16:
-        return (head_CD.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return widened_bf16(head_CD)
     return np.asarray(head_CD, dtype=np.float32)
-
-
-def _out_of_range(error: EncodingError, kept_as: str) -> EncodingError:
-    rows = error.context.get("rows", [])
-    return EncodingError(
-        f"{kept_as} has no number for an entry of {len(rows)} hidden state(s): keep them as 'bf16' or 'f32'", rows=rows
-    )
 
 
 def _find_problem(given: Hidden) -> str:

@@ -226,4 +226,4 @@ def head_steps(ops: Ops, lo_B1: Array, bits: int) -> Array:
 def quantise(ops: Ops, z: Array, offset: Any, step_B1: Array, levels: int, *, kind: str = "u1") -> Array:
     """Return the codes of (z - offset) / step, rounded and clipped to 0…levels; 0 if the step is 0."""
     inverse = ops.xp.where(step_B1 == 0, 0.0, 1.0 / ops.xp.where(step_B1 == 0, 1.0, step_B1))
-    return ops.cast(ops.xp.clip(ops.xp.round((z - offset) * inverse), 0, levels), kind)
+    return ops.cast(ops.xp.clip(ops.round((z - offset) * inverse), 0, levels), kind)

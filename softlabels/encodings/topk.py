@@ -17,17 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.encodings.array_ops import NUMPY, Array, Ops, natural_log, top_k_shifted, torch_ops
-from softlabels.encodings.base import Field, LogitsEncoding, check_shape, shifted_rows
+from softlabels.encodings.array_ops import NUMPY, Array, Ops, natural_log, top_k_shifted
+from softlabels.encodings.base import Encoding, Field, check_shape, shifted_rows
 from softlabels.errors import EncodingError, UnknownEncodingError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TailRule = Literal["uniform", "ghost", "renormalise"]
 TAIL_RULES: tuple[TailRule, ...] = get_args(TailRule)
@@ -37,7 +34,7 @@ CLASS_IDS, VALUES, TAIL_MASS = "class_ids", "values", "tail_mass"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK(LogitsEncoding):
+class TopK(Encoding):
     """The k largest entries of each row.
 
     Attributes:
@@ -69,37 +66,14 @@ class TopK(LogitsEncoding):
     def fields(self) -> Mapping[str, Field]:
         """`class_ids`, `values` and `tail_mass`."""
         return {
-            CLASS_IDS: Field(dtype=np.dtype("<u2" if self.classes <= 1 << 16 else "<u4"), row_shape=(self.k,)),
+            CLASS_IDS: Field(dtype=np.dtype(f"<{self._id_type}"), row_shape=(self.k,)),
             VALUES: Field(dtype=np.dtype("<f2"), row_shape=(self.k,)),
             TAIL_MASS: Field(dtype=np.dtype("<f4"), row_shape=(1,)),
         }
 
-    def encode(
-        self, logits_BC: NDArray[np.floating[Any]], *, keys_B: NDArray[np.uint64] | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """Encode rows. Raises EncodingError for what is refused (see the module)."""
-        check_shape(logits_BC.shape, self.classes)
-        ids, values, tail_mass = self._encode(NUMPY, logits_BC)
-        return {CLASS_IDS: ids.astype(self.fields[CLASS_IDS].dtype), VALUES: values, TAIL_MASS: tail_mass}
-
-    def decode(self, encoded: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Decode to log-probabilities of all classes, the tail by its rule."""
-        decoded: NDArray[np.float32] = self._decode(NUMPY, encoded)
-        return decoded
-
-    def encode_torch(self, logits_BC: Tensor, *, keys_B: NDArray[np.uint64] | None = None) -> dict[str, Tensor]:
-        """`encode` on the tensor's device."""
-        import torch
-
-        check_shape(tuple(logits_BC.shape), self.classes)
-        ids, values, tail_mass = self._encode(torch_ops(), logits_BC)
-        kept_as = torch.uint16 if self.classes <= 1 << 16 else torch.uint32
-        return {CLASS_IDS: ids.to(kept_as), VALUES: values, TAIL_MASS: tail_mass}
-
-    def decode_torch(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        """`decode` on the tensors' device."""
-        decoded: Tensor = self._decode(torch_ops(), encoded)
-        return decoded
+    @property
+    def _id_type(self) -> str:
+        return "u2" if self.classes <= 1 << 16 else "u4"
 
     def entries(
         self, encoded: Mapping[str, NDArray[Any]]
@@ -108,8 +82,9 @@ class TopK(LogitsEncoding):
         tail = natural_log(NUMPY, encoded[TAIL_MASS].astype(np.float32))
         return encoded[CLASS_IDS].astype(np.int64), encoded[VALUES].astype(np.float32), tail
 
-    def _encode(self, ops: Ops, logits_BC: Array) -> tuple[Array, Array, Array]:
-        z = shifted_rows(ops, logits_BC, name=self.name, minus_inf=True)
+    def _encode(self, ops: Ops, rows_BW: Array, keys_B: NDArray[np.uint64] | None) -> dict[str, Array]:
+        check_shape(rows_BW, self.classes)
+        z = shifted_rows(ops, rows_BW, name=self.name, minus_inf=True)
         ids_BK = top_k_shifted(ops, z, self.k)
         p = ops.xp.exp(ops.cast(z, "f8"))
         total_B1 = ops.sum(p)
@@ -126,7 +101,8 @@ class TopK(LogitsEncoding):
                 "keep fewer classes, or use encoding 'f32'",
                 rows=rows,
             )
-        return ids_BK, values, ops.cast(ops.sum(p) / total_B1, "f4")
+        tail_mass = ops.cast(ops.sum(p) / total_B1, "f4")
+        return {CLASS_IDS: ops.cast(ids_BK, self._id_type), VALUES: values, TAIL_MASS: tail_mass}
 
     def _decode(self, ops: Ops, encoded: Mapping[str, Array]) -> Array:
         leading = encoded[CLASS_IDS].shape[:-1]
