@@ -16,7 +16,7 @@ head as given above. Without a residual rows have no bound: the audit measures t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -133,12 +133,8 @@ class Basis(PackedRows):
         """Return a large constant in float32 on the device of `like`, copied there once."""
         key = (name, str(getattr(like, "device", "")) + type(like).__name__)
         if key not in self._constants_by_device:
-            given: dict[str, Callable[[], NDArray[Any]]] = {
-                "basis": lambda: self.basis_RC.astype(np.float32),
-                "mean": lambda: self.mean_C,
-                "projection": self._projection,
-            }
-            self._constants_by_device[key] = ops.constant(given[name](), "f4", like)
+            value = self._projection() if name == "projection" else self.constants[name]
+            self._constants_by_device[key] = ops.constant(value, "f4", like)
         return self._constants_by_device[key]
 
     def _projection(self) -> NDArray[np.float32]:

@@ -140,20 +140,17 @@ class Sampled(PackedRows):
             start += part.size_bytes
         units = ops.cast(pieces[1], "i4")
         weight_B1 = ops.cast(WHOLE - ops.sum(units), "f4") / float(WHOLE * self.draws)
-        high = self._ones(ops, pieces[3]) - ops.constant(np.arange(self.draws), "i8", bytes_BS)
+        rows, length = pieces[3].shape
+        set_bits = ops.nonzero(pieces[3])
+        if len(set_bits) != rows * self.draws:
+            raise EncodingError("a sampled row holds the wrong number of draws: its bytes are damaged", rows=[])
+        # In row r, bit (id >> l) + j is at r length + (id >> l) + j of the flattened array.
+        before_BN = np.arange(rows)[:, None] * length + np.arange(self.draws)
+        high = set_bits.reshape(rows, self.draws) - ops.constant(before_BN, "i8", bytes_BS)
         draws_BN = (high << self._low_bits) + ops.cast(pieces[2], "i8")
         if len(bytes_BS) and not (int(draws_BN.min()) >= 0 and int(draws_BN.max()) < self.classes):
             raise EncodingError("a sampled row has class ids out of range: its bytes are damaged", rows=[])
         return ops.cast(pieces[0], "i8"), ops.cast(units, "f4") / float(WHOLE), draws_BN, weight_B1
-
-    def _ones(self, ops: Ops, unary: Array) -> Array:
-        """Return the positions of set bits, int64 [B, N]."""
-        rows, length = unary.shape
-        found = ops.nonzero(unary)
-        if len(found) != rows * self.draws:
-            raise EncodingError("a sampled row holds the wrong number of draws: its bytes are damaged", rows=[])
-        first_B1 = ops.constant(np.arange(rows)[:, None] * length, "i8", unary)
-        return found.reshape(rows, self.draws) - first_B1
 
 
 def expected_error(sampled: Sampled, p_BC: NDArray[np.float64]) -> float:

@@ -2,9 +2,9 @@
 
 Every loss has the form `loss(student_logits_BC, targets, *, weights...)`. T comes with the targets and is never a
 separate argument, so T² is applied exactly once and for the right T. The losses with a name (`make_loss`) return
-`LossParts`: Hinton's objective (`distillation`), decoupled distillation (`decoupled`) and correlations (`correlation`);
-the first two can compare z-scores instead of logits (`standardisation`). A further loss is one more file of that form,
-built from `terms`, and a class in `loss_registry`.
+`LossParts`: Hinton's objective, decoupled distillation and correlations (`distillation`); the first two can compare
+z-scores instead of logits (`standardise_logits`). A further loss is one more function of that form, built from `terms`,
+and a class in `loss_registry`.
 
 Shapes: B rows, C classes. p is the target's distribution, q the student's, T the targets' temperature, z the student's
 logits, v the teacher's. Arithmetic is in float32, or float64 for a float64 student.
@@ -15,9 +15,14 @@ from __future__ import annotations
 from softlabels.extras import needs_extra
 
 with needs_extra("torch", "computing a distillation loss"):
-    from softlabels.losses.correlation import relation_loss
-    from softlabels.losses.decoupled import decoupled_loss
-    from softlabels.losses.distillation import distillation_loss, hard_loss, logit_matching_loss, soft_loss
+    from softlabels.losses.distillation import (
+        decoupled_loss,
+        distillation_loss,
+        hard_loss,
+        logit_matching_loss,
+        relation_loss,
+        soft_loss,
+    )
     from softlabels.losses.loss_registry import (
         LOSS_NAMES,
         DecoupledLoss,
@@ -26,9 +31,8 @@ with needs_extra("torch", "computing a distillation loss"):
         RelationLoss,
         make_loss,
     )
-    from softlabels.losses.standardisation import Deviation, standardise_logits
     from softlabels.losses.target_batch import SoftTargetBatch
-    from softlabels.losses.terms import LossParts
+    from softlabels.losses.terms import Deviation, LossParts, standardise_logits
 
 __all__ = [
     "LOSS_NAMES",

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 from softlabels.documents import did_you_mean
 from softlabels.errors import RequestError
-from softlabels.losses.correlation import relation_loss
-from softlabels.losses.decoupled import decoupled_loss
-from softlabels.losses.distillation import distillation_loss
-from softlabels.losses.standardisation import Deviation, check_deviation
+from softlabels.losses.distillation import decoupled_loss, distillation_loss, relation_loss
 from softlabels.losses.target_batch import SoftTargetBatch
-from softlabels.losses.terms import LossParts, check_weight
+from softlabels.losses.terms import Deviation, LossParts, check_deviation, check_weight
 
 
 class NamedLoss(nn.Module):

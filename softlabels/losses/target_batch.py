@@ -75,11 +75,16 @@ class SoftTargetBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftTargetBatch:
         """Return the same batch on another device."""
-        moved = copy.copy(self)  # not made anew: the checks would wait for the accelerator
-        object.__setattr__(moved, "logits_BC", self.logits_BC.to(device, non_blocking=non_blocking))
-        if self.labels_B is not None:
-            object.__setattr__(moved, "labels_B", self.labels_B.to(device, non_blocking=non_blocking))
-        return moved
+        return self.with_fields(
+            logits_BC=self.logits_BC.to(device, non_blocking=non_blocking),
+            labels_B=None if self.labels_B is None else self.labels_B.to(device, non_blocking=non_blocking),
+        )
+
+    def with_fields(self, **changes: Any) -> SoftTargetBatch:
+        """Return a copy with other attributes, not checked again: the host would wait for the accelerator."""
+        made = copy.copy(self)
+        made.__dict__.update(changes)
+        return made
 
     def tempered(self) -> Tensor:
         """Return logits_BC whose softmax is the target at `temperature`; float32, or float64 if the rows are."""

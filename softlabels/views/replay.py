@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from softlabels.errors import RequestError, ViewReplayError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest, ViewSpec
-from softlabels.views.transform_identity import versions_of
-from softlabels.views.transforms import RecordedTransform, ViewTransform, view_seeds
+from softlabels.views.transforms import RecordedTransform, ViewTransform, versions_of, view_seeds
 
 
 class ViewReplay:

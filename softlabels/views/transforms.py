@@ -4,16 +4,24 @@ A transform works on one sample at a time, on the host: a view must not depend o
 the trainer's device. There are two kinds. A `SeededTransform` draws its random numbers from a seed. A
 `RecordedTransform` (kornia) stores the numbers that were drawn as named columns of float64: kornia draws all parameters
 of an augmentation before it applies them, and accepts stored ones instead, so nothing random is left in a replay.
+
+A store records the transform's identity, a digest of its code and settings, and the versions of its libraries: with
+other code a replay would give other views than the teachers saw.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -23,8 +31,9 @@ from torch import Tensor, nn
 
 from softlabels.errors import JobError, SoftLabelsError
 from softlabels.ids import IdArray
-from softlabels.references import load_reference
-from softlabels.views.transform_identity import libraries_of, qualified_name, transform_identity
+from softlabels.references import code_sha256, load_reference
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class ViewTransform(Protocol):
@@ -212,12 +221,10 @@ def _leaves(drawn: Any, path: str = "") -> Iterator[tuple[str, float]]:
     if isinstance(drawn, Tensor):
         for index, value in enumerate(drawn.flatten().tolist()):
             yield f"{path}.{index}", float(value)
-    elif isinstance(drawn, Mapping):
-        for name in sorted(drawn):
-            yield from _leaves(drawn[name], f"{path}/{name}" if path else str(name))
-    elif isinstance(drawn, list):
-        for item in drawn:
-            yield from _leaves(item.data, f"{path}/{item.name}" if path else str(item.name))
+    elif isinstance(drawn, Mapping | list):
+        named = sorted(drawn.items()) if isinstance(drawn, Mapping) else [(item.name, item.data) for item in drawn]
+        for name, value in named:
+            yield from _leaves(value, f"{path}/{name}" if path else str(name))
     elif drawn is not None:
         raise JobError(f"kornia drew a {type(drawn).__name__} for {path!r}, which no column of numbers holds")
 
@@ -309,3 +316,62 @@ def load_view_transform(
             "is called once and returns the callable that makes views"
         ) from error
     return as_view_transform(made, arguments=keywords)
+
+
+def transform_identity(transform: object, arguments: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a transform's name, its source file and its settings as Python prints them."""
+    maker = transform if inspect.isroutine(transform) else type(transform)
+    settings = _ADDRESS.sub("", repr(_settings(transform)))
+    text = "\0".join([qualified_name(transform), _own_source(maker), settings, repr(sorted(arguments.items()))])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def libraries_of(transform: object) -> dict[str, str]:
+    """Return the versions of a transform's package and of the packages whose names its module holds."""
+    maker: Any = transform if inspect.isroutine(transform) else type(transform)
+    module = sys.modules.get(maker.__module__)
+    parts = {maker.__module__, "torch", "numpy"}
+    if isinstance(transform, nn.Module):
+        parts |= {type(part).__module__ for part in transform.modules()}
+    for found in vars(module).values() if module is not None else ():
+        parts.add(found.__name__ if isinstance(found, ModuleType) else str(getattr(found, "__module__", "")))
+    return versions_of(part.partition(".")[0] for part in parts)
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of installed packages by name, without Python's standard library.
+
+    Builds of one version (`+cpu`, `+cu130`) count as the same: they run the same code on the host.
+    """
+    found = {}
+    for package in sorted(set(packages) - set(sys.stdlib_module_names)):
+        try:
+            found[package] = importlib.metadata.version(package).partition("+")[0]
+        except (importlib.metadata.PackageNotFoundError, ValueError):
+            continue
+    return found
+
+
+def _settings(transform: Any) -> Any:
+    if isinstance(transform, nn.Module):
+        return transform
+    if isinstance(transform, functools.partial):
+        inner = transform.func
+        return qualified_name(inner), _own_source(inner), transform.args, sorted(transform.keywords.items())
+    if inspect.isfunction(transform):
+        return [cell.cell_contents for cell in transform.__closure__ or ()], transform.__defaults__
+    return sorted(getattr(transform, "__dict__", {}).items())
+
+
+def _own_source(maker: Any) -> str:
+    # Installed libraries count by their version instead.
+    package = str(maker.__module__).partition(".")[0]
+    return "" if versions_of([package]) else code_sha256(maker) or ""
+
+
+def qualified_name(transform: object) -> str:
+    """Return `module:name` of a transform, the same on every machine."""
+    maker: Any = transform if inspect.isroutine(transform) else type(transform)
+    # A module loaded from a file has a name with a digest of its path, which differs between machines.
+    module = re.sub(r"^softlabels_user_(.*)_[0-9a-f]{12}$", r"\1", str(maker.__module__))
+    return f"{module}:{maker.__qualname__}"
