@@ -28,13 +28,13 @@ from softlabels.transfer_set import (
     sample_fingerprints,
 )
 from softlabels.views import ViewReplay, ViewTransform, as_view_transform, load_view_transform
-from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
-from softlabels_client.data.loader import StatefulLoader
+from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.data.loader import StatefulLoader, stateful_loader
 from softlabels_client.data.sampler import EpochSampler, data_identity
 
 with needs_extra("torch", "training a student"):
     import torch
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import Dataset
 
 Check = Literal["first", "always", "never"]
 
@@ -279,18 +279,7 @@ def data_loader(
         remainder=remainder,
         data=data_identity(dataset.samples),
     )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=order,
-        # Its own generator: drawing from torch's global one would change dropout with every loader made.
-        generator=torch.Generator().manual_seed(seed),
-        num_workers=workers,
-        collate_fn=collate_batches,
-        multiprocessing_context=start_method if workers else None,
-        # Persistent: a new worker connects again and checks every fingerprint again.
-        persistent_workers=workers > 0,
-    )
-    return StatefulLoader(loader, order, ahead=ahead)
+    return stateful_loader(dataset, order, workers=workers, start_method=start_method, ahead=ahead, batch_sampler=order)
 
 
 def samples_in(targets: SoftTargets) -> Samples:

@@ -62,10 +62,8 @@ class DistillationBatch:
 
 
 def collate_batches(fetched: DistillationBatch | Iterable[DistillationBatch]) -> DistillationBatch:
-    """Return one batch from what a `SoftTargetDataset` gives a loader: pass it as `collate_fn`.
+    """Return one batch: `fetched` itself, or its batches concatenated. The `collate_fn` for a `SoftTargetDataset`.
 
-    Args:
-        fetched: the batch itself, from `__getitems__`, or several batches to concatenate.
     Raises:
         EmptyBatchError: nothing to concatenate. ShapeMismatchError: batches of different temperatures.
     """
@@ -85,9 +83,7 @@ def collate_batches(fetched: DistillationBatch | Iterable[DistillationBatch]) ->
     return DistillationBatch(
         inputs=torch.cat([part.inputs for part in parts]),
         targets=dataclasses.replace(
-            targets[0],
-            logits_BC=torch.cat([t.logits_BC for t in targets]),
-            labels_B=_joined_labels(targets),
+            targets[0], logits_BC=torch.cat([t.logits_BC for t in targets]), labels_B=_joined_labels(targets)
         ),
         ids=as_ids(np.concatenate([part.ids for part in parts])),
     )

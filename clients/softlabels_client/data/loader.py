@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 from softlabels.errors import WorkerDiedError
 from softlabels.extras import needs_extra
-from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
 from softlabels_client.data.prefetch import batches_ahead
 from softlabels_client.data.sampler_state import EpochProgress, SamplerState
 
 with needs_extra("torch", "training a student"):
+    import torch
     from torch.utils.data import DataLoader, Dataset
 
 
@@ -25,20 +26,12 @@ class EpochSource(Protocol):
         ...
 
 
-@runtime_checkable
-class ShowsEpochs(Protocol):
-    """A data set that changes with the epoch, for example by showing another view of every sample."""
-
-    def show_epoch(self, epoch: int) -> None:
-        """Switch to this epoch."""
-        ...
-
-
 class StatefulLoader:
     """Batches of a DataLoader, with a state that counts batches handed out, not batches prefetched.
 
     Save `state_dict()` after the step that used the batch. This is deliberately not a DataLoader: frameworks replace
-    the sampler of those by one of their own, and each rank would then get a share of its share.
+    the sampler of a DataLoader by a distributed one, and each rank would then get only a part of its samples. A data
+    set with a method `show_epoch(epoch)`, such as `ViewDataset`, is told of each new epoch.
 
     Args:
         loader: returns batches in the order of `source`.
@@ -50,12 +43,12 @@ class StatefulLoader:
         self.loader = loader
         self._source = source
         self._ahead = ahead and loader.num_workers == 0
-        # A copy: the source's own state runs ahead of the training loop where batches are prefetched.
+        # A copy: the state of the source is ahead of the training loop where batches are prefetched.
         self._state = source.state.copy()
 
     @property
     def dataset(self) -> Dataset[Any]:
-        """The data set that batches are fetched from."""
+        """Data set that batches are fetched from."""
         return self.loader.dataset
 
     @property
@@ -80,22 +73,20 @@ class StatefulLoader:
         return self._state.batch_count()
 
     def __iter__(self) -> Generator[DistillationBatch, None, None]:
-        # A generator begins with its first batch: frameworks create iterators that they never use.
+        # A generator begins with its first batch, which matters: frameworks create iterators that they never use.
         self._state.begin()
         start = self._state.progress
         self._source.begin_at(start)
-        if isinstance(self.dataset, ShowsEpochs):
-            self.dataset.show_epoch(start.epoch)
+        show_epoch = getattr(self.dataset, "show_epoch", None)
+        if show_epoch is not None:
+            show_epoch(start.epoch)
         fetched = _fetched(self.loader)
         for step, batch in enumerate(batches_ahead(fetched, size_of=_batch_bytes) if self._ahead else fetched):
             self._state.took(step)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state after the last batch handed out; ready for JSON.
-
-        Identical on every rank once each has taken the same number of batches.
-        """
+        """Return the state after the last batch handed out, which is the same on every rank; ready for JSON."""
         return self._state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -108,17 +99,41 @@ class StatefulLoader:
         self._state.load_state_dict(state)
 
 
+def stateful_loader(
+    dataset: Dataset[DistillationBatch],
+    source: EpochSource,
+    *,
+    workers: int,
+    start_method: Literal["fork", "spawn", "forkserver"] | None,
+    ahead: bool,
+    **sampling: Any,
+) -> StatefulLoader:
+    """Return a `StatefulLoader` over a new DataLoader, whose arguments for its sampler are `sampling`."""
+    loader = DataLoader(
+        dataset,
+        # With torch's global generator, making a loader would draw from it and so change dropout.
+        generator=torch.Generator().manual_seed(source.state.config.seed),
+        num_workers=workers,
+        collate_fn=collate_batches,
+        multiprocessing_context=start_method if workers else None,
+        # A new worker would connect again and check every fingerprint again.
+        persistent_workers=workers > 0,
+        **sampling,
+    )
+    return StatefulLoader(loader, source, ahead=ahead)
+
+
 def _fetched(loader: DataLoader[Any]) -> Iterator[DistillationBatch]:
-    """Yield a loader's batches; a worker that ended becomes a `WorkerDiedError`."""
+    """Yield a loader's batches; a worker that ended raises `WorkerDiedError`."""
     try:
         yield from loader
     except RuntimeError as error:
-        # torch has no class of its own for this: only the message tells it from other RuntimeErrors.
+        # torch raises a plain RuntimeError, which only its message tells from others.
         if "exited unexpectedly" not in str(error):
             raise
         raise WorkerDiedError(
-            f"{error}: what it printed above says why; a worker that the system killed usually ran out of memory, so "
-            "try fewer workers, or none"
+            f"{error}: see what it printed above; a worker that the system killed usually ran out of memory, so try "
+            "fewer workers, or none"
         ) from error
 
 

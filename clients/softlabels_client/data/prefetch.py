@@ -28,17 +28,17 @@ _END: Final = object()
 class Ahead(Generic[T]):
     """Iterator over the same items in the same order, fetched ahead by a thread.
 
-    An error of fetching is raised in place of the item it concerns, after the items before it. Memory is bounded by the
-    limits and the one item being fetched, however slow the consumer.
+    An error of fetching is raised in place of its item, after the items before it. Memory is bounded by the limits and
+    the one item being fetched, however slow the consumer.
 
     Args:
-        items: iterated, and closed if it has a `close`, by the thread alone from now on.
+        items: iterated, and closed if it has a `close`, by the thread only.
         most_items: most items waiting, ≥ 1.
         most_bytes: most bytes waiting, though always at least one item; None for no limit.
         size_of: returns the bytes of an item; needed for `most_bytes`.
-        refill_at: once a limit is reached, pause until no more than this many items are waiting. Fetching several in a
-            row takes much less CPU time than one between every two training steps, which evict the caches. None resumes
-            as soon as there is room.
+        refill_at: once a limit is reached, pause until at most this many items are waiting; None resumes as soon as
+            there is room. Fetching several in a row takes much less CPU time than one between every two training steps,
+            which evict the CPU's caches.
     Raises:
         RequestError: a limit below 1; while iterating, in a process forked after iteration began.
     """
@@ -78,7 +78,7 @@ class Ahead(Generic[T]):
         items, self._items = self._items, None
         if self._finish is not None:
             self._finish()
-        elif items is not None:  # iteration never began, and never will
+        elif items is not None:  # iteration has not begun, and cannot any more
             self._process = os.getpid()
             self._queue.stop()
             _close(items)
@@ -94,23 +94,23 @@ class Ahead(Generic[T]):
     def _begin(self, items: Iterable[T]) -> None:
         self._items, self._process = None, os.getpid()
         thread = threading.Thread(target=_fill, args=(self._queue, items), name="softlabels-fetch", daemon=True)
-        # The thread refers to the queue but not to this object, so that garbage collection closes a forgotten one.
+        # The thread refers to the queue and not to this object, so that an abandoned one is collected and closed.
         self._finish = weakref.finalize(self, _stop, self._queue, thread, self._process)
         thread.start()
 
 
 def batches_ahead(batches: Iterable[T], *, size_of: Callable[[T], int]) -> Ahead[T]:
-    """Return batches of a loader, prefetched several in a row: at most 16 and 64 MiB."""
+    """Return batches of a loader, prefetched several in a row, at most 16 batches and 64 MiB."""
     return Ahead(batches, most_items=LOADER_BATCHES, most_bytes=LOADER_BYTES, size_of=size_of, refill_at=REFILL_AT)
 
 
 def epoch_ahead(rows: Iterable[EpochRows], *, batches: int = EPOCH_BATCHES) -> Ahead[EpochRows]:
-    """Return the steps of an epoch, prefetched: at most so many batches and 32 MiB."""
-    return Ahead(rows, most_items=batches, most_bytes=EPOCH_BYTES, size_of=_row_bytes)
+    """Return the steps of an epoch, prefetched, at most `batches` of them and 32 MiB."""
 
+    def size_of(step: EpochRows) -> int:
+        return sum(array.nbytes for array in step.arrays.values())
 
-def _row_bytes(rows: EpochRows) -> int:
-    return sum(array.nbytes for array in rows.arrays.values())
+    return Ahead(rows, most_items=batches, most_bytes=EPOCH_BYTES, size_of=size_of)
 
 
 class _Queue(Generic[T]):
@@ -136,7 +136,6 @@ class _Queue(Generic[T]):
             return not self._stopped
 
     def add(self, item: T) -> None:
-        """Append an item."""
         size = 0 if self._size_of is None else self._size_of(item)
         with self._changed:
             if not self._stopped:
@@ -184,7 +183,6 @@ class _Queue(Generic[T]):
 
 
 def _fill(queue: _Queue[T], items: Iterable[T]) -> None:
-    """Body of the thread."""
     last: BaseException | object = _END
     try:
         iterator = iter(items)

@@ -18,16 +18,16 @@ with needs_extra("torch", "training a student"):
     from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 _PROBES = 64
-"""Samples whose ids represent the whole where a transfer set does not expose all its ids at once."""
+"""Samples whose ids represent all of a transfer set that has no array of ids."""
 
 _POSITIONS_AT_ONCE = 1 << 14
 """Single positions computed at a time: enough to amortise NumPy's overhead, small beside the rows of a batch."""
 
 
 class EpochSampler(Sampler[list[int]]):
-    """Batches of positions in a data set, for a DataLoader's `batch_sampler`: a share per rank, all of equal count.
+    """Batches of positions in a data set, for a DataLoader's `batch_sampler`; equally many for every rank.
 
-    Its state runs ahead of training where a loader prefetches; `StatefulLoader` counts what was handed out.
+    Its state is ahead of training where a loader prefetches; `StatefulLoader` counts the batches handed out.
 
     Args:
         samples: length of the data set.
@@ -38,7 +38,7 @@ class EpochSampler(Sampler[list[int]]):
         block: shuffle blocks of this many consecutive samples, for storage where random reads are expensive.
         rank, world_size: torch.distributed's when left out, or (0, 1) without a process group.
         remainder: "split", "drop" or "pad", as in `EpochConfig`.
-        data: `data_identity` the inputs, so that a state saved with other inputs is refused.
+        data: `data_identity` of the inputs, so that a state saved with other inputs is refused.
     Raises:
         RequestError: a number outside its range.
     """
@@ -79,7 +79,7 @@ class EpochSampler(Sampler[list[int]]):
         self.state.set_epoch(epoch)
 
     def begin_at(self, progress: EpochProgress) -> None:
-        """Begin every pass here from now on; the caller counts what is handed out."""
+        """Begin every pass here from now on; the caller counts the batches handed out."""
         self._start = progress
 
     def __len__(self) -> int:
@@ -91,13 +91,13 @@ class EpochSampler(Sampler[list[int]]):
             for batch in self.state.batches_from(self._start):
                 yield batch.positions.tolist()
             return
-        # Begins with the first batch: a DataLoader with workers creates two iterators and uses one.
+        # `begin` runs with the first batch, not before: a DataLoader with workers creates two iterators and uses one.
         for batch in self.state.begin():
             self.state.took(batch.step)
             yield batch.positions.tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the sampler has come and what its order depends on; ready for JSON."""
+        """Return the progress and what the order depends on; ready for JSON."""
         return self.state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -115,12 +115,12 @@ EqualShares: TypeAlias = Literal["pad", "drop"]
 
 
 class EpochDistributedSampler(DistributedSampler[Any]):
-    """Single positions, for frameworks that replace any sampler by a `DistributedSampler` of their own.
+    """Single positions, for frameworks that replace any other sampler by a `DistributedSampler`.
 
-    Same epochs as `EpochSampler`, dealt out in turn: index i belongs to rank i modulo world size. Two limits: ranks
-    must have equally many samples, so some are repeated (as torch does) or skipped, except with a single rank; and a
-    sampler of samples cannot know how many were trained on, so resuming requires counting them and calling
-    `set_epoch(epoch, cursor=...)`. Without `set_epoch` every pass is the same epoch.
+    Same epochs as `EpochSampler`; index i belongs to rank i modulo world size. Two limits: ranks must have equally many
+    samples, so some are repeated (as torch does) or skipped, except with a single rank; and a sampler of samples cannot
+    know how many were trained on, so resuming requires counting them and calling `set_epoch(epoch, cursor=...)`.
+    Without `set_epoch` every pass is the same epoch.
 
     Args:
         dataset: data set, of which the length is used.
@@ -144,8 +144,8 @@ class EpochDistributedSampler(DistributedSampler[Any]):
     ) -> None:
         if remainder not in ("pad", "drop"):
             raise RequestError(
-                f"remainder is {remainder!r}; ranks that take single samples need equally many: 'pad' or 'drop', or "
-                "an EpochSampler, which divides them by batches"
+                f"remainder is {remainder!r}, but ranks that take single samples need equally many: choose 'pad' or "
+                "'drop', or an EpochSampler"
             )
         rank, world_size = given_ranks(rank, world_size) or current_ranks()
         super().__init__(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=remainder == "drop")
@@ -167,17 +167,14 @@ class EpochDistributedSampler(DistributedSampler[Any]):
         count = len(self)
         for begin in range(0, count, _POSITIONS_AT_ONCE):
             end = min(begin + _POSITIONS_AT_ONCE, count)
-            dealt = np.arange(begin, end, dtype=np.int64) * self.num_replicas + self.rank
-            yield from order.positions_at((dealt + self._cursor) % self._samples).tolist()
+            indices = np.arange(begin, end, dtype=np.int64) * self.num_replicas + self.rank + self._cursor
+            yield from order.positions_at(indices % self._samples).tolist()
 
 
 def data_identity(samples: TransferSet) -> str:
-    """Return a digest of the ids of these samples in this order, to tell them from other inputs.
-
-    Of all ids where the transfer set has them in memory, else of those of 64 samples spread over it.
-    """
+    """Return a digest of the ids of these samples in this order: of all in memory, else of 64 spread over the set."""
     ids = getattr(samples, "ids", None)
     if ids is None:
         ids = samples.take(np.unique(np.linspace(0, len(samples) - 1, _PROBES).astype(np.int64))).ids
-    known = np.ascontiguousarray(ids)
+    known = np.asarray(ids)
     return hashlib.blake2b(known.dtype.str.encode() + known.tobytes(), digest_size=16).hexdigest()

@@ -7,7 +7,7 @@ Resuming from it, with any number of ranks and workers and any batch size, takes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -44,7 +44,7 @@ class EpochProgress:
 class SavedState(Document, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """A sampler state as checkpoints store it: the progress, and everything that the epoch order depends on.
 
-    Loader workers add keys of their own, which is why unknown ones are ignored.
+    Unknown keys are ignored, since workers of a loader add some.
     """
 
     format: Literal["softlabels-place/1"]
@@ -62,8 +62,8 @@ class SavedState(Document, frozen=True, kw_only=True, forbid_unknown_fields=Fals
 class SamplerState:
     """Iterates over epochs as one rank and tracks what comes next.
 
-    Passes follow each other: a completed one is followed by the next epoch; an interrupted one starts over unless its
-    state was saved and loaded.
+    A completed pass is followed by the next epoch; an interrupted one starts over unless its state was saved and
+    loaded.
 
     Args:
         config: seed, batch size, order and remainder of every epoch; its epoch, cursor and rank are replaced.
@@ -89,6 +89,7 @@ class SamplerState:
         self.progress = EpochProgress()
         self._next = EpochProgress()
         self._pass: tuple[EpochProgress, RankBatches] | None = None
+        # _loaded: a saved state was loaded and its pass has not begun. _pinned: `set_epoch` then asked for its epoch.
         self._in_pass = self._loaded = self._pinned = False
         self.batches_from(self.progress)  # refuses numbers out of range now rather than in the first epoch
 
@@ -99,7 +100,7 @@ class SamplerState:
 
     @property
     def upcoming(self) -> EpochProgress:
-        """Where the next pass begins: after a finished epoch the next one, unless `set_epoch` asked for the former."""
+        """Where the next pass begins: after a finished epoch in the next, unless `set_epoch` asked for this one."""
         if self._next.cursor and not self._pinned and not len(self.batches_from(self._next)):
             return EpochProgress(epoch=self._next.epoch + 1)
         return self._next
@@ -171,11 +172,12 @@ class SamplerState:
 
     def state_at(self, progress: EpochProgress) -> dict[str, Any]:
         """Return what `state_dict` returns at this progress."""
-        saved = SavedState(
+        return msgspec.structs.asdict(self._saved(progress))
+
+    def _saved(self, progress: EpochProgress) -> SavedState:
+        return SavedState(
             format=STATE_FORMAT,
-            epoch=progress.epoch,
-            cursor=progress.cursor,
-            batches=progress.batches,
+            **asdict(progress),
             digest=self.digest,
             samples=self.samples,
             seed=self.config.seed,
@@ -183,7 +185,6 @@ class SamplerState:
             block=self.config.block,
             data=self.data,
         )
-        return msgspec.structs.asdict(saved)
 
     def progress_in(self, state: Mapping[str, Any]) -> EpochProgress:
         """Return the progress in a saved state.
@@ -193,13 +194,8 @@ class SamplerState:
             StoreChangedError, FingerprintMismatchError, ConflictError: the state of another training run; the message
                 names what differs.
         """
-        if state.get("format") != STATE_FORMAT:
-            raise RequestError(
-                f"this is no sampler state: its format is {state.get('format')!r} and should be {STATE_FORMAT!r}; pass "
-                "what `state_dict()` returned"
-            )
         saved = parse_document(dict(state), SavedState, what="sampler state", error=RequestError)
-        own = parse_document(self.state_dict(), SavedState, what="sampler state")
+        own = self._saved(self.progress)
         for name in ("digest", "data", "samples", "seed", "shuffle", "block"):
             if getattr(saved, name) != getattr(own, name):
                 raise _mismatch(name, getattr(saved, name), getattr(own, name))
@@ -235,22 +231,21 @@ def current_ranks() -> tuple[int, int]:
 def _mismatch(name: str, saved: object, own: object) -> Exception:
     if name == "digest":
         return StoreChangedError(
-            f"the state was saved with targets of store version {saved}, these are of {own}: another version orders "
-            "samples differently and may hold other targets; open the version that the training began with, or restart "
-            "the epoch",
+            f"the state was saved with targets of store version {saved}, these are of {own}: another version has "
+            "another order and perhaps other targets; open the one that the training began with, or restart the epoch",
             kept=saved,
             yours=own,
         )
     if name == "data":
         return FingerprintMismatchError(
             f"the state was saved with other inputs, or the same in another order (ids {saved or 'unknown'}, yours "
-            f"{own or 'unknown'}): some samples would be repeated and others skipped; load the data as before",
+            f"{own or 'unknown'}): samples would be repeated and skipped; load the data as before",
             kept=saved,
             yours=own,
         )
     return ConflictError(
-        f"the state was saved with {name} = {saved!r}, here {name} is {own!r}: the epoch order differs, so some "
-        f"samples would be repeated and others skipped; pass {name} as before",
+        f"the state was saved with {name} = {saved!r}, here {name} is {own!r}: the epoch order differs, so samples "
+        f"would be repeated and skipped; pass {name} as before",
         name=name,
         kept=saved,
         yours=own,

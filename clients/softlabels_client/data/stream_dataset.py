@@ -20,16 +20,16 @@ from softlabels.target_store import TargetStore
 from softlabels.targets import EpochIterator, SoftTargets
 from softlabels.transfer_set import TransferSet
 from softlabels_client.data.dataset import Check, SoftTargetDataset, StoreInputs, samples_in
-from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
-from softlabels_client.data.loader import StatefulLoader
+from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.data.loader import StatefulLoader, stateful_loader
 from softlabels_client.data.sampler_state import EpochProgress, SamplerState, given_ranks
 
 with needs_extra("torch", "training a student"):
     import torch
-    from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+    from torch.utils.data import IterableDataset, get_worker_info
 
 STORE_ORDER = "the store's own order"
-"""Value of `data` in a stream's saved state: it counts the store's samples, in whatever order the inputs are."""
+"""Value of `data` in a stream's saved state, which counts the store's samples: the inputs' order does not matter."""
 
 _IDS_AT_ONCE = 1024
 
@@ -37,19 +37,19 @@ _IDS_AT_ONCE = 1024
 class SoftTargetStream(IterableDataset[DistillationBatch]):
     """Batches of an epoch of a whole store, with inputs paired by id; one HTTP stream per worker.
 
-    For a DataLoader with `batch_size=None`. `stream_loader` makes one that advances from epoch to epoch and whose state
-    resumes under any number of workers; with a bare DataLoader with workers, call `set_epoch` before each pass.
+    For a DataLoader with `batch_size=None`; with workers, call `set_epoch` before each pass. `stream_loader` makes one
+    that advances from epoch to epoch by itself, and whose state resumes under any number of workers.
 
     Args:
         store: a finished store, as `softlabels.open` returns it.
         inputs: a transfer set, or a sequence, array or map-style torch data set together with `ids`, in any order; None
-            takes the store's own, or none where it keeps none: `DistillationBatch.inputs` is then [B, 0].
+            takes the store's own, or none where it has none: `DistillationBatch.inputs` is then [B, 0].
         ids: [N] sample ids of `inputs`, unless it is a transfer set.
         batch_size: samples per step and rank.
         seed: training-run seed.
         shuffle: a new order each epoch; False keeps the store's own.
         block: shuffle blocks of this many consecutive samples, for storage where random reads are expensive.
-        view: view of every sample, in a store that keeps views; the next one each epoch if left out.
+        view: view of every sample, in a store of views; the next one each epoch if left out.
         temperature, check: as in `SoftTargetDataset`.
         rank, world_size: torch.distributed's when left out, or (0, 1) without a process group.
         remainder: "split", "drop" or "pad", as in `EpochConfig`.
@@ -90,7 +90,8 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
             config, digest=store.digest, samples=store.manifest.samples, data=STORE_ORDER, ranks=ranks
         )
         self._shard: _WorkerShard | None = None
-        # In shared memory: persistent workers keep their own copy of everything else from epoch to epoch.
+        # Epoch, cursor, rank and world size, in shared memory: persistent workers have a copy of everything else, made
+        # before the first epoch.
         self._shared = torch.zeros(4, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._tell_workers()
 
@@ -110,7 +111,7 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         self._tell_workers()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far this process has come; ready for JSON. In a worker, the state of that worker alone."""
+        """Return the progress of this process, in a worker that of the worker; ready for JSON."""
         if self._shard is None:
             return self.state.state_dict()
         shard = self._shard
@@ -189,7 +190,7 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         positions = self._positions.of(targets.ids, self.store.manifest.name)
         if targets.inputs is not None:
             return self._pairs.pair(samples_in(targets), targets, positions)
-        if not len(positions):  # no samples to load: inputs of the right shape, without rows
+        if not len(positions):  # nothing to load: inputs of the right shape, without rows
             return self._pairs[0].first(0)
         return self._pairs.pair(self._pairs.samples.take(positions), targets, positions)
 
@@ -209,26 +210,16 @@ def stream_loader(
         start_method: how workers are started; torch's default when None.
         ahead: without workers, read the next batches ahead in a thread.
     """
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        # Its own generator, so that the loader's draws leave torch's global one, and with it dropout, as they were.
-        generator=torch.Generator().manual_seed(stream.state.config.seed),
-        num_workers=workers,
-        collate_fn=collate_batches,
-        multiprocessing_context=start_method if workers else None,
-        persistent_workers=workers > 0,
-    )
-    return StatefulLoader(loader, stream, ahead=ahead)
+    return stateful_loader(stream, stream, workers=workers, start_method=start_method, ahead=ahead, batch_size=None)
 
 
 @dataclass
 class _WorkerShard:
     """The part of a rank's epoch that one DataLoader worker reads: steps `worker`, `worker + workers` and so on.
 
-    While all batches are full, those are exactly the steps of rank `worker × world_size + rank` among
-    `workers × world_size` ranks, so they are read as one stream. The few remaining steps are requested one by one, so
-    that batches do not depend on the number of workers.
+    While all batches are full, those are the steps of rank `worker × world_size + rank` among `workers × world_size`
+    ranks, so they are read as one stream. The few remaining steps are requested one by one, so that batches do not
+    depend on the number of workers.
 
     Attributes:
         config: the rank's epoch, from `start` on.
@@ -247,7 +238,7 @@ class _WorkerShard:
 
     @classmethod
     def of_this_process(cls, config: EpochConfig, start: EpochProgress) -> _WorkerShard:
-        """Return the shard of the worker that this runs in; the whole in the main process."""
+        """Return the shard of this worker process; in the main process all of the rank's epoch."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         return cls(config, start, worker, workers)
@@ -261,7 +252,7 @@ class _WorkerShard:
                 yield from islice(stream, count)
 
     def _streams(self, batches: RankBatches) -> Iterator[tuple[EpochConfig, int | None]]:
-        """Yield configurations to read in turn, and how many batches of each; None reads to the stream's end frame."""
+        """Yield the configurations to read, and how many batches of each; None reads to the end frame."""
         taken, config = self.taken, self.config
         if self.workers == 1 and not taken:
             yield config, None
@@ -287,13 +278,11 @@ def _full_rounds(batches: RankBatches, world_size: int) -> int:
     together = RankBatches(batches.order, msgspec.structs.replace(batches.config, world_size=world_size, rank=0))
     size, cursor = world_size * batches.config.batch_size, batches.config.cursor
     full = (batches.order.samples - cursor) // size
-    # With fewer samples left than ranks, the last two steps share theirs and the last full step is not full.
+    # With fewer samples left than ranks, the last two steps divide theirs, and the last full step is not full.
     return full - 1 if full and together.cursor_after(full - 1) != cursor + full * size else full
 
 
 class _PositionsById:
-    """Finds positions in the inputs by sample id."""
-
     def __init__(self, ids: IdArray) -> None:
         self._sorted = np.argsort(ids, kind="stable")
         self._ids = ids[self._sorted]
@@ -307,8 +296,8 @@ class _PositionsById:
         if missing.any():
             named = ids[missing][:5].tolist()
             raise FingerprintMismatchError(
-                f"{store!r} has targets for {', '.join(map(repr, named))}, and the inputs have no such samples: a "
-                "stream covers the whole store; load all its samples, or use SoftTargetDataset for some of them",
+                f"{store!r} has targets for {', '.join(map(repr, named))}, and the inputs have no such samples: load "
+                "all samples of the store, or use SoftTargetDataset for some of them",
                 ids=named,
             )
         positions: NDArray[np.int64] = self._sorted[found]
@@ -319,8 +308,7 @@ def _all_ids(samples: TransferSet) -> IdArray:
     ids: IdArray | None = getattr(samples, "ids", None)
     if ids is not None:
         return ids
-    count = len(samples)
-    ranges = (np.arange(begin, min(begin + _IDS_AT_ONCE, count)) for begin in range(0, count, _IDS_AT_ONCE))
-    pieces: list[Any] = [samples.take(positions).ids for positions in ranges]
+    parts = np.array_split(np.arange(len(samples)), -(-len(samples) // _IDS_AT_ONCE))
+    pieces: list[Any] = [samples.take(positions).ids for positions in parts]
     joined: IdArray = np.concatenate(pieces)
     return joined
