@@ -1,4 +1,4 @@
-"""softlabels: soft targets computed once, kept safely, served fast."""
+"""softlabels: soft targets computed once, stored safely, served fast."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def write_atomically(path: Path, buffers: Iterable[Buffer], *, staging: Path | N
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there replaces `path` once the context ends well.
 
-    For libraries that write to a path of their own accord; its folder must exist.
+    For libraries that open the file themselves; its folder must exist.
 
     Raises:
         OSError: as the operating system reports it; an existing file at `path` is unchanged.
@@ -89,7 +89,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, so that a renamed file keeps its new name after a power failure."""
+    """Make the names in a folder durable: without it a rename may be lost in a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,11 +105,10 @@ def sha256_of(path: Path) -> str:
 
 def purge(folder: Path) -> list[Path]:
     """Remove the temporary files directly inside a folder; return their paths."""
-    removed = []
-    for path in sorted(folder.glob("*" + TEMPORARY)) if folder.is_dir() else []:
+    found = sorted(folder.glob("*" + TEMPORARY))
+    for path in found:
         path.unlink(missing_ok=True)
-        removed.append(path)
-    return removed
+    return found
 
 
 def _write_and_sync(path: Path, buffers: Iterable[Buffer]) -> tuple[int, str]:

@@ -1,11 +1,11 @@
 """Errors of encoded targets: KL to the exact rows, top-1 agreement, dropped mass, and the error of a gradient.
 
-Statistics are accumulated batch by batch, merge over shards, and have a fixed size whatever the number of classes. The
+Statistics accumulate batch by batch, merge over shards, and have a fixed size whatever the number of classes. The
 gradient of the soft loss in a student's logits is (student's p - target)/T, so the error of a target is, up to 1/T, the
-error of every student's gradient. Its *variance* is the mean of ‖kept - exact‖² over rows, its *bias* the norm of the
-mean of kept - exact. Of that mean, a vector of C classes, only the products with `SIGNS` fixed vectors of random signs
-are kept; their mean square estimates its squared norm (Johnson and Lindenstrauss 1984). An unbiased encoding has a bias
-that shrinks as 1/√rows: `bias_ratio` is its square relative to that of pure chance, about 1 for `sampled`, and
+error of every student's gradient. Its *variance* is the mean of ‖decoded - exact‖² over rows, its *bias* the norm of
+the mean of decoded - exact. Of that mean, a vector of C classes, only the products with `SIGNS` fixed vectors of random
+signs are stored; their mean square estimates its squared norm (Johnson and Lindenstrauss 1984). The bias of an unbiased
+encoding shrinks as 1/√rows: `bias_ratio` is its square relative to that of pure chance, about 1 for `sampled`, and
 proportional to the number of rows for an encoding with a systematic error.
 """
 
@@ -33,12 +33,10 @@ BINS = (HIGHEST_EXPONENT - LOWEST_EXPONENT) * STEPS_PER_OCTAVE + 2
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorSums:
-    """Errors of some rows, computed on any device: what `Audit` adds up.
+    """Errors summed over some rows, computed on any device.
 
     Attributes:
-        rows, top1_agreements: counts.
-        dropped_mass, squared_error: sums over the rows.
-        error_C: sum over the rows of kept p minus exact p, float64.
+        error_C: sum over the rows of decoded p minus exact p.
         kl_nats_B: KL of each row, by temperature.
     """
 
@@ -51,11 +49,7 @@ class ErrorSums:
 
 
 class Audit:
-    """Error statistics of an encoding, accumulated over rows.
-
-    Args:
-        temperatures: temperatures at which KL is measured.
-    """
+    """Error statistics of an encoding, accumulated over rows, with KL at each of `temperatures`."""
 
     def __init__(self, temperatures: tuple[float, ...] = ()) -> None:
         self.rows = 0

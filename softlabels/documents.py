@@ -19,7 +19,7 @@ import msgspec
 from softlabels.errors import ManifestError, SoftLabelsError
 
 MAX_DOCUMENT_BYTES = 16 << 20
-"""No real manifest or receipt comes near; a hostile one must not fill the memory."""
+"""Far more than any real manifest or receipt has: a hostile one must not fill the memory."""
 
 MAX_MESSAGE = 1_000
 """Characters of a library's message that are passed on."""
@@ -34,7 +34,7 @@ D = TypeVar("D")
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every typed document. Unknown keys are refused; a key that is None stands for one left out."""
+    """Base of every typed document. Unknown keys are refused; a key that is None is the same as a missing one."""
 
 
 def parse_document(value: Any, kind: type[D], *, what: str, error: type[SoftLabelsError] = ManifestError) -> D:
@@ -59,13 +59,13 @@ def parse_document(value: Any, kind: type[D], *, what: str, error: type[SoftLabe
 def as_json(value: Any) -> Any:
     """Return a document as JSON-like tables, without its fields that are None.
 
-    A field that a later version adds, with None for "as before", leaves the digests of older documents as they are.
+    So a later version can add a field, with None for the old behaviour, and older documents keep their digests.
     """
-    if isinstance(value, msgspec.Struct):
-        value = msgspec.structs.asdict(value)
-        return {name: as_json(part) for name, part in value.items() if part is not None}
-    if is_dataclass(value) and not isinstance(value, type):
-        found = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+    if isinstance(value, msgspec.Struct) or (is_dataclass(value) and not isinstance(value, type)):
+        names = (
+            value.__struct_fields__ if isinstance(value, msgspec.Struct) else [entry.name for entry in fields(value)]
+        )
+        found = {name: getattr(value, name) for name in names}
         return {name: as_json(part) for name, part in found.items() if part is not None}
     if isinstance(value, Mapping):
         return {key: as_json(part) for key, part in value.items()}
@@ -103,7 +103,7 @@ def open_sealed(raw: bytes, *, what: str) -> dict[str, Any]:
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Parsers disagree on which of two equal keys wins, so a document that has them is ambiguous.
+    # Parsers disagree on which of two equal keys wins, so such a document is ambiguous.
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a key is repeated")
@@ -117,10 +117,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 
 def _explain(message: str, kind: Any) -> str:
-    """Return msgspec's message with the path in words; an unknown key with the nearest, a wrong value with the choices.
-
-    msgspec names neither, and a user who misspells a key or a choice needs just that.
-    """
+    """Return msgspec's message with the path in words, and what it lacks: the nearest known key, or the choices."""
     info, path = msgspec.inspect.type_info(kind), re.search(r" - at `\$(.*?)`$", message)
     message = re.sub(r" - at `\$\.?(.*?)`$", r" (at `\1`)", message).removesuffix(" (at ``)")
     unknown = re.match(r"Object contains unknown field `(.*?)`", message)
@@ -136,13 +133,11 @@ def _choices_at(info: Any, path: str) -> list[Any]:
     """Return the values that a field accepts by name; `path` is msgspec's, such as `.teachers[0].mean`."""
     found = [info]
     for name in re.findall(r"\.(\w+)|\[", path):
-        found = [part for outer in found for part in _parts_of(outer)]
+        outer = [part for info in found for part in _parts_of(info)]
         if name:
-            found = [
-                entry.type for outer in found for entry in getattr(outer, "fields", ()) if entry.encode_name == name
-            ]
+            found = [entry.type for part in outer for entry in getattr(part, "fields", ()) if entry.encode_name == name]
         else:
-            found = [getattr(outer, "item_type", getattr(outer, "value_type", None)) for outer in found]
+            found = [getattr(part, "item_type", getattr(part, "value_type", None)) for part in outer]
     return [value for outer in found for part in _parts_of(outer) for value in getattr(part, "values", ())]
 
 

@@ -22,9 +22,8 @@ class Combined:
     """Ensemble mean of one batch.
 
     Attributes:
-        logits_BC: float32 on the members' device, each row's largest entry 0.
-        captured_temperature: T that the rows are tempered with; softmax(logits_BC) is the target at this T.
-        locked: whether the target exists only at that T.
+        logits_BC: float32, each row's largest entry 0; softmax(logits_BC) is the target at `captured_temperature`.
+        locked: whether the target exists only at that temperature.
     """
 
     logits_BC: Tensor
@@ -47,11 +46,11 @@ def combine(
     two or more keeps log-probabilities at `temperature`, locked.
 
     Args:
-        logits: one [B, C] tensor for each member, any float dtype; tensors are copied to the first one's device.
+        logits: one [B, C] tensor a member, any float dtype; copied to the device of the first.
         mean: kind of mean; "none" takes exactly one member.
         temperature: temperature of an arithmetic mean; other results do not depend on it.
-        weights: one positive weight for each member; None for equal weights.
-        names: names of the members for messages; None for numbers.
+        weights: one positive weight a member; None for equal weights.
+        names: names of the members for messages.
     Raises:
         TeacherShapeError: the members' shapes differ or are not [rows, classes].
         TeacherError: a member's output is not floating point.
@@ -102,14 +101,13 @@ def _check_members(logits: Sequence[Tensor], names: Sequence[str] | None) -> Non
     listed = ", ".join(f"{name}: {shape}" for name, shape in zip(named, shapes, strict=True))
     if any(len(shape) != 2 or shape[1] == 0 for shape in shapes):
         raise TeacherShapeError(
-            f"a teacher returns [rows, classes], one row of logits for each sample; here {listed}. Let the teacher "
-            "return only its logits, flattened to one row for each sample",
+            f"a teacher has to return logits of shape [rows, classes], one row a sample; here {listed}",
             shapes=shapes,
         )
     if any(shape != shapes[0] for shape in shapes):
         raise TeacherShapeError(
-            f"the members' shapes differ, so their rows cannot be averaged: {listed}. They have to run on the same "
-            "batch and share one list of classes",
+            f"the members' shapes differ, so their rows cannot be averaged: {listed}. They need the same batch and one "
+            "list of classes",
             shapes=shapes,
         )
     for name, member in zip(named, logits, strict=True):

@@ -1,49 +1,22 @@
 """The error tree: every class with a stable code and an HTTP status.
 
-SoftLabelsError                        everything that softlabels raises on purpose
-├── RequestError                       the call asks for something impossible: change the call
-│   ├── EmptyBatchError                    a batch of no ids
-│   ├── BatchTooLargeError                 more ids than one reply may hold
-│   ├── UnknownFieldError                  a field that the store does not keep
-│   ├── BadIdsError                        ids of the wrong kind, shape or type
-│   ├── TemperatureError                   a temperature that is not a finite positive number
-│   ├── UnauthorizedError                  the server needs a token, and this is none or another
-│   ├── TemperatureLockedError             these targets exist only at the temperatures they were captured at
-│   └── ShapeMismatchError                 two arrays that must agree in shape do not
-├── NotFoundError                      the call names something that does not exist: change the name
-│   ├── UnknownStoreError                  no store of that name or at that path
-│   └── UnknownIdError                     a sample id that is not in the store
-├── ConflictError                      both sides are valid but do not belong together: find out which is right
-│   ├── FingerprintMismatchError           the targets were computed for other data
-│   ├── ClassListMismatchError             the classes have other names, or another order
-│   ├── ViewReplayError                    a view cannot be replayed as the teacher saw it
-│   ├── StoreChangedError                  the store is not the version that the caller holds
-│   ├── RowsNotCommittedError              the store is unfinished and these rows are not there yet
-│   ├── StoreExistsError                   a store exists there already
-│   ├── ShardClaimedError                  another writer holds this shard
-│   ├── CheckpointMismatchError            checkpoints that belong to another training
-│   └── ShardConflictError                 a shard was committed before with other contents
-├── DamageError                        bytes are not what was written: verify, repair, resume
-│   ├── ChecksumError                      a chunk's checksum fails
-│   ├── TruncatedError                     a file or reply ends too early or is missing
-│   ├── ManifestError                      a manifest or receipt that is unreadable or contradicts itself
-│   └── WireError                          a reply that is not what the wire format says
-├── FormatVersionError                 written by a newer softlabels: upgrade
-├── JobError                           a job that cannot run as written: correct the job file
-│   ├── ReferenceLoadError                 a `module:name` reference that cannot be loaded
-│   ├── DataUnavailableError               a data set that cannot be had here
-│   ├── UnreadableSampleError              a sample of the transfer set that cannot be read
-│   └── TransferSetChangedError            the transfer set is not the one that the job began with
-├── TeacherError                       a teacher with invalid outputs: correct the teacher
-│   ├── TeacherShapeError                  its output has the wrong shape
-│   └── NonFiniteLogitsError               its output holds NaN or Inf
-├── EncodingError                      a distribution that this encoding cannot represent within its bound
-├── UnknownEncodingError               no encoding of that name
-├── MissingExtraError                  an optional dependency is not installed: pip install it
-├── DivergenceError                    a training's loss is no longer a finite number: lower the learning rate
-├── PortInUseError                     another process listens on this port: choose another
-├── WorkerDiedError                    a worker process ended before its work was done: see what it printed
-└── ServerUnreachableError             no usable answer from the server after every retry
+SoftLabelsError            everything that softlabels raises on purpose
+├── RequestError           the call asks for something impossible: change the call
+│       EmptyBatchError, BatchTooLargeError, UnknownFieldError, BadIdsError, TemperatureError, UnauthorizedError,
+│       TemperatureLockedError, ShapeMismatchError
+├── NotFoundError          the call names something that does not exist: change the name
+│       UnknownStoreError, UnknownIdError
+├── ConflictError          both sides are valid but do not belong together: find out which is right
+│       FingerprintMismatchError, ClassListMismatchError, ViewReplayError, StoreChangedError, RowsNotCommittedError,
+│       StoreExistsError, ShardClaimedError, CheckpointMismatchError, ShardConflictError
+├── DamageError            bytes are not what was written: verify, repair, resume
+│       ChecksumError, TruncatedError, ManifestError, WireError
+├── JobError               a job that cannot run as written: correct the job file
+│       ReferenceLoadError, DataUnavailableError, UnreadableSampleError, TransferSetChangedError
+├── TeacherError           a teacher with invalid outputs: correct the teacher
+│       TeacherShapeError, NonFiniteLogitsError
+└── FormatVersionError, EncodingError, UnknownEncodingError, MissingExtraError, DivergenceError, PortInUseError,
+        WorkerDiedError, ServerUnreachableError
 """
 
 from __future__ import annotations
@@ -70,7 +43,7 @@ class SoftLabelsError(Exception):
         self.context: dict[str, Any] = context
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions cross process borders (DataLoader workers); keyword context would be lost by the default.
+        # Exceptions cross process borders (DataLoader workers), and the default would lose the keyword context.
         return (rebuild_error, (type(self), self.message, self.context))
 
 
@@ -98,7 +71,7 @@ class BatchTooLargeError(RequestError):
 
 
 class UnknownFieldError(RequestError):
-    """A field that the store does not keep."""
+    """A field that the store does not have."""
 
     code = "unknown-field"
     title = "The store keeps no such field"
@@ -112,7 +85,7 @@ class BadIdsError(RequestError):
 
 
 class UnauthorizedError(RequestError):
-    """The server needs a token, and this is none or another."""
+    """The server needs a token, and the request has none or a wrong one."""
 
     code = "unauthorized"
     status = 401
@@ -127,7 +100,7 @@ class TemperatureError(RequestError):
 
 
 class TemperatureLockedError(RequestError):
-    """These targets exist only at the temperatures they were captured at."""
+    """These targets exist only at the temperature they were captured at."""
 
     code = "temperature-locked"
     status = 409

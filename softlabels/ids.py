@@ -20,12 +20,8 @@ MAX_STRING_ID_BYTES = 4096
 
 
 def as_ids(values: Iterable[Any] | NDArray[Any]) -> IdArray:
-    """Return ids as an array.
+    """Return integers or strings, in anything that `numpy.asarray` takes, as a 1-D array of int64 or unicode.
 
-    Args:
-        values: integers or strings, a list, a range, a NumPy array or anything that `numpy.asarray` takes.
-    Returns:
-        A 1-D array, int64 or unicode; an empty input gives an empty int64 array.
     Raises:
         BadIdsError: a mixture, floats, booleans, integers beyond int64, empty strings, or more than one dimension.
     """
@@ -59,10 +55,8 @@ def utf8(ids: IdArray) -> NDArray[np.bytes_]:
 
 
 def to_fixed_bytes(ids: IdArray, *, width_bytes: int) -> NDArray[np.uint8]:
-    """Return string ids as zero-padded UTF-8.
+    """Return string ids as zero-padded UTF-8: uint8, shape [B, width_bytes].
 
-    Returns:
-        uint8, shape [B, width_bytes].
     Raises:
         BadIdsError: an id is longer than the width.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -82,7 +83,6 @@ class IdSpec(Document, frozen=True):
     """How sample ids are stored.
 
     Attributes:
-        kind: int or str.
         dense_start: sample i has the id `dense_start + i`; None when ids must be looked up.
         width_bytes: UTF-8 bytes of the longest string id; 0 for integers.
     """
@@ -107,13 +107,7 @@ class EncodingSpec(Document, frozen=True):
 
 
 class TemperatureSpec(Document, frozen=True):
-    """Temperatures of the stored rows.
-
-    Attributes:
-        default: temperature of a batch where the caller names none.
-        captured: temperature that the stored rows already have.
-        locked: True when `captured` is the only temperature available.
-    """
+    """Temperatures: `default` of a batch, `captured` in the stored rows, and whether they are `locked` to it."""
 
     default: PositiveNumber
     captured: PositiveNumber
@@ -134,7 +128,7 @@ class TeacherSpec(Document, frozen=True):
         kind: where the model came from: `python`, `torchscript`, `export`, `onnx`, `transformers`, ...
         revision: version that a model hub resolved the name to.
         libraries: versions of the libraries that ran it, beyond those of the whole store.
-        class_list_sha256: digest of the teacher's own class list, see `ClassList`; its order was mapped to the store's.
+        class_list_sha256: digest of the teacher's class list; its columns were reordered to the store's.
     """
 
     name: str
@@ -164,11 +158,7 @@ class TransferSetSpec(Document, frozen=True):
 
 
 class ShardSpec(Document, frozen=True):
-    """How rows are cut: a shard is the unit of commit, a chunk the unit of checksum.
-
-    Attributes:
-        compression: compression of chunks, for archives; None where every row has an address.
-    """
+    """How rows are cut: a shard is the unit of commit, a chunk of checksum and, in archives, of compression."""
 
     count: Annotated[int, Meta(ge=1, le=MAX_SHARDS)]
     rows_per_shard: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
@@ -189,21 +179,18 @@ class ArraySpec(Document, frozen=True):
     @property
     def row_bytes(self) -> int:
         """Bytes that one row takes."""
-        size = np.dtype(self.dtype).itemsize
-        for extent in self.row_shape:
-            size *= extent
-        return size
+        # Not np.prod: in a hostile manifest the product may exceed 64 bits.
+        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
 
 
 class ViewSpec(Document, frozen=True):
     """How the views of a sample were made, so that a trainer replays each of them exactly.
 
     Attributes:
-        transform: reference to the callable that makes a view.
+        transform: reference to the callable that makes a view, called with `arguments`.
         parameters: names of the recorded parameters, the columns of the array `view_parameters`; empty when seeded.
         seed_key: key that view seeds derive from, together with sample id and view number (`softlabels.views`).
         libraries: library versions that a replay must match.
-        arguments: arguments that the reference was called with.
         transform_sha256: digest of the transform's code and settings (`softlabels.views.transforms`).
     """
 
@@ -318,7 +305,7 @@ class Manifest(Document, frozen=True):
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Raise ValueError unless the parts of a manifest agree with each other; types and bounds are the fields' own."""
+    """Raise ValueError unless the parts of a manifest agree with each other; `Document` checks types and bounds."""
     shards, rows = manifest.shards, manifest.layout.rows
     if shards.count != -(-rows // shards.rows_per_shard):
         raise ValueError(f"shards.count is {shards.count}, too few or too many for {rows} rows")
@@ -340,7 +327,7 @@ def check_encoding(manifest: Manifest, encoding: Encoding) -> Encoding:
 
 
 def encoded_arrays(encoding: Encoding, members: int | None) -> dict[str, ArraySpec]:
-    """Return the arrays that hold an encoding's rows, with a leading axis for members where those are stored."""
+    """Return the arrays of an encoding's rows, with a leading axis for members where those are stored."""
     axis = () if members is None else (members,)
     return {
         name: ArraySpec(dtype=field.dtype.str, row_shape=(*axis, *field.row_shape))
@@ -365,8 +352,7 @@ def _check_version(document: Mapping[str, Any]) -> None:
         raise ManifestError(f"format_version of the manifest is {version!r}, not a positive integer")
     if version > FORMAT_VERSION:
         raise FormatVersionError(
-            f"this store has format version {version}, this softlabels reads up to {FORMAT_VERSION}: upgrade "
-            "softlabels",
+            f"this store has format version {version}, this softlabels reads up to {FORMAT_VERSION}: upgrade it",
             found=version,
             supported=FORMAT_VERSION,
         )

@@ -38,17 +38,7 @@ QUIET = Progress()
 
 
 class PlainLines(Progress):
-    """Progress as lines of text, at most one in `every_s` seconds and one at the end.
-
-    Args:
-        total: units in the whole job.
-        description: name of the job, first on each line.
-        unit: what is counted, in the plural ("samples").
-        done: units of an earlier run; the rate leaves them out.
-        stream: where lines are written.
-        every_s: minimum seconds between lines.
-        clock: monotonic clock, seconds.
-    """
+    """Progress as lines of text, at most one in `every_s` seconds and one at the end; arguments as in `track`."""
 
     def __init__(
         self,
@@ -110,8 +100,6 @@ class PlainLines(Progress):
 
 
 class _Bar(Progress):
-    """One task of a rich progress bar."""
-
     def __init__(self, bar: RichProgress, **task: Any) -> None:
         self._bar, self._task = bar, bar.add_task(**task, note="")
 
@@ -131,11 +119,9 @@ def track(
     Args:
         total: units in the whole job.
         description: name of the job, a few words.
-        unit: what is counted, in the plural.
+        unit: what is counted, in the plural ("samples").
         done: units of an earlier run; the bar starts there, rate and time left are of this run.
         stream: where to show it; None for stderr, so that stdout stays free for results.
-    Yields:
-        a `Progress` to advance.
     """
     target = sys.stderr if stream is None else stream
     if target.isatty():

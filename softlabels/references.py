@@ -14,10 +14,10 @@ from softlabels.errors import ReferenceLoadError
 
 
 def load_reference(reference: str, *, base: Path | None = None) -> Any:
-    """Return the object that a reference names.
+    """Return the object that a reference names; dots in its name reach attributes.
 
     Args:
-        reference: `package.module:name`, or `folder/file.py:name` relative to `base`; dots in `name` reach attributes.
+        reference: `package.module:name` or `folder/file.py:name`.
         base: folder that file references are relative to, usually the job file's; None for the working folder.
     Raises:
         ReferenceLoadError: malformed, not found, or the module fails to import.

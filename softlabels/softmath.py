@@ -23,13 +23,14 @@ from softlabels.errors import RequestError, ShapeMismatchError, TemperatureError
 FloatArray = NDArray[np.floating[Any]]
 Mean = Literal["none", "arithmetic", "geometric"]
 
-MEANS: tuple[Mean, ...] = ("none", "arithmetic", "geometric")
 UNLABELLED = -1
+"""Hard label of a sample that has none."""
+
 _NAMED_AT_MOST = 8  # an error names this many offenders, so that a whole bad batch still reads as one sentence
 
 
 def check_temperature(temperature: object) -> float:
-    """Return the temperature as a float; raise TemperatureError unless it is a finite number above 0 (True is none)."""
+    """Return the temperature as a float; raise TemperatureError unless it is a finite number above 0 (not True)."""
     if _is_positive(temperature):
         return float(temperature)
     raise TemperatureError(
@@ -41,9 +42,8 @@ def check_temperature(temperature: object) -> float:
 
 def check_mean(mean: object) -> Mean:
     """Return the name of the mean; raise RequestError with the known names for any other."""
-    for known in MEANS:
-        if mean == known:
-            return known
+    if mean == "none" or mean == "arithmetic" or mean == "geometric":
+        return mean
     raise RequestError(f"there is no mean {mean!r}; choose 'none', 'arithmetic' or 'geometric'", mean=repr(mean))
 
 
@@ -72,7 +72,7 @@ def check_weights(weights_M: Sequence[float] | FloatArray | None, members: int) 
             weights=len(weights),
             members=members,
         )
-    # Whatever is no weight becomes 0, which the check below refuses.
+    # Invalid weights become 0, which the check below refuses.
     share = np.array([float(weight) if _is_positive(weight) else 0.0 for weight in weights])
     share /= share.max() or 1.0  # first, so that the sum cannot overflow
     share /= share.sum() or 1.0
@@ -141,12 +141,12 @@ def retemper(logits_BC: FloatArray, *, captured: float, temperature: float) -> F
 
     The largest entry of each row is 0. `is_locked` says whether targets may be re-tempered at all.
     """
-    kept, asked = check_temperature(captured), check_temperature(temperature)
+    have, want = check_temperature(captured), check_temperature(temperature)
     z = _shifted(logits_BC)
-    if kept == asked:
+    if have == want:
         return _like(z, logits_BC)
     with np.errstate(over="ignore"):
-        return _like(z * kept / asked, logits_BC)
+        return _like(z * have / want, logits_BC)
 
 
 def mean_arithmetic(
@@ -191,13 +191,13 @@ def kl_divergence(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float6
     p, q = np.exp(logp), np.exp(logq)
     with np.errstate(invalid="ignore", over="ignore"):
         gap = logq - logp
-        near = p * (np.expm1(gap) - gap)  # q - p cancels where the two agree
-        far = q - p - np.where(p == 0, 0.0, p * gap)
-        return np.asarray(np.where(np.abs(gap) < 1, near, far).sum(axis=-1), dtype=np.float64)
+        small = p * (np.expm1(gap) - gap)  # where p and q almost agree, q - p would lose its digits
+        large = q - p - np.where(p == 0, 0.0, p * gap)
+        return np.asarray(np.where(np.abs(gap) < 1, small, large).sum(axis=-1), dtype=np.float64)
 
 
 def _is_positive(value: object) -> TypeGuard[float]:
-    """Return whether a value is a finite number above 0; True is none, an integer beyond float64 neither."""
+    """Return whether a value is a finite number above 0; True and integers beyond float64 are not."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:

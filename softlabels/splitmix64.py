@@ -23,7 +23,7 @@ _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def finalise(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the generator's output function of each counter: a bijection on uint64; 0 stays 0."""
+    """Return the generator's output for each counter: a bijection on uint64 that maps 0 to 0."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * _FIRST
         x = (x ^ (x >> np.uint64(27))) * _SECOND

@@ -29,7 +29,7 @@ from softlabels.softmath import check_mean, check_temperature, check_weights, is
 from softlabels.targets import EpochIterator, EpochRows, MemberMean, SoftTargets, check_unlocked
 
 _IDS_AT_ONCE = 1024
-"""Ids per frame when all ids are read: a frame of this size is below every server's limit."""
+"""Ids per frame when all ids are read: below every server's limit of a frame."""
 
 
 class RowSource(Protocol):
@@ -137,7 +137,7 @@ class TargetStore:
         Args:
             ids: [B] sample ids, at least one.
             temperature: temperature of the batch; None for the store's default.
-            mean, weights: mean over members and their weights, for stores that keep members; None for the job's.
+            mean, weights: mean over members and their weights, for stores with members; None for the job's.
             views: view of each sample, [B] or one for all, for stores of views.
             spans: [B, 2] first row and end of each range, for sequences; None for whole sequences.
             labels: return hard labels too, where the store has them.
@@ -200,12 +200,11 @@ class TargetStore:
         if prefetch:
             # Imported by name: the base package must not depend on the client.
             rows = importlib.import_module("softlabels_client.data.prefetch").epoch_ahead(rows, batches=prefetch)
-        return EpochIterator(
-            rows,
-            lambda step: self._targets(step.ids, step.arrays, tempering),
-            cursor=config.cursor,
-            batch_count=count,
-        )
+
+        def wrap(step: EpochRows) -> SoftTargets:
+            return self._targets(step.ids, step.arrays, tempering)
+
+        return EpochIterator(rows, wrap, cursor=config.cursor, batch_count=count)
 
     def ids(self) -> IdArray:
         """Return the id of every sample, [samples], in the store's order.
@@ -248,9 +247,7 @@ class TargetStore:
         wanted = spec.default if temperature is None else check_temperature(temperature)
         if manifest.members is None:
             if mean not in (None, manifest.mean) or weights is not None:
-                stored = (
-                    "one teacher's rows" if manifest.mean == "none" else f"the {manifest.mean} mean of its teachers"
-                )
+                stored = "one teacher's rows" if manifest.mean == "none" else f"its teachers' {manifest.mean} mean"
                 raise RequestError(
                     f"{manifest.name!r} stores {stored}, not its members: another mean or other weights need a store "
                     "that was precomputed with keep = 'members'"
@@ -262,10 +259,10 @@ class TargetStore:
         chosen = own if weights is None else tuple(float(weight) for weight in weights)
         check_weights(chosen, manifest.members)
         locked = is_locked(kind, manifest.members)
-        as_mean: Literal["arithmetic", "geometric"] = "arithmetic" if locked else "geometric"
         # Members are stored at T = 1: a geometric mean is a mean of logits, which re-tempers to any T afterwards; an
         # arithmetic mean has to be taken at the wanted T and is locked to it.
-        return _Tempering(wanted, wanted if locked else 1.0, locked, MemberMean(kind=as_mean, weights=chosen))
+        as_mean = MemberMean(kind="arithmetic" if locked else "geometric", weights=chosen)
+        return _Tempering(wanted, wanted if locked else 1.0, locked, as_mean)
 
     def _fields(self, labels: bool, fingerprints: bool, view_parameters: bool, inputs: bool) -> tuple[str, ...]:
         name, arrays = self.manifest.name, self.manifest.arrays
@@ -281,11 +278,7 @@ class TargetStore:
         return (*self._encoding.fields, *compress((LABELS, FINGERPRINTS, VIEW_PARAMETERS, INPUTS), wanted))
 
     def require(
-        self,
-        *,
-        transfer_set: str | None = None,
-        classes: int | None = None,
-        class_names: Sequence[str] | None = None,
+        self, *, transfer_set: str | None = None, classes: int | None = None, class_names: Sequence[str] | None = None
     ) -> None:
         """Raise unless the store fits the trainer; None skips a check.
 
@@ -294,8 +287,7 @@ class TargetStore:
             classes: number of the student's classes.
             class_names: the student's classes by name, in the order of its outputs.
         Raises:
-            FingerprintMismatchError: the targets were computed for other data.
-            ShapeMismatchError: the student has another number of classes.
+            FingerprintMismatchError, ShapeMismatchError: other data; another number of classes.
             ClassListMismatchError: the student has other classes, or another order; the message names the first.
         """
         check_transfer_set(self.manifest, transfer_set)
@@ -310,7 +302,7 @@ class TargetStore:
             check_class_names(self.manifest.class_list, class_names, store=self.manifest.name)
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""
         self._rows.close()
 
     def __enter__(self) -> TargetStore:
@@ -327,14 +319,14 @@ def _whole_numbers(values: NDArray[Any], what: str) -> NDArray[np.int64]:
 
 
 def check_transfer_set(manifest: Manifest, fingerprint: str | None) -> None:
-    """Raise FingerprintMismatchError unless a fingerprint is the store's own; None skips the check."""
-    own = manifest.transfer_set.fingerprint
-    if fingerprint is not None and fingerprint != own:
+    """Raise FingerprintMismatchError unless the fingerprint is the store's; None skips the check."""
+    stored = manifest.transfer_set.fingerprint
+    if fingerprint is not None and fingerprint != stored:
         raise FingerprintMismatchError(
             f"the targets of {manifest.name!r} were computed for transfer set {manifest.transfer_set.name!r} with "
-            f"fingerprint {own}, yours has {fingerprint}: row i there is not your row i; load the data that the store "
-            "was made from, or precompute targets for this data",
-            store=own,
+            f"fingerprint {stored}, yours has {fingerprint}: row i there is not your row i; load the data that the "
+            "store was made from, or precompute targets for this data",
+            store=stored,
             yours=fingerprint,
         )
 
@@ -354,8 +346,8 @@ def open_store(
         where: a folder, or `http(s)://host/name` of a store behind `softlabels serve`.
         token: bearer token, for a server that asks for one.
         timeout_s: limit of one request to a server, seconds.
-        cache: folder that keeps a server's rows on this machine, so that each is sent once; True for the folder that
-            SOFTLABELS_CACHE names, else ~/.cache/softlabels. Ignored for a local store.
+        cache: folder for a server's rows on this machine, so that each is sent once; True for $SOFTLABELS_CACHE or
+            ~/.cache/softlabels. Ignored for a local store.
         cache_bytes: size limit of that folder, over all stores in it; None for 16 GiB.
         cache_read_only: use the rows in the cache, but add none.
     Raises:

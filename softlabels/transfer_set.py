@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from softlabels.errors import BadIdsError, ShapeMismatchError
 from softlabels.ids import IdArray, as_ids
+from softlabels.softmath import UNLABELLED as UNLABELLED
 from softlabels.splitmix64 import splitmix64
-
-UNLABELLED = -1
-"""The hard label of a sample that has none."""
 
 FINGERPRINT_BYTES = 16
 """128 bits: among 10^12 samples the chance of one accidental collision is about 10^-15."""
@@ -75,18 +73,13 @@ class ArrayTransferSet:
     def __init__(
         self, name: str, inputs: NDArray[Any], *, labels: NDArray[Any] | None = None, ids: IdArray | None = None
     ) -> None:
-        self._name = name
+        self.name = name
         self.inputs = inputs
         self.labels = None if labels is None else np.asarray(labels).astype(np.int64)
         self.ids: IdArray = np.arange(len(inputs), dtype=np.int64) if ids is None else as_ids(ids)
         Samples(ids=self.ids, inputs=self.inputs, labels=self.labels)  # checks that the lengths agree
         if ids is not None and len(np.unique(self.ids)) != len(self.ids):
-            raise BadIdsError(f"sample ids of {name!r} repeat: each sample needs an id of its own")
-
-    @property
-    def name(self) -> str:
-        """Short name, for messages and manifests."""
-        return self._name
+            raise BadIdsError(f"sample ids of {name!r} repeat: each sample needs another id")
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -121,18 +114,11 @@ class SequenceTransferSet:
     ) -> None:
         self._items = items
         self.ids: IdArray | None = None if ids is None else as_ids(ids)
-        self._name = name
-        if self.ids is None:
-            return
-        if len(self.ids) != len(items):
+        self.name = name
+        if self.ids is not None and len(self.ids) != len(items):
             raise ShapeMismatchError(f"{len(self.ids)} ids do not name {len(items)} inputs: give one id an input")
-        if len(np.unique(self.ids)) != len(self.ids):
-            raise BadIdsError("sample ids of the inputs repeat: each sample needs an id of its own")
-
-    @property
-    def name(self) -> str:
-        """Short name, for messages."""
-        return self._name
+        if self.ids is not None and len(np.unique(self.ids)) != len(self.ids):
+            raise BadIdsError("sample ids of the inputs repeat: each sample needs another id")
 
     def __len__(self) -> int:
         return len(self._items)
@@ -159,10 +145,8 @@ class SequenceTransferSet:
 
 
 def sample_fingerprints(inputs: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return a content fingerprint of each sample.
+    """Return a content fingerprint of each sample in `inputs` [B, ...].
 
-    Args:
-        inputs: [B, ...].
     Returns:
         uint8, shape [B, 16]: BLAKE2b of dtype, shape and bytes, so that the same pixels as floats or transposed differ.
     """
@@ -247,9 +231,9 @@ def _id_keys(ids: IdArray) -> NDArray[np.uint64]:
 
 
 def transfer_set_fingerprint(transfer_set: TransferSet, *, batch_size: int = 4096) -> str:
-    """Return the fingerprint of a whole transfer set: the same for the same ids and contents in any order.
+    """Return the fingerprint of a transfer set's ids and contents, in any order and whatever its labels.
 
-    Labels are left out: a relabelled set is still the set that the teachers saw.
+    Labels are left out because a relabelled set is still the set that the teachers saw.
     """
     total = FingerprintSum()
     for start in range(0, len(transfer_set), batch_size):

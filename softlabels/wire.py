@@ -8,6 +8,7 @@ data begin at a multiple of 8; then the arrays' bytes, in the order of the heade
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,12 +48,9 @@ def header_bytes(shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], me
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
     for name, (dtype, shape) in shapes.items():
-        end = begin + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        table[name] = {
-            "dtype": _TO_WIRE[dtype.newbyteorder("<").str],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
+        end = begin + dtype.itemsize * math.prod(shape)
+        wire_name = _TO_WIRE[dtype.newbyteorder("<").str]
+        table[name] = {"dtype": wire_name, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -114,7 +112,7 @@ class TensorLayout:
         found = len(blob) - self.data_begin
         if found != self.data_bytes:
             raise WireError(
-                f"{found} bytes of data where the header announces {self.data_bytes}: the reply is cut or padded"
+                f"{found} bytes of data, not the {self.data_bytes} in the header: the reply is cut or padded"
             )
         return {
             name: np.ndarray(shape, dtype=dtype, buffer=blob, offset=begin)
@@ -152,7 +150,7 @@ def raw_header(view: memoryview) -> bytes:
 
 
 def parse_header(view: memoryview | bytes) -> TensorLayout:
-    """Return the layout in the header of a safetensors file; nothing after the header is read.
+    """Return the layout that a safetensors file's header declares; nothing after the header is read.
 
     Raises:
         WireError: the header is truncated, contradicts itself or names an unknown dtype.
@@ -189,11 +187,8 @@ def _entry(entry: Mapping[str, Any], *, expected_begin: int) -> tuple[np.dtype[A
     begin, end = entry["data_offsets"]
     if len(shape) > MAX_AXES or any(type(extent) is not int or extent < 0 for extent in (*shape, begin, end)):
         raise ValueError(f"shape {shape} at {begin}:{end}")
-    size = dtype.itemsize
-    for extent in shape:
-        size *= extent
-    if begin != expected_begin or end - begin != size:
-        raise ValueError(f"{entry['dtype']}{list(shape)} does not lie at {begin}:{end}")
+    if begin != expected_begin or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{entry['dtype']}{list(shape)} is not at {begin}:{end}")
     return dtype, shape, end
 
 
@@ -225,8 +220,6 @@ def from_problem(problem: Mapping[str, Any]) -> SoftLabelsError:
 
 
 def _class_for_status(status: object) -> type[SoftLabelsError]:
-    if status == 404:
-        return NotFoundError
-    if status == 409:
-        return ConflictError
+    if status in (404, 409):
+        return NotFoundError if status == 404 else ConflictError
     return RequestError if isinstance(status, int) and 400 <= status < 500 else SoftLabelsError

@@ -91,7 +91,7 @@ def _run(tokens: list[str]) -> object:
     if tokens[0] in COMMANDS:
         # Imported here, because cyclopts hides the class of an error in an import, such as a missing extra.
         importlib.import_module(f"softlabels.cli.{COMMANDS[tokens[0]][0].partition(':')[0]}")
-        app[tokens[0]].help = None  # the line of `softlabels --help` gives way to the function's own docstring
+        app[tokens[0]].help = None  # `softlabels COMMAND --help` shows the function's docstring instead
     return app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
 
 

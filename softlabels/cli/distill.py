@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
 
 from cyclopts import Parameter
 
@@ -32,7 +32,7 @@ JsonText: TypeAlias = Annotated[str, Parameter(metavar="JSON")]
 @Parameter(name="*", group="Student, data and targets")
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What is trained, on what, and what is kept of it. A reference is package.module:name, or file.py:name.
+    """Student, data, targets and outputs. A reference is package.module:name, or file.py:name.
 
     Attributes:
         student: reference to what makes the student, a torch module
@@ -115,6 +115,7 @@ def distill_student(
     with open_store(store, token=run.token, timeout_s=run.timeout, cache=cache) as targets:
         inputs = _transfer_set("--inputs", run.inputs, run.inputs_args) if run.inputs else None
         test = _transfer_set("--test", run.test, run.test_args) if run.test else None
+        # Before the student is made, so that its initial weights follow from the seed too.
         torch.manual_seed(settings.seed)
         student = _made("--student", run.student, run.student_args)
         if not isinstance(student, torch.nn.Module):
@@ -138,7 +139,7 @@ def _check_options(run: RunOptions, settings: DistillSettings) -> None:
         raise RequestError("--resume and --checkpoint-every need a folder of checkpoints: add --checkpoint DIR")
     for path in (run.out, run.log, run.record):
         if path is not None and not path.parent.is_dir():
-            raise RequestError(f"there is no folder {str(path.parent)!r} to keep {path.name!r} in: make it first")
+            raise RequestError(f"there is no folder {str(path.parent)!r} for {path.name!r}: make it first")
 
 
 def _train(
@@ -153,13 +154,12 @@ def _train(
     from softlabels_client.training.trainer import distill
     from softlabels_client.training.training_log import CsvLog, PairRecord, TensorBoardLog, TrainingLog
 
-    checkpoints = None
+    checkpoints, newest = None, None
     if run.checkpoint is not None:
-        checkpoints = CheckpointFolder(
-            run.checkpoint, every=run.checkpoint_every, keep=run.checkpoint_keep, resume=run.resume
-        )
-    kept = None if checkpoints is None else checkpoints.newest()
-    done = 0 if kept is None else kept["state"]["epoch"] * len(dataset) + kept["state"]["cursor"]
+        every, keep = run.checkpoint_every, run.checkpoint_keep
+        checkpoints = CheckpointFolder(run.checkpoint, every=every, keep=keep, resume=run.resume)
+        newest = checkpoints.newest()
+    done = 0 if newest is None else newest["state"]["epoch"] * len(dataset) + newest["state"]["cursor"]
     logs: list[TrainingLog] = [] if run.log is None else [CsvLog(run.log)]
     logs += [] if run.tensorboard is None else [TensorBoardLog(run.tensorboard)]
     with track(settings.epochs * len(dataset), "distill", "samples", done=done) as progress:
@@ -180,9 +180,9 @@ def _report(result: DistillResult, test: TransferSet | None) -> None:
         print(f"resumed at step {result.resumed_at} of {result.steps}")
     if result.losses:
         accuracy = result.accuracies[-1]
-        told = "" if accuracy is None else f", accuracy on the training samples {accuracy:.2f}%"
+        on_training = "" if accuracy is None else f", accuracy on the training samples {accuracy:.2f}%"
         rate = f"{result.samples_per_second:,.0f} samples/s, {result.seconds:.1f} s"
-        print(f"KL to the targets {result.divergences[-1]:.4f} nats{told}, {rate}")
+        print(f"KL to the targets {result.divergences[-1]:.4f} nats{on_training}, {rate}")
     if result.stopped_early:
         print(f"ended at step {result.steps}: the errors had ceased to fall")
     if test is not None and result.final_errors is not None:
@@ -201,8 +201,7 @@ def _transfer_set(option: str, reference: str, arguments: str) -> TransferSet:
             f"{option} {reference!r} made a {type(made).__name__}, which is no transfer set: return a "
             "softlabels.transfer_set.ArrayTransferSet, or an object with `name`, `__len__` and `take`"
         )
-    found: TransferSet = made
-    return found
+    return cast("TransferSet", made)
 
 
 def _made(option: str, reference: str, arguments: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -40,12 +41,7 @@ def run_job(job: Path, /, *, metrics: Path | None = None) -> None:
 
     _interrupt_on_sigterm()
     loaded = load_job(job)
-    try:
-        manifest = precompute(loaded, metrics=metrics)
-    except KeyboardInterrupt:
-        _advise_resume(loaded.store_path)
-        raise
-    _report(manifest, loaded.store_path)
+    _run(lambda: precompute(loaded, metrics=metrics), loaded.store_path)
 
 
 def resume_store(store: Path, /, *, metrics: Path | None = None) -> None:
@@ -60,19 +56,24 @@ def resume_store(store: Path, /, *, metrics: Path | None = None) -> None:
     from softlabels.precompute import resume
 
     _interrupt_on_sigterm()
+    _run(lambda: resume(store, metrics=metrics), store)
+
+
+def _interrupt_on_sigterm() -> None:
+    """Make `kill` end a run as Ctrl-C does: in order, with all committed shards kept."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _run(job: Callable[[], Manifest], where: Path) -> None:
     try:
-        manifest = resume(store, metrics=metrics)
+        manifest = job()
     except KeyboardInterrupt:
-        _advise_resume(store)
+        print(f"\nall committed shards are kept; continue with: softlabels resume {where}", file=sys.stderr)
         raise
-    _report(manifest, store)
-
-
-def _advise_resume(store: Path) -> None:
-    print(f"\nall committed shards are kept; continue with: softlabels resume {store}", file=sys.stderr)
-
-
-def _report(manifest: Manifest, where: Path) -> None:
     if not manifest.finished:
         print(f"{where}: other processes still work on shards of this store; the last one publishes it")
         return
@@ -83,15 +84,6 @@ def _report(manifest: Manifest, where: Path) -> None:
     for temperature, kl in (manifest.audit or {}).get("kl_nats", {}).items():
         print(f"  KL to the exact targets at T = {temperature}: mean {kl['mean']:.2g}, max {kl['max']:.2g} nats")
     print(f"  store digest {manifest.digest}")
-
-
-def _interrupt_on_sigterm() -> None:
-    """Make `kill` end a run as Ctrl-C does: in order, with all committed shards kept."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
 
 
 def plan(job: Path, /, *, samples: int | None = None, rows: int | None = None, price: float | None = None) -> None:

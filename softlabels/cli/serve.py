@@ -18,6 +18,8 @@ with needs_extra("server", "softlabels serve"):
 if TYPE_CHECKING:
     from socket import socket
 
+    from softlabels_server.catalog import BrokenStore, ServedStore
+
     ServerFlags = Settings
 else:
     # The token itself is no flag: every user of a machine can see the arguments of its processes.
@@ -45,13 +47,10 @@ def serve(
     # Flags that were not given are left out, so that variables and the settings file count.
     settings = Settings(**given_flags(flags))
     stores = StoreFolder(folder)
-    lines = _describe(stores)
+    lines = [_describe(store) for store in stores]
     if not lines:
-        raise UnknownStoreError(
-            f"there is no store in {folder}: make one with `softlabels precompute JOB`, or give the folder that holds "
-            "the stores",
-            where=str(folder),
-        )
+        message = f"there is no store in {folder}: make one with `softlabels precompute JOB`, or give another folder"
+        raise UnknownStoreError(message, where=str(folder))
     set_up_logging(settings)
     if not settings.on_loopback and settings.token is None:
         print(
@@ -76,7 +75,7 @@ def _serve(stores: StoreFolder, settings: Settings, listener: socket, announceme
     if settings.workers == 1:
         make_server(create_app(stores, settings), settings, announce=announce).run(sockets=[listener])
         return
-    # Every worker maps the stores itself; what this process opened was for the announcement.
+    # Every worker maps the stores again; what this process opened was for the announcement.
     stores.close()
     WorkerSupervisor(
         stores.root,
@@ -87,17 +86,11 @@ def _serve(stores: StoreFolder, settings: Settings, listener: socket, announceme
     ).run()
 
 
-def _describe(stores: StoreFolder) -> list[str]:
+def _describe(store: ServedStore | BrokenStore) -> str:
     from softlabels_server.catalog import BrokenStore
 
-    lines = []
-    for store in stores:
-        if isinstance(store, BrokenStore):
-            lines.append(f"  {store.name}: cannot be opened: {store.error}")
-            continue
-        manifest = store.manifest
-        state = "" if manifest.finished else ", unfinished"
-        lines.append(
-            f"  {store.name}: {manifest.rows} rows × {manifest.classes} classes, {manifest.encoding.name}{state}"
-        )
-    return lines
+    if isinstance(store, BrokenStore):
+        return f"  {store.name}: cannot be opened: {store.error}"
+    manifest = store.manifest
+    state = "" if manifest.finished else ", unfinished"
+    return f"  {store.name}: {manifest.rows} rows × {manifest.classes} classes, {manifest.encoding.name}{state}"

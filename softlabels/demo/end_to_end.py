@@ -1,6 +1,6 @@
 """The demo: train teachers, precompute, serve, train a student alone and a distilled one, compare.
 
-Everything but the teachers is done by the product's own commands, in processes of their own, as a user would run them.
+All but the training of the teachers is done by `softlabels` commands in separate processes, as a user would run them.
 """
 
 from __future__ import annotations
@@ -84,19 +84,16 @@ class DemoData:
 
 
 def run_demo(folder: Path, *, small: bool = False) -> DemoReport:
-    """Run the demo and leave everything it made in `folder`.
+    """Run the demo and leave teachers, job file, store, students, report and picture in `folder`.
 
-    Args:
-        folder: folder of teachers, job file, store, students, report and picture; committed shards of an earlier run
-            are used again.
-        small: use scikit-learn's digits even if MNIST is available.
+    Committed shards of an earlier run are used again. `small` uses scikit-learn's digits even if MNIST is available.
+
     Raises:
         SoftLabelsError: a part of it failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = load_data(small=small)
-    hard = {"learning_rate": data.schedules.student.hard_learning_rate, "hard_weight": 1.0}
-    soft = {"learning_rate": data.schedules.student.learning_rate, "hard_weight": data.schedules.student.hard_weight}
+    student = data.schedules.student
     seconds: dict[str, float] = {}
     with _timed(seconds, "train the teachers"):
         teachers = _train_teachers(data, folder)
@@ -108,9 +105,11 @@ def run_demo(folder: Path, *, small: bool = False) -> DemoReport:
         url = f"{address}/{data.train.name}"
         with _timed(seconds, "student alone"):
             print("\nthe student on hard labels alone: the same command with the soft term's weight set to 0")
-            alone = _train_student(data, url, folder / "student_alone.safetensors", hard, soft_weight=0.0)
+            rate = student.hard_learning_rate
+            alone = _train_student(data, url, folder / "student_alone.safetensors", rate, hard=1.0, soft=0.0)
         with _timed(seconds, "student from the service"):
-            distilled = _train_student(data, url, folder / "student.safetensors", soft, soft_weight=1.0)
+            rate, hard = student.learning_rate, student.hard_weight
+            distilled = _train_student(data, url, folder / "student.safetensors", rate, hard=hard, soft=1.0)
     with softlabels.open(folder / "stores" / data.train.name) as store:
         draw(store, data.train, folder / "soft_targets.png", high_temperature=HIGH_TEMPERATURE)
         report = _report(data, store, teachers, alone, distilled, seconds)
@@ -156,7 +155,7 @@ def run_command(arguments: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """Serve the stores of a folder from a process of its own inside the context; yields its address.
+    """Serve the stores of a folder from a separate process inside the context; yield the address.
 
     Raises:
         ServerUnreachableError: the server does not start.
@@ -164,7 +163,7 @@ def served(folder: Path) -> Iterator[str]:
     print(f"\n$ softlabels serve {folder} --port 0", flush=True)
     command = [*_softlabels(), "serve", str(folder), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        # A server that hangs before its first line would block the demo for ever: killing it closes the pipe.
+        # A server that hangs before its first line would block the demo forever: killing it closes the pipe.
         watchdog = threading.Timer(START_TIMEOUT_S, process.kill)
         watchdog.start()
         try:
@@ -184,7 +183,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def _softlabels() -> list[str]:
-    # Buffered output would come late and out of order beside the demo's own lines.
+    # Buffered output would come late and out of order between the demo's lines.
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     return [sys.executable, "-m", "softlabels"]
 
@@ -210,7 +209,7 @@ def _train_teachers(data: DemoData, folder: Path) -> list[TrainedTeacher]:
     return trained
 
 
-def _train_student(data: DemoData, url: str, out: Path, weights: dict[str, float], *, soft_weight: float) -> int:
+def _train_student(data: DemoData, url: str, out: Path, rate: float, *, hard: float, soft: float) -> int:
     """Train a student by `softlabels distill` and return its errors on the test set."""
     in_features, schedule = data.train.inputs[0].size, data.schedules.student
     run_command(
@@ -219,8 +218,7 @@ def _train_student(data: DemoData, url: str, out: Path, weights: dict[str, float
             "--student", "softlabels.demo.nets:student_mlp", "--student-args", f'{{"in_features": {in_features}}}',
             "--inputs", data.loader, "--inputs-args", '{"split": "train"}',
             "--epochs", str(schedule.epochs), "--batch-size", str(schedule.batch_size),
-            "--learning-rate", str(weights["learning_rate"]), "--hard-weight", str(weights["hard_weight"]),
-            "--loss-args", json.dumps({"soft_weight": soft_weight}),
+            "--learning-rate", str(rate), "--hard-weight", str(hard), "--loss-args", json.dumps({"soft_weight": soft}),
             "--precision", "bfloat16" if has_bfloat16_products() else "float32", "--out", str(out),
         ]
     )  # fmt: skip

@@ -20,13 +20,10 @@ BYTE_VALUES = 256
 
 
 class ByteDropout(nn.Module):
-    """Dropout that draws one random byte per unit: one 64-bit draw for eight units.
+    """Dropout of a fraction `rate` of the units, 0 ≤ rate < 1, by one random byte a unit: one 64-bit draw for eight.
 
     On a CPU `nn.Dropout` draws one Bernoulli number per unit on one core, which is two thirds of the teacher's
     training step; this takes a few percent.
-
-    Args:
-        rate: fraction of units dropped in training mode, 0 ≤ rate < 1; rounded to a multiple of 1/256.
     """
 
     def __init__(self, rate: float) -> None:
@@ -52,13 +49,7 @@ class ByteDropout(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Fully connected layers with ReLU between them.
-
-    Args:
-        widths: units of each layer, from the input features to the classes.
-        input_dropout: fraction of input features dropped in training mode.
-        hidden_dropout: fraction of hidden units dropped in training mode.
-    """
+    """Fully connected layers with ReLU between them; `widths` are from the input features to the classes."""
 
     def __init__(self, widths: tuple[int, ...], *, input_dropout: float = 0.0, hidden_dropout: float = 0.0) -> None:
         super().__init__()

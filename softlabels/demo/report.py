@@ -17,14 +17,11 @@ from softlabels.transfer_set import ArrayTransferSet
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """Figures of one run; errors are wrong predictions on the test set.
+    """Figures of one run.
 
     Attributes:
-        data: name of the data set; data_source: where it came from.
-        teacher_errors: errors of each teacher; ensemble_errors: of their geometric mean.
-        alone_errors: errors of the student trained on hard labels; distilled_errors: on the service's soft targets.
-        temperature: temperature of the soft targets.
-        target_bytes_a_sample: bytes that the store keeps of a sample's target.
+        teacher_errors, ensemble_errors: wrong predictions on the test set, of each teacher and of their geometric mean.
+        alone_errors, distilled_errors: of the student trained on hard labels, and on the service's soft targets.
         kl_nats: error of the encoding, by temperature.
         seconds: duration of each part of the demo.
     """
@@ -82,13 +79,8 @@ def ambiguous_positions(
 
 
 def draw(store: TargetStore, data: ArrayTransferSet, path: Path, *, high_temperature: float) -> None:
-    """Draw digits beside their soft targets at T = 1 and at a high temperature.
+    """Draw digits beside their soft targets at T = 1 and at a high temperature, as a PNG file.
 
-    Args:
-        store: store whose targets can be tempered again.
-        data: transfer set with images as inputs.
-        path: PNG file to write.
-        high_temperature: temperature of the second column.
     Raises:
         MissingExtraError: matplotlib is not installed.
     """

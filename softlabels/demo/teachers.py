@@ -1,6 +1,6 @@
-"""Teachers of the demo: training on hard labels with jitter, dropout and max-norm, and the schedules of everything.
+"""Teachers of the demo: training on hard labels with jitter and dropout, and the schedules of teachers and students.
 
-A store of soft targets needs its teachers first, so these are trained without one, by a short loop of their own.
+A store of soft targets needs its teachers first, so these are trained without one, by a short loop.
 
 Legend: B rows, C classes, H and W an image's height and width.
 """
@@ -36,7 +36,6 @@ class TeacherSchedule:
         epochs: passes over the training set; 0 leaves the initial weights.
         batch_size: samples per step; those left over at the end of an epoch are skipped.
         learning_rate: peak of the one-cycle schedule of SGD with Nesterov momentum 0.9.
-        max_norm: bound on the L2 norm of each unit's incoming weights; None for no bound.
         jitter_pixels: largest shift of an image along each axis.
         input_dropout, hidden_dropout: fractions of input features and of hidden units dropped.
     """
@@ -44,7 +43,6 @@ class TeacherSchedule:
     epochs: int
     batch_size: int = 512
     learning_rate: float = 0.4
-    max_norm: float | None = None
     jitter_pixels: int = 2
     input_dropout: float = 0.0
     hidden_dropout: float = 0.25
@@ -52,13 +50,10 @@ class TeacherSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSchedule:
-    """How a student is trained, alone and distilled: the same epochs and batches, each at the rate that suits it.
+    """How a student is trained, alone and distilled; `hard_weight` is of the labels beside the soft targets.
 
-    Attributes:
-        learning_rate: rate of the distilled student. The soft term of a confident teacher at T = 20 diverges at rates
-            that training on hard labels tolerates.
-        hard_learning_rate: rate of the student alone.
-        hard_weight: weight of the hard labels beside the soft targets, for the distilled student.
+    The student alone has another rate, `hard_learning_rate`: the soft term of a confident teacher at T = 20 diverges at
+    rates that training on hard labels tolerates.
     """
 
     epochs: int
@@ -97,14 +92,7 @@ SMALL = Schedules(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTeacher:
-    """A trained teacher in eval mode.
-
-    Attributes:
-        model: with its trained weights.
-        errors: wrong predictions on the test set.
-        weights: safetensors file of its weights.
-        seconds: duration of the training.
-    """
+    """A trained teacher in eval mode, its errors on the test set, its safetensors file, and the training's duration."""
 
     model: Mlp
     errors: int
@@ -124,8 +112,7 @@ def train_teacher(
     """Train the paper's teacher on hard labels; the same seed gives the same weights on the same machine.
 
     Args:
-        train: images [N, H, W] with labels.
-        test: test set for the errors.
+        train, test: images [N, H, W] with labels, to train on and to count errors on.
         weights: safetensors file to write; its folder is made.
         schedule: how to train.
         seed: seed of the initial weights, the order, the jitter and the dropout; one per ensemble member.
@@ -170,8 +157,6 @@ def fit(model: nn.Module, train: ArrayTransferSet, schedule: TeacherSchedule, *,
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             scheduler.step()
-            if schedule.max_norm is not None:
-                constrain_incoming_weights(model, schedule.max_norm)
             progress.advance(rows)
         progress.note(f"epoch {epoch + 1} of {schedule.epochs}")
 
@@ -186,14 +171,14 @@ def hard_labels(transfer_set: ArrayTransferSet) -> NDArray[np.int64]:
     if labels is None or (labels == UNLABELLED).any():
         unlabelled = len(transfer_set) if labels is None else int((labels == UNLABELLED).sum())
         raise JobError(
-            f"{unlabelled:,} of {len(transfer_set):,} samples of {transfer_set.name!r} have no hard label: training "
-            "without soft targets needs one for each, so leave those samples out"
+            f"{unlabelled:,} of {len(transfer_set):,} samples of {transfer_set.name!r} have no hard label, which "
+            "training without soft targets needs: leave those samples out"
         )
     return labels
 
 
 def jitter(inputs_BHW: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Return each image shifted along both axes by its own random number of pixels, up to `pixels`; padded with 0."""
+    """Return each image shifted along both axes by random numbers of pixels, up to `pixels`; padded with 0."""
     if not pixels:
         return inputs_BHW
     rows, height, width = inputs_BHW.shape
@@ -201,15 +186,6 @@ def jitter(inputs_BHW: Tensor, pixels: int, generator: torch.Generator) -> Tenso
     windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view [B, 2*pixels+1, 2*pixels+1, H, W], no copy
     down, right = torch.randint(0, 2 * pixels + 1, (2, rows), generator=generator)
     return windows[torch.arange(rows), down, right]
-
-
-@torch.no_grad()
-def constrain_incoming_weights(model: nn.Module, max_norm: float) -> None:
-    """Scale down, in place, the incoming weights of each unit whose L2 norm exceeds `max_norm`."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            norms = module.weight.norm(dim=1, keepdim=True)
-            module.weight.mul_((max_norm / norms.clamp_min(1e-12)).clamp_max(1.0))
 
 
 def has_bfloat16_products(capabilities: Mapping[str, Any] | None = None) -> bool:
@@ -221,7 +197,7 @@ def has_bfloat16_products(capabilities: Mapping[str, Any] | None = None) -> bool
     Args:
         capabilities: result of `torch.cpu.get_capabilities`; this machine's if None.
     """
-    if capabilities is None:
-        # Older versions of torch lack the function; float32 is right everywhere.
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("amx_bf16"))
+    # Older versions of torch lack the function; float32 is right everywhere.
+    if capabilities is None and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+    return bool((capabilities or {}).get("amx_bf16"))

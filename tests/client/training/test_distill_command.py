@@ -104,7 +104,7 @@ class TestDistillCommand:
             (["--temperature", "nan"], "bad-temperature", "nan"),
             (["--epochs", "0"], "bad-request", "epochs"),
             (["--learning-rate", "-1"], "bad-request", "learning_rate"),
-            (["--loss", "kdd"], "bad-request", "did you mean 'kd'"),
+            (["--loss", "kdd"], "bad-request", "did you mean `kd`"),
             (["--loss-args", '{"gamma": 1}'], "bad-request", "no option 'gamma'"),
             (["--optimizer", "adagrad"], "bad-request", "'adamw'"),
             (["--optimizer", "nets.py:nothing"], "bad-reference", "nothing"),
