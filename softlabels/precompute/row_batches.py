@@ -132,7 +132,6 @@ class SingleRows(_OneInputPerRow):
     """One row per sample: row i is the sample at position i.
 
     Args:
-        data: transfer set.
         store: name of the store, the key of random draws of its rows.
     """
 
@@ -165,7 +164,6 @@ class ViewRows(_OneInputPerRow):
     again. A row's fingerprint is that of the view.
 
     Args:
-        data: transfer set.
         table: [views] of the job.
         transform: view transform that `table.transform` refers to.
         store: name of the store, the key of seeds and random draws of its rows.

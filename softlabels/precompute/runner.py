@@ -48,9 +48,7 @@ def precompute(
     Continues an earlier run of the same job: committed shards are kept, all others are computed.
 
     Args:
-        job: job to run.
         transfer_set, teachers: given where they live in this process already; else the job's references are loaded.
-        show: shows progress, as `softlabels.progress.track`.
         metrics: file to append a JSON line to whenever a shard is committed, see `RunMetrics`.
     Returns:
         The manifest of the finished store; its plan where other processes still work on shards of it.

@@ -41,12 +41,7 @@ _BLOCK_ENTRIES = 1 << 23
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherAgreement:
-    """How well the teachers agree with the store.
-
-    Attributes:
-        samples, rows: how many were compared.
-        least_cosine, mean_cosine: cosine similarity of stored and fresh targets, both through the store's encoding.
-    """
+    """How many samples and rows were compared, and how similar stored and fresh targets are (cosine, as encoded)."""
 
     samples: int
     rows: int
@@ -74,11 +69,9 @@ def verify_against_teachers(
     All rows of a sample are computed again. For hidden states, the store's head is compared with the teacher's too.
 
     Args:
-        where: folder of the store.
         job: job with the teachers, transfer set, views and sequences; its own store is not read.
         report: report of `verify`; every row whose input or target differs is added as a fault.
-        samples: how many samples to draw; when None, as many as have about `SAMPLED_ROWS` rows.
-        seed: seed of the draw.
+        samples, seed: how many samples to draw, and the seed; when None, as many as have about `SAMPLED_ROWS` rows.
         transfer_set, teachers: given where they live in this process already.
     Raises:
         JobError: the job has another layout, number of teachers, or samples than the store.

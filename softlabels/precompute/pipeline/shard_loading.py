@@ -49,11 +49,8 @@ class ClaimedShard:
 
     Args:
         claim: claim context, not entered yet: held from here until `commit` or `release`.
-        plan: plan of the store.
-        streams: of the device that fills the shard.
     Attributes:
-        shard: number of the shard.
-        rows: its rows in the store.
+        shard, rows: number of the shard, and its rows in the store.
         written_rows: how many rows were written so far.
     Raises:
         ShardClaimedError: another writer holds the shard.
@@ -157,8 +154,6 @@ class ShardClaims:
     """The shards that a run holds: claimed by the loader stage, released by whichever stage is done with them.
 
     Args:
-        writer: writer of the store.
-        streams: of the device.
         slots: one per shard that may be held at a time.
         progress: advanced by rows that other processes computed.
     """
@@ -210,11 +205,9 @@ class Prefetcher:
 
     Args:
         shards: numbers of the shards to load.
-        claims: where shards are claimed.
-        rows: loader of their rows.
         batch_size: inputs per batch.
         loaders: threads that make batches.
-        stop: stop signal of the whole run.
+        stop: stop signal of the whole run, which leaving this context does not stop.
     """
 
     def __init__(

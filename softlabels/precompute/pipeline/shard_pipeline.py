@@ -44,9 +44,7 @@ class RunMetrics:
 
     Args:
         path: file to append to, so that a resumed run continues it.
-        plan: plan of the store.
         done: rows committed before this run.
-        streams: of the device.
     """
 
     def __init__(self, path: Path, plan: Manifest, *, done: int, streams: DeviceStreams) -> None:
@@ -99,9 +97,6 @@ def compute_shards(
     with it, so that each shard is computed in batches of one size.
 
     Args:
-        writer: writer of the store.
-        step: device step of its plan.
-        shards: numbers of the shards.
         batch_size: inputs per forward pass.
         loaders: threads that make batches.
         progress: advanced by rows as they are computed.
