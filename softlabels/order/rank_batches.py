@@ -48,11 +48,11 @@ class EpochConfig(Document, frozen=True, kw_only=True):
         block: shuffle blocks of this many consecutive samples, for stores where random reads are expensive.
         remainder: how samples that do not fill a last step are handled.
             "split" divides them evenly: every sample is seen exactly once, and a step's batches differ by at most one
-            sample. If fewer samples than ranks would be left, the last two steps share theirs, so a batch is empty only
-            if `batch_size` is 1 or fewer samples than ranks are left in total.
+            sample. If fewer samples than ranks would be left, they are divided over the last two steps, so a batch is
+            empty only if `batch_size` is 1 or fewer samples than ranks are left in total.
             "drop" skips them: all batches are full, and up to `RankBatches.left_out` samples are not seen.
             "pad" fills the last step with the epoch's first samples, which `StepBatch.repeated` counts.
-        view: view of every sample, in a store that keeps views; None selects `epoch` modulo their number.
+        view: view of every sample, in a store of views; None selects `epoch` modulo their number.
     Raises:
         RequestError: a number outside its range, or an unknown remainder. `seed`, `epoch` and `block` are checked by
             the `EpochOrder` made from them.
@@ -118,7 +118,7 @@ class EpochConfig(Document, frozen=True, kw_only=True):
         layout = manifest.layout
         if layout.kind != "views":
             if self.view is not None:
-                raise RequestError(f"{manifest.name!r} keeps no views: it has no view {self.view} to ask for")
+                raise RequestError(f"{manifest.name!r} keeps no views, and so no view {self.view}")
             return None
         view = self.epoch % layout.views if self.view is None else self.view
         if not 0 <= view < layout.views:
@@ -126,13 +126,13 @@ class EpochConfig(Document, frozen=True, kw_only=True):
         return view
 
     def resumed_at(self, cursor: int) -> EpochConfig:
-        """Return the configuration of the rest of the epoch from a cursor on."""
+        """Return the configuration of the rest of the epoch."""
         return msgspec.structs.replace(self, cursor=cursor)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """What one rank takes at one step.
+    """Samples of one rank at one step.
 
     Attributes:
         step: step number, counted from the configuration's cursor.
@@ -226,7 +226,7 @@ class RankBatches:
         full, rest = divmod(self.order.samples - self.config.cursor, self._step_size)
         if self.config.remainder == "pad" and rest:
             return full + 1
-        # "split" with fewer samples left than ranks: the last two steps share theirs.
+        # "split" with fewer samples left than ranks: they and the last full step are divided into two steps.
         two_shared = self.config.remainder == "split" and 0 < rest < self.config.world_size
         return full - 1 if two_shared and full and self.config.batch_size > 1 else full
 
