@@ -55,8 +55,6 @@ class DenseEncoding(Encoding):
 
     def _check_rows(self, ops: Ops, rows_BC: Array) -> None:
         check_shape(rows_BC, self.classes)
-        if len(rows_BC) == 0:
-            return
         # A finite maximum means no NaN, no +inf, and at least one class with a probability.
         bad = ops.rows_where(~ops.xp.isfinite(ops.max(rows_BC))[:, 0])
         if bad:

@@ -112,8 +112,7 @@ class Hidden(Encoding):
             z *= np.float32(self.scale)
         if self.softcap:
             z = np.float32(self.softcap) * np.tanh(z / np.float32(self.softcap))
-        if z.size:
-            z -= z.max(axis=-1, keepdims=True)
+        z -= z.max(axis=-1, keepdims=True)
         return z
 
     def logits_of_torch(self, rows_BW: Tensor, /) -> Tensor:
@@ -128,7 +127,7 @@ class Hidden(Encoding):
             z = z * self.scale
         if self.softcap:
             z = self.softcap * torch.tanh(z / self.softcap)
-        return z - z.amax(dim=-1, keepdim=True) if z.numel() else z
+        return z - z.amax(dim=-1, keepdim=True)
 
     @cached_property
     def _dense(self) -> DenseEncoding:
@@ -199,8 +198,6 @@ def hidden_encoding(
 def _quantise(ops: Ops, hidden_BD: Array) -> tuple[Array, Array]:
     """Return codes of -127 to 127, still float32, and the scale of each row."""
     x = ops.cast(hidden_BD, "f4")
-    if x.shape[0] == 0:
-        return x, x[:, :1]
     scale_B1 = ops.max(abs(x)) / _LARGEST_CODE
     codes = ops.round(x / ops.xp.where(scale_B1 > 0, scale_B1, scale_B1 + 1.0))
     return ops.xp.clip(codes, -_LARGEST_CODE, _LARGEST_CODE), scale_B1

@@ -20,7 +20,7 @@ them costs more than a finer step saves.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import erf, exp, pi, sqrt
 from typing import Any
@@ -78,18 +78,15 @@ class Quantised(PackedRows):
     classes: int
     bits: int
     head: int
+    name: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", f"q{self.bits}")
         if self.bits not in range(2, 9) or not 1 <= self.head < self.classes or self.head > 65535:
             raise UnknownEncodingError(
                 f"a quantised row of {self.classes} classes takes 2 to 8 bits and a head of 1 to {self.classes - 1} "
                 f"classes (65535 at most), not bits = {self.bits} and head = {self.head}"
             )
-
-    @property
-    def name(self) -> str:
-        """Name in manifests: q8, q7, … q2."""
-        return f"q{self.bits}"
 
     @property
     def params(self) -> Mapping[str, Any]:

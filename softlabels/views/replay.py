@@ -23,6 +23,8 @@ class ViewReplay:
         transform: the transform that made them; see `as_view_transform` and `load_view_transform`.
         other_versions: accept other versions of the libraries. Only safe if every view is compared with its
             fingerprint, since a view that differs by a bit is another input.
+    Attributes:
+        parameters: names of the numbers that the store recorded for each view; empty if seeds determine the views.
     Raises:
         RequestError: the store keeps no views.
         ViewReplayError: another transform, or other versions of its libraries.
@@ -33,6 +35,7 @@ class ViewReplay:
         if spec is None:
             raise RequestError(f"{manifest.name!r} has no views: there is nothing to replay")
         self._name, self._spec, self._transform = manifest.name, spec, transform
+        self.parameters = spec.parameters
         if spec.transform_sha256 is not None and spec.transform_sha256 != transform.identity:
             raise ViewReplayError(
                 f"the views of {manifest.name!r} were made by {spec.transform} with {dict(spec.arguments or {})}, and "
@@ -44,16 +47,6 @@ class ViewReplay:
             )
         if not other_versions:
             _refuse_other_versions(manifest.name, spec)
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the numbers that the store recorded for each view; empty if seeds determine the views."""
-        return self._spec.parameters
-
-    @property
-    def draws_in_main_thread(self) -> bool:
-        """Whether a replay draws from generators that the whole process shares."""
-        return self._transform.needs_main_thread
 
     def views(
         self,
@@ -75,13 +68,12 @@ class ViewReplay:
             ViewReplayError: the parameters do not belong to this transform; or it draws from generators of the whole
                 process outside the main thread, where training (dropout, for example) draws from them at the same time.
         """
-        if self.draws_in_main_thread and threading.current_thread() is not threading.main_thread():
+        if self._transform.needs_main_thread and threading.current_thread() is not threading.main_thread():
             raise ViewReplayError(
                 "this transform draws from torch's global generator, which training uses at the same time: its views "
                 "would sometimes differ; give it a `generator` argument, or fetch in workers (workers=1 or more)"
             )
-        key = self._spec.seed_key or self._name
-        seeds = view_seeds(key, ids, views_B)
+        seeds = view_seeds(self._spec.seed_key or self._name, ids, views_B)
         samples = torch.from_numpy(np.ascontiguousarray(inputs))
         given_BP = self._given(parameters_BP, samples)
         made = [
@@ -91,7 +83,7 @@ class ViewReplay:
         return torch.stack(made).numpy()
 
     def _given(self, parameters_BP: NDArray[np.float64] | None, samples: torch.Tensor) -> NDArray[np.float64]:
-        recorded = self._spec.parameters
+        recorded = self.parameters
         if isinstance(self._transform, RecordedTransform) and len(samples):
             self._transform.probe(samples[0])
         own = self._transform.parameters

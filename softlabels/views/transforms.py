@@ -83,14 +83,9 @@ class SeededTransform:
 
     def __init__(self, transform: Callable[..., Any], *, arguments: Mapping[str, Any] | None = None) -> None:
         self._transform = transform
-        self._takes_generator = _takes_generator(transform)
+        self.needs_main_thread = not _takes_generator(transform)
         self.identity = transform_identity(transform, arguments or {})
         self.libraries = libraries_of(transform)
-
-    @property
-    def needs_main_thread(self) -> bool:
-        """Whether it draws from generators that the whole process shares."""
-        return not self._takes_generator
 
     def draw(self, sample: Tensor, seed: int) -> NDArray[np.float64]:
         """Return no numbers: the seed determines the view."""
@@ -98,10 +93,10 @@ class SeededTransform:
 
     def view(self, sample: Tensor, *, seed: int, parameters: NDArray[np.float64]) -> Tensor:
         """Return the view with this seed. Raise JobError if the transform returns neither a tensor nor an array."""
-        if self._takes_generator:
-            return _as_tensor(self._transform(sample, generator=torch.Generator().manual_seed(seed)), self._transform)
-        with seeded(seed):
-            return _as_tensor(self._transform(sample), self._transform)
+        if self.needs_main_thread:
+            with seeded(seed):
+                return _as_tensor(self._transform(sample), self._transform)
+        return _as_tensor(self._transform(sample, generator=torch.Generator().manual_seed(seed)), self._transform)
 
 
 @contextmanager
