@@ -16,23 +16,18 @@ from softlabels.atomic_files import sha256_of
 from softlabels.documents import Document
 from softlabels.errors import JobError, MissingExtraError
 from softlabels.extras import needs_extra
-from softlabels.precompute.teachers.model_requests import LoadedModel, ModelRequest
-from softlabels.precompute.teachers.teacher import Gives
+from softlabels.precompute.teachers.teacher import Gives, LoadedModel, ModelRequest
 from softlabels.transfer_sets.ragged import PADDING
 
 Task = Literal["image-classification", "sequence-classification", "causal-lm"]
 
-_CLASSES: Mapping[str, str] = {
-    "image-classification": "AutoModelForImageClassification",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
+_ENDINGS: Mapping[Task, tuple[str, ...]] = {
+    "image-classification": ("ForImageClassification",),
+    "sequence-classification": ("ForSequenceClassification",),
+    "causal-lm": ("ForCausalLM", "LMHeadModel"),
 }
-_ARCHITECTURE_ENDINGS: Mapping[str, Task] = {
-    "ForImageClassification": "image-classification",
-    "ForSequenceClassification": "sequence-classification",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-}
+"""Ends of the class names of architectures; the first one also names the class that loads them, AutoModelFor…."""
+
 _MAX_LISTED = 5
 _LOAD_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, OSError)
 
@@ -86,7 +81,7 @@ class TokenModel(nn.Module):
             raise TypeError(f"the model takes token ids [B, L], not {tokens_BL.dtype} {list(tokens_BL.shape)}")
         mask_BL = tokens_BL != PADDING
         if bool((mask_BL[:, 1:] & ~mask_BL[:, :-1]).any()):
-            raise ValueError(f"padding ({PADDING}) stands before tokens: it belongs at the end of a sequence")
+            raise ValueError(f"padding ({PADDING}) comes before tokens: it belongs at the end of a sequence")
         ids_BL = tokens_BL.long().masked_fill(~mask_BL, self._padding_id)
         output = self.model(input_ids=ids_BL, attention_mask=mask_BL.long(), **self._options)
         return cast(Tensor, output.logits)
@@ -112,7 +107,7 @@ def load_transformers(request: ModelRequest) -> LoadedModel:
     local = folder.is_dir() or bool(hub.constants.HF_HUB_OFFLINE)
     config = _cached_first(transformers.AutoConfig.from_pretrained, location, options, local=local, label=label)
     task = settings.task or _task_of(config, gguf=gguf_file is not None, label=label)
-    load = getattr(transformers, _CLASSES[task]).from_pretrained
+    load = getattr(transformers, f"AutoModel{_ENDINGS[task][0]}").from_pretrained
     options |= {"dtype": settings.dtype, "output_loading_info": True}
     model, report = _cached_first(load, location, options, local=local, label=label)
     _refuse_untrained(report, location, label)
@@ -202,8 +197,8 @@ def _commit_of(hub: Any, name: str, settings: HubSettings) -> str | None:
 def _task_of(config: Any, *, gguf: bool, label: str) -> Task:
     named = getattr(config, "architectures", None) or []
     for architecture in named:
-        for ending, task in _ARCHITECTURE_ENDINGS.items():
-            if architecture.endswith(ending):
+        for task, endings in _ENDINGS.items():
+            if architecture.endswith(endings):
                 return task
     if gguf:  # GGUF files describe their architecture themselves, and are always language models
         return "causal-lm"

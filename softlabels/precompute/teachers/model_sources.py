@@ -20,9 +20,15 @@ from softlabels.precompute.job import TeacherTable
 from softlabels.precompute.teachers.class_alignment import FROM_MODEL, checked_names, read_class_list
 from softlabels.precompute.teachers.image_preprocessing import ImagePreprocessing
 from softlabels.precompute.teachers.model_hubs import load_timm, load_torchvision, load_transformers
-from softlabels.precompute.teachers.model_requests import LoadedModel, ModelRequest
 from softlabels.precompute.teachers.saved_models import load_exported, load_onnx, load_torchscript
-from softlabels.precompute.teachers.teacher import Teacher, frozen, layer_named, state_sha256
+from softlabels.precompute.teachers.teacher import (
+    LoadedModel,
+    ModelRequest,
+    Teacher,
+    frozen,
+    layer_named,
+    state_sha256,
+)
 from softlabels.references import code_sha256, load_reference
 
 PYTHON = "python"

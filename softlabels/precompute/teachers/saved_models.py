@@ -1,6 +1,6 @@
 """Models saved as programs, loaded without their Python code: TorchScript, `torch.export`, and ONNX by onnxruntime.
 
-A program is code: load only what you would also run. Pickled objects beside the graph are refused all the same.
+A program is code: load only what you would also run. Pickled objects beside the graph are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from softlabels.documents import Document
 from softlabels.errors import JobError, TeacherError
 from softlabels.extras import needs_extra
 from softlabels.precompute.teachers.checkpoints import files_sha256
-from softlabels.precompute.teachers.model_requests import LoadedModel, ModelRequest
+from softlabels.precompute.teachers.teacher import LoadedModel, ModelRequest
 
 _RANDOM = ("dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "normal", "multinomial", "rrelu")
 """Operators whose result changes from call to call; some have a training switch, which is looked at."""
@@ -46,10 +46,6 @@ ONNX_DTYPES: Mapping[str, torch.dtype] = {
 """Types that ONNX, PyTorch and NumPy have in common."""
 
 
-class NoSettings(Document, frozen=True, kw_only=True):
-    """The `arguments` of a saved program, which takes none."""
-
-
 class OnnxSettings(Document, frozen=True, kw_only=True):
     """The `arguments` of an `onnx:` teacher.
 
@@ -66,7 +62,7 @@ def load_torchscript(request: ModelRequest) -> LoadedModel:
     Raises:
         JobError: no such file, or no TorchScript. TeacherError: it was traced in training mode.
     """
-    request.settings(NoSettings)
+    request.settings(Document)  # a saved program takes no arguments
     path, label = request.path, request.label
     _require_file(path, "program", label)
     try:
@@ -91,7 +87,7 @@ def load_exported(request: ModelRequest) -> LoadedModel:
         JobError: no such file, no program, or one with pickled objects in it.
         TeacherError: it was exported in training mode.
     """
-    request.settings(NoSettings)
+    request.settings(Document)  # a saved program takes no arguments
     path, label = request.path, request.label
     _require_file(path, "program", label)
     _refuse_pickled(path, label)
@@ -150,7 +146,7 @@ class OnnxModel(nn.Module):
     """An ONNX graph as a module: batches go through host memory, to CUDA and back where onnxruntime uses it.
 
     Args:
-        path: the `.onnx` file; external tensors lie beside it.
+        path: the `.onnx` file, in one folder with its external tensors.
         device: torch device; CUDA needs an onnxruntime built for it.
         label: name of the teacher, for messages.
         output: name of the output that holds the logits; the first when None.

@@ -1,4 +1,4 @@
-"""Teachers: one ensemble member each, a frozen model with its preprocessing and its entry for the manifest.
+"""Teachers: requests for models, loaded models, and the ensemble members made of them, frozen and described.
 
 Shapes: B samples, L positions of a sample, C classes, D features of the last hidden layer.
 """
@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from softlabels.errors import SoftLabelsError, TeacherError, TeacherShapeError
+from softlabels.documents import Document, parse_document
+from softlabels.errors import JobError, SoftLabelsError, TeacherError, TeacherShapeError
 from softlabels.manifest import TeacherSpec
+from softlabels.precompute.job import TeacherTable
+from softlabels.precompute.teachers.checkpoints import read_state, weights_sha256
 from softlabels.references import code_sha256
 
 Gives = Literal["rows", "positions"]
+Settings = TypeVar("Settings", bound=Document)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,6 +164,64 @@ class Teacher:
                     f"teacher {self.spec.name!r} is in training mode ({name or type(module).__name__}): dropout and "
                     "batch statistics would change its targets from batch to batch; the model must stay in `eval()`"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model and what its source knows about it.
+
+    Attributes:
+        model: returns logits alone.
+        sha256: digest of the file `weights`; None where the weights in memory are to be digested.
+        code: the object that made it, where that has source code.
+        revision: commit that a name on a hub was resolved to.
+        class_names, last_layer, gives: as in `Teacher`.
+        libraries: names of the libraries whose versions the manifest records.
+    """
+
+    model: nn.Module
+    sha256: str | None = None
+    weights: str | None = None
+    code: Any = None
+    revision: str | None = None
+    class_names: tuple[str, ...] | None = None
+    last_layer: nn.Module | None = None
+    gives: Gives = "rows"
+    libraries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRequest:
+    """A model to load: `location` follows the kind and its colon in the table's `model`, a file or a name on a hub."""
+
+    location: str
+    table: TeacherTable
+    base: Path
+    device: torch.device
+    label: str
+
+    @property
+    def path(self) -> Path:
+        """The location as a file."""
+        return self.base / self.location
+
+    def settings(self, kind: type[Settings]) -> Settings:
+        """Return the table's `arguments` as `kind`. Raises JobError, also where the table brings `weights`."""
+        if self.table.weights is not None:
+            raise JobError(f"{self.label}: {self.table.model} holds its own weights: leave `weights` out")
+        return parse_document(dict(self.table.arguments), kind, what=f"{self.label}: arguments", error=JobError)
+
+    def with_weights(self, loaded: LoadedModel) -> LoadedModel:
+        """Return the model with the weights that the job brings, if any. Raises JobError if they do not fit."""
+        if self.table.weights is None:
+            return loaded
+        path = self.base / self.table.weights
+        state = read_state(path, label=self.label)
+        try:
+            loaded.model.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise JobError(f"{self.label}: {path.name} does not fit the model: {error}") from error
+        return replace(loaded, sha256=weights_sha256(path), weights=path.name)
 
 
 class _StopForward(Exception):  # noqa: N818  # no error: ends a forward pass whose rest is not needed
