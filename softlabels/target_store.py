@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import FINGERPRINTS, IDS, INPUTS, LABELS, ROW_OFFSETS, VIEW_PARAMETERS, Manifest
-from softlabels.order import EpochConfig
+from softlabels.order import EpochConfig, EpochOptions
 from softlabels.softmath import check_mean, check_temperature, check_weights, is_locked
 from softlabels.targets import EpochIterator, EpochRows, MemberMean, SoftTargets, check_unlocked
 
@@ -174,7 +174,7 @@ class TargetStore:
         view_parameters: bool = False,
         inputs: bool = False,
         prefetch: int = 0,
-        **options: Any,
+        **options: Unpack[EpochOptions],
     ) -> EpochIterator:
         """Return an iterator over one rank's batches of an epoch, whose order follows from store, seed and epoch alone.
 

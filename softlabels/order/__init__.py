@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from softlabels.order.epoch_order import EpochOrder
-from softlabels.order.rank_batches import EpochConfig, RankBatches, Remainder, StepBatch
+from softlabels.order.rank_batches import EpochConfig, EpochOptions, RankBatches, Remainder, StepBatch
 
-__all__ = ["EpochConfig", "EpochOrder", "RankBatches", "Remainder", "StepBatch"]
+__all__ = ["EpochConfig", "EpochOptions", "EpochOrder", "RankBatches", "Remainder", "StepBatch"]

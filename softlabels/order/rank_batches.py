@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import msgspec
 import numpy as np
@@ -32,6 +32,21 @@ Remainder: TypeAlias = Literal["split", "drop", "pad"]
 
 _LARGEST_COUNT = 2**31 - 1
 """Bound of ranks and batch sizes: above any real one, and products stay far below 64 bits."""
+
+
+class EpochOptions(TypedDict, total=False):
+    """The fields of an `EpochConfig` as keyword arguments, so that type checkers and editors know them."""
+
+    seed: int
+    epoch: int
+    batch_size: int
+    rank: int
+    world_size: int
+    cursor: int
+    shuffle: bool
+    block: int | None
+    remainder: Remainder
+    view: int | None
 
 
 class EpochConfig(Document, frozen=True, kw_only=True):
