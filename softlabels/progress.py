@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -35,6 +35,14 @@ class Progress:
 
 
 QUIET = Progress()
+
+ShowProgress: TypeAlias = Callable[..., AbstractContextManager[Progress]]
+"""`track`, or a replacement: called with total, description and unit."""
+
+
+def silent(total: int, description: str, unit: str) -> AbstractContextManager[Progress]:
+    """Show no progress; a replacement for `track`."""
+    return nullcontext(QUIET)
 
 
 class PlainLines(Progress):

@@ -19,7 +19,7 @@ from softlabels.progress import duration, track
 if TYPE_CHECKING:
     from softlabels.store.ledger import Status
     from softlabels.store.repair import Repair
-    from softlabels.store.verify_report import Report
+    from softlabels.store.shard_checks import Report
     from softlabels_client.cache import CachedStore, CacheFolder
 
 cache = App(name="cache", help_format="markdown", default_parameter=Parameter(negative=()))
@@ -210,7 +210,7 @@ def merge_stores(source: Path, destination: Path, /, *more: Path) -> int:
         destination: new folder, or a store of that plan
         more: further folders; the last one is the destination
     """
-    from softlabels.store.merge import merge
+    from softlabels.store.copies import merge
 
     folders = [source, destination, *more]
     sources, into = folders[:-1], folders[-1]
@@ -246,7 +246,7 @@ def convert(
         compress: compress chunks, for an archive: smaller, but each row costs its whole chunk (zarr: zstd, blosc;
             hdf5: gzip)
     """
-    from softlabels.store.convert import convert_store
+    from softlabels.store.copies import convert_store
     from softlabels.store.store_documents import load_manifest
 
     total = load_manifest(source).rows

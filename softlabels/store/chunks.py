@@ -8,7 +8,7 @@ ImageNet logits as f16: zstd 0.76 of the size; blosc and gzip, which shuffle byt
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -41,21 +41,17 @@ GZIP_LEVEL = 4
 
 # Room for sums of two such numbers in 64 bits: an offset and a size from a receipt are added before they are compared.
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-Chunk: TypeAlias = tuple[NDArray[np.uint8], bytes]
-"""A chunk's bytes, and the four bytes of checksum that follow them."""
 
 
 class Part(Document, frozen=True):
     """Location of one array of one shard: its chunks, one after the other, in one file.
 
     Attributes:
-        path: file, relative to the store.
-        offset: byte offset of the first chunk.
+        path, offset: file, relative to the store, and byte offset of the first chunk in it.
         stride: bytes from one chunk to the next, checksum included; 0 where chunks are compressed.
         rows: rows of the shard that hold data; the last chunk may be padded.
         checksums: the four bytes at the end of each chunk, as eight hex digits each. They tie a chunk to its position:
-            a sound chunk of another position is noticed, and so is a hole, which reads as zeros, whose Fletcher-32
-            is zero.
+            an intact chunk of another position is noticed, and so is a hole in the file: its zeros have Fletcher-32 0.
         sizes: bytes of each chunk, checksum included, where chunks are compressed; None elsewhere.
     """
 
@@ -83,13 +79,7 @@ class Part(Document, frozen=True):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """One file of a shard, ready to be written.
-
-    Attributes:
-        path: relative to the store.
-        buffers: contents, in order.
-        parts: location of each array in the file.
-    """
+    """One file of a shard, ready to be written: path in the store, contents in order, and location of each array."""
 
     path: str
     buffers: list[Buffer]
@@ -99,7 +89,7 @@ class ShardFile:
 def choose_rows_per_chunk(row_bytes: int) -> int:
     """Return the largest power of two rows that fit in 128 KiB, at least 1."""
     rows = max(1, TARGET_CHUNK_BYTES // max(1, row_bytes))
-    return int(min(MAX_ROWS_PER_CHUNK, 1 << (rows.bit_length() - 1)))
+    return min(MAX_ROWS_PER_CHUNK, 1 << (rows.bit_length() - 1))
 
 
 def choose_rows_per_shard(row_bytes: int, rows_per_chunk: int, rows: int) -> int:
@@ -125,10 +115,8 @@ def chunks_in(rows: int, rows_per_chunk: int) -> int:
 
 
 def chunk_bodies(plan: Manifest, name: str, rows: NDArray[Any]) -> Sequence[NDArray[np.uint8]]:
-    """Cut one array of a shard into chunks, without checksums, compressed where the plan says so.
+    """Cut an array of a shard, [rows, *row_shape], into chunks without checksums, compressed where the plan says so.
 
-    Args:
-        rows: [rows of the shard, *row_shape].
     Returns:
         One read-only uint8 array per chunk, all of one size where chunks are not compressed. Spare rows of the last
         chunk hold the fill value.
@@ -148,14 +136,27 @@ def chunk_bodies(plan: Manifest, name: str, rows: NDArray[Any]) -> Sequence[NDAr
     return [compress(chunk.view(dtype), plan.shards.compression) for chunk in chunks]
 
 
-def part_of(plan: Manifest, name: str, chunks: Sequence[Chunk], *, path: str, offset: int, rows: int) -> Part:
-    """Describe chunks that lie one after the other in a file, from byte `offset` on."""
-    checksums = b"".join(checksum for _, checksum in chunks).hex()
-    if plan.shards.compression is None:
-        stride = chunk_stride(plan.arrays[name], plan.shards.rows_per_chunk)
-        return Part(path=path, offset=offset, stride=stride, rows=rows, checksums=checksums)
-    sizes = tuple(body.size + CHECKSUM_BYTES for body, _ in chunks)
-    return Part(path=path, offset=offset, stride=0, rows=rows, checksums=checksums, sizes=sizes)
+def with_checksums(
+    bodies: Sequence[NDArray[np.uint8]],
+    checksum: Callable[[NDArray[np.uint8]], int],
+    *,
+    compressed: bool,
+    path: str,
+    offset: int,
+    rows: int,
+) -> tuple[list[Buffer], Part]:
+    """Return chunks, each followed by its checksum, as contents of a file; and their location from `offset` on."""
+    checksums = [checksum(body).to_bytes(CHECKSUM_BYTES, "little") for body in bodies]
+    sizes = tuple(body.size + CHECKSUM_BYTES for body in bodies)
+    part = Part(
+        path=path,
+        offset=offset,
+        stride=0 if compressed else sizes[0],
+        rows=rows,
+        checksums=b"".join(checksums).hex(),
+        sizes=sizes if compressed else None,
+    )
+    return [buffer for body, end in zip(bodies, checksums, strict=True) for buffer in (body.data, end)], part
 
 
 def fill_value(dtype: np.dtype[Any]) -> float | int:
@@ -174,12 +175,7 @@ def dimension_names(name: str, array: ArraySpec) -> tuple[str, ...]:
 
 
 def compress(chunk: NDArray[Any], compression: str) -> NDArray[np.uint8]:
-    """Return a chunk's compressed bytes.
-
-    Args:
-        chunk: [items] of the array's dtype.
-        compression: "zstd", "blosc" or "gzip".
-    """
+    """Return the compressed bytes of a chunk, [items] of the array's dtype."""
     if compression == "gzip":
         # As HDF5's shuffle filter does it: all first bytes of the items, then all second bytes, and so on.
         shuffled = np.ascontiguousarray(chunk.view(np.uint8).reshape(-1, chunk.itemsize).T)
@@ -188,11 +184,7 @@ def compress(chunk: NDArray[Any], compression: str) -> NDArray[np.uint8]:
 
 
 def decompress(body: bytes, compression: str, *, dtype: np.dtype[Any], size_bytes: int) -> NDArray[np.uint8]:
-    """Return the bytes of a chunk, uint8 [size_bytes], never allocating more than that.
-
-    Raises:
-        ValueError: the body does not decode to exactly this many bytes.
-    """
+    """Return the bytes of a chunk, uint8 [size_bytes]; ValueError unless it decodes to exactly this many."""
     if compression == "gzip":
         shuffled = _inflate(body, size_bytes).reshape(dtype.itemsize, -1)
         return np.ascontiguousarray(shuffled.T).reshape(-1)

@@ -25,12 +25,10 @@ from softlabels.store.chunks import (
     GZIP_LEVEL,
     ShardFile,
     chunk_bodies,
-    chunk_stride,
-    chunks_in,
     dimension_names,
     fill_value,
-    part_of,
     shard_rows,
+    with_checksums,
 )
 
 VIRTUAL = "store.h5"
@@ -45,20 +43,28 @@ class Hdf5Container:
 
     def shard_files(self, plan: Manifest, shard: int, arrays: Mapping[str, NDArray[Any]]) -> list[ShardFile]:
         """Return one file, with a dataset for each array."""
-        rows = len(shard_rows(plan, shard))
-        path = shard_path(shard)
+        rows, path, compressed = len(shard_rows(plan, shard)), shard_path(shard), plan.shards.compression is not None
         bodies = {name: chunk_bodies(plan, name, arrays[name]) for name in sorted(plan.arrays)}
-        template = _template(plan, rows, bodies)
+        template = _lay_out(
+            _Geometry(
+                store=plan.name,
+                arrays=_in_order(plan),
+                rows=rows,
+                rows_per_shard=plan.shards.rows_per_shard,
+                rows_per_chunk=plan.shards.rows_per_chunk,
+                compressed=compressed,
+                sizes=tuple(tuple(body.size + CHECKSUM_BYTES for body in each) for each in bodies.values()),
+            )
+        )
         buffers: list[Buffer] = []
         parts = {}
         for name in bodies:
-            buffers.append(template.before[name])
-            chunks = [(body, fletcher32(body).to_bytes(4, "little")) for body in bodies[name]]
-            for body, checksum in chunks:
-                buffers += [body.data, checksum]
-            parts[name] = part_of(plan, name, chunks, path=path, offset=template.offsets[name], rows=rows)
-        buffers.append(template.after)
-        return [ShardFile(path=path, buffers=buffers, parts=parts)]
+            offset = template.offsets[name]
+            chunks, parts[name] = with_checksums(
+                bodies[name], fletcher32, compressed=compressed, path=path, offset=offset, rows=rows
+            )
+            buffers += [template.before[name], *chunks]
+        return [ShardFile(path=path, buffers=[*buffers, template.after], parts=parts)]
 
     def is_chunk_intact(self, chunk: NDArray[Any]) -> bool:
         """Return whether the last four bytes are the Fletcher-32 of the others."""
@@ -72,22 +78,19 @@ def shard_path(shard: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Geometry:
-    """Everything that the layout of a shard's file depends on; shards of equal geometry share a template."""
+    """Everything that the layout of a shard's file depends on; shards of equal geometry have one template.
+
+    Attributes:
+        sizes: bytes of the chunks of each array, checksums included.
+    """
 
     store: str
     arrays: tuple[tuple[str, ArraySpec], ...]
     rows: int
     rows_per_shard: int
     rows_per_chunk: int
-    sizes: tuple[tuple[int, ...], ...] | None
-    """Bytes of each array's chunks, where they are compressed."""
-
-    def sizes_of(self, position: int) -> Sequence[int]:
-        """Return the bytes of each chunk of an array, checksum included."""
-        if self.sizes is not None:
-            return self.sizes[position]
-        stride = chunk_stride(self.arrays[position][1], self.rows_per_chunk)
-        return [stride] * chunks_in(self.rows, self.rows_per_chunk)
+    compressed: bool
+    sizes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,43 +107,25 @@ def _in_order(plan: Manifest) -> tuple[tuple[str, ArraySpec], ...]:
     return tuple(sorted(plan.arrays.items()))
 
 
-def _template(plan: Manifest, rows: int, bodies: Mapping[str, Sequence[NDArray[np.uint8]]]) -> _Template:
-    compressed = plan.shards.compression is not None
-    geometry = _Geometry(
-        store=plan.name,
-        arrays=_in_order(plan),
-        rows=rows,
-        rows_per_shard=plan.shards.rows_per_shard,
-        rows_per_chunk=plan.shards.rows_per_chunk,
-        sizes=tuple(tuple(b.size + CHECKSUM_BYTES for b in each) for each in bodies.values()) if compressed else None,
-    )
-    return _lay_out(geometry) if compressed else _lay_out_once(geometry)
-
-
+# An uncompressed store has two geometries, of the last shard and of all others; a template takes some kilobytes.
+@lru_cache(maxsize=8)
 def _lay_out(geometry: _Geometry) -> _Template:
     image = io.BytesIO()
     offsets: dict[str, int] = {}
-    ends: dict[str, int] = {}
     with _new_file(image, geometry.store) as file:
         datasets = [_new_dataset(file, geometry, name, array) for name, array in geometry.arrays]
-        for position, ((name, array), dataset) in enumerate(zip(geometry.arrays, datasets, strict=True)):
-            sizes = geometry.sizes_of(position)
+        for (name, array), dataset, sizes in zip(geometry.arrays, datasets, geometry.sizes, strict=True):
             for number, size in enumerate(sizes):
                 dataset.write_direct_chunk(_corner(number, geometry, array), bytes(size))
             offsets[name] = _checked_offset(dataset, geometry, name, array, sizes)
-            ends[name] = offsets[name] + sum(sizes)
     contents = image.getbuffer()
     before, cursor = {}, 0
-    for name, _ in geometry.arrays:
+    for (name, _), sizes in zip(geometry.arrays, geometry.sizes, strict=True):
         if offsets[name] < cursor:
             raise _unexpected_layout(name)
         before[name] = bytes(contents[cursor : offsets[name]])
-        cursor = ends[name]
+        cursor = offsets[name] + sum(sizes)
     return _Template(before=before, offsets=offsets, after=bytes(contents[cursor:]))
-
-
-_lay_out_once = lru_cache(maxsize=8)(_lay_out)
-"""A store has two geometries, of the last shard and of all others; a template takes some kilobytes."""
 
 
 @contextmanager
@@ -170,7 +155,7 @@ def _new_dataset(file: Any, geometry: _Geometry, name: str, array: ArraySpec) ->
 
     properties = _dataset_properties(array)
     properties.set_chunk((geometry.rows_per_chunk, *array.row_shape))
-    if geometry.sizes is not None:
+    if geometry.compressed:
         properties.set_shuffle()
         properties.set_deflate(GZIP_LEVEL)
     properties.set_fletcher32()
@@ -194,7 +179,6 @@ def _dataset_properties(array: ArraySpec) -> Any:
 
 
 def _create(file: Any, name: str, array: ArraySpec, space: Any, properties: Any) -> Any:
-    """Create a dataset and label its dimensions."""
     import h5py
 
     kind = h5py.h5t.py_create(np.dtype(array.dtype), logical=True)
@@ -210,15 +194,13 @@ def _corner(number: int, geometry: _Geometry, array: ArraySpec) -> tuple[int, ..
 
 def _checked_offset(dataset: Any, geometry: _Geometry, name: str, array: ArraySpec, sizes: Sequence[int]) -> int:
     """Return the offset of the first chunk; raise unless all others follow it without a gap."""
-    expected = first = None
-    for number, size in enumerate(sizes):
-        found = dataset.get_chunk_info_by_coord(_corner(number, geometry, array))
-        first = found.byte_offset if first is None else first
-        if (expected is not None and found.byte_offset != expected) or found.size != size or found.filter_mask:
+    chunks = [dataset.get_chunk_info_by_coord(_corner(number, geometry, array)) for number in range(len(sizes))]
+    expected = chunks[0].byte_offset
+    for found, size in zip(chunks, sizes, strict=True):
+        if found.byte_offset != expected or found.size != size or found.filter_mask:
             raise _unexpected_layout(name)
-        expected = found.byte_offset + size
-    assert isinstance(first, int), "a shard has at least one row"
-    return first
+        expected += size
+    return int(chunks[0].byte_offset)
 
 
 def _unexpected_layout(name: str) -> JobError:
@@ -275,7 +257,10 @@ def fletcher32(data: NDArray[np.uint8]) -> int:
     total = running = 0
     for start in range(0, data.size, _BLOCK_BYTES):
         block = data[start : start + _BLOCK_BYTES]
-        sum_of_words, sum_of_products = _sums(block if block.size == _BLOCK_BYTES else _pad(block))
+        if block.size < _BLOCK_BYTES:
+            # Zeros after the end change neither sum: their weight does not matter.
+            block = np.concatenate([block, np.zeros(-block.size % (2 * _COLUMNS), dtype=np.uint8)])
+        sum_of_words, sum_of_products = _sums(block)
         total += sum_of_words
         running += (words - start // 2) * sum_of_words - sum_of_products
     return _fold(running) << 16 | _fold(total)
@@ -289,13 +274,6 @@ def _sums(block: NDArray[np.uint8]) -> tuple[int, int]:
     of_columns = np.einsum("rc->c", words_RC).astype(np.int64)
     below = int(np.dot(_NUMBERS[: len(of_rows)], of_rows)) * _COLUMNS
     return int(of_rows.sum()), below + int(np.dot(_NUMBERS, of_columns))
-
-
-def _pad(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    # Zeros after the end change neither sum: their weight does not matter.
-    whole: NDArray[Any] = np.zeros(-(-block.size // (2 * _COLUMNS)) * 2 * _COLUMNS, dtype=np.uint8)
-    whole[: block.size] = block
-    return whole
 
 
 def _fold(total: int) -> int:

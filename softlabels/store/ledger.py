@@ -1,4 +1,4 @@
-"""Ledger: the receipts that say which shards are committed, the claims that keep a second writer out, and progress.
+"""Ledger: receipts of the committed shards, claims that keep a second writer of a shard out, and a store's progress.
 
 A shard exists when its receipt does. The receipt is written last, after every file of the shard is durable, so a crash
 at any moment leaves either no shard or a whole one.
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from softlabels.atomic_files import TEMPORARY, make_folder, write_atomically
 from softlabels.audit import Audit
@@ -35,6 +35,7 @@ from softlabels.manifest import Manifest, StorePath
 from softlabels.store.chunks import Count, Part, shard_rows
 from softlabels.store.safe_open import safe_read
 from softlabels.store.store_documents import load_manifest, plan_digest
+from softlabels.transfer_set import FingerprintSum
 
 LEDGER_FOLDER = "ledger"
 LOCK_FOLDER = "locks"
@@ -43,7 +44,7 @@ DAMAGED_FOLDER = "damaged"
 """Where `repair` moves what it removes from a store."""
 
 CLAIM_TIMEOUT_S = 0.25
-"""Readers of the locks (`status`, a purge) hold one for a moment: that is not another writer."""
+"""`status` and a starting writer hold each claim for a moment, to see whether it is free: they are waited for."""
 
 _POLL_S = 0.01
 _RECEIPT_NAME = re.compile(r"[0-9]{8}\.json")
@@ -88,19 +89,15 @@ class Receipt(Document, frozen=True):
 
 
 class Ledger:
-    """The receipts of the store at `root`.
-
-    Args:
-        plan_sha256: digest of the store's plan; receipts of other plans are refused.
-    """
+    """The receipts of the store at `root`; receipts of another plan than `plan_sha256` are refused."""
 
     def __init__(self, root: Path, *, plan_sha256: str) -> None:
         self._root = root
         self._plan_sha256 = plan_sha256
 
-    def path(self, shard: int) -> Path:
-        """Return the path of a shard's receipt."""
-        return self._root / LEDGER_FOLDER / f"{shard:08d}.json"
+    def path_of(self, shard: int) -> str:
+        """Return the path of a shard's receipt, relative to the store."""
+        return f"{LEDGER_FOLDER}/{shard:08d}.json"
 
     def read(self, shard: int) -> Receipt | None:
         """Return the receipt of a shard, None where it is not committed.
@@ -108,22 +105,20 @@ class Ledger:
         Raises:
             ManifestError: there is one, but it is damaged, or belongs to another shard or plan.
         """
-        path = self.path(shard)
+        path = self.path_of(shard)
         try:
-            raw = safe_read(self._root, f"{LEDGER_FOLDER}/{path.name}", max_bytes=MAX_DOCUMENT_BYTES)
+            raw = safe_read(self._root, path, max_bytes=MAX_DOCUMENT_BYTES)
         except FileNotFoundError:
             return None
-        receipt = parse_receipt(raw, what=f"receipt {path}")
+        what = f"receipt {self._root / path}"
+        receipt = parse_receipt(raw, what=what)
         if receipt.shard != shard or receipt.plan_sha256 != self._plan_sha256:
-            raise ManifestError(f"receipt {path} belongs to another shard or another store: do not mix stores' files")
+            raise ManifestError(f"{what} belongs to another shard or another store: do not mix stores' files")
         return receipt
 
     def receipts(self, shards: Iterable[int]) -> Iterator[Receipt]:
-        """Yield the receipts of those of these shards that are committed, one at a time, since many are large."""
-        for shard in shards:
-            receipt = self.read(shard)
-            if receipt is not None:
-                yield receipt
+        """Yield the receipts of the committed ones of these shards, one at a time, since many take much memory."""
+        return (receipt for shard in shards if (receipt := self.read(shard)) is not None)
 
     def committed(self) -> list[int]:
         """Return the numbers of the shards that have a receipt, in order."""
@@ -137,8 +132,8 @@ class Ledger:
 
     def write(self, receipt: Receipt) -> None:
         """Commit a shard: from now on its rows exist. The caller holds the claim, and its files are durable."""
-        staging = self.staging(receipt.shard, "receipt")
-        write_atomically(self.path(receipt.shard), [seal(as_json(receipt))], staging=staging)
+        path, staging = self._root / self.path_of(receipt.shard), self.staging(receipt.shard, "receipt")
+        write_atomically(path, [seal(as_json(receipt))], staging=staging)
 
     @contextlib.contextmanager
     def claim(self, shard: int) -> Iterator[None]:
@@ -152,11 +147,18 @@ class Ledger:
         with self._lock(f"{shard:08d}", timeout_s=CLAIM_TIMEOUT_S) as held:
             if not held:
                 raise ShardClaimedError(
-                    f"shard {shard} of {self._root} is being written by another process: let it finish, or stop it and "
-                    "resume",
+                    f"another process is writing shard {shard} of {self._root}: let it finish, or stop it and resume",
                     shard=shard,
                 )
             yield
+
+    def is_claimed(self, shard: int) -> bool:
+        """Return whether a living process holds this shard."""
+        try:
+            with self.claim(shard):
+                return False
+        except ShardClaimedError:
+            return True
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -184,6 +186,26 @@ class Ledger:
             os.close(descriptor)
 
 
+class LedgerSummary(NamedTuple):
+    """What a manifest records of all receipts: digest over them in order, transfer set's fingerprint, error sums."""
+
+    shards: int
+    sha256: str
+    fingerprint: str
+    audit: dict[str, Any]
+
+
+def summarize(receipts: Iterable[Receipt]) -> LedgerSummary:
+    """Return the summary of a store's receipts, given in the order of their shards."""
+    shards, digest, fingerprint, audit = 0, hashlib.sha256(), FingerprintSum(), Audit()
+    for receipt in receipts:
+        shards += 1
+        digest.update(bytes.fromhex(receipt.sha256))
+        fingerprint.merge(FingerprintSum.from_hexdigest(receipt.fingerprint))
+        audit.merge(Audit.from_json(receipt.audit))
+    return LedgerSummary(shards, digest.hexdigest(), fingerprint.hexdigest(), audit.summary())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Status:
     """Progress of a store.
@@ -191,9 +213,9 @@ class Status:
     Attributes:
         manifest: manifest of the finished store, else its plan.
         committed: shards that have a receipt.
-        rows: rows in these shards.
+        rows: number of rows in these shards.
         in_work: shards that a living process holds.
-        rows_per_s: rows a second between the first and the last commit; None before the second commit.
+        rows_per_s: rate between the first and the last commit; None before the second commit.
         left_s: seconds that the rest takes at this rate; None without a rate, 0 when nothing is left.
         audit: error of the encoding over the rows so far, see `Audit.summary`.
     """
@@ -208,13 +230,7 @@ class Status:
 
 
 def parse_receipt(raw: bytes, *, what: str) -> Receipt:
-    """Return the receipt in the contents of its file.
-
-    Args:
-        what: name of the file for messages.
-    Raises:
-        ManifestError: damaged, or not a receipt; the message names the field.
-    """
+    """Return the receipt in the contents of file `what`; raise ManifestError if it is damaged or not a receipt."""
     return parse_document(open_sealed(raw, what=what), Receipt, what=what)
 
 
@@ -234,15 +250,16 @@ def read_status(root: Path) -> Status:
             continue
         audit.merge(Audit.from_json(receipt.audit))
         size = len(shard_rows(manifest, shard))
-        commits.append((ledger.path(shard).stat().st_mtime, size))
+        commits.append(((root / ledger.path_of(shard)).stat().st_mtime, size))
         rows += size
     rate = _rows_per_s(sorted(commits))
     left = manifest.rows - rows
+    locks = sorted(int(path.stem) for path in (root / LOCK_FOLDER).glob("*.lock") if path.stem.isdigit())
     return Status(
         manifest=manifest,
         committed=committed,
         rows=rows,
-        in_work=tuple(shard for shard in _lock_numbers(root) if _is_held(ledger, shard)),
+        in_work=tuple(shard for shard in locks if ledger.is_claimed(shard)),
         rows_per_s=rate,
         left_s=0.0 if left == 0 else None if rate is None else left / rate,
         audit=audit.summary(),
@@ -262,16 +279,3 @@ def _rows_per_s(commits: list[tuple[float, int]]) -> float | None:
     if len(commits) < 2 or commits[-1][0] <= commits[0][0]:
         return None
     return sum(size for _, size in commits[1:]) / (commits[-1][0] - commits[0][0])
-
-
-def _lock_numbers(root: Path) -> list[int]:
-    folder = root / LOCK_FOLDER
-    return sorted(int(path.stem) for path in folder.glob("*.lock") if path.stem.isdigit()) if folder.is_dir() else []
-
-
-def _is_held(ledger: Ledger, shard: int) -> bool:
-    try:
-        with ledger.claim(shard):
-            return False
-    except ShardClaimedError:
-        return True

@@ -8,16 +8,18 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from softlabels.atomic_files import make_folder, purge, sha256_of, sync_folder, write_atomically
+from softlabels.atomic_files import make_folder, purge, sync_folder, write_atomically
 from softlabels.documents import seal
 from softlabels.errors import DamageError, ShardClaimedError
 from softlabels.manifest import Manifest
+from softlabels.progress import ShowProgress, silent
 from softlabels.store.containers import container_of
-from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, Ledger
+from softlabels.store.ledger import DAMAGED_FOLDER, Ledger
 from softlabels.store.sample_index import POSITIONS, SORTED_IDS, index_files
-from softlabels.store.store_documents import MANIFEST, PLAN, StoreDocuments, inspect_documents
-from softlabels.store.verify import find_faults
-from softlabels.store.verify_report import Fault, Report, ShowProgress, silent
+from softlabels.store.shard_checks import Fault, Report
+from softlabels.store.store_documents import MANIFEST, PLAN
+from softlabels.store.store_plan import has_file
+from softlabels.store.verify import StoreDocuments, find_faults, inspect_documents
 from softlabels.store.writer import StoreWriter, stored_ids
 
 
@@ -50,10 +52,6 @@ def repair(root: Path, *, show: ShowProgress = silent) -> Repair:
     What follows from intact parts is written again: a lost plan, metadata files, the id index, and, where no shard is
     missing, the manifest. Interrupted at any point and run again, it ends the same.
 
-    Args:
-        root: the store's folder.
-        show: progress display.
-
     Raises:
         UnknownStoreError: there is no store. FormatVersionError: a newer softlabels wrote it.
         BadIdsError: a sample id is repeated, so that the store cannot be published.
@@ -80,11 +78,11 @@ def _move_out_and_rebuild(
     root: Path, documents: StoreDocuments, plan: Manifest, ledger: Ledger, done: Repair, show: ShowProgress
 ) -> bool:
     """Move out what is faulty, rebuild what can be; return whether all files beside the shards are intact."""
-    if any(fault.path == PLAN for fault in documents.faults):
+    plan_faults = [fault for fault in documents.faults if fault.path == PLAN]
+    if plan_faults:
         _move_out(root, PLAN, done.moved)
         _write(root, PLAN, seal(plan.to_json()), done)
-    done.faults = tuple(find_faults(root, Report(root=str(root)), show=show))
-    done.faults = (*(fault for fault in documents.faults if fault.path == PLAN), *done.faults)
+    done.faults = (*plan_faults, *find_faults(root, Report(root=str(root)), show=show))
     # A faulty shard loses its receipt first, so that its rows stop existing before their bytes do; then the manifest
     # is moved out, and the shard's files last.
     files = _drop_shards(root, ledger, done)
@@ -92,22 +90,18 @@ def _move_out_and_rebuild(
     wrong = {fault.path for fault in done.faults if fault.path is not None and fault.shard is None} - {PLAN}
     metadata = _rebuilt_metadata(root, manifest, plan, wrong) if manifest is not None and not done.dropped else {}
     # A file that is not rebuilt to the same bytes changes the store's digest, so a new manifest has to be published.
+    listed = wrong & set(manifest.metadata_sha256 if manifest is not None else ())
     keep_manifest = manifest is not None and not done.dropped and not done.busy and MANIFEST not in wrong
-    keep_manifest = keep_manifest and all(
-        path in metadata for path in wrong & set(manifest.metadata_sha256 if manifest else ())
-    )
+    keep_manifest = keep_manifest and listed <= set(metadata)
     if not keep_manifest:
         _move_out(root, MANIFEST, done.moved)
     for path in [*files, *sorted(wrong - {MANIFEST})]:
         _move_out(root, path, done.moved)
-    for path, contents in metadata.items():
-        if keep_manifest:
-            _write(root, path, contents, done)
-    for folder in {root, *(root / path for path in metadata)}:
-        purge(folder if folder == root else folder.parent)
-    return not done.busy and all(
-        (root / path).is_file() and sha256_of(root / path) == digest for path, digest in plan.metadata_sha256.items()
-    )
+    for path, contents in metadata.items() if keep_manifest else ():
+        _write(root, path, contents, done)
+    for folder in {root, *((root / path).parent for path in metadata)}:
+        purge(folder)
+    return not done.busy and all(has_file(root / path, digest) for path, digest in plan.metadata_sha256.items())
 
 
 def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
@@ -119,7 +113,7 @@ def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
                 with contextlib.suppress(DamageError):
                     receipt = ledger.read(shard)
                     files += [] if receipt is None else list(receipt.files)
-                _move_out(root, f"{LEDGER_FOLDER}/{ledger.path(shard).name}", done.moved)
+                _move_out(root, ledger.path_of(shard), done.moved)
                 done.dropped.append(shard)
         except ShardClaimedError:
             done.busy.append(shard)
@@ -128,17 +122,13 @@ def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
 
 def _rebuilt_metadata(root: Path, manifest: Manifest, plan: Manifest, wrong: set[str]) -> dict[str, bytes]:
     """Return the damaged metadata files that come out the same, byte for byte, when they are built again."""
-    expected = {path: manifest.metadata_sha256[path] for path in wrong if path in manifest.metadata_sha256}
+    expected = {path: digest for path, digest in manifest.metadata_sha256.items() if path in wrong}
     if not expected:
         return {}
-    made: dict[str, bytes] = dict(container_of(manifest).metadata(manifest))
+    made = container_of(manifest).metadata(manifest)
     if {SORTED_IDS, POSITIONS} & set(expected) and "ids" in manifest.arrays:
         made |= index_files(stored_ids(root, plan))
-    return {
-        path: made[path]
-        for path, digest in expected.items()
-        if path in made and hashlib.sha256(made[path]).hexdigest() == digest
-    }
+    return {path: raw for path, raw in made.items() if hashlib.sha256(raw).hexdigest() == expected.get(path)}
 
 
 def _write(root: Path, path: str, contents: bytes, done: Repair) -> None:
@@ -151,7 +141,7 @@ def _move_out(root: Path, path: str, moved: dict[str, str]) -> None:
     target = root / DAMAGED_FOLDER / path
     make_folder(target.parent)
     number = 0
-    while target.exists() or target.is_symlink():
+    while os.path.lexists(target):
         number += 1
         target = root / DAMAGED_FOLDER / f"{path}.{number}"
     try:

@@ -16,15 +16,8 @@ from numpy.typing import NDArray
 from softlabels.errors import ManifestError, TruncatedError
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-# Opening a named pipe would block until somebody writes to it; as it is no regular file, it is refused once open.
-_FILE = _FLAGS | os.O_NONBLOCK
-_FOLDER = _FLAGS | os.O_DIRECTORY
-
-_UNREADABLE = (
-    *(FileNotFoundError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError),
-    *(zipfile.BadZipFile, tokenize.TokenError),
-)
-"""What NumPy raises for a `.npy` file with flipped bits: it parses the header as Python."""
+# What NumPy raises for a `.npy` file with flipped bits: it parses the header as Python.
+_BAD_HEADER = (ValueError, EOFError, SyntaxError, OverflowError, MemoryError, zipfile.BadZipFile, tokenize.TokenError)
 
 
 def safe_open(root: Path, path: str) -> int:
@@ -44,10 +37,11 @@ def safe_open(root: Path, path: str) -> int:
     try:
         # O_NOFOLLOW looks at the last segment only, so each folder is opened by itself, relative to the one before.
         for folder in folders:
-            inner = os.open(folder, _FOLDER, dir_fd=here)
+            inner = os.open(folder, _FLAGS | os.O_DIRECTORY, dir_fd=here)
             os.close(here)
             here = inner
-        descriptor = os.open(name, _FILE, dir_fd=here)
+        # Opening a named pipe would block until somebody writes to it; it is refused below, not being a regular file.
+        descriptor = os.open(name, _FLAGS | os.O_NONBLOCK, dir_fd=here)
     except OSError as error:
         # ELOOP: a link. ENOTDIR: a link, or a file, where a folder must be. ENXIO: a socket.
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
@@ -70,9 +64,7 @@ def open_committed(root: Path, path: str, *, min_bytes: int = 0) -> int:
     try:
         descriptor = safe_open(root, path)
     except FileNotFoundError as error:
-        raise TruncatedError(
-            f"{root / path} is missing though its shard is committed: run `softlabels repair`"
-        ) from error
+        raise TruncatedError(f"{root / path} is missing, its shard is committed: run `softlabels repair`") from error
     size = os.fstat(descriptor).st_size
     if size < min_bytes:
         os.close(descriptor)
@@ -94,15 +86,11 @@ def safe_read(root: Path, path: str, *, max_bytes: int) -> bytes:
 
 
 def safe_load_npy(root: Path, path: str) -> NDArray[Any]:
-    """Return the array in a `.npy` file of the store, memory-mapped.
-
-    Raises:
-        ManifestError: missing, damaged, not a plain array, or as `safe_open` raises. OSError.
-    """
+    """Return the array in a `.npy` file of the store, memory-mapped; raise ManifestError if missing or damaged."""
     try:
         os.close(safe_open(root, path))
         loaded = np.load(root / path, mmap_mode="r", allow_pickle=False)
-    except _UNREADABLE as error:
+    except (FileNotFoundError, *_BAD_HEADER) as error:
         raise ManifestError(f"{root / path} cannot be read ({error}): run `softlabels repair`") from error
     if not isinstance(loaded, np.ndarray):
         loaded.close()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.atomic_files import sha256_of, write_atomically
+from softlabels.atomic_files import sha256_of
 from softlabels.errors import BadIdsError, ManifestError, RequestError, ShapeMismatchError, UnknownIdError
 from softlabels.ids import IdArray, from_fixed_bytes, id_kind, utf8
 from softlabels.manifest import Manifest
@@ -39,11 +39,7 @@ class DenseIdIndex:
         self._start, self._samples, self._name = manifest.ids.dense_start, manifest.samples, manifest.name
 
     def positions(self, ids: IdArray) -> NDArray[np.int64]:
-        """Return the position of each sample in the transfer set, [B].
-
-        Raises:
-            UnknownIdError, BadIdsError.
-        """
+        """Return the position of each sample in the transfer set, [B]; raise UnknownIdError, BadIdsError."""
         if ids.dtype.kind == "U":  # not always called: every warm batch request passes here
             _check_kind(ids, "int", self._name)
         positions = ids.astype(np.int64, copy=False) - self._start
@@ -73,8 +69,8 @@ class SortedIdIndex:
             raise ManifestError(
                 f"the id index of {root} does not have {manifest.samples} entries: run `softlabels repair`"
             )
-        as_ids = self._sorted.dtype.kind == "S" if manifest.ids.kind == "str" else self._sorted.dtype.str == "<i8"
-        if not as_ids or self._positions.dtype.str != "<i8":
+        holds_ids = self._sorted.dtype.kind == "S" if manifest.ids.kind == "str" else self._sorted.dtype.str == "<i8"
+        if not holds_ids or self._positions.dtype.str != "<i8":
             raise ManifestError(f"the id index of {root} does not hold ids and positions: run `softlabels repair`")
         # Rows that carry their own id show whether the index led to the right ones. Those of sequences carry none, so
         # there the index itself is verified before its first use, at the cost of reading it once.
@@ -82,11 +78,7 @@ class SortedIdIndex:
         self._slots: NDArray[np.int64] | None = None
 
     def positions(self, ids: IdArray) -> NDArray[np.int64]:
-        """Return the position of each sample in the transfer set, [B].
-
-        Raises:
-            UnknownIdError, BadIdsError, ManifestError.
-        """
+        """Return the position of each sample in the transfer set, [B]; raise UnknownIdError, BadIdsError."""
         _check_kind(ids, self._manifest.ids.kind, self._manifest.name)
         if not self._verified:
             self._verify()
@@ -118,22 +110,12 @@ class SortedIdIndex:
 
     def _verify(self) -> None:
         for path in (SORTED_IDS, POSITIONS):
-            if sha256_of(self._root / path) != self._manifest.metadata_sha256.get(path):
-                raise ManifestError(f"{self._root / path} is damaged: run `softlabels repair`")
+            _check_digest(self._root, path, self._manifest)
 
 
 def make_index(root: Path, manifest: Manifest) -> DenseIdIndex | SortedIdIndex:
     """Return the index for the ids of a store."""
     return DenseIdIndex(manifest) if manifest.ids.dense_start is not None else SortedIdIndex(root, manifest)
-
-
-def write_index(root: Path, ids: IdArray) -> dict[str, str]:
-    """Write the sorted index of these ids; return the SHA-256 of its files by path.
-
-    Raises:
-        BadIdsError: an id is repeated.
-    """
-    return {path: write_atomically(root / path, [contents])[1] for path, contents in index_files(ids).items()}
 
 
 def index_files(ids: IdArray) -> dict[str, bytes]:
@@ -149,7 +131,7 @@ def index_files(ids: IdArray) -> dict[str, bytes]:
     ordered = keys[order]
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():
-        example = ids[order[1:][repeated][0]]
+        example = ids[order[1:][repeated][0]].item()
         raise BadIdsError(f"{int(repeated.sum())} sample ids are repeated in the transfer set, for example {example!r}")
     return {SORTED_IDS: npy_bytes(ordered), POSITIONS: npy_bytes(order.astype("<i8"))}
 
@@ -172,7 +154,7 @@ class SampleTable:
 
     Attributes:
         ids: [samples], unique.
-        lengths: [samples] rows of each, at least 0.
+        lengths: [samples] number of rows of each, at least 0.
         fingerprints: [samples, 16] fingerprints of their contents.
         dense: whether ids count up by one, so that they need no index.
     """
@@ -204,11 +186,7 @@ class SampleTable:
         return total.hexdigest()
 
     def files(self) -> dict[str, bytes]:
-        """Return the files that hold this table, by path.
-
-        Raises:
-            BadIdsError: an id is repeated.
-        """
+        """Return the files that hold this table, by path; raise BadIdsError if an id is repeated."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
         files = {SEQUENCE_OFFSETS: npy_bytes(offsets), SEQUENCE_FINGERPRINTS: npy_bytes(self.fingerprints)}
         return files if self.dense else files | index_files(self.ids)
@@ -239,11 +217,10 @@ class SequenceIndex:
         if spans_B2 is not None:
             outside = (spans_B2[:, 0] < 0) | (spans_B2[:, 1] < spans_B2[:, 0]) | (spans_B2[:, 1] > end - begin)
             if outside.any():
-                worst = int(np.flatnonzero(outside)[0])
+                worst = int(outside.argmax())
+                rows = int((end - begin)[worst])
                 raise RequestError(
-                    f"range {spans_B2[worst].tolist()} is outside its sample, which has {int((end - begin)[worst])} "
-                    "rows",
-                    row=worst,
+                    f"range {spans_B2[worst].tolist()} is outside its sample, which has {rows} rows", row=worst
                 )
             begin, end = begin + spans_B2[:, 0], begin + spans_B2[:, 1]
         if len(begin) and (begin.min() < 0 or (end < begin).any() or end.max() > self._manifest.rows):
@@ -268,18 +245,20 @@ class SequenceIndex:
     def _file(self, path: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
         # No lock: two threads may both verify the file, with the same result; a lock held during a fork would stay
         # locked in the child.
-        loaded = self._loaded.get(path)
-        return self._loaded.setdefault(path, self._verified(path, shape, dtype)) if loaded is None else loaded
-
-    def _verified(self, path: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        if (known := self._loaded.get(path)) is not None:
+            return known
         loaded = safe_load_npy(self._root, path)
-        if sha256_of(self._root / path) != self._manifest.metadata_sha256.get(path):
-            raise ManifestError(f"{self._root / path} is not what was written: a changed offset would be a wrong row")
+        _check_digest(self._root, path, self._manifest)
         if loaded.shape != shape or loaded.dtype.str != dtype:
             raise ManifestError(
                 f"{self._root / path} is {loaded.dtype}{loaded.shape}, the manifest says {dtype}{shape}"
             )
-        return loaded
+        return self._loaded.setdefault(path, loaded)
+
+
+def _check_digest(root: Path, path: str, manifest: Manifest) -> None:
+    if sha256_of(root / path) != manifest.metadata_sha256.get(path):
+        raise ManifestError(f"{root / path} is damaged, it could lead to wrong rows: run `softlabels repair`")
 
 
 def _largest(positions: NDArray[np.int64]) -> int:

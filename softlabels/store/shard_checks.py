@@ -1,12 +1,17 @@
-"""Checks of one shard: file sizes, digests, chunk checksums, and whether the decoded rows are plausible."""
+"""Checks of one shard: file sizes, digests, chunk checksums, and whether the decoded rows are plausible.
+
+`Fault` and `Report`, in which these and the checks of the whole store (`softlabels.store.verify`) record what they
+find, are defined here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,23 +21,92 @@ from softlabels.errors import DamageError, ManifestError, UnknownIdError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
 from softlabels.store.array_reader import checked_part
-from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunks_in, decompress, shard_rows
+from softlabels.store.chunks import CHECKSUM_BYTES, chunks_in, decompress, shard_rows
 from softlabels.store.containers import StoreContainer
 from softlabels.store.ledger import FileRecord, Receipt
 from softlabels.store.safe_open import open_committed, safe_open
 from softlabels.store.sample_index import DenseIdIndex, SortedIdIndex, ids_of_rows
-from softlabels.store.verify_report import Fault, Report
 from softlabels.transfer_set import UNLABELLED, FingerprintSum, sample_fingerprints
 
-Piece: TypeAlias = NDArray[np.uint8]
-Read: TypeAlias = Callable[[str, int, int], Piece]
-"""Returns bytes of a file of the shard, given path, offset and length."""
+FaultKind = Literal["missing", "checksum", "document", "contents", "stray", "unfinished"]
+"""missing: a file is gone, short or unreadable. checksum: bytes are not what was written. document: a plan, manifest or
+receipt is invalid. contents: bytes are as written, but their values are invalid. stray: a file that neither the
+manifest nor a receipt lists. unfinished: nothing is damaged, the store is not complete yet."""
 
 ROW_MAX_TOLERANCE = 0.1
 """Nats. Rows are stored with their largest logit at 0, and no encoding that can be re-tempered moves it further."""
 
 _BLOCK_BYTES = 4 << 20
 """Files are read, and rows decoded, in blocks of about this size."""
+
+_Bytes: TypeAlias = NDArray[np.uint8]
+_Read: TypeAlias = Callable[[str, int, int], _Bytes]
+"""Returns bytes of a file of the shard, given path, offset and length."""
+_BadRows: TypeAlias = tuple[str, NDArray[np.bool_], str]
+"""Array, [rows] mask of the rows with invalid values, and what is wrong with them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One thing that is wrong with a store.
+
+    Attributes:
+        message: what is wrong.
+        path: file, relative to the store.
+        shard, array, chunk: location, as far as it is known; `chunk` counts within its shard.
+        rows: first and last row of the store that may be wrong.
+    """
+
+    kind: FaultKind
+    message: str
+    path: str | None = None
+    shard: int | None = None
+    array: str | None = None
+    chunk: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        found = [(name, getattr(self, name)) for name in ("shard", "array", "chunk")]
+        location = [f"{name} {value}" for name, value in found if value is not None]
+        if self.rows is not None:
+            location.append(f"rows {self.rows[0]} to {self.rows[1]}")
+        if self.path is not None:
+            location.append(self.path)
+        return f"{', '.join(location)}: {self.message}" if location else self.message
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fault as JSON-like values."""
+        return asdict(self)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        finished: whether the manifest is published.
+        committed: number of the store's `shards` that have a valid receipt.
+        chunks, rows, files: numbers verified.
+        faults: in the order found; only the first one unless all were asked for.
+    """
+
+    root: str
+    finished: bool = False
+    shards: int = 0
+    committed: int = 0
+    chunks: int = 0
+    rows: int = 0
+    files: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong or missing."""
+        return not self.faults
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-like values."""
+        return {**asdict(self), "sound": self.sound}
 
 
 class ShardChecks:
@@ -72,25 +146,28 @@ class ShardChecks:
 
     def faults(self, receipt: Receipt) -> Iterator[Fault]:
         """Yield every fault of a shard; each byte of its files is read once."""
-        contents: dict[str, Piece] = {}
-        sound = True
+        contents: dict[str, _Bytes] = {}
+        broken: set[str] = set()
         for path, record in receipt.files.items():
-            found = self._contents(path, record, receipt.shard)
-            if isinstance(found, Fault):
-                yield found
-                sound = False
-            else:
-                contents[path] = found
+            fault = self._size_fault(path, record, receipt.shard)
+            try:
+                if fault is None:
+                    contents[path] = _read(self._root, path, 0, record.size)
+            except OSError as error:
+                fault = self.fault("missing", f"it cannot be read: {error}", receipt.shard, path=path)
+            if fault is not None:
+                broken.add(path)
+                yield fault
 
-        def read(path: str, offset: int, length: int) -> Piece:
+        def read(path: str, offset: int, length: int) -> _Bytes:
             return contents[path][offset : offset + length]
 
-        broken: set[str] = set()
+        numbers = range(chunks_in(receipt.rows[1] - receipt.rows[0], self._plan.shards.rows_per_chunk))
         for name in self._plan.arrays:
-            part = checked_part(receipt, name, self._plan)
-            if part.path in contents:
-                for fault in self._chunk_faults(receipt, name, part, read, self._numbers(receipt)):
-                    broken.add(part.path)
+            path = receipt.parts[name].path
+            if path in contents:
+                for fault in self._chunk_faults(receipt, name, read, numbers):
+                    broken.add(path)
                     yield fault
         for path, whole in contents.items():
             self._report.files += 1
@@ -98,8 +175,8 @@ class ShardChecks:
                 broken.add(path)
                 message = "its SHA-256 is not the receipt's, though every chunk in it is intact"
                 yield self.fault("checksum", message, receipt.shard, path=path)
-        if sound and not broken:
-            yield from self._contents_faults(receipt, read, self._numbers(receipt), whole=True)
+        if not broken:
+            yield from self._row_faults(receipt, read, numbers, whole=True)
 
     def sampled_faults(self, receipt: Receipt, numbers: Sequence[int]) -> Iterator[Fault]:
         """Yield faults of some chunks of a shard, in every array; nothing else of the files is read."""
@@ -109,33 +186,20 @@ class ShardChecks:
                 yield fault
                 return
 
-        def read(path: str, offset: int, length: int) -> Piece:
+        def read(path: str, offset: int, length: int) -> _Bytes:
             return _read(self._root, path, offset, length)
 
         for name in self._plan.arrays:
-            part = checked_part(receipt, name, self._plan)
-            found = list(self._chunk_faults(receipt, name, part, read, numbers))
+            found = list(self._chunk_faults(receipt, name, read, numbers))
             yield from found
             if found:
                 return
-        yield from self._contents_faults(receipt, read, numbers, whole=False)
+        yield from self._row_faults(receipt, read, numbers, whole=False)
 
-    def fault(self, kind: Any, message: str, shard: int, **where: Any) -> Fault:
+    def fault(self, kind: FaultKind, message: str, shard: int, **where: Any) -> Fault:
         """Return a fault of a shard, of all its rows unless `where` says otherwise."""
         rows = shard_rows(self._plan, shard)
         return Fault(**{"kind": kind, "message": message, "shard": shard, "rows": (rows.start, rows.stop - 1), **where})
-
-    def _numbers(self, receipt: Receipt) -> range:
-        return range(chunks_in(receipt.rows[1] - receipt.rows[0], self._plan.shards.rows_per_chunk))
-
-    def _contents(self, path: str, record: FileRecord, shard: int) -> Piece | Fault:
-        fault = self._size_fault(path, record, shard)
-        if fault is not None:
-            return fault
-        try:
-            return _read(self._root, path, 0, record.size)
-        except OSError as error:
-            return self.fault("missing", f"it cannot be read: {error}", shard, path=path)
 
     def _size_fault(self, path: str, record: FileRecord, shard: int) -> Fault | None:
         try:
@@ -147,9 +211,8 @@ class ShardChecks:
             return self.fault("missing", f"it has {size} bytes, {record.size} were written", shard, path=path)
         return None
 
-    def _chunk_faults(
-        self, receipt: Receipt, name: str, part: Part, read: Read, numbers: Sequence[int]
-    ) -> Iterator[Fault]:
+    def _chunk_faults(self, receipt: Receipt, name: str, read: _Read, numbers: Sequence[int]) -> Iterator[Fault]:
+        part = receipt.parts[name]
         for number in numbers:
             chunk = read(part.path, *part.span(number))
             self._report.chunks += 1
@@ -163,98 +226,87 @@ class ShardChecks:
         first = receipt.rows[0] + number * self._plan.shards.rows_per_chunk
         return first, min(first + self._plan.shards.rows_per_chunk, receipt.rows[1]) - 1
 
-    def _contents_faults(self, receipt: Receipt, read: Read, numbers: Sequence[int], *, whole: bool) -> Iterator[Fault]:
+    def _row_faults(self, receipt: Receipt, read: _Read, numbers: Sequence[int], *, whole: bool) -> Iterator[Fault]:
+        """Yield faults of the rows in these intact chunks; `whole` where these are all chunks of the shard."""
         fingerprint = FingerprintSum()
         keyed = {"ids", "fingerprints"} <= set(self._plan.arrays)
         for block in _blocks(numbers, self._plan):
+            rows = np.concatenate([np.arange(a, b + 1) for a, b in (self._rows(receipt, number) for number in block)])
             try:
-                arrays = {name: self._decoded(receipt, name, read, block) for name in self._plan.arrays}
+                arrays = {name: self._decoded(receipt, name, read, block)[: len(rows)] for name in self._plan.arrays}
             except ValueError as error:
                 yield self.fault("contents", str(error), receipt.shard)
                 return
-            rows = np.concatenate([np.arange(a, b + 1) for a, b in (self._rows(receipt, number) for number in block)])
             self._report.rows += len(rows)
             for name, bad, message in self._implausible(arrays, rows):
-                first = int(rows[bad][0])
+                first, last = (int(row) for row in rows[bad][[0, -1]])
                 chunk = (first - receipt.rows[0]) // self._plan.shards.rows_per_chunk
-                where = {"array": name, "chunk": chunk, "rows": (first, int(rows[bad][-1]))}
+                where = {"array": name, "chunk": chunk, "rows": (first, last)}
                 yield self.fault("contents", f"{message} ({int(bad.sum())} rows)", receipt.shard, **where)
             if keyed and whole:
                 fingerprint.add(ids_of_rows(arrays["ids"]), arrays["fingerprints"])
         if whole and keyed and fingerprint.hexdigest() != receipt.fingerprint:
-            yield self.fault(
-                "contents", "ids and fingerprints do not add up to the receipt's fingerprint", receipt.shard
-            )
+            message = "ids and fingerprints do not add up to the receipt's fingerprint"
+            yield self.fault("contents", message, receipt.shard)
 
-    def _decoded(self, receipt: Receipt, name: str, read: Read, numbers: Sequence[int]) -> NDArray[Any]:
-        """Return the rows of these chunks, [rows, *row_shape], without padding."""
-        spec, shards, part = self._plan.arrays[name], self._plan.shards, checked_part(receipt, name, self._plan)
+    def _decoded(self, receipt: Receipt, name: str, read: _Read, numbers: Sequence[int]) -> NDArray[Any]:
+        """Return the rows of these chunks, [rows, *row_shape], with the padding of the shard's last chunk."""
+        spec, shards, part = self._plan.arrays[name], self._plan.shards, receipt.parts[name]
         dtype, size_bytes = np.dtype(spec.dtype), spec.row_bytes * shards.rows_per_chunk
         bodies = [read(part.path, *part.span(number))[:-CHECKSUM_BYTES] for number in numbers]
         if shards.compression is not None:
             bodies = [decompress(b.tobytes(), shards.compression, dtype=dtype, size_bytes=size_bytes) for b in bodies]
-        rows: NDArray[Any] = np.concatenate(bodies).view(dtype).reshape(-1, *spec.row_shape)
-        wanted = sum(last - first + 1 for first, last in (self._rows(receipt, number) for number in numbers))
-        return rows[:wanted]
+        return np.concatenate(bodies).view(dtype).reshape(-1, *spec.row_shape)
 
-    def _implausible(
-        self, arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]
-    ) -> Iterator[tuple[str, NDArray[np.bool_], str]]:
-        """Yield which rows have invalid values, and why: array, [rows] mask, message."""
-        if self._encoding is not None:
-            yield from _implausible_rows(self._encoding, arrays, self._plan.members)
-        if "labels" in arrays:
-            labels = arrays["labels"]
-            bad = (labels < UNLABELLED) | (labels >= self._plan.classes)
+    def _implausible(self, arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> Iterator[_BadRows]:
+        for name, bad, message in self._suspects(arrays, rows):
             if bad.any():
-                yield "labels", bad, f"labels outside {UNLABELLED} to {self._plan.classes - 1}"
+                yield name, bad, message
+
+    def _suspects(self, arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> Iterator[_BadRows]:
+        if self._encoding is not None:
+            yield from _implausible_targets(self._encoding, arrays, self._plan.members)
+        if "labels" in arrays:
+            bad = (arrays["labels"] < UNLABELLED) | (arrays["labels"] >= self._plan.classes)
+            yield "labels", bad, f"labels outside {UNLABELLED} to {self._plan.classes - 1}"
         if "inputs" in arrays:
             bad = (sample_fingerprints(arrays["inputs"]) != arrays["fingerprints"]).any(axis=1)
-            if bad.any():
-                yield "inputs", bad, "inputs that do not have their fingerprints"
+            yield "inputs", bad, "inputs that do not have their fingerprints"
         if "ids" in arrays and self._index is not None:
             bad = _misplaced(self._index, ids_of_rows(arrays["ids"]), rows // self._plan.layout.views)
-            if bad.any():
-                yield "ids", bad, "ids that belong to other rows"
+            yield "ids", bad, "ids that belong to other rows"
 
 
-def _implausible_rows(
+def _implausible_targets(
     encoding: Encoding, arrays: Mapping[str, NDArray[Any]], members: int | None
-) -> Iterator[tuple[str, NDArray[np.bool_], str]]:
-    encoded = {name: arrays[name] for name in encoding.fields}
+) -> Iterator[_BadRows]:
+    name = next(iter(encoding.fields))
+    encoded = {field: arrays[field] for field in encoding.fields}
     if members is not None:
-        encoded = {name: array.reshape(-1, *array.shape[2:]) for name, array in encoded.items()}
+        encoded = {field: array.reshape(-1, *array.shape[2:]) for field, array in encoded.items()}
     rows_RW = encoding.decode_rows(encoded)
     if encoding.row_kind == "hidden_states":
         # Only the hidden states: the logits of every class would take as long as the teacher's head took.
-        no_numbers_R: NDArray[np.bool_] = np.asarray(~np.isfinite(rows_RW).all(axis=1))
-        if no_numbers_R.any():
-            yield next(iter(encoding.fields)), no_numbers_R, "NaN or Inf"
+        yield name, np.asarray(~np.isfinite(rows_RW).all(axis=1)), "NaN or Inf"
         return
     largest_R = rows_RW.max(axis=1)
-    no_logits_R = np.isnan(rows_RW).any(axis=1) | ~np.isfinite(largest_R)
+    # −Inf is the logit of a class that truncated and sampled rows leave out.
+    invalid_R = np.isnan(rows_RW).any(axis=1) | ~np.isfinite(largest_R)
     # Truncated and sampled rows are log-probabilities, and learnt ones approximate: their maximum may be below 0.
     exact = encoding.retemperable and not encoding.constants
-    unshifted_R = ~no_logits_R & ((np.abs(largest_R) if exact else largest_R) > ROW_MAX_TOLERANCE)
-    for bad_R, message in ((no_logits_R, "NaN or Inf"), (unshifted_R, "rows whose largest logit is not 0")):
-        bad = bad_R.reshape(-1, members or 1).any(axis=1)
-        if bad.any():
-            yield next(iter(encoding.fields)), bad, message
+    unshifted_R = ~invalid_R & ((np.abs(largest_R) if exact else largest_R) > ROW_MAX_TOLERANCE)
+    for bad_R, message in ((invalid_R, "NaN or Inf"), (unshifted_R, "rows whose largest logit is not 0")):
+        yield name, bad_R.reshape(-1, members or 1).any(axis=1), message
 
 
 def _misplaced(index: DenseIdIndex | SortedIdIndex, ids: IdArray, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which ids do not belong to these positions; one by one where some id is unknown, to find which."""
     try:
-        found: NDArray[np.bool_] = index.positions(ids) != positions
+        return np.asarray(index.positions(ids) != positions)
     except UnknownIdError:
-        return np.array([not _leads_to(index, ids[i : i + 1], position) for i, position in enumerate(positions)])
-    return found
-
-
-def _leads_to(index: DenseIdIndex | SortedIdIndex, one_id: IdArray, position: int) -> bool:
-    try:
-        return bool(index.positions(one_id)[0] == position)
-    except UnknownIdError:
-        return False
+        if len(ids) == 1:
+            return np.array([True])
+        return np.concatenate([_misplaced(index, ids[i : i + 1], positions[i : i + 1]) for i in range(len(ids))])
 
 
 def _blocks(numbers: Sequence[int], plan: Manifest) -> Iterator[Sequence[int]]:
@@ -264,18 +316,9 @@ def _blocks(numbers: Sequence[int], plan: Manifest) -> Iterator[Sequence[int]]:
         yield numbers[start : start + step]
 
 
-def _read(root: Path, path: str, offset: int, length: int) -> Piece:
-    """Return bytes of a file, fewer where it ends."""
+def _read(root: Path, path: str, offset: int, length: int) -> _Bytes:
+    """Return bytes of a file, read-only and fewer where it ends."""
     # Read, not mapped: a failing disk raises an error here, where it would kill a reader of a mapping (SIGBUS).
-    out = bytearray(length)
-    view, done = memoryview(out), 0
-    with os.fdopen(safe_open(root, path), "rb", buffering=0) as file:
+    with os.fdopen(safe_open(root, path), "rb") as file:
         file.seek(offset)
-        while done < length:
-            got = file.readinto(view[done : done + _BLOCK_BYTES])
-            if not got:
-                break
-            done += got
-    found = np.frombuffer(out, dtype=np.uint8)[:done]
-    found.flags.writeable = False
-    return found
+        return np.frombuffer(file.read(length), dtype=np.uint8)

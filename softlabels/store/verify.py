@@ -5,25 +5,41 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
-from softlabels.audit import Audit
-from softlabels.documents import canonical_json
+from softlabels.documents import MAX_DOCUMENT_BYTES, canonical_json, open_sealed
 from softlabels.encodings import Encoding
-from softlabels.errors import ManifestError
+from softlabels.errors import ManifestError, UnknownStoreError
 from softlabels.manifest import Manifest
+from softlabels.progress import ShowProgress, silent
+from softlabels.store.chunks import chunks_in, shard_rows
 from softlabels.store.containers import container_of
-from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, LOCK_FOLDER, STAGING_FOLDER, Ledger
-from softlabels.store.safe_open import safe_open
+from softlabels.store.ledger import DAMAGED_FOLDER, LOCK_FOLDER, STAGING_FOLDER, Ledger, summarize
+from softlabels.store.safe_open import safe_open, safe_read
 from softlabels.store.sample_index import POSITIONS, SORTED_IDS, DenseIdIndex, SortedIdIndex, make_index
-from softlabels.store.shard_checks import ShardChecks
-from softlabels.store.store_documents import JOB, MANIFEST, PLAN, StoreDocuments, inspect_documents, load_encoding
-from softlabels.store.verify_report import Fault, Report, ShowProgress, silent
-from softlabels.transfer_set import FingerprintSum
+from softlabels.store.shard_checks import Fault, Report, ShardChecks
+from softlabels.store.store_documents import JOB, MANIFEST, PLAN, load_document, load_encoding
 
 _NOT_CONTENTS = (LOCK_FOLDER, STAGING_FOLDER, DAMAGED_FOLDER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreDocuments:
+    """Plan and manifest of a store that may be damaged.
+
+    Attributes:
+        plan: as stored; else as the manifest implies it; None where neither is possible.
+        manifest: None where the store is unfinished, or its manifest is invalid.
+        faults: what is wrong with the documents.
+    """
+
+    plan: Manifest | None
+    manifest: Manifest | None
+    faults: tuple[Fault, ...]
 
 
 def verify(
@@ -40,14 +56,13 @@ def verify(
     file, checksum of every chunk, and values of the rows (finite, largest logit 0, labels and ids as planned).
 
     Args:
-        root: the store's folder.
         sample: check this many random chunks (all arrays of each) instead of all of them. Apart from these, only the
             SHA-256 of shard files and the sum of all fingerprints are left out.
         every_fault: continue after the first fault and list all.
         seed: random seed for the choice of chunks.
-        show: progress display.
+        show: progress display, `softlabels.progress.track` for example.
     Returns:
-        The report; `report.sound` where nothing is wrong. An unfinished store is a fault of its own, listed last.
+        The report; `report.sound` where nothing is wrong. That a store is unfinished is a fault too, listed last.
     Raises:
         UnknownStoreError: there is no store. FormatVersionError: a newer softlabels wrote it.
     """
@@ -60,48 +75,72 @@ def verify(
     return report
 
 
+def inspect_documents(root: Path) -> StoreDocuments:
+    """Return the documents of the store at `root`, with their faults instead of an error for each.
+
+    Raises:
+        UnknownStoreError: it has neither plan nor manifest. FormatVersionError: a newer softlabels wrote them.
+    """
+    faults: list[Fault] = []
+    plan, manifest = (_load_or_report(root, name, faults) for name in (PLAN, MANIFEST))
+    if plan is None and manifest is None and not faults:
+        raise UnknownStoreError(f"there is no store at {root}: it has neither {MANIFEST} nor {PLAN}", where=str(root))
+    if manifest is not None and not manifest.finished:
+        faults.append(_document_fault(MANIFEST, "it is a plan, not the manifest of a finished store"))
+        manifest = None
+    if plan is not None and plan.finished:
+        faults.append(_document_fault(PLAN, "it is a manifest, not a plan"))
+        plan = None
+    if plan is None and manifest is not None:
+        if not any(fault.path == PLAN for fault in faults):
+            faults.append(_document_fault(PLAN, "it is missing: without it nothing can be added to the store"))
+        plan = _plan_of(manifest)
+    elif plan is not None and manifest is not None and manifest.plan_sha256 != plan.digest:
+        faults.append(_document_fault(MANIFEST, f"it belongs to another plan than {PLAN}: do not mix stores' files"))
+    _check_job(root, faults)
+    return StoreDocuments(plan=plan, manifest=manifest, faults=tuple(faults))
+
+
 def find_faults(
     root: Path, report: Report, *, sample: int | None = None, seed: int | None = None, show: ShowProgress = silent
 ) -> Iterator[Fault]:
     """Yield every fault of a store, cheap checks first, and count in `report` what was verified; see `verify`."""
     documents = inspect_documents(root)
     yield from documents.faults
-    plan = documents.plan
+    plan, manifest = documents.plan, documents.manifest
     if plan is None:
         return
-    report.finished, report.shards = documents.manifest is not None, plan.shards.count
+    report.finished, report.shards = manifest is not None, plan.shards.count
     ledger = Ledger(root, plan_sha256=plan.digest)
-    numbers = [number for number in ledger.committed() if number < plan.shards.count]
-    metadata_faults = list(_metadata_faults(root, documents.manifest or plan, planned=set(plan.metadata_sha256)))
-    index, index_faults = _index(root, documents, {fault.path for fault in metadata_faults})
-    container = container_of(plan)
-    checks = ShardChecks(root, plan, container, _encoding(root, plan), index=index, report=report)
-    valid, receipt_faults = _valid_receipts(ledger, plan, numbers, checks)
+    metadata_faults = list(_metadata_faults(root, manifest or plan, planned=set(plan.metadata_sha256)))
+    index, index_faults = _index(root, manifest, plan, {fault.path for fault in metadata_faults})
+    checks = ShardChecks(root, plan, container_of(plan), _encoding(root, plan), index=index, report=report)
+    valid, receipt_faults = _valid_receipts(ledger, plan, checks)
     report.committed = len(valid)
     yield from receipt_faults
-    if documents.manifest is not None:
-        yield from _ledger_faults(ledger, documents.manifest, plan, valid, clean=not receipt_faults)
+    if manifest is not None:
+        yield from _ledger_faults(ledger, manifest, plan, valid, clean=not receipt_faults)
     yield from metadata_faults
     yield from index_faults
-    if documents.manifest is not None:
-        yield from _stray_files(root, documents.manifest, ledger, valid)
+    if manifest is not None:
+        yield from _stray_files(root, manifest, ledger, valid)
     yield from _shard_faults(ledger, plan, checks, valid, sample=sample, seed=seed, show=show)
-    yield from _unfinished(documents, plan, valid)
+    if manifest is None:
+        yield from _unfinished(documents, plan, valid)
 
 
-def _valid_receipts(
-    ledger: Ledger, plan: Manifest, numbers: list[int], checks: ShardChecks
-) -> tuple[list[int], list[Fault]]:
+def _valid_receipts(ledger: Ledger, plan: Manifest, checks: ShardChecks) -> tuple[list[int], list[Fault]]:
     """Return the committed shards with a valid receipt, and the faults of the others."""
     valid, faults = [], []
-    for shard in numbers:
-        path = f"{LEDGER_FOLDER}/{ledger.path(shard).name}"
+    for shard in ledger.committed():
+        if shard >= plan.shards.count:
+            continue  # a stray file
         try:
             receipt = ledger.read(shard)
+            fault = None if receipt is None else checks.receipt_fault(receipt)
         except (ManifestError, OSError) as error:
-            faults.append(checks.fault("document", str(error), shard, path=path))
-            continue
-        fault = None if receipt is None else checks.receipt_fault(receipt)
+            fault = checks.fault("document", str(error), shard, path=ledger.path_of(shard))
+            receipt = None
         if fault is not None:
             faults.append(fault)
         elif receipt is not None:
@@ -114,26 +153,19 @@ def _ledger_faults(
 ) -> Iterator[Fault]:
     """Yield where the receipts, each of them valid, are not those that the manifest was made from."""
     missing = sorted(set(range(plan.shards.count)) - set(valid))
-    if missing and clean:
-        for shard in missing:
-            path = f"{LEDGER_FOLDER}/{ledger.path(shard).name}"
-            message = "its receipt is missing from a finished store: its rows cannot be read"
-            yield Fault(kind="missing", message=message, shard=shard, path=path)
     if missing:
+        message = "its receipt is missing from a finished store: its rows cannot be read"
+        for shard in missing if clean else ():
+            yield Fault(kind="missing", message=message, shard=shard, path=ledger.path_of(shard))
         return
-    total, fingerprint, audit = hashlib.sha256(), FingerprintSum(), Audit()
-    for receipt in ledger.receipts(valid):
-        total.update(bytes.fromhex(receipt.sha256))
-        fingerprint.merge(FingerprintSum.from_hexdigest(receipt.fingerprint))
-        audit.merge(Audit.from_json(receipt.audit))
-    if total.hexdigest() != manifest.ledger:
+    summary = summarize(ledger.receipts(valid))
+    if summary.sha256 != manifest.ledger:
         message = "the receipts are not those that the manifest was published with: a shard was replaced afterwards"
-        yield Fault(kind="document", message=message, path=MANIFEST)
-    known = plan.transfer_set.fingerprint
-    if manifest.transfer_set.fingerprint != (known or fingerprint.hexdigest()):
-        yield Fault(kind="document", message="the transfer set's fingerprint is not the receipts' sum", path=MANIFEST)
-    if canonical_json(manifest.audit) != canonical_json(audit.summary()):
-        yield Fault(kind="document", message="the audit is not what the receipts add up to", path=MANIFEST)
+        yield _document_fault(MANIFEST, message)
+    if manifest.transfer_set.fingerprint != (plan.transfer_set.fingerprint or summary.fingerprint):
+        yield _document_fault(MANIFEST, "the transfer set's fingerprint is not the receipts' sum")
+    if canonical_json(manifest.audit) != canonical_json(summary.audit):
+        yield _document_fault(MANIFEST, "the audit is not what the receipts add up to")
 
 
 def _metadata_faults(root: Path, manifest: Manifest, *, planned: set[str]) -> Iterator[Fault]:
@@ -142,7 +174,7 @@ def _metadata_faults(root: Path, manifest: Manifest, *, planned: set[str]) -> It
         try:
             with os.fdopen(safe_open(root, path), "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except (FileNotFoundError, ManifestError, OSError) as error:
+        except (ManifestError, OSError) as error:
             yield Fault(kind="missing", message=f"it cannot be read ({error}); {remedy}", path=path)
             continue
         if digest != expected:
@@ -150,25 +182,21 @@ def _metadata_faults(root: Path, manifest: Manifest, *, planned: set[str]) -> It
 
 
 def _index(
-    root: Path, documents: StoreDocuments, damaged: set[str | None]
+    root: Path, manifest: Manifest | None, plan: Manifest, damaged: set[str | None]
 ) -> tuple[DenseIdIndex | SortedIdIndex | None, list[Fault]]:
     """Return the id index and its faults; None where there is none yet, or its files are damaged."""
-    known = documents.manifest or documents.plan
-    assert known is not None
     if {SORTED_IDS, POSITIONS} & damaged:
         return None, []
-    if known.ids.dense_start is None and documents.manifest is None and known.layout.kind != "sequences":
+    if plan.ids.dense_start is None and manifest is None and plan.layout.kind != "sequences":
         return None, []
     try:
-        index = make_index(root, known)
+        index = make_index(root, manifest or plan)
     except ManifestError as error:
         return None, [Fault(kind="document", message=str(error))]
-    faults = []
     if isinstance(index, SortedIdIndex) and not index.is_strictly_ascending():
-        faults.append(
-            Fault(kind="contents", message="the ids of the index are not strictly ascending: an id is repeated")
-        )
-    return index, faults
+        message = "the ids of the index are not strictly ascending: an id is repeated"
+        return index, [Fault(kind="contents", message=message)]
+    return index, []
 
 
 def _encoding(root: Path, plan: Manifest) -> Encoding | None:
@@ -180,13 +208,11 @@ def _encoding(root: Path, plan: Manifest) -> Encoding | None:
 
 
 def _stray_files(root: Path, manifest: Manifest, ledger: Ledger, valid: list[int]) -> Iterator[Fault]:
-    """Yield files inside the store's folders that neither manifest nor receipts list; its root is the user's."""
-    known = set(manifest.metadata_sha256) | {PLAN, MANIFEST, JOB}
-    known |= {f"{LEDGER_FOLDER}/{ledger.path(shard).name}" for shard in range(manifest.shards.count)}
-    for receipt in ledger.receipts(valid):
-        known |= set(receipt.files)
+    """Yield files in the store's folders that neither manifest nor receipts list; its top level is the user's."""
     if len(valid) < manifest.shards.count:
         return  # the files of the other shards are not known; `repair` drops these shards, `resume` writes them again
+    known = {PLAN, MANIFEST, JOB, *manifest.metadata_sha256, *map(ledger.path_of, valid)}
+    known |= {path for receipt in ledger.receipts(valid) for path in receipt.files}
     for folder, folders, names in os.walk(root):
         inner = os.path.relpath(folder, root)
         if inner == ".":
@@ -223,27 +249,21 @@ def _shard_faults(
 
 
 def _choose(plan: Manifest, valid: list[int], sample: int, seed: int | None) -> dict[int, list[int]]:
-    """Return random chunks, by shard."""
-    per_shard = plan.shards.rows_per_shard // plan.shards.rows_per_chunk
-    last_rows = plan.rows - (plan.shards.count - 1) * plan.shards.rows_per_shard
-    counts = np.array(
-        [-(-last_rows // plan.shards.rows_per_chunk) if s == plan.shards.count - 1 else per_shard for s in valid],
-        dtype=np.int64,
-    )
-    total = int(counts.sum())
-    rng = np.random.default_rng(seed)
-    picked = np.sort(rng.choice(total, size=min(sample, total), replace=False)) if total else np.empty(0, np.int64)
-    ends = np.cumsum(counts)
+    """Return random chunks without repetition: numbers within their shard, by shard, both in order."""
+    counts = [chunks_in(len(shard_rows(plan, shard)), plan.shards.rows_per_chunk) for shard in valid]
+    ends = np.cumsum(counts, dtype=np.int64)
+    total = sum(counts)
+    if not total:
+        return {}
+    picked = np.sort(np.random.default_rng(seed).choice(total, size=min(sample, total), replace=False))
     chosen: dict[int, list[int]] = {}
     for number in picked.tolist():
         slot = int(np.searchsorted(ends, number, side="right"))
-        chosen.setdefault(valid[slot], []).append(number - int(ends[slot] - counts[slot]))
+        chosen.setdefault(valid[slot], []).append(number - int(ends[slot]) + counts[slot])
     return chosen
 
 
 def _unfinished(documents: StoreDocuments, plan: Manifest, valid: list[int]) -> Iterator[Fault]:
-    if documents.manifest is not None:
-        return
     missing = sorted(set(range(plan.shards.count)) - set(valid))
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
@@ -252,3 +272,47 @@ def _unfinished(documents: StoreDocuments, plan: Manifest, valid: list[int]) -> 
     elif not any(fault.path == MANIFEST for fault in documents.faults):
         message = "every shard is committed but the manifest is not published: run `softlabels resume`"
         yield Fault(kind="unfinished", message=message)
+
+
+def _load_or_report(root: Path, name: str, faults: list[Fault]) -> Manifest | None:
+    try:
+        return load_document(root, name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ManifestError, OSError) as error:
+        faults.append(_document_fault(name, str(error)))
+        return None
+
+
+def _plan_of(manifest: Manifest) -> Manifest | None:
+    """Return the plan that a manifest was made from; None where no guess has its digest."""
+    written_later = set(container_of(manifest).metadata(manifest))
+    before = {path: digest for path, digest in manifest.metadata_sha256.items() if path not in written_later}
+    without_index = {path: digest for path, digest in before.items() if path not in (SORTED_IDS, POSITIONS)}
+    # Sequences know fingerprint and index before the first shard, other layouts after the last: try both.
+    for fingerprint in (None, manifest.transfer_set.fingerprint):
+        for metadata in (without_index, before):
+            plan = replace(
+                manifest,
+                ledger=None,
+                audit=None,
+                plan_sha256=None,
+                metadata_sha256=metadata,
+                transfer_set=replace(manifest.transfer_set, fingerprint=fingerprint),
+            )
+            if plan.digest == manifest.plan_sha256:
+                return plan
+    return None
+
+
+def _check_job(root: Path, faults: list[Fault]) -> None:
+    try:
+        open_sealed(safe_read(root, JOB, max_bytes=MAX_DOCUMENT_BYTES), what=JOB)
+    except FileNotFoundError:
+        return  # a store that was not written by a job has none
+    except (ManifestError, OSError) as error:
+        faults.append(_document_fault(JOB, f"{error}; only `softlabels resume` needs it"))
+
+
+def _document_fault(name: str, message: str) -> Fault:
+    return Fault(kind="document", path=name, message=message)

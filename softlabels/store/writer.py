@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.atomic_files import TEMPORARY, make_folder, sync_folder, write_atomically
-from softlabels.audit import Audit
 from softlabels.documents import seal
 from softlabels.encodings import Encoding
 from softlabels.errors import (
@@ -30,8 +29,8 @@ from softlabels.ids import IdArray, to_fixed_bytes
 from softlabels.manifest import Manifest
 from softlabels.store.chunks import ShardFile, shard_rows
 from softlabels.store.containers import container_of
-from softlabels.store.ledger import LEDGER_FOLDER, STAGING_FOLDER, FileRecord, Ledger, Receipt
-from softlabels.store.sample_index import SampleTable, write_index
+from softlabels.store.ledger import LEDGER_FOLDER, STAGING_FOLDER, FileRecord, Ledger, Receipt, summarize
+from softlabels.store.sample_index import SampleTable, index_files
 from softlabels.store.store_documents import JOB, MANIFEST, constant_files, load_manifest, load_plan
 from softlabels.store.store_plan import has_file, initialize_store
 from softlabels.store.store_reader import LocalRows
@@ -39,17 +38,14 @@ from softlabels.transfer_set import UNLABELLED, FingerprintSum
 
 
 class StoreWriter:
-    """Writer of one store. Several writers, in one process or many, may work on different shards at once.
-
-    Constructed by `create` or `resume`.
-    """
+    """Writer of one store, from `create` or `resume`; several, in one process or many, may write different shards."""
 
     def __init__(self, root: Path, plan: Manifest) -> None:
         self.root = root
         self.plan = plan
+        self.ledger = Ledger(root, plan_sha256=plan.digest)
         self._plan_sha256 = plan.digest
         self._container = container_of(plan)
-        self._ledger = Ledger(root, plan_sha256=self._plan_sha256)
         make_folder(root / STAGING_FOLDER)
         self._purge()
 
@@ -68,19 +64,14 @@ class StoreWriter:
             ManifestError: the plan was made with another table or encoding than these.
             StoreExistsError: the folder holds a store of another plan, or files that are not a store.
         """
-        return cls.create_with_files(
-            Path(root),
-            plan,
-            ({} if encoding is None else constant_files(encoding)) | ({} if table is None else table.files()),
-        )
+        files = ({} if encoding is None else constant_files(encoding)) | ({} if table is None else table.files())
+        return cls.create_with_files(Path(root), plan, files)
 
     @classmethod
     def create_with_files(cls, root: Path, plan: Manifest, files: Mapping[str, bytes]) -> StoreWriter:
         """Do as `create`, with the contents by path of the metadata files that the plan lists."""
         if {path: hashlib.sha256(contents).hexdigest() for path, contents in files.items()} != plan.metadata_sha256:
-            raise ManifestError(
-                "the plan was made with another sample table or encoding: pass both to `create` as well"
-            )
+            raise ManifestError("the plan was made with another sample table or encoding: pass the same to `create`")
         initialize_store(root, plan, files)
         return cls(root, plan)
 
@@ -101,27 +92,22 @@ class StoreWriter:
 
     def missing_shards(self) -> list[int]:
         """Return the numbers of the shards that are not committed, in order."""
-        committed = set(self._ledger.committed())
-        return [shard for shard in range(self.plan.shards.count) if shard not in committed]
+        return sorted(set(range(self.plan.shards.count)) - set(self.ledger.committed()))
 
     def receipt(self, shard: int) -> Receipt | None:
         """Return the receipt of a shard, None where it is not committed."""
-        return self._ledger.read(shard)
+        return self.ledger.read(shard)
 
     @contextlib.contextmanager
     def claim(self, shard: int) -> Iterator[ShardClaim]:
-        """Hold a shard exclusively inside this context, in order to write it.
-
-        Raises:
-            ShardClaimedError: another writer holds it.
-        """
-        with self._ledger.claim(shard):
+        """Hold a shard exclusively inside this context, to write it; ShardClaimedError if another writer holds it."""
+        with self.ledger.claim(shard):
             yield ShardClaim(self, shard)
 
     def keep_job(self, document: Mapping[str, Any]) -> None:
         """Write the job beside the plan, for `softlabels resume`."""
         # Exclusively: several processes may run one job at the same time, and share the temporary file's name.
-        with self._ledger.exclusive():
+        with self.ledger.exclusive():
             write_atomically(self.root / JOB, [seal(document)])
 
     def finish(self) -> Manifest:
@@ -131,36 +117,33 @@ class StoreWriter:
             TruncatedError: a shard is missing. BadIdsError: a sample id is repeated.
             ManifestError: a metadata file is missing or damaged.
         """
-        with self._ledger.exclusive():
+        plan = self.plan
+        with self.ledger.exclusive():
             if self.finished:
                 return load_manifest(self.root)
             missing = self.missing_shards()
             if missing:
-                raise self._incomplete(missing)
+                raise TruncatedError(
+                    f"{len(missing)} of {plan.shards.count} shards of {self.root} are not committed (the first is "
+                    f"shard {missing[0]}): run `softlabels resume`",
+                    shards=missing[:100],
+                )
             self._check_planned_files()
             # A commit may have failed at its very last step, the fsync of this folder: the receipt is visible then, but
             # not durable.
             sync_folder(self.root / LEDGER_FOLDER)
-            fingerprint, audit, ledger = FingerprintSum(), Audit(), hashlib.sha256()
-            for shard in range(self.plan.shards.count):
-                receipt = self._ledger.read(shard)
-                if receipt is None:
-                    raise self._incomplete([shard])  # removed since the shards were counted
-                fingerprint.merge(FingerprintSum.from_hexdigest(receipt.fingerprint))
-                audit.merge(Audit.from_json(receipt.audit))
-                ledger.update(bytes.fromhex(receipt.sha256))
-            metadata = {
-                path: write_atomically(self.root / path, [contents])[1]
-                for path, contents in self._container.metadata(self.plan).items()
-            }
-            metadata |= self.plan.metadata_sha256
-            if self.plan.ids.dense_start is None and self.plan.layout.kind != "sequences":
-                metadata |= write_index(self.root, stored_ids(self.root, self.plan))
-            manifest = self.plan.finish(
-                ledger=ledger.hexdigest(),
-                fingerprint=self.plan.transfer_set.fingerprint or fingerprint.hexdigest(),
-                audit=audit.summary(),
-                metadata_sha256=metadata,
+            summary = summarize(self.ledger.receipts(range(plan.shards.count)))
+            if summary.shards < plan.shards.count:
+                raise TruncatedError(f"a receipt of {self.root} was removed meanwhile: run `softlabels resume`")
+            files = self._container.metadata(plan)
+            if plan.ids.dense_start is None and plan.layout.kind != "sequences":
+                files |= index_files(stored_ids(self.root, plan))
+            written = {path: write_atomically(self.root / path, [contents])[1] for path, contents in files.items()}
+            manifest = plan.finish(
+                ledger=summary.sha256,
+                fingerprint=plan.transfer_set.fingerprint or summary.fingerprint,
+                audit=summary.audit,
+                metadata_sha256=written | dict(plan.metadata_sha256),
             )
             # Last of all: where the manifest exists, everything that it covers is durable.
             write_atomically(self.root / MANIFEST, [seal(manifest.to_json())])
@@ -171,13 +154,13 @@ class StoreWriter:
     ) -> Receipt:
         """Write and commit a shard whose claim the caller holds; see `ShardClaim.commit`."""
         files = self._container.shard_files(self.plan, shard, arrays)
-        before = self._ledger.read(shard)
-        if before is not None:
-            _check_same_contents(self.root, before, files)
-            return before
+        existing = self.ledger.read(shard)
+        if existing is not None:
+            _check_same_contents(self.root, existing, files)
+            return existing
         records = {}
         for file in files:
-            staging = self._ledger.staging(shard, file.path)
+            staging = self.ledger.staging(shard, file.path)
             size, sha256 = write_atomically(self.root / file.path, file.buffers, staging=staging)
             records[file.path] = FileRecord(size=size, sha256=sha256)
         rows = shard_rows(self.plan, shard)
@@ -191,22 +174,15 @@ class StoreWriter:
             audit=dict(audit),
         )
         # After the files: a receipt must never list bytes that a power failure could take away.
-        self._ledger.write(receipt)
+        self.ledger.write(receipt)
         return receipt
-
-    def _incomplete(self, missing: list[int]) -> TruncatedError:
-        return TruncatedError(
-            f"{len(missing)} of {self.plan.shards.count} shards of {self.root} are not committed (the first is shard "
-            f"{missing[0]}): run `softlabels resume`",
-            shards=missing[:100],
-        )
 
     def _purge(self) -> None:
         """Remove the temporary files of writers that died."""
         for path in sorted((self.root / STAGING_FOLDER).glob("*" + TEMPORARY)):
             if path.name[:8].isdigit():
                 # Under the claim of its shard, which the writer of the file holds as long as it lives.
-                with contextlib.suppress(ShardClaimedError), self._ledger.claim(int(path.name[:8])):
+                with contextlib.suppress(ShardClaimedError), self.ledger.claim(int(path.name[:8])):
                     path.unlink(missing_ok=True)
 
     def _check_planned_files(self) -> None:
@@ -214,16 +190,12 @@ class StoreWriter:
             if not has_file(self.root / path, digest):
                 raise ManifestError(
                     f"{self.root / path} is not what the plan says, so the store cannot be published: run `softlabels "
-                    "repair`, then `softlabels resume`, which writes it again"
+                    "repair`, then `softlabels resume`"
                 )
 
 
 class ShardClaim:
-    """One shard, held exclusively by this writer inside its `claim` context.
-
-    Attributes:
-        rows: row numbers of the store that the shard holds.
-    """
+    """One shard, held exclusively by this writer inside its `claim` context; `rows` are its row numbers."""
 
     def __init__(self, writer: StoreWriter, shard: int) -> None:
         self._writer = writer
@@ -246,8 +218,7 @@ class ShardClaim:
         Committing the same contents again changes nothing and returns the existing receipt.
 
         Args:
-            encoded: arrays of the encoding by name, each [rows of the shard, ...], or [rows, members, ...] where the
-                store keeps members.
+            encoded: arrays of the encoding by name, [rows of the shard, ...] or, with members, [rows, members, ...].
             ids: [rows] sample ids, None for sequences.
             fingerprints: [rows, 16] content fingerprints, None for sequences.
             labels: [rows] hard labels; None where no row has one.
@@ -291,14 +262,13 @@ class ShardClaim:
 
     def _check_dense_ids(self, ids: IdArray) -> None:
         plan = self._writer.plan
-        start = plan.ids.dense_start
-        if start is None:
+        if plan.ids.dense_start is None:
             return
-        positions = np.arange(self.rows.start, self.rows.stop) // plan.layout.views
-        if not np.array_equal(ids, positions + start):
+        planned = plan.ids.dense_start + np.asarray(self.rows) // plan.layout.views
+        if not np.array_equal(ids, planned):
             raise ShapeMismatchError(
-                f"the ids of shard {self.shard} are not {start + positions[0]} … {start + positions[-1]} as the plan "
-                "says: the transfer set changed, or it was planned as dense by mistake"
+                f"the ids of shard {self.shard} are not {planned[0]} … {planned[-1]} as the plan says: the transfer "
+                "set changed, or it was planned as dense by mistake"
             )
 
 
@@ -308,26 +278,24 @@ def stored_ids(root: Path, manifest: Manifest) -> IdArray:
     Raises:
         RowsNotCommittedError, ChecksumError, TruncatedError: a shard is missing or damaged.
     """
-    # By row number, since the id index may be what is missing.
+    # By row number, since the id index may be what is missing; a shard at a time, since row numbers and addresses of
+    # the whole store would take more memory than its ids.
     rows = LocalRows(root, manifest=manifest)
-    pieces = []
-    for shard in range(manifest.shards.count):
-        span = shard_rows(manifest, shard)
-        pieces.append(rows.fetch_rows(np.arange(span.start, span.stop), ("ids",))["ids"])
+    shards = (np.asarray(shard_rows(manifest, shard)) for shard in range(manifest.shards.count))
+    joined: IdArray = np.concatenate([rows.fetch_rows(numbers, ("ids",))["ids"] for numbers in shards])
     # With views an id is repeated once per view; the index is of samples.
-    joined: IdArray = np.concatenate(pieces)
     return joined[:: manifest.layout.views]
 
 
-def _check_same_contents(root: Path, before: Receipt, files: list[ShardFile]) -> None:
+def _check_same_contents(root: Path, existing: Receipt, files: list[ShardFile]) -> None:
     for file in files:
         digest = hashlib.sha256()
         for buffer in file.buffers:
             digest.update(buffer)
-        record = before.files.get(file.path)
+        record = existing.files.get(file.path)
         if record is None or record.sha256 != digest.hexdigest():
             raise ShardConflictError(
-                f"shard {before.shard} of {root} is committed with other contents than these: the teacher is not "
+                f"shard {existing.shard} of {root} is committed with other contents than these: the teacher is not "
                 "deterministic, or the inputs changed; committed shards never change",
-                shard=before.shard,
+                shard=existing.shard,
             )

@@ -25,7 +25,7 @@ from softlabels.errors import (
 )
 from softlabels.manifest import IdSpec, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.store import LocalRows, SampleTable, StoreWriter, plan_store
-from softlabels.store.convert import convert_store
+from softlabels.store.copies import convert_store
 from softlabels.transfer_set import sample_fingerprints
 
 OTHER = {"zarr": "hdf5", "hdf5": "zarr"}

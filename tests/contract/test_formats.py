@@ -15,7 +15,7 @@ import zarr
 
 import softlabels
 from softlabels.store import LocalRows
-from softlabels.store.convert import convert_store
+from softlabels.store.copies import convert_store
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 FORMAT1 = FIXTURES / "format1"

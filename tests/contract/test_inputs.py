@@ -18,8 +18,7 @@ from softlabels.documents import open_sealed, seal
 from softlabels.errors import ChecksumError, JobError, ManifestError, ShapeMismatchError, UnknownFieldError
 from softlabels.manifest import ArraySpec, IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec
 from softlabels.store import LocalRows, StoreWriter, plan_store
-from softlabels.store.convert import convert_store
-from softlabels.store.merge import merge
+from softlabels.store.copies import convert_store, merge
 from softlabels.store.repair import repair
 from softlabels.store.store_plan import kept_inputs
 from softlabels.store.verify import verify

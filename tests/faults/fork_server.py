@@ -29,7 +29,7 @@ from softlabels.encodings import make_encoding
 from softlabels.errors import SoftLabelsError
 from softlabels.manifest import IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.store import SampleTable, StoreWriter, plan_store
-from softlabels.store.merge import merge
+from softlabels.store.copies import merge
 from softlabels.store.repair import repair
 from softlabels.transfer_set import sample_fingerprints
 

@@ -16,7 +16,7 @@ import pytest
 import softlabels
 from softlabels.documents import open_sealed
 from softlabels.errors import ManifestError, SoftLabelsError, TruncatedError
-from softlabels.store.convert import convert_store
+from softlabels.store.copies import convert_store
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = np.full((32, 4), 42, dtype="<f2")

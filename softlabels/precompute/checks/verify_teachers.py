@@ -24,8 +24,9 @@ from softlabels.precompute.pipeline.inference import TeacherEnsemble
 from softlabels.precompute.planning.prepared_job import prepare_job
 from softlabels.precompute.row_batches import RowBatch, RowLoader
 from softlabels.precompute.teachers import Teacher
+from softlabels.progress import ShowProgress, silent
+from softlabels.store.shard_checks import Fault, Report
 from softlabels.store.store_reader import LocalRows
-from softlabels.store.verify_report import Fault, Report, ShowProgress, silent
 from softlabels.transfer_set import TransferSet
 
 SAMPLED_ROWS = 256

@@ -17,8 +17,8 @@ from softlabels.encodings.selection import parse_encoding
 from softlabels.errors import EncodingError, ManifestError, ShapeMismatchError, UnknownEncodingError
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
+from softlabels.store.shard_checks import Report
 from softlabels.store.verify import verify
-from softlabels.store.verify_report import Report
 from softlabels.transfer_set import sample_fingerprints
 
 CLASSES, WIDTH, ROWS = 2_000, 48, 30

@@ -10,7 +10,7 @@ import pytest
 
 from softlabels.cli import main
 from softlabels.errors import ConflictError, ShardConflictError, StoreExistsError, UnknownStoreError
-from softlabels.store.merge import merge
+from softlabels.store.copies import merge
 from softlabels.store.verify import verify
 
 Tree = Callable[[Path], dict[str, str]]

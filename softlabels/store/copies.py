@@ -1,26 +1,93 @@
-"""Merge: committed shards of stores with the same plan, copied into one store and verified on the way."""
+"""Copies of stores: conversion to another container or compression, and the union of stores of one plan."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
 from softlabels.atomic_files import write_atomically
-from softlabels.errors import ChecksumError, ConflictError, DamageError, ManifestError, ShardConflictError
-from softlabels.manifest import Manifest
+from softlabels.errors import (
+    ChecksumError,
+    ConflictError,
+    DamageError,
+    JobError,
+    ManifestError,
+    RowsNotCommittedError,
+    ShardConflictError,
+)
+from softlabels.ids import to_fixed_bytes
+from softlabels.manifest import COMPRESSIONS, Container, Manifest
+from softlabels.progress import ShowProgress, silent
+from softlabels.store.chunks import shard_rows
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.safe_open import open_committed
-from softlabels.store.store_documents import JOB, PLAN, inspect_documents
-from softlabels.store.verify_report import ShowProgress, silent
+from softlabels.store.store_documents import JOB, PLAN, load_plan
+from softlabels.store.store_reader import LocalRows
+from softlabels.store.verify import inspect_documents
 from softlabels.store.writer import StoreWriter
+from softlabels.transfer_set import FingerprintSum
 
 _BLOCK_BYTES = 4 << 20
 _SHOWN = 8
 """How many differences between two plans a message spells out."""
+
+
+def convert_store(
+    source: Path,
+    target: Path,
+    *,
+    container: Container | None = None,
+    compression: str | None = None,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> Manifest:
+    """Copy a finished store into another container, verifying every chunk; continue where it was interrupted.
+
+    The plan stays the same except for container and compression. The library versions in it stay too, since they made
+    the targets. So a store that is converted there and back is the same store again, digest included.
+
+    Args:
+        source, target: folders of the store to copy and of the new one.
+        container: container of the new store; the source's when left out.
+        compression: compression of chunks, for archives; None for fixed-size chunks.
+        advance: called with the number of rows of each shard that is done.
+    Returns:
+        The manifest of the new store.
+    Raises:
+        RowsNotCommittedError: the source is unfinished. JobError: the container has no such compression.
+        ChecksumError, TruncatedError, ManifestError: the source is damaged. StoreExistsError, ShardClaimedError.
+    """
+    rows = LocalRows(source)
+    if not rows.manifest.finished:
+        raise RowsNotCommittedError(f"{source} is unfinished: run `softlabels resume {source}`, then convert it")
+    before = load_plan(source)
+    chosen = container or before.container
+    if compression is not None and compression not in COMPRESSIONS[chosen]:
+        raise JobError(
+            f"{chosen} chunks cannot be compressed with {compression}: every reader of {chosen} supports "
+            f"{' and '.join(COMPRESSIONS[chosen])}, others would need plugins"
+        )
+    plan = replace(before, container=chosen, shards=replace(before.shards, compression=compression))
+    ledger = Ledger(source, plan_sha256=before.digest)
+    writer = StoreWriter.create_with_files(target, plan, _metadata_files([source], plan))
+    missing = writer.missing_shards()
+    advance(plan.rows - sum(len(shard_rows(plan, shard)) for shard in missing))
+    for shard in missing:
+        with writer.claim(shard):
+            receipt = ledger.read(shard)
+            if receipt is None:
+                raise ManifestError(f"the receipt of shard {shard} of {source} is missing: run `softlabels repair`")
+            arrays = _verified_arrays(rows, shard, receipt)
+            writer.commit(shard, arrays, fingerprint=receipt.fingerprint, audit=receipt.audit)
+        advance(len(shard_rows(plan, shard)))
+    return writer.finish()
 
 
 @dataclass(kw_only=True)
@@ -52,31 +119,41 @@ def merge(sources: Sequence[Path], destination: Path, *, show: ShowProgress = si
     Args:
         sources: folders of stores, finished or not, at least one.
         destination: folder that is empty or missing, or holds a store of the same plan.
-        show: progress display.
     Raises:
         ConflictError: the plans differ; the message says how.
         ShardConflictError: two of the stores hold the same shard with different contents.
         UnknownStoreError, ManifestError: a source is not a store, or its plan is invalid.
         StoreExistsError: the destination holds something else.
     """
-    plan = _common_plan([Path(source) for source in sources], Path(destination))
-    writer = StoreWriter.create_with_files(
-        Path(destination), plan, _metadata_files([Path(source) for source in sources], plan)
-    )
+    plan = _common_plan(sources, destination)
+    writer = StoreWriter.create_with_files(destination, plan, _metadata_files(sources, plan))
     done = Merge()
     with show(plan.shards.count * len(sources), f"merge {plan.name}", "shards") as progress:
-        for source in map(Path, sources):
-            if (source / JOB).is_file() and not (writer.root / JOB).exists():
-                write_atomically(writer.root / JOB, [(source / JOB).read_bytes()])
-            ledger = Ledger(source, plan_sha256=plan.digest)
+        for source in sources:
+            if (source / JOB).is_file() and not (destination / JOB).exists():
+                write_atomically(destination / JOB, [(source / JOB).read_bytes()])
             for shard in range(plan.shards.count):
-                _merge_shard(source, ledger, shard, writer, done)
+                _merge_shard(source, shard, writer, done)
                 progress.advance()
     done.missing = writer.missing_shards()
     done.damaged = {shard: message for shard, message in done.damaged.items() if shard in done.missing}
     if not done.missing:
         done.digest = writer.finish().digest
     return done
+
+
+def _verified_arrays(rows: LocalRows, shard: int, receipt: Receipt) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a shard as stored, with every chunk and the receipt's fingerprint verified."""
+    manifest = rows.manifest
+    arrays = rows.fetch_rows(np.asarray(shard_rows(manifest, shard)), tuple(manifest.arrays))
+    total = FingerprintSum()
+    if "ids" in arrays:
+        total.add(arrays["ids"], arrays["fingerprints"])
+        if manifest.ids.kind == "str":
+            arrays["ids"] = to_fixed_bytes(arrays["ids"], width_bytes=manifest.ids.width_bytes)
+    if total.hexdigest() != receipt.fingerprint:
+        raise ManifestError(f"shard {shard} of {manifest.name!r} holds other samples than its receipt says")
+    return arrays
 
 
 def _common_plan(sources: Sequence[Path], destination: Path) -> Manifest:
@@ -114,11 +191,7 @@ def _differences(ours: Any, theirs: Any, where: str) -> Iterator[str]:
 
 
 def _metadata_files(sources: Sequence[Path], plan: Manifest) -> dict[str, bytes]:
-    """Return the files that the plan lists, each from the first source where it is intact.
-
-    Raises:
-        DamageError: none has.
-    """
+    """Return the files that the plan lists, each from the first source where it is intact, else raise DamageError."""
     found: dict[str, bytes] = {}
     for path, digest in plan.metadata_sha256.items():
         for source in sources:
@@ -131,22 +204,27 @@ def _metadata_files(sources: Sequence[Path], plan: Manifest) -> dict[str, bytes]
     return found
 
 
-def _merge_shard(source: Path, ledger: Ledger, shard: int, writer: StoreWriter, done: Merge) -> None:
-    own = Ledger(writer.root, plan_sha256=writer.plan.digest)
+def _merge_shard(source: Path, shard: int, writer: StoreWriter, done: Merge) -> None:
+    ledger, root = writer.ledger, writer.root
     try:
-        receipt = ledger.read(shard)
+        receipt = Ledger(source, plan_sha256=writer.plan.digest).read(shard)
         if receipt is None:
             return
-        with own.claim(shard):
-            before = own.read(shard)
-            if before is not None:
-                _check_same_contents(before, receipt, source, writer.root)
+        with ledger.claim(shard):
+            existing = ledger.read(shard)
+            if existing is not None:
+                if existing.files != receipt.files:
+                    raise ShardConflictError(
+                        f"shard {shard} of {source} has other contents than the one in {root}: the teachers are not "
+                        "deterministic across these machines, or the inputs changed; find out which is right first",
+                        shard=shard,
+                    )
                 done.kept += 1
                 return
             for path, record in receipt.files.items():
                 blocks = _verified(source, path, record.sha256)
-                write_atomically(writer.root / path, blocks, staging=own.staging(shard, path))
-            own.write(receipt)
+                write_atomically(root / path, blocks, staging=ledger.staging(shard, path))
+            ledger.write(receipt)
     except DamageError as error:
         done.damaged[shard] = f"{source}: {error}"
         return
@@ -162,14 +240,3 @@ def _verified(source: Path, path: str, sha256: str) -> Iterator[bytes]:
             yield block
     if digest.hexdigest() != sha256:
         raise ChecksumError(f"{source / path} is not what was written: run `softlabels repair` and `softlabels resume`")
-
-
-def _check_same_contents(before: Receipt, receipt: Receipt, source: Path, root: Path) -> None:
-    ours = {path: record.sha256 for path, record in before.files.items()}
-    theirs = {path: record.sha256 for path, record in receipt.files.items()}
-    if ours != theirs:
-        raise ShardConflictError(
-            f"shard {receipt.shard} of {source} has other contents than the one in {root}: the teachers are not "
-            "deterministic across these machines, or the inputs changed; find out which is right first",
-            shard=receipt.shard,
-        )
