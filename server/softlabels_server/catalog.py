@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 
 from softlabels.encodings import Encoding
 from softlabels.errors import DamageError, ManifestError, SoftLabelsError, UnknownStoreError
-from softlabels.manifest import STORE_NAME, Manifest
+from softlabels.manifest import FINGERPRINTS, IDS, STORE_NAME, ArraySpec, Manifest
 from softlabels.store.store_documents import MANIFEST, PLAN
 from softlabels.store.store_reader import LocalRows
 from softlabels_server.fast_path.executor_policy import ExecutorPolicy
 
 Signature: TypeAlias = tuple[str, int, int, int]
-"""Name, inode, size and modification time (ns) of a store's manifest file; another signature is a new version."""
+"""Name, inode, size and modification time (ns) of a store's manifest file; a new version has another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class ServedStore:
         path: its folder.
         digest: identifies this version.
         signature: signature of the manifest file that it was opened from.
-        executor_policy: where its gathers run.
-        layouts: reply layouts by their arrays, temperature and decoding.
+        executor_policy: decides where its gathers run.
+        layouts: cache of `fast_path.response_plan.layout_for`.
     """
 
     name: str
@@ -49,6 +49,17 @@ class ServedStore:
         """Whether replies carry `row_offsets`, since a sample may have any number of rows (sequences)."""
         return self.manifest.layout.kind == "sequences"
 
+    def spec_of(self, name: str) -> ArraySpec:
+        """Return dtype and row shape of an array of a reply, whether or not the manifest lists it."""
+        found = self.manifest.arrays.get(name)
+        if found is not None:
+            return found
+        if name == FINGERPRINTS:
+            return ArraySpec(dtype="|u1", row_shape=(16,))
+        if name == IDS and self.manifest.ids.kind == "str":
+            return ArraySpec(dtype="|u1", row_shape=(self.manifest.ids.width_bytes,))
+        return ArraySpec(dtype="<i8", row_shape=())  # integer ids, row offsets
+
 
 @dataclass(frozen=True, kw_only=True)
 class BrokenStore:
@@ -59,10 +70,10 @@ class BrokenStore:
 
 
 class StoreFolder:
-    """The stores directly below a folder, or the folder itself where it is a store.
+    """The stores directly below a folder, or the folder itself if it is a store. Thread-safe.
 
     A store is named after its folder, so that copying or renaming a folder publishes it. Links that lead out of the
-    root are not followed. Thread-safe.
+    root are not followed.
 
     Args:
         root: the folder.
@@ -84,23 +95,17 @@ class StoreFolder:
         self._own_name = self._root_name() if _signature(self.root) is not None else None
 
     def names(self) -> list[str]:
-        """Return the names of the stores that exist now, sorted, whether or not they can be opened.
-
-        Raises:
-            DamageError: the folder cannot be listed.
-        """
+        """Return the sorted names of all existing stores, unreadable ones too. Raises DamageError."""
         if self._own_name is not None:
             return [self._own_name]
         try:
             entries = os.listdir(self.root)
         except OSError as error:
-            raise DamageError(
-                f"the folder of the stores cannot be listed: {error.strerror}; it could be when the server started"
-            ) from error
+            raise DamageError(f"the folder of the stores can no longer be listed: {error.strerror}") from error
         return sorted(entry for entry in entries if self._exists(entry))
 
     def __iter__(self) -> Iterator[ServedStore | BrokenStore]:
-        """Yield every store that exists now, opened, or the reason why it cannot be."""
+        """Yield every existing store, opened, or the reason why it cannot be."""
         for name in self.names():
             try:
                 yield self.get(name)
@@ -115,7 +120,7 @@ class StoreFolder:
         return store if store is not None and store.signature == _signature(store.path) else None
 
     def get(self, name: str) -> ServedStore:
-        """Return the store of this name, in the version that is on disk now.
+        """Return the version of a store that is on disk now.
 
         Raises:
             UnknownStoreError: no store of that name.
@@ -124,7 +129,7 @@ class StoreFolder:
         with self._lock:
             store = self.opened(name)
             if store is None:
-                # A replaced version is not closed: replies under way still read it, and it is freed with the last.
+                # A replaced version is not closed: replies being sent still read it, and it is freed with the last.
                 self._opened.pop(name, None)
                 store = self._opened[name] = self._open(name)
             return store
@@ -182,11 +187,7 @@ class StoreFolder:
 
 
 def _signature(folder: Path) -> Signature | None:
-    """Return the signature of the store in a folder, or None where there is no store.
-
-    Raises:
-        ManifestError: the folder cannot be read.
-    """
+    """Return the signature of the store in a folder, None if there is no store. Raises ManifestError if unreadable."""
     for file in (MANIFEST, PLAN):
         try:
             status = os.stat(f"{folder}/{file}")

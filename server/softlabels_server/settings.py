@@ -16,7 +16,7 @@ from softlabels.errors import RequestError
 ENV_PREFIX = "SOFTLABELS_"
 
 MAX_WORKERS = 256
-"""More than the cores of any machine that this was tried on: a larger number is a typing error."""
+"""More than the cores of any machine that this was tested on: a larger number is a typing error."""
 
 Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 WholeSeconds: TypeAlias = Annotated[int, Field(gt=0)]
@@ -24,13 +24,13 @@ Count: TypeAlias = Annotated[int, Field(gt=0)]
 
 
 class Settings(BaseSettings):
-    """Everything about a server that can be chosen. Field names are TOML keys; docs/http.md has the table.
+    """All settings of a server. Field names are TOML keys; docs/http.md has the table.
 
     Values given to the constructor (the flags of `softlabels serve`) win over variables such as `SOFTLABELS_PORT`,
     those over the file that `config` or `SOFTLABELS_CONFIG` names, and the file over the defaults.
 
     Raises:
-        RequestError: a value that makes no sense, with the name of its field, variable or file.
+        RequestError: a value is not allowed; the message names its field, variable or file.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     max_body_bytes: Count = Field(default=16 << 20, description="maximum size of a request's body")
     header_timeout_s: Seconds = Field(default=10.0, description="time for a client to send a request's header")
     body_timeout_s: Seconds = Field(default=30.0, description="time for a client to send a request's body")
-    # Longer than a training step with its validation, or every batch would pay for a new connection.
+    # Longer than a training step with its validation, or every batch would need a new connection.
     keep_alive_timeout_s: WholeSeconds = Field(
         default=75, description="how long a connection may be idle between requests"
     )
@@ -97,7 +97,6 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _read_token(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Take the token from its file."""
         if values.get("token_file") is not None:
             if values.get("token") is not None:
                 raise ValueError("token and token_file are both set: set one")
@@ -125,8 +124,7 @@ def flag_of(name: str) -> str:
 
 def _toml(kind: type[Settings], file: Path) -> TomlConfigSettingsSource:
     try:
-        # pydantic-settings takes a missing file for an empty one, which would ignore a misspelled name.
-        file.stat()
+        file.stat()  # pydantic-settings treats a missing file as empty, which would hide a misspelled name
         return TomlConfigSettingsSource(kind, toml_file=file)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RequestError(f"the settings file {str(file)!r} cannot be read: {error}") from error
@@ -138,7 +136,7 @@ def _first_line(file: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"the token file cannot be read: {error}") from error
     if not lines or not lines[0].strip():
-        raise RequestError(f"the first line of {file} is empty: it should hold the token, a long random text")
+        raise RequestError(f"the first line of {file} is empty: it must be the token, a long random text")
     return lines[0].strip()
 
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict, get_args
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from softlabels.documents import Document, as_json, parse_document
 from softlabels.errors import RequestError, RowsNotCommittedError
@@ -52,37 +53,33 @@ class EpochOptions(TypedDict, total=False):
 class EpochConfig(Document, frozen=True, kw_only=True):
     """Which samples one rank takes in one epoch, and in which batches; the one object that readers and servers pass on.
 
+    The descriptions of the fields are also those of an epoch request's parameters in the server's OpenAPI document.
+
     Attributes:
-        seed: training-run seed, 0 … 2⁶⁴ - 1.
-        epoch: epoch number, from 0.
-        batch_size: samples per step and rank, ≥ 1.
-        rank: 0 … world_size - 1.
-        world_size: number of ranks that share the epoch, ≥ 1.
-        cursor: samples of the epoch that all ranks together have taken already.
-        shuffle: False keeps the store's order.
-        block: shuffle blocks of this many consecutive samples, for stores where random reads are expensive.
         remainder: how samples that do not fill a last step are handled.
             "split" divides them evenly: every sample is seen exactly once, and a step's batches differ by at most one
             sample. If fewer samples than ranks would be left, they are divided over the last two steps, so a batch is
             empty only if `batch_size` is 1 or fewer samples than ranks are left in total.
             "drop" skips them: all batches are full, and up to `RankBatches.left_out` samples are not seen.
             "pad" fills the last step with the epoch's first samples, which `StepBatch.repeated` counts.
-        view: view of every sample, in a store of views; None selects `epoch` modulo their number.
     Raises:
         RequestError: a number outside its range, or an unknown remainder. `seed`, `epoch` and `block` are checked by
             the `EpochOrder` made from them.
     """
 
-    seed: int
-    epoch: int
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-    cursor: int = 0
-    shuffle: bool = True
-    block: int | None = None
-    remainder: Remainder = "split"
-    view: int | None = None
+    seed: Annotated[int, Meta(description="training-run seed, 0 … 2⁶⁴ − 1")]
+    epoch: Annotated[int, Meta(description="epoch number, from 0")]
+    batch_size: Annotated[int, Meta(description="samples per step and rank, ≥ 1")]
+    rank: Annotated[int, Meta(description="0 … world_size − 1")] = 0
+    world_size: Annotated[int, Meta(description="number of ranks that share the epoch, ≥ 1")] = 1
+    cursor: Annotated[int, Meta(description="samples of the epoch that all ranks together have taken already")] = 0
+    shuffle: Annotated[bool, Meta(description="false: the store's order")] = True
+    # For stores where random reads are expensive.
+    block: Annotated[int | None, Meta(description="shuffle blocks of this many consecutive samples")] = None
+    remainder: Annotated[Remainder, Meta(description="how samples that do not fill a last step are handled")] = "split"
+    view: Annotated[
+        int | None, Meta(description="view of every sample, if the store has views; default: epoch modulo their number")
+    ] = None
 
     def __post_init__(self) -> None:
         require_int("batch_size", self.batch_size, 1, _LARGEST_COUNT)

@@ -32,7 +32,7 @@ MOST_GROWTH = 0.15
 what is in use, and are given back when they are many."""
 
 KEPT_MB = 64.0
-"""Freed memory that the allocator keeps (`softlabels_server.process.memory`); most of the rest is returned in 20 s."""
+"""Freed memory that the allocator keeps (`softlabels_server.process.server`); most of the rest is returned in 20 s."""
 
 MOST_STUCK = 0.35
 """Of what the readers cost: holes between what is in use that are smaller than a page cannot be given back."""

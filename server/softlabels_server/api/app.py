@@ -1,4 +1,4 @@
-"""The FastAPI application: routes, problem details, OpenAPI document and bearer token put together."""
+"""The FastAPI application: routes, problem details, OpenAPI document and bearer token."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softlabels import __version__
 from softlabels.errors import UnauthorizedError
-from softlabels_server.api import batch, epochs, openapi, problems, stores
+from softlabels_server.api import openapi, problems, stores
+from softlabels_server.api.batch import BatchEndpoint
+from softlabels_server.api.epochs import EpochEndpoint
 from softlabels_server.catalog import StoreFolder
 from softlabels_server.settings import Settings
 
@@ -21,32 +24,10 @@ OPEN_PATHS = frozenset({"/health"})
 """Paths that need no token, for load balancers."""
 
 
-class SoftLabelsApp(FastAPI):
-    """FastAPI application whose OpenAPI document also describes the plain ASGI routes.
-
-    Args:
-        with_token: whether requests must carry a bearer token.
-        options: keyword arguments of FastAPI.
-    """
-
-    def __init__(self, *, with_token: bool, **options: Any) -> None:
-        super().__init__(**options)
-        self._with_token = with_token
-
-    def openapi(self) -> dict[str, Any]:
-        """Return the OpenAPI document, built once."""
-        if self.openapi_schema is None:
-            self.openapi_schema = openapi.complete(super().openapi(), with_token=self._with_token)
-        return self.openapi_schema
-
-
 def create_app(store_folder: StoreFolder, settings: Settings) -> FastAPI:
     """Return an application that serves these stores and closes them on shutdown.
 
-    Args:
-        store_folder: stores to serve.
-        settings: limits of requests and replies, and the token; address and connection timeouts are used by
-            `softlabels_server.process.server`.
+    Of the settings, limits and token are used; `softlabels_server.process.server` uses the rest.
     """
 
     @asynccontextmanager
@@ -54,7 +35,7 @@ def create_app(store_folder: StoreFolder, settings: Settings) -> FastAPI:
         yield
         store_folder.close()
 
-    app = SoftLabelsApp(
+    app = FastAPI(
         title="softlabels",
         version=__version__,
         summary="Soft targets, computed once by a teacher ensemble, for any number of students.",
@@ -62,13 +43,19 @@ def create_app(store_folder: StoreFolder, settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        with_token=settings.token is not None,
     )
     app.include_router(stores.make_router(store_folder))
     app.router.routes += [
-        batch.make_route(store_folder, settings),
-        epochs.make_route(store_folder, settings),
+        Route(openapi.BATCH_PATH, BatchEndpoint(store_folder, settings), methods=["POST"], name="batch"),
+        Route(openapi.EPOCH_PATH, EpochEndpoint(store_folder, settings), methods=["GET"], name="epoch"),
     ]
+    describe = app.openapi
+
+    def describe_all() -> dict[str, Any]:
+        # FastAPI's method builds the document at the first call and then returns the same one.
+        return app.openapi_schema or openapi.complete(describe(), with_token=settings.token is not None)
+
+    app.openapi = describe_all  # type: ignore[method-assign]
     problems.install(app)
     if settings.token is not None:
         app.add_middleware(BearerToken, token=settings.token)
@@ -76,12 +63,7 @@ def create_app(store_folder: StoreFolder, settings: Settings) -> FastAPI:
 
 
 class BearerToken:
-    """ASGI middleware that answers 401 to requests without the bearer token (RFC 6750).
-
-    Args:
-        app: application to protect.
-        token: the secret.
-    """
+    """ASGI middleware that answers 401 to requests without the bearer token (RFC 6750)."""
 
     def __init__(self, app: ASGIApp, *, token: str) -> None:
         self._app = app
@@ -93,7 +75,7 @@ class BearerToken:
             await self._app(scope, receive, send)
             return
         refusal = UnauthorizedError(
-            "this server requires a bearer token, and the request carries none or a wrong one: pass it to "
+            "this server requires a bearer token, and the request has none or a wrong one: pass it to "
             "softlabels.open(..., token=...), or send the header `Authorization: Bearer TOKEN`"
         )
         reply = problems.reply_to(refusal, headers={"WWW-Authenticate": 'Bearer realm="softlabels"'})

@@ -12,7 +12,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from softlabels.errors import RequestError, StoreChangedError, UnknownFieldError
@@ -21,10 +20,11 @@ from softlabels.manifest import FINGERPRINTS, IDS, LABELS
 from softlabels.softmath import check_temperature
 from softlabels.target_store import TargetStore, check_transfer_set
 from softlabels.targets import check_unlocked
-from softlabels_server.api.replies import MEDIA_TYPES, BufferedReply, Format, accepted_format, encode_arrays
+from softlabels_server.api.replies import MEDIA_TYPES, Format, accepted_format, encode_arrays, send_buffers
 from softlabels_server.api.requests import (
     TARGETS,
     BatchSelection,
+    RowOptions,
     from_binary,
     from_json,
     names_digest,
@@ -33,49 +33,42 @@ from softlabels_server.api.requests import (
     too_large,
 )
 from softlabels_server.catalog import ServedStore, StoreFolder
-from softlabels_server.fast_path.response_plan import make_response_plan, plan_keeper
-from softlabels_server.fast_path.safetensors_header import layout_for, metadata_of
+from softlabels_server.fast_path.response_plan import PLANS_EXTENSION, layout_for, make_response_plan, metadata_of
 from softlabels_server.settings import Settings
 
-PATH = "/v1/stores/{name}/batch"
 BINARY = "application/octet-stream"
 JSON = "application/json"
 
 
+@dataclass(frozen=True)
 class BatchEndpoint:
-    """Answers batch requests. Plain ASGI: FastAPI's routing would double the cost of a batch.
+    """Plain ASGI application that answers batch requests: FastAPI's routing would double the cost of a batch."""
 
-    Args:
-        stores: stores to serve.
-        settings: limits of requests and replies.
-    """
-
-    def __init__(self, stores: StoreFolder, settings: Settings) -> None:
-        self._stores = stores
-        self._settings = settings
+    stores: StoreFolder
+    settings: Settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read, check, gather, send; `api.problems` turns exceptions into replies."""
         headers = Headers(scope=scope)
         reply_format = accepted_format(headers.get("accept"))
-        store = await opened(self._stores, scope)
+        store = await opened(self.stores, scope)
         try:
             selection = await self._read(scope, receive, headers, store)
         except ClientDisconnect:
             return
         check_version(store, if_match=headers.get("if-match"))
-        plan = plan_batch(store, selection, self._settings)
+        plan = plan_batch(store, selection, self.settings)
         gather = partial(plan.buffers, reply_format)
         buffers = await store.executor_policy.run(gather, reply_bytes=plan.reply_bytes)
         if reply_format == "safetensors":
             self._keep_response_plan(scope, plan)
-        await BufferedReply(buffers, media_type=MEDIA_TYPES[reply_format], digest=store.digest)(scope, receive, send)
+        await send_buffers(send, buffers, media_type=MEDIA_TYPES[reply_format], digest=store.digest)
 
     async def _read(self, scope: Scope, receive: Receive, headers: Headers, store: ServedStore) -> BatchSelection:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type not in (JSON, BINARY):
             raise HTTPException(415, f"its body is {media_type or 'of no type'!r}; send {JSON} or {BINARY}")
-        limits = self._settings
+        limits = self.settings
         body = await read_body(receive, headers, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
         query = scope["query_string"].decode("latin-1")
         if media_type == BINARY:
@@ -85,44 +78,30 @@ class BatchEndpoint:
         return from_json(body, store.manifest, limits)
 
     def _keep_response_plan(self, scope: Scope, plan: BatchPlan) -> None:
-        """Let the fast path answer repeats of this request, where its head determines all but the ids.
+        """Let the fast path answer repeats of this request, if its head determines everything except the ids.
 
-        Not for JSON, whose ids have no fixed place; nor for sequences, whose replies differ in length; nor with an
+        Not for JSON, whose ids have no fixed offsets; nor for sequences, whose replies differ in length; nor with an
         access log, which uvicorn writes and the fast path does not.
         """
-        keep = plan_keeper(scope)
+        keep = scope.get("extensions", {}).get(PLANS_EXTENSION)
         store, selection = plan.store, plan.selection
         is_binary = dict(scope["headers"]).get(b"content-type") == BINARY.encode()
         is_fixed = not store.has_row_offsets and selection.options.decode is None and store.manifest.ids.kind == "int"
-        if keep is None or not is_binary or not is_fixed or self._settings.access_log:
+        if keep is None or not is_binary or not is_fixed or self.settings.access_log:
             return
         columns = ("ids",) if selection.views is None else ("ids", "views")
-        keep(
-            partial(
-                make_response_plan,
-                self._stores,
-                store,
-                columns=columns,
-                count=len(selection.ids),
-                names=plan.names,
-                temperature=plan.temperature,
-            )
-        )
-
-
-def make_route(stores: StoreFolder, settings: Settings) -> Route:
-    """Return the batch route over these stores; `api.openapi` describes it."""
-    return Route(PATH, BatchEndpoint(stores, settings), methods=["POST"], name="batch")
+        count = len(selection.ids)
+        keep(partial(make_response_plan, self.stores, store, columns, count, plan.names, plan.temperature))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """A batch request that passed every check; what remains is to copy its rows.
+    """A checked batch request, ready to be gathered.
 
     Attributes:
         store: version of the store that answers.
         selection: samples and options.
-        names: arrays to copy, `ids` among them; without those of the encoding where the server decodes.
+        names: arrays to copy, always with `ids`; without those of the encoding if the server decodes.
         temperature: temperature in the reply's metadata.
         reply_bytes: size of the reply's arrays.
     """
@@ -140,12 +119,12 @@ class BatchPlan:
             UnknownIdError, BadIdsError, RequestError, RowsNotCommittedError, DamageError.
         """
         rows, selection, options = self.store.rows, self.selection, self.selection.options
-        kept = tuple(name for name in self.names if name != IDS or IDS in self.store.manifest.arrays)
-        arrays = rows.fetch(selection.ids, kept, views=selection.views, spans=selection.spans)
+        stored = tuple(name for name in self.names if name != IDS or IDS in self.store.manifest.arrays)
+        arrays = rows.fetch(selection.ids, stored, views=selection.views, spans=selection.spans)
         if options.decode is not None and (options.fields is None or TARGETS in options.fields):
             arrays = {options.decode: self._decoded(options.decode), **arrays}
-        # From the store, not from the request, so that a wrong row shows. Sequences keep no ids beside their rows;
-        # their index is verified as a whole when the store is opened.
+        # From the store, not from the request, so that a client can detect a wrong row. Sequences have no ids beside
+        # their rows; their index is verified as a whole when the store is opened.
         ids: Any = arrays.get(IDS, selection.ids)
         if id_kind(ids) == "str":
             ids = to_fixed_bytes(ids, width_bytes=self.store.manifest.ids.width_bytes)
@@ -177,12 +156,12 @@ def plan_batch(store: ServedStore, selection: BatchSelection, settings: Settings
         StoreChangedError, FingerprintMismatchError, TemperatureError, TemperatureLockedError, UnknownFieldError,
         BatchTooLargeError.
     """
-    options = selection.options
-    check_version(store, digest=options.digest)
-    check_transfer_set(store.manifest, options.transfer_set)
-    temperature = reply_temperature(store, options.temperature)
+    options, manifest = selection.options, store.manifest
+    temperature = checked_temperature(store, options)
     names = array_names(store, options.fields, encoded=options.decode is None)
-    row_bytes = bytes_a_row(store, names) + (0 if options.decode is None else _decoded_bytes(store))
+    row_bytes = sum(store.spec_of(name).row_bytes for name in names)
+    if options.decode is not None:
+        row_bytes += 4 * manifest.classes * (manifest.members or 1)  # members are all decoded before they are averaged
     rows = _row_count(store, selection)
     most = settings.max_reply_bytes // row_bytes
     if rows > most:
@@ -206,62 +185,54 @@ def check_version(store: ServedStore, *, digest: str | None = None, if_match: st
     if is_other:
         yours = (digest or if_match or "")[:128]
         raise StoreChangedError(
-            f"store {store.name!r} is now at version {store.digest}, you hold {short(yours)}: rows of two versions "
+            f"store {store.name!r} is now at version {store.digest}, you have {short(yours)}: rows of two versions "
             "must not be mixed; open the store again",
             store=store.digest,
             yours=yours,
         )
 
 
-def reply_temperature(store: ServedStore, asked: object) -> float:
-    """Return the temperature of a reply. Raises TemperatureError, TemperatureLockedError."""
+def checked_temperature(store: ServedStore, options: RowOptions) -> float:
+    """Return the temperature of a reply if the store has the version, transfer set and temperature in the options.
+
+    Raises:
+        StoreChangedError, FingerprintMismatchError, TemperatureError, TemperatureLockedError.
+    """
+    check_version(store, digest=options.digest)
+    check_transfer_set(store.manifest, options.transfer_set)
     spec = store.manifest.temperature
-    temperature = spec.default if asked is None else check_temperature(asked)
+    temperature = spec.default if options.temperature is None else check_temperature(options.temperature)
     check_unlocked(temperature, captured=spec.captured, locked=spec.locked)
     return temperature
 
 
 def array_names(store: ServedStore, fields: list[str] | None, *, encoded: bool = True) -> tuple[str, ...]:
-    """Return the arrays to gather: those that the fields stand for, each once, and always the ids.
+    """Return the names of the arrays to gather for `fields`, each once, always with the ids.
 
     Args:
-        store: store that keeps the arrays.
+        store: the store.
         fields: `fields` of the request.
-        encoded: whether `targets` stands for the encoding's arrays; else the server decodes them itself.
+        encoded: whether `targets` means the encoding's arrays; if not, the server decodes and nothing is gathered.
     Raises:
-        UnknownFieldError: the store keeps no such array.
+        UnknownFieldError: the store has no such array.
     """
-    kept = {*store.manifest.arrays, IDS}
-    if store.has_row_offsets:
-        kept.add(FINGERPRINTS)
+    stored = {*store.manifest.arrays, IDS, *((FINGERPRINTS,) if store.has_row_offsets else ())}
     if fields is None:
-        fields = [TARGETS, LABELS] if LABELS in kept else [TARGETS]
+        fields = [TARGETS, LABELS] if LABELS in stored else [TARGETS]
     names: list[str] = []
     for name in fields:
         if name == TARGETS:
             names.extend(store.encoding.fields if encoded else ())
-        elif name in kept:
+        elif name in stored:
             names.append(name)
         else:
-            known = ", ".join(sorted({TARGETS, *kept}))
+            known = ", ".join(sorted({TARGETS, *stored}))
             raise UnknownFieldError(f"store {store.name!r} keeps no {short(name)}; it keeps {known}", field=name[:128])
     return tuple(dict.fromkeys([*names, IDS]))
 
 
-def bytes_a_row(store: ServedStore, names: tuple[str, ...]) -> int:
-    """Return the bytes of a row in these arrays; arrays that sequences keep once a sample count as if once a row."""
-    arrays = store.manifest.arrays
-    elsewhere = {IDS: 8 if store.manifest.ids.kind == "int" else store.manifest.ids.width_bytes, FINGERPRINTS: 16}
-    return sum(arrays[name].row_bytes if name in arrays else elsewhere[name] for name in names)
-
-
-def _decoded_bytes(store: ServedStore) -> int:
-    # Members are all decoded before they are averaged.
-    return 4 * store.manifest.classes * (store.manifest.members or 1)
-
-
 def _row_count(store: ServedStore, selection: BatchSelection) -> int:
-    """Return the number of rows of the reply before any is read: a small request must not fill the memory."""
+    """Return the number of rows of the reply before any is read: a small request may ask for very long sequences."""
     if not store.has_row_offsets:
         return len(selection.ids)
     if selection.spans is None:

@@ -1,6 +1,6 @@
-"""OpenAPI document: FastAPI's own, completed with the plain ASGI routes, problem details and the bearer token.
+"""OpenAPI document: FastAPI's, completed with the plain ASGI routes, problem details and the bearer token.
 
-Parameters and bodies follow from the models in `api.requests`, replies to errors from the error classes.
+Parameters and bodies follow from the typed requests, error replies from the error classes; docs/http.md says more.
 """
 
 from __future__ import annotations
@@ -21,41 +21,25 @@ BATCH_PATH = "/v1/stores/{name}/batch"
 EPOCH_PATH = "/v1/stores/{name}/epochs/{epoch}"
 
 _REFERENCE = "#/components/schemas/{name}"
-_PROBLEM_CONTENT = {PROBLEM_TYPE: {"schema": {"$ref": _REFERENCE.format(name="Problem")}}}
-_FILE = {"schema": {"type": "string", "format": "binary"}}
+FILE = {"schema": {"type": "string", "format": "binary"}}
 
 
-def _problem(description: str) -> dict[str, Any]:
-    return {"description": description, "content": _PROBLEM_CONTENT}
-
-
-def _problems(*classes: type[errors.SoftLabelsError]) -> dict[str, dict[str, Any]]:
-    """Return the replies to these errors, by status."""
-    by_status = groupby(sorted(classes, key=lambda kind: kind.status), key=lambda kind: kind.status)
-    return {str(status): _problem(", ".join(f"`{kind.code}`" for kind in kinds)) for status, kinds in by_status}
+def problem(description: str) -> dict[str, Any]:
+    """Return the description of an error reply."""
+    content = {PROBLEM_TYPE: {"schema": {"$ref": _REFERENCE.format(name="Problem")}}}
+    return {"description": description, "content": content}
 
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    "4XX": _problem("The request cannot be met; `code` says why"),
-    "5XX": _problem("The server or the store is damaged"),
+    "4XX": problem("The request cannot be met; `code` says why"),
+    "5XX": problem("The server or the store is damaged"),
 }
-"""Replies that any route may give."""
+"""Error replies of every route."""
 
-NOT_FOUND = _problem("No store of that name (`unknown-store`)")
-
-_ROW_PROBLEMS = _problems(
-    errors.UnknownStoreError,
-    errors.UnknownIdError,
-    errors.TemperatureLockedError,
-    errors.FingerprintMismatchError,
-    errors.RowsNotCommittedError,
-    errors.StoreChangedError,
-    errors.BatchTooLargeError,
-    errors.RequestError,
-    errors.EmptyBatchError,
-    errors.BadIdsError,
-    errors.TemperatureError,
-    errors.UnknownFieldError,
+_ROW_ERRORS: tuple[type[errors.SoftLabelsError], ...] = (
+    *(errors.UnknownStoreError, errors.UnknownIdError, errors.TemperatureLockedError, errors.FingerprintMismatchError),
+    *(errors.RowsNotCommittedError, errors.StoreChangedError, errors.BatchTooLargeError, errors.RequestError),
+    *(errors.EmptyBatchError, errors.BadIdsError, errors.TemperatureError, errors.UnknownFieldError),
 )
 
 _EXAMPLES = {
@@ -67,38 +51,19 @@ _EXAMPLES = {
     "string ids": {"summary": "A store whose ids are strings", "value": {"ids": ["n01440764/10026.JPEG"]}},
 }
 
-_EPOCH_FIELDS = {
-    "seed": "training seed, 0 … 2⁶⁴ − 1",
-    "batch_size": "samples in a batch, at least 1",
-    "rank": "rank of the client",
-    "world_size": "number of ranks that share the epoch",
-    "cursor": "samples that all ranks together have taken; the stream starts there",
-    "shuffle": "`false` for the store's own order",
-    "block": "shuffle blocks of this many consecutive samples",
-    "remainder": "what becomes of the samples that do not fill a last step",
-    "view": "view of every sample; default: the epoch number modulo the number of views",
-}
-
-
-def _parameter(name: str, where: str, description: str, kind: str = "string") -> dict[str, Any]:
-    required = where == "path"
-    return {"name": name, "in": where, "required": required, "description": description, "schema": {"type": kind}}
-
-
-_NAME = _parameter("name", "path", "name of the store")
-_EPOCH = _parameter("epoch", "path", "epoch number", "integer")
-_IF_MATCH = _parameter("If-Match", "header", "ETag of the version that the client holds, as `digest`")
+_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+_EPOCH = {"name": "epoch", "in": "path", "required": True, "schema": {"type": "integer"}}
+_IF_MATCH = {"name": "If-Match", "in": "header", "description": "as `digest`", "schema": {"type": "string"}}
 
 
 def _schema_of(model: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return the JSON schema of a model."""
     _, components = msgspec.json.schema_components([model], ref_template=_REFERENCE)
     schema: dict[str, Any] = components[model.__name__]
     return schema
 
 
 def _query_parameters(model: type[msgspec.Struct]) -> list[dict[str, Any]]:
-    """Return the query parameters that a model stands for; lists are written with commas."""
+    """Return the fields of a model as query parameters; lists are written with commas."""
     schema = _schema_of(model)
     return [
         {
@@ -111,89 +76,61 @@ def _query_parameters(model: type[msgspec.Struct]) -> list[dict[str, Any]]:
             "explode": False,
         }
         for name, part in schema["properties"].items()
+        if name != "epoch"  # in the path
     ]
 
 
-def _epoch_parameters() -> list[dict[str, Any]]:
-    found = [entry for entry in _query_parameters(EpochConfig) if entry["name"] in _EPOCH_FIELDS]
-    return [{**entry, "description": _EPOCH_FIELDS[entry["name"]]} for entry in found]
-
-
-_ROWS_HEADERS = {
-    "Softlabels-Digest": {"description": "version of the store", "schema": {"type": "string"}},
-    "Content-Length": {"description": "exact", "schema": {"type": "integer"}},
-}
-
-
-def _operation(summary: str, description: str, name: str, **parts: Any) -> dict[str, Any]:
-    return {"tags": ["stores"], "summary": summary, "description": description, "operationId": name, **parts}
+def _row_replies(description: str, media_types: list[str]) -> dict[int | str, dict[str, Any]]:
+    by_status = groupby(sorted(_ROW_ERRORS, key=lambda kind: kind.status), key=lambda kind: kind.status)
+    return {
+        "200": {
+            "description": description,
+            "headers": {"Softlabels-Digest": {"description": "version of the store", "schema": {"type": "string"}}},
+            "content": dict.fromkeys(media_types, FILE),
+        },
+        "406": problem("No available format is acceptable"),
+        **{str(status): problem(", ".join(f"`{kind.code}`" for kind in kinds)) for status, kinds in by_status},
+        **PROBLEMS,
+    }
 
 
 def _batch_operation() -> dict[str, Any]:
-    binary = "int64 ids, little-endian, 8 bytes each, and the other `columns`; options go into the query"
-    return _operation(
-        "Rows by sample id, as one safetensors file",
-        "Rows come in the order asked. Query parameters go with binary ids only; JSON bodies carry all options. The "
-        "ids of the rows, as the store keeps them, come with every reply.",
-        "batch",
-        parameters=[_NAME, _IF_MATCH, *_query_parameters(BatchQuery)],
-        requestBody={
+    json_body = {"schema": {"$ref": _REFERENCE.format(name="BatchRequest")}, "examples": _EXAMPLES}
+    binary_body = {"schema": {**FILE["schema"], "description": "`columns`, int64, little-endian"}}
+    return {
+        "tags": ["stores"],
+        "summary": "Rows by sample id, in the order asked",
+        "description": "Query parameters go with binary ids only; a JSON body has all options.",
+        "operationId": "batch",
+        "parameters": [_NAME, _IF_MATCH, *_query_parameters(BatchQuery)],
+        "requestBody": {
             "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": _REFERENCE.format(name="BatchRequest")},
-                    "examples": _EXAMPLES,
-                },
-                "application/octet-stream": {"schema": {"type": "string", "format": "binary", "description": binary}},
-            },
+            "content": {"application/json": json_body, "application/octet-stream": binary_body},
         },
-        responses={
-            "200": {
-                "description": "A safetensors file: the encoding's arrays, what else was asked for, and `ids`. "
-                "Metadata, all strings: format, store, digest, encoding (JSON), classes, temperature, "
-                "captured_temperature, locked, rows.",
-                "headers": _ROWS_HEADERS,
-                "content": {
-                    **dict.fromkeys(MEDIA_TYPES.values(), _FILE),
-                    "application/json": {"schema": {"type": "object"}},
-                },
-            },
-            "406": _problem("No available format is acceptable"),
-            "408": _problem("The body did not arrive in time"),
-            "415": _problem("The body is neither JSON nor binary ids"),
-            **_ROW_PROBLEMS,
-            **PROBLEMS,
+        "responses": {
+            **_row_replies("The encoding's arrays, `fields` and `ids`", list(MEDIA_TYPES.values())),
+            "408": problem("The body did not arrive in time"),
+            "415": problem("The body is neither JSON nor binary ids"),
         },
-    )
+    }
 
 
 def _epoch_operation() -> dict[str, Any]:
-    return _operation(
-        "One rank's batches of an epoch, as one stream",
-        "Safetensors files end to end, one for each batch, and at the end one without arrays that says how many there "
-        "were. The order follows from the store's digest, the seed and the epoch number.",
-        "epoch",
-        parameters=[_NAME, _EPOCH, _IF_MATCH, *_epoch_parameters(), *_query_parameters(RowOptions)],
-        responses={
-            "200": {
-                "description": "The stream. Metadata of a frame: those of a batch reply, `cursor` and `repeated`.",
-                "headers": _ROWS_HEADERS,
-                "content": {wire.MEDIA_TYPE: _FILE},
-            },
-            "406": _problem("No available format is acceptable"),
-            **_ROW_PROBLEMS,
-            **PROBLEMS,
-        },
+    description = (
+        "A safetensors file for each batch, end to end, then one without arrays that says how many there were."
     )
+    return {
+        "tags": ["stores"],
+        "summary": "One rank's batches of an epoch, as one stream",
+        "description": "The order follows from the store's digest, the seed and the epoch number.",
+        "operationId": "epoch",
+        "parameters": [_NAME, _EPOCH, _IF_MATCH, *_query_parameters(EpochConfig), *_query_parameters(RowOptions)],
+        "responses": _row_replies(description, [wire.MEDIA_TYPE]),
+    }
 
 
 def complete(document: dict[str, Any], *, with_token: bool) -> dict[str, Any]:
-    """Return the document with the plain ASGI routes, problem details and, where required, the token.
-
-    Args:
-        document: as FastAPI makes it of its own routes.
-        with_token: whether requests must carry a bearer token.
-    """
+    """Add the plain ASGI routes, problem details and, if required, the bearer token to FastAPI's document."""
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     schemas |= {model.__name__: _schema_of(model) for model in (Problem, BatchRequest)}

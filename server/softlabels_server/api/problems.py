@@ -49,24 +49,16 @@ def install(app: FastAPI) -> None:
 def reply_to(
     error: SoftLabelsError, *, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return the reply for an error.
-
-    Args:
-        error: the error.
-        status: HTTP status where one fits better than that of the error's class, such as 405.
-        headers: further headers, such as `Allow`.
-    """
-    problem = to_problem(error)
-    if status is not None:
-        problem["status"] = status
+    """Return the reply for an error, with another HTTP status than that of its class if one is given."""
+    problem = {**to_problem(error), "status": status or error.status}
     body = json.dumps(_jsonable(problem), allow_nan=False).encode()
-    return Response(body, status_code=problem["status"], media_type=MEDIA_TYPE, headers=dict(headers or {}))
+    return Response(body, status_code=problem["status"], media_type=MEDIA_TYPE, headers=headers)
 
 
 async def _product_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, SoftLabelsError)
     if error.status >= 500:
-        # Damage on the server's side: its operator must learn of it, not only the client.
+        # Damage on the server's side: its operator must see it, not only the client.
         _log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
     return reply_to(error)
 
@@ -88,11 +80,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 class _UnexpectedErrors:
-    """Middleware that answers unexpected exceptions without details, which go to the log under an incident number.
+    """Middleware that answers unexpected exceptions without details, and logs them under an incident number."""
 
-    Not an exception handler, since Starlette raises an `Exception` again after its handler ran, and uvicorn would log
-    it a second time without the number.
-    """
+    # Not an exception handler: Starlette raises an `Exception` again after its handler ran, and uvicorn would log it a
+    # second time without the number.
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -109,7 +100,7 @@ class _UnexpectedErrors:
             await self._app(scope, receive, watched_send)
         except Exception:
             if started or scope["type"] != "http":
-                raise  # too late for another reply: uvicorn closes the connection, which the client notices
+                raise  # too late for another reply: uvicorn closes the connection
             incident = secrets.token_hex(6)
             _log.exception("%s %s: incident %s", scope["method"], scope["path"], incident)
             failure = SoftLabelsError(

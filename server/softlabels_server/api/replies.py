@@ -5,20 +5,20 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from softlabels.errors import BatchTooLargeError, RequestError
 from softlabels.ids import from_fixed_bytes
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS
 from softlabels.wire import MEDIA_TYPE
-from softlabels_server.fast_path.safetensors_header import as_buffer, reply_headers
+from softlabels_server.fast_path.response_plan import reply_headers
+from softlabels_server.fast_path.socket_writer import as_buffer
 
 Format: TypeAlias = Literal["safetensors", "arrow", "npy", "json"]
 
@@ -28,40 +28,35 @@ MEDIA_TYPES: dict[Format, str] = {
     "npy": "application/x-npy",
     "json": "application/json",
 }
-"""Formats in the server's order of preference, which decides where a client accepts several equally."""
+"""Formats in the server's order of preference, which decides if a client accepts several equally."""
 
 MAX_JSON_NUMBERS = 1_000_000
-"""JSON is meant for people: a number takes ten times its bytes and thousands of times its encoding time."""
+"""JSON is meant for reading: a number takes ten times the bytes and thousands of times the encoding time."""
 
 
-class BufferedReply:
-    """ASGI reply of several buffers, sent without being joined.
+async def send_buffers(send: Send, buffers: Sequence[bytes | memoryview], *, media_type: str, digest: str) -> None:
+    """Send a reply of several buffers without joining them.
 
-    The transport keeps the buffers after they are sent, so they must not be written again.
+    The transport may hold the buffers after this returns, so they must not be modified.
 
     Args:
+        send: ASGI's.
         buffers: body, in order.
         media_type: media type of the body.
         digest: version of the store.
     """
-
-    def __init__(self, buffers: Sequence[bytes | memoryview], *, media_type: str, digest: str) -> None:
-        self._buffers = buffers
-        self._headers = reply_headers(sum(map(len, buffers)), digest=digest, media_type=media_type)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the header, then one message per buffer."""
-        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
-        last = len(self._buffers) - 1
-        for position, buffer in enumerate(self._buffers):
-            await send({"type": "http.response.body", "body": buffer, "more_body": position < last})
+    headers = reply_headers(sum(map(len, buffers)), digest=digest, media_type=media_type)
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    last = len(buffers) - 1
+    for position, buffer in enumerate(buffers):
+        await send({"type": "http.response.body", "body": buffer, "more_body": position < last})
 
 
 def accepted_format(accept: str | None) -> Format:
     """Return the format of the reply.
 
     Args:
-        accept: value of the `Accept` header, None where there is none.
+        accept: value of the `Accept` header, None if there is none.
     Raises:
         HTTPException: 406, no format of this server is acceptable.
     Source: RFC 9110, section 12.5.1.
@@ -117,8 +112,7 @@ def _json(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> by
     numbers = sum(array.size for array in arrays.values())
     if numbers > MAX_JSON_NUMBERS:
         raise BatchTooLargeError(
-            f"{numbers} numbers are more than the {MAX_JSON_NUMBERS} that are written as JSON: ask for fewer rows, "
-            f"or for {MEDIA_TYPE}",
+            f"{numbers} numbers exceed the {MAX_JSON_NUMBERS} allowed as JSON: ask for fewer rows or {MEDIA_TYPE}",
             most=MAX_JSON_NUMBERS,
         )
     shown = {name: _nested(from_fixed_bytes(a) if _is_text(name, a) else a) for name, a in arrays.items()}
@@ -126,25 +120,19 @@ def _json(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> by
 
 
 def _nested(array: NDArray[Any]) -> Any:
-    values = array.tolist()
-    if array.dtype.kind != "f" or bool(np.isfinite(array).all()):
-        return values
-    return _without_infinities(values)
-
-
-def _without_infinities(value: Any) -> Any:
-    """Return nested lists with null for infinity, which JSON cannot express: the log-probability of a class at 0."""
-    if isinstance(value, list):
-        return [_without_infinities(item) for item in value]
-    return value if math.isfinite(value) else None
+    """Return nested lists, with null for infinity, which JSON lacks: the log-probability of a class with p = 0."""
+    if array.dtype.kind == "f":
+        numbers = array.astype(object)
+        numbers[~np.isfinite(array)] = None
+        return numbers.tolist()
+    return array.tolist()
 
 
 def _npy(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
     names = [name for name in arrays if name != IDS] or [IDS]
     if len(names) != 1:
         raise RequestError(
-            f"a .npy file holds one array, and this reply would have {', '.join(names)}: name one in `fields`, or ask "
-            f"for {MEDIA_TYPE}"
+            f"a .npy file has one array, this reply {', '.join(names)}: name one in `fields` or ask for {MEDIA_TYPE}"
         )
     array = np.ascontiguousarray(arrays[names[0]])
     header = io.BytesIO()
@@ -158,8 +146,7 @@ def _arrow(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> m
     except ImportError as error:
         raise HTTPException(
             406,
-            f"{MEDIA_TYPES['arrow']} needs pyarrow, which this server does not have: its operator can "
-            "`pip install 'softlabels[arrow]'`",
+            f"{MEDIA_TYPES['arrow']} needs pyarrow on the server: its operator can `pip install 'softlabels[arrow]'`",
         ) from error
     offsets = arrays.get(ROW_OFFSETS)
     columns: dict[str, Any] = {}
@@ -176,7 +163,7 @@ def _arrow(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> m
 
 
 def _is_text(name: str, array: NDArray[Any]) -> bool:
-    """Return whether an array holds string ids, as fixed-width UTF-8."""
+    """Return whether an array has string ids, as fixed-width UTF-8."""
     return name == IDS and array.ndim == 2
 
 

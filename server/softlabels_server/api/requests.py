@@ -1,4 +1,4 @@
-"""Requests: typed models of bodies and query strings, sample ids as arrays, and version tags in headers."""
+"""Requests: typed bodies and query strings, sample ids as arrays, and version tags in headers."""
 
 from __future__ import annotations
 
@@ -37,105 +37,77 @@ Span: TypeAlias = Annotated[list[Int64], Meta(min_length=2, max_length=2)]
 Q = TypeVar("Q", bound=Document)
 
 
-class RowOptions(Document, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a batch and an epoch stream can be asked for beside their ids. Keys of JSON bodies and query strings.
+_TEMPERATURE_SCHEMA = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]}
+_IDS_SCHEMA = {"minItems": 1, "items": {"anyOf": [{"type": "integer", "format": "int64"}, {"type": "string"}]}}
 
-    The OpenAPI document describes these models; what depends on the store is checked in `api.batch`.
+
+class RowOptions(Document, frozen=True, kw_only=True):
+    """Options of a batch and of an epoch stream: keys of JSON bodies and query strings.
+
+    The OpenAPI document takes the descriptions from here; docs/http.md has the details. `api.batch` checks what depends
+    on the store.
     """
 
     fields: Annotated[
-        list[str] | None,
-        Meta(
-            description="Arrays to return beside the ids: `targets` stands for every array of the store's encoding, "
-            "other names for the array of that name. Default: targets, and labels where the store keeps them."
-        ),
+        list[str] | None, Meta(description="arrays to return beside the ids; `targets`: all arrays of the encoding")
     ] = None
-    # `Any`, since a wrong temperature has an error code of its own, `bad-temperature`.
+    # `Any`, since a wrong temperature has a separate error code, `bad-temperature`.
     temperature: Annotated[
         Any,
-        Meta(
-            description="Temperature that the reply is tempered for, above 0; default: the store's. Encoded rows "
-            "travel unchanged: it is checked against the store and returned in the metadata.",
-            extra_json_schema={"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]},
-        ),
+        Meta(description="temperature of the targets; default: the store's", extra_json_schema=_TEMPERATURE_SCHEMA),
     ] = None
     transfer_set: Annotated[
-        str | None,
-        Meta(
-            description="Fingerprint of the client's own transfer set: the reply is 409 `fingerprint-mismatch` if the "
-            "targets were computed for another."
-        ),
+        str | None, Meta(description="fingerprint of the client's transfer set; another is `fingerprint-mismatch`")
     ] = None
     digest: Annotated[
-        str | None,
-        Meta(
-            description="Version of the store that the client holds: the reply is 412 `store-changed` if the store "
-            "is at another version."
-        ),
+        str | None, Meta(description="version of the store that the client holds; another is `store-changed`")
     ] = None
 
 
-class BatchOptions(RowOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a batch can be asked for beside its ids."""
+class BatchOptions(RowOptions, frozen=True, kw_only=True):
+    """Options of a batch."""
 
     decode: Annotated[
         Literal["logits", "p"] | None,
-        Meta(
-            description="Have the server decode the targets at that temperature, to float32: `logits`, whose softmax "
-            "is the target, or its probabilities `p`. Default: encoded rows, decoded on the student's device."
-        ),
+        Meta(description="have the server decode the targets to float32 logits or probabilities; default: encoded"),
     ] = None
 
 
-class BatchRequest(BatchOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BatchRequest(BatchOptions, frozen=True, kw_only=True):
     """JSON body of a batch request."""
 
-    # `Any`, since wrong ids have an error code of their own, `bad-ids`.
+    # `Any`, since wrong ids have a separate error code, `bad-ids`.
     ids: Annotated[
         list[Any],
-        Meta(
-            description="Sample ids, all integers or all strings as the store has them; repeats are allowed.",
-            extra_json_schema={
-                "minItems": 1,
-                "items": {"anyOf": [{"type": "integer", "format": "int64"}, {"type": "string"}]},
-            },
-        ),
+        Meta(description="sample ids, all integers or all strings; may repeat", extra_json_schema=_IDS_SCHEMA),
     ]
-    views: Annotated[
-        list[Int64] | None, Meta(description="View of each sample, one for each id, where the store keeps views.")
-    ] = None
+    views: Annotated[list[Int64] | None, Meta(description="view of each sample, if the store has views")] = None
     spans: Annotated[
-        list[Span] | None,
-        Meta(description="First row and the row after the last of each sample, for sequences; default: whole samples."),
+        list[Span] | None, Meta(description="row range of each sample, for sequences; default: whole samples")
     ] = None
 
 
-class BatchQuery(BatchOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BatchQuery(BatchOptions, frozen=True, kw_only=True):
     """Query string of a batch request with binary ids."""
 
     columns: Annotated[
-        list[Literal["ids", "views", "spans"]],
-        Meta(
-            description="Columns of the body, int64, one after the other: `ids`, then `views` or `spans` (two numbers "
-            "a sample). Default: ids alone."
-        ),
+        list[Literal["ids", "views", "spans"]], Meta(description="columns of the body, in order; default: `ids`")
     ] = msgspec.field(default_factory=lambda: ["ids"])
 
     def __post_init__(self) -> None:
-        """Refuse columns in another order or repeated ones."""
         if self.columns[0] != "ids" or len(set(self.columns)) != len(self.columns):
             raise ValueError("columns must begin with ids and name each column once, as columns=ids,views")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSelection:
-    """Samples of a batch, from either kind of body.
+    """Samples of a batch, from a JSON or binary body.
 
     Attributes:
-        ids: [B], at least one; repeats are allowed.
-        views: [B], view of each sample, for stores that keep views.
+        ids: [B], B ≥ 1; may repeat.
+        views: [B], view of each sample, for stores with views.
         spans: [B, 2], row ranges of sequences; None for whole ones.
-        options: everything else that the client asks for.
+        options: all other keys of the request.
     """
 
     ids: IdArray
@@ -152,7 +124,7 @@ def from_json(body: bytes, manifest: Manifest, settings: Settings) -> BatchSelec
         EmptyBatchError, BatchTooLargeError, BadIdsError, UnknownIdError.
     """
     try:
-        # Not decoded by msgspec: it refuses NaN as no JSON, and a client is helped more by the error of a temperature.
+        # Not msgspec's decoder, which refuses NaN as invalid JSON: `bad-temperature` tells a client more.
         document = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f'the body is not JSON ({error}); send an object such as {{"ids": [0, 1, 2]}}') from error
@@ -181,8 +153,8 @@ def from_binary(body: bytes, query: str, settings: Settings) -> BatchSelection:
     sample_bytes = 8 * sum(COLUMN_WIDTHS[name] for name in columns)
     if len(body) % sample_bytes:
         raise BadIdsError(
-            f"{len(body)} bytes are not a whole number of samples: send int64, little-endian, {sample_bytes} bytes a "
-            f"sample for the columns {','.join(columns)}"
+            f"{len(body)} bytes are not a whole number of samples: columns {','.join(columns)} take {sample_bytes} "
+            "bytes a sample, as little-endian int64"
         )
     count = len(body) // sample_bytes
     _check_count(count, settings)
@@ -199,17 +171,13 @@ def read_query(query: str) -> dict[str, str]:
 
 
 def parse_query(parameters: Mapping[str, str], kind: type[Q]) -> Q:
-    """Return query parameters as a typed model, with lists separated by commas.
-
-    Raises:
-        RequestError: a parameter is unknown or of the wrong type.
-    """
+    """Return query parameters as a typed model, with lists separated by commas. Raises RequestError."""
     document: dict[str, Any] = dict(parameters)
     for name, text in parameters.items():
         if name in _LISTS:
             document[name] = text.split(",")
         elif name == "temperature":
-            with contextlib.suppress(ValueError):  # as text it is refused as a temperature, with that error's code
+            with contextlib.suppress(ValueError):  # text is refused later, as `bad-temperature`
                 document[name] = float(text)
     return parse_document(document, kind, what="query", error=RequestError)
 
@@ -222,7 +190,7 @@ def too_large(count: int, most: int, what: str = "ids") -> BatchTooLargeError:
 
 
 def short(value: object) -> str:
-    """Return a caller's value in a form that fits a message."""
+    """Return a caller's value, shortened to fit a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
 
@@ -231,9 +199,9 @@ async def read_body(receive: Receive, headers: Headers, *, max_bytes: int, timeo
     """Return the request's body. uvicorn limits neither its size nor its time.
 
     Raises:
-        BatchTooLargeError: it is larger than `max_bytes`, by its header or in fact.
+        BatchTooLargeError: larger than `max_bytes`, or its header says so.
         HTTPException: 408, incomplete after `timeout_s`.
-        ClientDisconnect: the client went away.
+        ClientDisconnect: the client is gone.
     """
     announced = headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
@@ -242,9 +210,9 @@ async def read_body(receive: Receive, headers: Headers, *, max_bytes: int, timeo
         async with asyncio.timeout(timeout_s):
             return await _receive_all(receive, max_bytes)
     except TimeoutError as error:
-        late = f"its body was incomplete after {timeout_s:g} s"
-        # Closed, since the rest of this body could not be told from the next request.
-        raise HTTPException(408, late, headers={"Connection": "close"}) from error
+        # Closed, since the rest of this body could not be distinguished from the next request.
+        closing = {"Connection": "close"}
+        raise HTTPException(408, f"its body was incomplete after {timeout_s:g} s", closing) from error
 
 
 def etag_of(digest: str) -> str:
@@ -255,8 +223,7 @@ def etag_of(digest: str) -> str:
 def names_digest(header: str | None, digest: str) -> bool:
     """Return whether an If-Match or If-None-Match header names this version; False without one (RFC 9110, 13.1).
 
-    A weak tag, which a cache on the way may have made of ours, names the version too, since versions with one digest
-    have the same bytes.
+    A weak tag counts too: a cache may have weakened ours, and versions with one digest have the same bytes.
     """
     if header is None:
         return False
@@ -266,18 +233,17 @@ def names_digest(header: str | None, digest: str) -> bool:
 
 async def _receive_all(receive: Receive, max_bytes: int) -> bytes:
     pieces: list[bytes] = []
-    size = 0
+    left = max_bytes
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > max_bytes:
+        pieces.append(message.get("body", b""))
+        left -= len(pieces[-1])
+        if left < 0:
             raise _body_too_large(max_bytes)
-        pieces.append(piece)
         if not message.get("more_body", False):
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            return b"".join(pieces)  # a single piece is not copied
 
 
 def _body_too_large(max_bytes: int) -> BatchTooLargeError:
@@ -287,7 +253,6 @@ def _body_too_large(max_bytes: int) -> BatchTooLargeError:
 
 
 def _check_count(count: int, settings: Settings) -> None:
-    """Raise if a batch is empty or larger than the server answers at once."""
     if count == 0:
         raise EmptyBatchError("a batch needs at least one id: an empty one usually means a mistake in the sampler")
     if count > settings.max_batch_ids:
@@ -308,16 +273,14 @@ def _check_text_ids(values: list[str], manifest: Manifest) -> None:
     spec = manifest.ids
     if spec.kind != "str":
         raise BadIdsError(f"sample ids of {manifest.name!r} are integers, not strings")
-    # Before they become an array, in which every entry takes as much memory as the longest.
+    # Checked before they become an array, in which every entry takes as much memory as the longest.
     longest = max(values, key=len)
     if len(longest) > spec.width_bytes:
         raise UnknownIdError(f"{manifest.name!r} holds no sample {short(longest)}", ids=[longest[:128]], missing=1)
     text = "".join(values)
     if "\0" in text:
-        raise BadIdsError("a sample id holds a NUL character, which no store keeps")
+        raise BadIdsError("a sample id holds a NUL character, which no store accepts")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadIdsError(
-            f"a sample id is not valid Unicode ({error.reason}): half a surrogate pair has no UTF-8"
-        ) from error
+        raise BadIdsError(f"a sample id is not valid Unicode: {error.reason}") from error

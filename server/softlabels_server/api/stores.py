@@ -9,10 +9,10 @@ from pydantic import BaseModel, Field
 
 from softlabels import __version__, wire
 from softlabels.wire import to_problem
-from softlabels_server.api.openapi import NOT_FOUND, PROBLEMS
+from softlabels_server.api.openapi import FILE, PROBLEMS, problem
 from softlabels_server.api.requests import etag_of, names_digest
 from softlabels_server.catalog import BrokenStore, ServedStore, StoreFolder
-from softlabels_server.fast_path.safetensors_header import DIGEST_HEADER
+from softlabels_server.fast_path.response_plan import DIGEST_HEADER
 
 CONSTANTS_PATH = "/v1/stores/{name}/constants"
 CONSTANTS_FORMAT = "softlabels-constants/1"
@@ -22,13 +22,10 @@ IfNoneMatch: TypeAlias = Annotated[str | None, Header(description="ETag of the c
 
 _MAY_BE_CACHED: dict[int | str, dict[str, Any]] = {
     304: {"description": "The client's copy is of this version"},
-    404: NOT_FOUND,
+    404: problem("No store of that name (`unknown-store`)"),
     **PROBLEMS,
 }
-_CONSTANTS_REPLY = {
-    "description": "The arrays; `ETag` is the store's digest",
-    "content": {wire.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
-}
+_CONSTANTS_REPLY = {"description": "The arrays; `ETag` is the store's digest", "content": {wire.MEDIA_TYPE: FILE}}
 
 
 class Health(BaseModel):
@@ -47,7 +44,7 @@ class StoreSummary(BaseModel):
     classes: int = Field(description="number of classes")
     encoding: str = Field(description="name of the row encoding, such as `f16`")
     digest: str = Field(description="digest that identifies this version of the store")
-    finished: bool = Field(description="whether all rows are present; committed rows of an unfinished store are served")
+    finished: bool = Field(description="whether all rows are present")
     url: str = Field(description="argument for `softlabels.open`")
 
 
@@ -94,10 +91,9 @@ def make_router(stores: StoreFolder) -> APIRouter:
     )
     def describe_store(response: Response, name: StoreName, if_none_match: IfNoneMatch = None) -> Any:
         store = stores.get(name)
-        headers = {"ETag": etag_of(store.digest), "Cache-Control": "no-cache"}
+        response.headers.update(_version_headers(store))
         if names_digest(if_none_match, store.digest):
-            return Response(status_code=304, headers=headers)
-        response.headers.update(headers)
+            return Response(status_code=304, headers=response.headers)
         manifest = store.manifest
         return StoreDescription(
             name=store.name, digest=store.digest, finished=manifest.finished, manifest=manifest.to_json()
@@ -115,7 +111,7 @@ def make_router(stores: StoreFolder) -> APIRouter:
     )
     def constants(name: StoreName, if_none_match: IfNoneMatch = None) -> Response:
         store = stores.get(name)
-        headers = {"ETag": etag_of(store.digest), "Cache-Control": "no-cache", DIGEST_HEADER: store.digest}
+        headers = {**_version_headers(store), DIGEST_HEADER: store.digest}
         if names_digest(if_none_match, store.digest):
             return Response(status_code=304, headers=headers)
         metadata = {"format": CONSTANTS_FORMAT, "store": store.name, "digest": store.digest}
@@ -123,6 +119,10 @@ def make_router(stores: StoreFolder) -> APIRouter:
         return Response(file, media_type=wire.MEDIA_TYPE, headers=headers)
 
     return router
+
+
+def _version_headers(store: ServedStore) -> dict[str, str]:
+    return {"ETag": etag_of(store.digest), "Cache-Control": "no-cache"}
 
 
 def _entry(store: ServedStore | BrokenStore, *, base: str) -> StoreSummary | UnreadableStore:

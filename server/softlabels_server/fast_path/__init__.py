@@ -1,1 +1,1 @@
-"""The fast path: repeated batch requests and long streams are written straight to the socket."""
+"""The fast path: repeated batch requests and long streams bypass the ASGI application."""

@@ -17,8 +17,7 @@ SLOW_GATHER_S = 0.01
 other processes had the CPU, which a thread would not change."""
 
 THREADS_ONLY_S = 1.0
-"""How long gathers of a store stay in threads after a slow one, so that a slow store blocks the loop once a second at
-most."""
+"""How long gathers of a store stay in threads after a slow one: a slow store blocks the loop at most once a second."""
 
 T = TypeVar("T")
 
@@ -34,9 +33,9 @@ def disk_read_count() -> int:
 
 
 class ExecutorPolicy:
-    """Where gathers of one store run, by how long recent ones took.
+    """Decides where gathers of one store run, by how long recent ones took.
 
-    A store just opened is taken for slow, since its chunks are not verified yet.
+    A store just opened counts as slow, since its chunks are not verified yet.
 
     Args:
         clock: monotonic time, seconds.
@@ -55,25 +54,17 @@ class ExecutorPolicy:
         self._threads_until = clock() + THREADS_ONLY_S
 
     async def run(self, gather: Callable[[], T], *, reply_bytes: int) -> T:
-        """Return what `gather` returns, run in the loop or in a thread.
-
-        Handing a gather to a thread costs about as much as a gather of 512 KB itself (130 µs on 2 cores), and the
-        thread then competes with the loop for the interpreter lock, so it must be worth it.
-
-        Args:
-            gather: blocking function.
-            reply_bytes: number of bytes that it copies.
-        """
-        if not self.may_run_in_loop(reply_bytes):
-            return await run_in_threadpool(gather)
-        return self.run_in_loop(gather)
+        """Return the result of a blocking function that copies `reply_bytes`, run in the loop or in a thread."""
+        # Passing a gather to a thread costs about as much as a gather of 512 KB itself (130 µs on 2 cores), and the
+        # thread then competes with the loop for the interpreter lock.
+        return self.run_in_loop(gather) if self.may_run_in_loop(reply_bytes) else await run_in_threadpool(gather)
 
     def may_run_in_loop(self, reply_bytes: int) -> bool:
         """Return whether a gather of this size may run in the event loop now."""
         return reply_bytes <= MAX_LOOP_BYTES and self._clock() >= self._threads_until
 
     def run_in_loop(self, gather: Callable[[], T]) -> T:
-        """Return what `gather` returns, run in the event loop; its duration decides where the next ones run."""
+        """Return the result of `gather`, run in the event loop; its duration decides where the next ones run."""
         began, cpu_before_s = self._clock(), self._cpu_time_s()
         try:
             return gather()

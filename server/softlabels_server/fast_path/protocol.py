@@ -1,8 +1,8 @@
 """HTTP protocol: uvicorn's, with limits on request headers and a fast path for repeated batch requests.
 
-A request whose head is, byte for byte, one with a response plan is answered here, straight onto the socket, without a
-task or the ASGI application. Every other request, and any that a plan cannot answer, goes to the application; so does
-the first request with a given head, which is where all checks are made, the token's among them.
+A request whose head equals, byte for byte, one with a response plan is answered here, straight to the socket, without
+a task or the ASGI application. Every other request, and any that a plan cannot answer, goes to the application; so does
+the first request with a given head, in which everything is checked, including the token.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from softlabels_server.fast_path.response_plan import (
-    MAX_HEAD_BYTES,
-    MAX_RESPONSE_PLANS,
-    PLANS_EXTENSION,
-    ResponsePlan,
-    ResponsePlans,
-)
+from softlabels_server.fast_path.response_plan import MAX_HEAD_BYTES, MAX_RESPONSE_PLANS, PLANS_EXTENSION, ResponsePlan
 from softlabels_server.fast_path.socket_writer import SOCKET_EXTENSION, SocketAccess, as_view
 
 MAX_HEADER_BYTES = 64 << 10
@@ -31,15 +25,15 @@ MAX_HEADER_BYTES = 64 << 10
 
 
 class FastPathProtocol(asyncio.Protocol):
-    """A base class before uvicorn's HTTP protocol: header limits, and replies to requests that have a response plan.
+    """Mixin for uvicorn's HTTP protocol: header limits, and replies to requests that have a response plan.
 
     uvicorn 0.54 limits neither time nor size of a request's header: a connection that sends half a header, or nothing,
-    is held for ever. Bodies are limited in `api.requests.read_body`, idle connections by uvicorn's keep-alive timeout.
+    stays open for ever. Bodies are limited in `api.requests.read_body`, idle connections by the keep-alive timeout.
     tests/server/fast_path/test_uvicorn_internals.py checks what is used of uvicorn beyond its documentation.
     """
 
     header_timeout_s: float
-    response_plans: ResponsePlans
+    response_plans: dict[bytes, ResponsePlan]  # by the head of a request, from its first byte to the empty line
     # Attributes of uvicorn's protocol. `cycle` is the request under way or just answered, None before the first.
     transport: asyncio.Transport
     cycle: Any
@@ -57,7 +51,7 @@ class FastPathProtocol(asyncio.Protocol):
     _descriptor = -1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start the header timeout; note whether bytes may be written to the socket directly, which TLS rules out."""
+        """Start the header timeout, and learn the socket's descriptor unless TLS rules out writing to it directly."""
         super().connection_made(transport)
         self._await_header()
         sock = transport.get_extra_info("socket")
@@ -65,13 +59,13 @@ class FastPathProtocol(asyncio.Protocol):
             self._descriptor = sock.fileno()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timeout, and forget the descriptor, whose number may name another file from now on."""
+        """Cancel the timeout, and discard the descriptor, whose number may name another file from now on."""
         self._descriptor = -1
         self._stop_waiting_for_header()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Answer a request that has a response plan, or pass the bytes on and check the header limits."""
+        """Answer a request that has a response plan, or pass the bytes to uvicorn and check the header limits."""
         if self._descriptor >= 0 and self._is_between_requests():
             end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
             if end > 4:
@@ -90,14 +84,14 @@ class FastPathProtocol(asyncio.Protocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        """Let the application keep a plan for the request that begins, if its head came in one piece."""
+        """Let the application store a plan for the request that begins, if its head came in one piece."""
         super().on_message_begin()  # type: ignore[misc]
         self._in_message = True
         head, self._head = self._head, None
         self.scope["extensions"] = {} if head is None else {PLANS_EXTENSION: partial(self._keep, head, self.scope)}
 
     def on_message_complete(self) -> None:
-        """Note that the next bytes are another request's."""
+        """Note that the next bytes belong to another request."""
         super().on_message_complete()  # type: ignore[misc]
         self._in_message = False
 
@@ -132,7 +126,6 @@ class FastPathProtocol(asyncio.Protocol):
             self._header_deadline = loop.call_later(self.header_timeout_s, self.transport.close)
 
     def _stop_waiting_for_header(self) -> None:
-        """Cancel the timeout: a whole request has arrived."""
         self._header_bytes = 0
         if self._header_deadline is not None:
             self._header_deadline.cancel()
@@ -140,6 +133,7 @@ class FastPathProtocol(asyncio.Protocol):
 
     def _keep(self, head: bytes, scope: Any, make: Callable[[], ResponsePlan]) -> None:
         cycle = self.cycle
+        # Only for the request that the head belongs to, and if a repeat leaves the connection as it is now.
         if cycle.scope is not scope or not cycle.keep_alive or self.expect_100_continue:
             return
         if len(self.response_plans) >= MAX_RESPONSE_PLANS:

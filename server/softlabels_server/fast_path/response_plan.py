@@ -1,38 +1,129 @@
-"""Response plans: everything that follows from a request's head alone, kept so that a repeat needs only a gather.
+"""Response plans: everything that follows from a request's head alone, stored so that a repeat needs only a gather.
 
 A trainer sends the same request head for every batch of an epoch: same path, fields, version, token and length. Once
-the batch route has answered and checked such a request, its plan is kept under the bytes of the head. The next request
-with the same head needs only its ids looked up and its rows copied.
+the batch route has checked and answered such a request, its plan is stored under the bytes of the head. The next
+request with the same head needs only its ids looked up and its rows copied. The batch route itself uses `ReplyLayout`,
+the safetensors header of a reply, built once for each combination of version, fields and batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from starlette.types import Scope
 
 from softlabels import wire
 from softlabels.errors import SoftLabelsError
 from softlabels.manifest import IDS
 from softlabels_server.catalog import ServedStore, StoreFolder
-from softlabels_server.fast_path.safetensors_header import ReplyLayout, layout_for, reply_headers
+from softlabels_server.fast_path.socket_writer import as_buffer
 
 PLANS_EXTENSION = "softlabels.response_plans"
-"""ASGI scope extension: a function that keeps a plan for the head of this request."""
+"""ASGI scope extension: a function that stores a plan for the head of this request."""
 
 MAX_RESPONSE_PLANS = 1024
-"""Plans kept by one process; each takes about 2 KB."""
+"""Plans stored by one process; each takes about 2 KB."""
+
+MAX_LAYOUTS = 256
+"""Layouts stored per store; a trainer needs two, one for its batch size and one for the last batch of an epoch."""
 
 MAX_HEAD_BYTES = 4096
 """Longer heads are not looked up: a trainer's is a tenth of it."""
 
+REPLY_FORMAT = "softlabels-batch/1"
+"""`format` in the metadata of a batch reply; docs/http.md describes it."""
+
+DIGEST_HEADER = "softlabels-digest"
+"""Response header: version of the store that the rows come from."""
+
 COLUMN_WIDTHS: Mapping[str, int] = {"ids": 1, "views": 1, "spans": 2}
 """Columns of a binary request body and the number of int64 values per sample in each."""
+
+Shapes: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""Name, dtype and shape of each array."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyLayout:
+    """Header and array order of a reply. Arrays with larger items come first, so that all are aligned.
+
+    Attributes:
+        header: length field and header of the safetensors file.
+        names: arrays in the order of their bytes; the checksum follows them.
+        size_bytes: size of the whole file.
+    """
+
+    header: bytes
+    names: tuple[str, ...]
+    size_bytes: int
+
+    def buffers(self, arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
+        """Return the file as buffers to send one after the other, without copying the arrays."""
+        ordered = [arrays[name] for name in self.names]
+        return [self.header, *map(as_buffer, ordered), as_buffer(wire.checksum_of(ordered))]
+
+
+def layout_for(
+    store: ServedStore,
+    arrays: Mapping[str, NDArray[Any]],
+    *,
+    temperature: float,
+    samples: int,
+    decode: str | None = None,
+) -> ReplyLayout:
+    """Return the layout of a reply with these arrays, from the store's cache where possible."""
+    shapes: Shapes = tuple((name, array.dtype.str, array.shape) for name, array in arrays.items())
+    key = (shapes, temperature, decode)
+    layout = store.layouts.get(key)
+    if layout is None:
+        if len(store.layouts) >= MAX_LAYOUTS:
+            store.layouts.clear()
+        layout = _make_layout(shapes, metadata_of(store, temperature, samples=samples, decode=decode))
+        store.layouts[key] = layout
+    return layout
+
+
+def _make_layout(shapes: Shapes, metadata: Mapping[str, str]) -> ReplyLayout:
+    wide_first = sorted(shapes, key=lambda entry: -np.dtype(entry[1]).itemsize)
+    table = {name: (np.dtype(dtype), shape) for name, dtype, shape in wide_first}
+    names = tuple(table)
+    table[wire.CHECKSUM] = (np.dtype("<u8"), (1,))
+    header = wire.header_bytes(table, metadata)
+    size = sum(dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for dtype, shape in table.values())
+    return ReplyLayout(header=header, names=names, size_bytes=len(header) + size)
+
+
+def metadata_of(store: ServedStore, temperature: float, *, samples: int, decode: str | None = None) -> dict[str, str]:
+    """Return the metadata of a reply, all strings."""
+    manifest = store.manifest
+    metadata = {
+        "format": REPLY_FORMAT,
+        "store": store.name,
+        "digest": store.digest,
+        "encoding": json.dumps({"name": manifest.encoding.name, "params": dict(manifest.encoding.params)}),
+        "classes": str(manifest.classes),
+        "temperature": repr(temperature),
+        "captured_temperature": repr(float(manifest.temperature.captured)),
+        "locked": "true" if manifest.temperature.locked else "false",
+        "rows": str(samples),
+    }
+    return metadata if decode is None else {**metadata, "decode": decode}
+
+
+def reply_headers(size_bytes: int, *, digest: str, media_type: str = wire.MEDIA_TYPE) -> list[tuple[bytes, bytes]]:
+    """Return the HTTP header lines of a reply with rows."""
+    return [
+        (b"content-type", media_type.encode()),
+        (b"content-length", str(size_bytes).encode()),
+        (DIGEST_HEADER.encode(), digest.encode()),
+        # The format depends on Accept: an HTTP cache must not send one client's format to another.
+        (b"vary", b"accept"),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +131,14 @@ class ResponsePlan:
     """How to answer requests that differ only in their ids.
 
     Attributes:
-        stores: tells whether the store on disk is still this version.
+        stores: checks whether the store on disk is still this version.
         store: the version.
         columns: columns of the request body, in order.
         count: samples in the body.
         body_bytes: length of the body.
         names: arrays to gather.
         layout: order of the arrays and the header before them.
-        head: header lines of the reply except the date, which stands between the status line and these.
+        head: header lines of the reply; the status line and the date precede them.
     """
 
     stores: StoreFolder
@@ -74,30 +165,18 @@ class ResponsePlan:
         return [*found, wire.checksum_of(found)]
 
 
-ResponsePlans: TypeAlias = dict[bytes, ResponsePlan]
-"""Plans by the head of a request, from its first byte to the empty line."""
-
-
-def plan_keeper(scope: Scope) -> Callable[[Callable[[], ResponsePlan]], None] | None:
-    """Return the function that keeps a plan for this request, or None where the protocol offers none."""
-    keep: Callable[[Callable[[], ResponsePlan]], None] | None = scope.get("extensions", {}).get(PLANS_EXTENSION)
-    return keep
-
-
 def make_response_plan(
     stores: StoreFolder,
     store: ServedStore,
-    *,
     columns: tuple[str, ...],
     count: int,
     names: tuple[str, ...],
     temperature: float,
 ) -> ResponsePlan:
-    """Return the plan of a request for fixed-size rows; for attributes see `ResponsePlan`."""
-    shapes = {
-        name: np.broadcast_to(np.empty((), spec.dtype), (count, *spec.row_shape))
-        for name, spec in ((name, store.manifest.arrays[name]) for name in names)
-    }
+    """Return the plan of a request for fixed-size rows; for arguments see `ResponsePlan`."""
+    specs = {name: store.spec_of(name) for name in names}
+    # The layout depends on dtypes and shapes alone: views of a single element stand for the arrays.
+    shapes = {name: np.broadcast_to(np.empty((), s.dtype), (count, *s.row_shape)) for name, s in specs.items()}
     layout = layout_for(store, shapes, temperature=temperature, samples=count)
     lines = b"".join(b"%b: %b\r\n" % header for header in reply_headers(layout.size_bytes, digest=store.digest))
     return ResponsePlan(
@@ -116,9 +195,8 @@ def split_columns(body: bytes | memoryview, columns: tuple[str, ...], count: int
     """Return the columns of a binary body by name, [count] or [count, 2] each, views of the body."""
     found, begin = {}, 0
     for name in columns:
-        values = np.frombuffer(body, dtype="<i8", count=count * COLUMN_WIDTHS[name], offset=begin).astype(
-            np.int64, copy=False
-        )
-        found[name] = values if COLUMN_WIDTHS[name] == 1 else values.reshape(count, COLUMN_WIDTHS[name])
+        width = COLUMN_WIDTHS[name]
+        values = np.frombuffer(body, "<i8", count * width, begin).astype(np.int64, copy=False)
+        found[name] = values if width == 1 else values.reshape(count, width)
         begin += values.nbytes
     return found

@@ -6,13 +6,14 @@ import asyncio
 import os
 import select
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.types import Scope, Send
-
-from softlabels_server.fast_path.safetensors_header import as_buffer
 
 SOCKET_EXTENSION = "softlabels.socket_access"
 """ASGI scope extension: the `SocketAccess` of this request."""
@@ -32,7 +33,7 @@ Chunk: TypeAlias = Sequence[bytes | NDArray[Any]]
 
 
 class SocketAccess:
-    """What the application may do with the connection while its reply is under way.
+    """The application's access to the connection while its reply is being sent.
 
     Args:
         cycle: uvicorn's request-response cycle; the protocol itself may already read the next request.
@@ -43,33 +44,40 @@ class SocketAccess:
         self._cycle, self._descriptor = cycle, descriptor
         self._transport: asyncio.Transport = cycle.transport
 
-    def duplicate_descriptor(self) -> int:
-        """Return a descriptor of the socket that the caller must close.
-
-        A copy, because the number may name another file as soon as the transport closes its own descriptor.
-        """
-        return os.dup(self._descriptor)
+    @contextmanager
+    def duplicate_descriptor(self) -> Iterator[int]:
+        """Yield a descriptor of the socket for another thread."""
+        # A copy, because the number may name another file as soon as the transport closes its own descriptor.
+        descriptor = os.dup(self._descriptor)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def account(self, size_bytes: int) -> None:
         """Subtract body bytes that bypassed uvicorn, which compares what it sent with the announced length."""
         self._cycle.expected_content_length -= size_bytes
         assert self._cycle.expected_content_length >= 0, "more bytes than the reply announced"
 
-    def write(self, buffers: Sequence[memoryview]) -> None:
-        """Send body bytes through the transport."""
+    async def write(self, buffers: Sequence[memoryview]) -> None:
+        """Send body bytes through the transport and wait until they are sent. Raises as `drain`."""
+        if self.is_closed():
+            raise ClientDisconnect
         self.account(sum(map(len, buffers)))
         for buffer in buffers:
             self._transport.write(buffer)
+        await self.drain()
 
-    async def drain(self) -> bool:
-        """Wait until the transport has sent everything; return False where the client is gone."""
+    async def drain(self) -> None:
+        """Wait until the transport has sent everything. Raises ClientDisconnect if the client is gone."""
         if self._transport.get_write_buffer_size():
             # With a limit of 0 the transport calls `pause_writing` now, and `resume_writing` only when it is empty.
             self._transport.set_write_buffer_limits(high=0)
             await self._cycle.flow.drain()
             if not self.is_closed():
                 self._transport.set_write_buffer_limits()
-        return not self.is_closed()
+        if self.is_closed():
+            raise ClientDisconnect
 
     def is_closed(self) -> bool:
         """Return whether the client is gone."""
@@ -83,23 +91,14 @@ class SocketAccess:
 
 
 class AdaptiveChunkSize:
-    """Size of the next chunk, by how much the reader took without a pause."""
+    """Size of the next chunk, by how many bytes the reader took without a pause."""
 
-    def __init__(self) -> None:
-        self._taken = 0
+    taken_bytes = 0
 
     @property
     def chunk_bytes(self) -> int:
         """Target size of the next chunk."""
-        return LARGE_CHUNK_BYTES if self._taken >= FAST_READER_BYTES else SMALL_CHUNK_BYTES
-
-    def took(self, size_bytes: int) -> None:
-        """Note that the reader took this much."""
-        self._taken += size_bytes
-
-    def paused(self) -> None:
-        """Note that the reader took nothing for a while."""
-        self._taken = 0
+        return LARGE_CHUNK_BYTES if self.taken_bytes >= FAST_READER_BYTES else SMALL_CHUNK_BYTES
 
 
 class ThreadedWriter:
@@ -110,37 +109,26 @@ class ThreadedWriter:
         self._written = 0
 
     async def send_all(self, chunks: Iterator[Chunk], size: AdaptiveChunkSize, *, stall_timeout_s: float) -> bool:
-        """Send all chunks; return False where the client is gone or took longer than the timeout for one.
+        """Send all chunks; close the connection and return False if the client is gone or stalls.
 
         Args:
-            chunks: buffers to send; each chunk is gathered when it is asked for.
-            size: is told how much the reader took.
-            stall_timeout_s: how long the reader may take for what is left of a chunk.
-        Raises: what gathering a chunk raises; the connection is then closed.
+            chunks: buffers to send; each chunk is gathered by `next`, whose errors are raised.
+            size: updated with the bytes that the reader took.
+            stall_timeout_s: how long the reader may take for the rest of a chunk.
         """
         access = self._access
-        if not await access.drain():
-            return False
-        descriptor = access.duplicate_descriptor()
         try:
-            while (left := await run_in_threadpool(self._write_chunks, descriptor, chunks, size)) is not None:
+            await access.drain()  # the reply's head is still in the transport
+            with access.duplicate_descriptor() as descriptor:
+                while (left := await run_in_threadpool(self._write_chunks, descriptor, chunks, size)) is not None:
+                    self._account()
+                    async with asyncio.timeout(stall_timeout_s):
+                        await access.write(left)
                 self._account()
-                if access.is_closed():
-                    return False
-                access.write(left)
-                async with asyncio.timeout(stall_timeout_s):
-                    if not await access.drain():
-                        return False
-            self._account()
             return True
-        except TimeoutError:
-            return False  # the reader stopped; it can resume at its cursor
-        finally:
-            os.close(descriptor)
-
-    def abort(self) -> None:
-        """Close the connection in the middle of the reply."""
-        self._access.abort()
+        except (ClientDisconnect, TimeoutError):  # a reader that stopped can resume at its cursor
+            access.abort()
+            return False
 
     def _account(self) -> None:
         # In the event loop, since uvicorn's cycle is not thread-safe.
@@ -150,7 +138,7 @@ class ThreadedWriter:
     def _write_chunks(
         self, descriptor: int, chunks: Iterator[Chunk], size: AdaptiveChunkSize
     ) -> list[memoryview] | None:
-        """Write until done (None) or until the socket had no room for a while; return what is left of that chunk."""
+        """Write chunks; return None at the end, or the rest of a chunk for which the socket had no room."""
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
         for chunk in chunks:
@@ -160,14 +148,14 @@ class ThreadedWriter:
                     count = os.writev(descriptor, left)
                 except BlockingIOError:
                     if self._access.is_closed() or not poll.poll(WRITABLE_TIMEOUT_MS):
-                        size.paused()
+                        size.taken_bytes = 0
                         # Copied, so that a waiting reader holds only what it has not read, not whole arrays.
                         return [memoryview(bytes(buffer)) for buffer in left]
                     continue
                 except OSError:
                     return left  # the client is gone, as the event loop will find
                 self._written += count
-                size.took(count)
+                size.taken_bytes += count
                 left = _skip(left, count)
         return None
 
@@ -179,21 +167,24 @@ class AsgiWriter:
         self._send = send
 
     async def send_all(self, chunks: Iterator[Chunk], size: AdaptiveChunkSize, *, stall_timeout_s: float) -> bool:
-        """Send all chunks; ASGI does not say whether the client is still there. Raises what gathering raises."""
+        """Send all chunks, as `ThreadedWriter.send_all`; ASGI does not say whether the client is still there."""
         while (chunk := await run_in_threadpool(next, chunks, None)) is not None:
             async with asyncio.timeout(stall_timeout_s):
                 for buffer in chunk:
                     await self._send({"type": "http.response.body", "body": as_view(buffer), "more_body": True})
         return True
 
-    def abort(self) -> None:
-        """Do nothing: the server itself closes the connection of a reply that is incomplete when the app returns."""
-
 
 def writer_for(scope: Scope, send: Send) -> ThreadedWriter | AsgiWriter:
     """Return the fastest writer for a reply to this request."""
     access: SocketAccess | None = scope.get("extensions", {}).get(SOCKET_EXTENSION)
     return AsgiWriter(send) if access is None else ThreadedWriter(access)
+
+
+def as_buffer(array: NDArray[Any]) -> memoryview:
+    """Return an array's bytes, little-endian and in C order, without a copy if they are so already."""
+    packed = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return packed.reshape(-1).view(np.uint8).data
 
 
 def as_view(buffer: bytes | NDArray[Any]) -> memoryview:

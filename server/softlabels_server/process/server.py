@@ -1,23 +1,25 @@
-"""One serving process: the listening socket, uvicorn's configuration, signals and memory."""
+"""One serving process: listening socket, uvicorn's configuration, signals and heap memory."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import logging
+import mmap
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from softlabels.errors import PortInUseError, RequestError
 from softlabels_server.fast_path.protocol import make_protocol
-from softlabels_server.process.memory import HeapTrimmer, configure_malloc
 from softlabels_server.settings import Settings
 
 TICKS_PER_TRIM = 100
@@ -25,6 +27,14 @@ TICKS_PER_TRIM = 100
 
 BACKLOG = 2048
 """Connections that may wait to be accepted: uvicorn's own default."""
+
+KEPT_BYTES = 64 << 20
+"""Free memory that the process keeps at the end of its heap."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h: parameters of `mallopt`
+
+MAX_HEAP_BLOCK_BYTES = 16 << 20
+"""Blocks up to this size come from the heap; glibc accepts no more than 32 MiB."""
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -54,11 +64,11 @@ def url_of(listener: socket.socket) -> str:
 
 
 def make_server(app: FastAPI, settings: Settings, *, announce: Callable[[], None] = lambda: None) -> StoppableServer:
-    """Return a server of this application; `run(sockets=[listener])` runs it until it is told to stop.
+    """Return a server of this application; `run(sockets=[listener])` runs it until SIGTERM or Ctrl-C.
 
     Args:
         app: the application.
-        settings: limits of connections; the address is the listener's.
+        settings: limits of connections; its address is not used.
         announce: called once, when requests are being answered.
     """
     config = uvicorn.Config(
@@ -66,7 +76,7 @@ def make_server(app: FastAPI, settings: Settings, *, announce: Callable[[], None
         http=make_protocol(header_timeout_s=settings.header_timeout_s),
         ws="none",
         lifespan="on",
-        log_config=None,  # logging belongs to whoever starts the process
+        log_config=None,  # logging is configured by the caller
         access_log=settings.access_log,
         # Nothing here depends on a client's address, so there is no reason to trust X-Forwarded-For.
         proxy_headers=False,
@@ -88,7 +98,7 @@ def set_up_logging(settings: Settings) -> None:
 def raise_open_file_limit() -> None:
     """Allow this process as many open files, and so connections, as the system's hard limit.
 
-    Shells start with a soft limit of 1,024, for programs that still use `select`; a stream needs two files.
+    Shells start with a soft limit of 1,024, for programs that still use `select`; a stream needs two descriptors.
     """
     if sys.platform == "win32":
         return
@@ -103,12 +113,7 @@ def raise_open_file_limit() -> None:
 
 
 class StoppableServer(uvicorn.Server):
-    """uvicorn's server that ends quietly on SIGTERM and Ctrl-C.
-
-    Args:
-        config: uvicorn's configuration.
-        announce: called once, when requests are being answered.
-    """
+    """uvicorn's server that exits without an error on SIGTERM and Ctrl-C; arguments as in `make_server`."""
 
     def __init__(self, config: uvicorn.Config, *, announce: Callable[[], None]) -> None:
         super().__init__(config)
@@ -116,7 +121,7 @@ class StoppableServer(uvicorn.Server):
         self._heap_trimmer = HeapTrimmer()
 
     async def on_tick(self, counter: int) -> bool:
-        """Check the heap now and then, in a thread since it takes milliseconds; then do what uvicorn does."""
+        """Trim the heap every `TICKS_PER_TRIM` ticks, in a thread since it takes milliseconds."""
         if counter % TICKS_PER_TRIM == TICKS_PER_TRIM - 1:
             await asyncio.to_thread(self._heap_trimmer.trim_if_idle)
         return await super().on_tick(counter)
@@ -129,15 +134,80 @@ class StoppableServer(uvicorn.Server):
         if self.started:
             self._announce()
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         """Stop on SIGINT and SIGTERM. uvicorn raises them again afterwards, which would end the process by a signal."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        is_main = threading.current_thread() is threading.main_thread()
+        return stop_signals_handled_by(self.handle_exit) if is_main else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def stop_signals_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call the handler on SIGINT and SIGTERM; restore the handlers before it at the end."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def configure_malloc() -> bool:
+    """Make the allocator keep freed blocks of a reply's size; return whether it can.
+
+    By default glibc returns a large block to the system as soon as it is freed. A server that gathers half a megabyte a
+    hundred times a second then has every page of it mapped and zeroed each time: half of a batch's cost, measured.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False  # a C library other than glibc
+    return bool(mallopt(_M_MMAP_THRESHOLD, MAX_HEAP_BLOCK_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
+
+
+_MALLINFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+
+class _Mallinfo(ctypes.Structure):  # malloc.h: `struct mallinfo2`
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLINFO.split())
+
+
+class HeapTrimmer:
+    """Returns freed memory to the system if much of it stays unused.
+
+    A thousand streams that end leave holes all over the heap, which glibc alone never returns: it trims only the top.
+    """
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._describe = getattr(library, "mallinfo2", None)  # glibc 2.33
+        self._trim = getattr(library, "malloc_trim", None)
+        self._was_large = False
+        self._stuck_bytes = 0
+        if self._describe is not None:
+            self._describe.restype = _Mallinfo
+            self._describe.argtypes = ()
+
+    def trim_if_idle(self) -> bool:
+        """Trim if more than `KEPT_BYTES` are free now and were at the last call; return whether it trimmed."""
+        if self._describe is None or self._trim is None:
+            return False
+        found = self._describe()
+        # mallinfo counts pages already returned as free, so resident memory has to be compared too. Holes smaller than
+        # a page are never returned; without subtracting what stayed last time, every other call would trim in vain.
+        used_bytes = found.uordblks + found.hblkhd
+        idle_bytes = max(0, _resident_bytes() - used_bytes)
+        self._stuck_bytes = min(self._stuck_bytes, idle_bytes)
+        # Twice in a row, since memory that is free only between two bursts of batches is about to be used again.
+        is_large = min(found.fordblks, idle_bytes - self._stuck_bytes) > KEPT_BYTES
+        must_trim, self._was_large = is_large and self._was_large, is_large
+        if not must_trim:
+            return False
+        self._trim(ctypes.c_size_t(0))
+        self._stuck_bytes = max(0, _resident_bytes() - used_bytes)
+        return True
+
+
+def _resident_bytes() -> int:
+    """Return this process's resident memory without mapped files."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * mmap.PAGESIZE

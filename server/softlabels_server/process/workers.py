@@ -1,7 +1,7 @@
 """Supervisor of several serving processes on one port: starts workers, restarts dead ones, stops them all.
 
-All workers accept from the one listening socket, which the supervisor never closes: a connection that waits while a
-worker dies is accepted by another, where SO_REUSEPORT would reset it. Whoever is idle accepts first, so simultaneous
+All workers accept from one listening socket, which the supervisor never closes: a connection that waits while a worker
+dies is accepted by another, where SO_REUSEPORT would reset it. An idle worker accepts first, so simultaneous
 connections also spread better (measured in docs/operations.md). docs/adr/0019-server-libraries.md says why this is not
 uvicorn's supervisor.
 """
@@ -27,17 +27,16 @@ from types import FrameType
 from softlabels.errors import RequestError, WorkerDiedError
 from softlabels_server.api.app import create_app
 from softlabels_server.catalog import StoreFolder
-from softlabels_server.process.server import make_server, set_up_logging
+from softlabels_server.process.server import make_server, set_up_logging, stop_signals_handled_by
 from softlabels_server.settings import Settings
 
 SHORT_LIFE_S = 10.0
-"""A worker that died sooner than this would probably die again at once."""
+"""A worker that died sooner would probably die again at once, so it is restarted after a delay."""
 
 RESTART_DELAY_S = 1.0
-"""Delay before such a worker is restarted."""
 
 POLL_S = 0.1
-"""How often the supervisor looks at its workers: as often as uvicorn looks whether it should stop."""
+"""Interval between checks of the workers: that of uvicorn's main loop."""
 
 
 @dataclass(kw_only=True)
@@ -53,14 +52,14 @@ class _Worker:
 
 
 class WorkerSupervisor:
-    """Processes that answer on one listening socket until this one is told to stop.
+    """Runs worker processes that answer on one listening socket.
 
     Args:
         root: folder of the stores; each worker opens them itself.
-        settings: settings of each worker; `workers` is their number.
+        settings: settings of each worker, `workers` among them.
         listener: listening socket; the caller closes it.
         announce: called once, when all workers answer.
-        say: called with a line for each worker that ended and is restarted.
+        say: called with a line for the log whenever a worker is restarted.
     Raises:
         RequestError: this system has no POSIX signals.
     """
@@ -92,22 +91,20 @@ class WorkerSupervisor:
         """
         # Started now, because its start unblocks SIGINT, which `_start` has to block.
         resource_tracker.ensure_running()
-        before = {number: signal.signal(number, self._count_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            while not self._signal_count:
-                for worker in self._workers:
-                    self._check(worker)
-                if not self._is_announced and all(worker.was_ready for worker in self._workers):
-                    self._is_announced = True
-                    self._announce()
-                time.sleep(POLL_S)
-        finally:
-            self._stop()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with stop_signals_handled_by(self._count_signal):
+            try:
+                while not self._signal_count:
+                    for worker in self._workers:
+                        self._check(worker)
+                    if not self._is_announced and all(worker.was_ready for worker in self._workers):
+                        self._is_announced = True
+                        self._announce()
+                    time.sleep(POLL_S)
+            finally:
+                self._stop()
 
     def _check(self, worker: _Worker) -> None:
-        """Start a worker that is due, note whether it is ready, clear away one that ended."""
+        """Start a worker that is due, note whether it is ready, reap one that ended."""
         process = worker.process
         if process is None:
             if worker.restart_s <= time.monotonic():
@@ -128,8 +125,8 @@ class WorkerSupervisor:
             args=(self._root, self._settings, self._listener, writer),
             name=f"softlabels-worker-{worker.number}",
         )
-        # Ctrl-C reaches every process of a terminal. A worker must hear of it from the supervisor alone, or it would be
-        # told twice, which means to stop at once. Signals blocked here stay blocked in the child from its start.
+        # Ctrl-C reaches every process of a terminal. A worker must be stopped by the supervisor alone: a second signal
+        # means to stop at once. Signals blocked here stay blocked in the child from its start.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             process.start()
@@ -142,25 +139,22 @@ class WorkerSupervisor:
         how = _describe_exit(process.exitcode or 0)
         if not self._is_announced:
             raise WorkerDiedError(
-                f"worker {worker.number} of {len(self._workers)} {how} before it answered: what it printed above says "
-                "why; with --workers 1 the server runs in one process"
+                f"worker {worker.number} of {len(self._workers)} {how} before it answered: its output above says why; "
+                "with --workers 1 the server runs in one process"
             )
         now = time.monotonic()
         worker.restart_s = now + (RESTART_DELAY_S if now - worker.started_s < SHORT_LIFE_S else 0.0)
         worker.process = None
         process.close()
-        if worker.ready is not None:
-            worker.ready.close()
-            worker.ready = None
         self._say(f"worker {worker.number} {how} and is started again; its clients connect to the others meanwhile")
 
     def _stop(self) -> None:
-        """Tell all workers to stop, wait for them, and kill those that take too long or if a second signal comes."""
+        """Stop all workers: terminate them, wait, and kill those that take too long or if a second signal comes."""
         processes = [worker.process for worker in self._workers if worker.process is not None]
         for process in processes:
             process.terminate()
         signals_before = max(self._signal_count, 1)
-        # Longer than uvicorn grants replies, since a worker may still be importing.
+        # Longer than uvicorn waits for its replies, since a worker may still be importing.
         deadline_s = time.monotonic() + self._settings.shutdown_timeout_s + 5.0
         while any(process.exitcode is None for process in processes):
             if self._signal_count > signals_before or time.monotonic() > deadline_s:
@@ -175,7 +169,6 @@ class WorkerSupervisor:
 
 
 def _serve(root: Path, settings: Settings, listener: socket.socket, ready: Connection) -> None:
-    """Serve in a worker process."""
     set_up_logging(settings)
     app = create_app(StoreFolder(root), settings)
 
@@ -188,7 +181,7 @@ def _serve(root: Path, settings: Settings, listener: socket.socket, ready: Conne
     assert parent is not None, "a worker is started by WorkerSupervisor"
 
     def follow_parent() -> None:
-        # A supervisor that was killed cannot tell its workers: without this they would hold the port for ever.
+        # A supervisor that was killed cannot stop its workers: without this they would hold the port for ever.
         wait([parent.sentinel])
         logging.getLogger(__name__).warning("the process that started this worker is gone: stopping")
         server.should_exit = True

@@ -11,7 +11,7 @@ from fastapi.openapi.models import OpenAPI
 from pydantic import TypeAdapter
 
 from softlabels_server import Settings, StoreFolder, create_app
-from softlabels_server.api.batch import PATH
+from softlabels_server.api.openapi import BATCH_PATH
 from softlabels_server.api.replies import MEDIA_TYPES
 
 BATCH = "/v1/stores/{name}/batch"
@@ -69,7 +69,7 @@ class TestDocument:
         """Plain ASGI routes too."""
         paths = {"/health", "/v1/stores", "/v1/stores/{name}", BATCH, EPOCHS, CONSTANTS}
         assert set(document["paths"]) == paths
-        assert PATH == BATCH
+        assert BATCH_PATH == BATCH
 
     def test_errors_are_problems_everywhere(self, document: dict[str, Any]) -> None:
         """The framework's own form of validation errors is nowhere promised."""
