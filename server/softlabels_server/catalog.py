@@ -101,7 +101,7 @@ class StoreFolder:
         try:
             entries = os.listdir(self.root)
         except OSError as error:
-            raise DamageError(f"the folder of the stores can no longer be listed: {error.strerror}") from error
+            raise DamageError(f"the folder of the stores cannot be listed any more: {error.strerror}") from error
         return sorted(entry for entry in entries if self._exists(entry))
 
     def __iter__(self) -> Iterator[ServedStore | BrokenStore]:
