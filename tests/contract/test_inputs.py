@@ -232,5 +232,5 @@ class TestPlanning:
         path.write_bytes(seal(json.loads(json.dumps(body))))
         shutil.rmtree(kept.root / "ledger")
         (kept.root / "manifest.json").unlink()
-        with pytest.raises(ManifestError, match="arrays.inputs needs the layout"):
+        with pytest.raises(ManifestError, match=r"arrays\.inputs needs the layout"):
             LocalRows(kept.root)
