@@ -24,8 +24,7 @@ from softlabels.errors import JobError
 from softlabels.progress import QUIET, Progress
 from softlabels.transfer_set import UNLABELLED, ArrayTransferSet
 from softlabels_client.training.checkpoint import save_student
-from softlabels_client.training.optimization import one_cycle
-from softlabels_client.training.step import count_errors
+from softlabels_client.training.step import count_errors, one_cycle
 
 
 @dataclass(frozen=True, kw_only=True)

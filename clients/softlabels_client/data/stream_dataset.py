@@ -19,7 +19,7 @@ from softlabels.order import EpochConfig, RankBatches, Remainder
 from softlabels.target_store import TargetStore
 from softlabels.targets import EpochIterator, SoftTargets
 from softlabels.transfer_set import TransferSet
-from softlabels_client.data.dataset import Check, SoftTargetDataset, StoreInputs, samples_in
+from softlabels_client.data.dataset import Check, SoftTargetDataset, StoreInputs, data_loader, samples_in
 from softlabels_client.data.distillation_batch import DistillationBatch
 from softlabels_client.data.loader import StatefulLoader, stateful_loader
 from softlabels_client.data.sampler_state import EpochProgress, SamplerState, given_ranks
@@ -211,6 +211,36 @@ def stream_loader(
         ahead: without workers, read the next batches ahead in a thread.
     """
     return stateful_loader(stream, stream, workers=workers, start_method=start_method, ahead=ahead, batch_size=None)
+
+
+def epoch_loader(dataset: SoftTargetDataset, *, batch_size: int, seed: int, workers: int) -> StatefulLoader:
+    """Return a loader for one rank that streams each epoch if it can, and else requests each batch.
+
+    Both give the same batches in the same order, but only a stream fills a slow link: requests wait for a round trip
+    each. A stream covers the samples of the store in the store's order, so the inputs must be just these.
+    """
+    if has_store_order(dataset):
+        stream = SoftTargetStream(
+            dataset.store,
+            dataset.samples,
+            batch_size=batch_size,
+            seed=seed,
+            temperature=dataset.temperature,
+            check=dataset.check,
+            rank=0,
+            world_size=1,
+        )
+        return stream_loader(stream, workers=workers, ahead=True)
+    return data_loader(dataset, batch_size=batch_size, seed=seed, workers=workers, rank=0, world_size=1, ahead=True)
+
+
+def has_store_order(dataset: SoftTargetDataset) -> bool:
+    """Return whether position i of the data set is row i of a finished store."""
+    # Subclasses make other batches of other requests: views of the samples, or whatever a user's class does.
+    ids: Any = getattr(dataset.samples, "ids", None)
+    if type(dataset) is not SoftTargetDataset or ids is None or len(ids) != len(dataset.store):
+        return False
+    return dataset.store.manifest.finished and np.array_equal(np.asarray(ids), dataset.store.ids())
 
 
 @dataclass

@@ -10,21 +10,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 import softlabels
 from softlabels.errors import DivergenceError, RequestError
 from softlabels.extras import needs_extra
 from softlabels.progress import QUIET, Progress
-from softlabels_client.data.dataset import SoftTargetDataset, data_loader
-from softlabels_client.data.loader import StatefulLoader
-from softlabels_client.data.stream_dataset import SoftTargetStream, stream_loader
+from softlabels_client.data.dataset import SoftTargetDataset
+from softlabels_client.data.stream_dataset import epoch_loader
 from softlabels_client.training.checkpoint import CheckpointFolder
-from softlabels_client.training.optimization import make_optimizer, make_scheduler
 from softlabels_client.training.settings import DistillSettings
-from softlabels_client.training.step import ErrorCount, batch_sums
+from softlabels_client.training.step import ErrorCount, batch_sums, make_optimizer, make_scheduler
 from softlabels_client.training.training_log import LogRow, PairRecord, TrainingLog
 from softlabels_client.training.training_state import (
     TrainingState,
@@ -148,7 +143,9 @@ class _Trainer:
         self.mixed = _MIXED.get(settings.precision)
         # Scales the loss so that float16 gradients do not underflow, and skips a step whose gradients overflow.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.mixed is torch.float16)
-        self.loader = _loader(self.dataset, settings)
+        self.loader = epoch_loader(
+            self.dataset, batch_size=settings.batch_size, seed=settings.seed, workers=settings.workers
+        )
         self.state = TrainingState.initial(self.device)
         self.rows_per_step = settings.batch_size * settings.accumulate
         self.resumed_at: int | None = None
@@ -339,45 +336,6 @@ class _Trainer:
     @property
     def seconds(self) -> float:
         return self.state.seconds + time.monotonic() - self.started_s
-
-
-def _loader(dataset: SoftTargetDataset, settings: DistillSettings) -> StatefulLoader:
-    """Return a loader that streams each epoch where it can, and requests each batch where it cannot.
-
-    Both give the same batches in the same order. A stream visits the samples of the store in the store's order, so the
-    inputs must be these samples in that order. A slow link is filled by a stream alone: one request per batch waits for
-    a round trip each time.
-    """
-    if not has_the_stores_order(dataset):
-        return data_loader(
-            dataset,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            workers=settings.workers,
-            rank=0,
-            world_size=1,
-            ahead=True,
-        )
-    stream = SoftTargetStream(
-        dataset.store,
-        dataset.samples,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        temperature=dataset.temperature,
-        check=dataset.check,
-        rank=0,
-        world_size=1,
-    )
-    return stream_loader(stream, workers=settings.workers, ahead=True)
-
-
-def has_the_stores_order(dataset: SoftTargetDataset) -> bool:
-    """Return whether position i of the data set is row i of the store."""
-    # Subclasses make other batches of other requests: views of the samples, or whatever a user's class does.
-    ids: Any = getattr(dataset.samples, "ids", None)
-    if type(dataset) is not SoftTargetDataset or ids is None or len(ids) != len(dataset.store):
-        return False
-    return dataset.store.manifest.finished and np.array_equal(np.asarray(ids), dataset.store.ids())
 
 
 def _device(name: str) -> torch.device:

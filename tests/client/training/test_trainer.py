@@ -21,9 +21,8 @@ from softlabels.errors import DivergenceError, FingerprintMismatchError, Request
 from softlabels.losses import distillation_loss
 from softlabels.transfer_set import ArrayTransferSet
 from softlabels_client import CsvLog, DistillSettings, SoftTargetDataset, count_errors, distill, save_student
-from softlabels_client.training.optimization import make_optimizer, make_scheduler, one_cycle
-from softlabels_client.training.step import measure_errors
-from softlabels_client.training.trainer import has_the_stores_order
+from softlabels_client.data.stream_dataset import has_store_order
+from softlabels_client.training.step import make_optimizer, make_scheduler, measure_errors, one_cycle
 
 SETTINGS = DistillSettings(epochs=3, batch_size=32, learning_rate=0.05, device="cpu")
 
@@ -258,10 +257,10 @@ class TestStreaming:
         assert data.labels is not None
         shuffled = ArrayTransferSet("lesson", data.inputs[order], labels=data.labels[order], ids=data.ids[order])
         part = ArrayTransferSet("lesson", data.inputs[:100], labels=data.labels[:100])
-        assert has_the_stores_order(dataset)
+        assert has_store_order(dataset)
         for other in (shuffled, part):
             pairs = SoftTargetDataset(other, dataset.store)
-            assert not has_the_stores_order(pairs)
+            assert not has_store_order(pairs)
             assert distill(student(), pairs, SETTINGS).losses
 
 
