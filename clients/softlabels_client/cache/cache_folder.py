@@ -8,14 +8,12 @@ FOLDER/rows-v1/DIGEST/{index,rows,ids}   see `softlabels_client.cache.row_table`
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,9 +26,11 @@ from softlabels.manifest import ArraySpec, Manifest
 from softlabels_client.cache.row_index import read_taken
 from softlabels_client.cache.row_table import (
     IDS_FILE,
+    IN_USE_FILE,
     INDEX_FILE,
     ROWS_FILE,
     WRITING_FILE,
+    FileLock,
     RowTable,
     TableShape,
     shape_of,
@@ -46,7 +46,7 @@ ENVIRONMENT = "SOFTLABELS_CACHE"
 DEFAULT_BYTES = 16 << 30
 """Default size limit: eight million rows of 1,000 classes in f16."""
 
-_TABLE, _IN_USE, _LOCK = "table.json", "in-use", "lock"
+_TABLE, _LOCK = "table.json", "lock"
 _DIGEST = re.compile("[0-9a-f]{64}")
 _GROWTH = 1.25
 """A table is made anew once there is room for this many times its rows; below that, its content is worth more."""
@@ -109,31 +109,6 @@ class TableDescription(Document, frozen=True, kw_only=True):
         )
 
 
-class FileLock:
-    """A file lock that is held while any reference to it exists, in this process or one forked from it."""
-
-    def __init__(self, path: Path, kind: int, *, create: bool = False) -> None:
-        self._fd = -1
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o600)
-        fcntl.flock(self._fd, kind)
-
-    def release(self) -> None:
-        """Release for all: closing alone would leave it to a child that another thread forked meanwhile."""
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-    def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-
-
-@dataclass(frozen=True)
-class OpenTable:
-    """A table, and the lock that marks it as in use."""
-
-    table: RowTable
-    lock: FileLock
-
-
 class CacheFolder:
     """The cache folder: tables of several store versions, within a size limit.
 
@@ -147,7 +122,7 @@ class CacheFolder:
         self._root = folder / LAYOUT
         self._most_bytes, self._read_only = most_bytes, read_only
 
-    def open(self, manifest: Manifest, digest: str) -> OpenTable | None:
+    def open(self, manifest: Manifest, digest: str) -> RowTable | None:
         """Return the table of a store version, created if there is none; None if there is no room for one.
 
         Tables of other versions are removed to make room, least recently opened first, but never while in use.
@@ -156,16 +131,14 @@ class CacheFolder:
             OSError: the folder cannot be read or written.
         """
         if self._read_only:
-            shape = self._shape(manifest, digest)
-            return None if shape is None else self._opened(manifest, digest, shape)
+            return self._opened(manifest, digest, self._shape(manifest, digest))
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._locked():
+        with FileLock(self._root / _LOCK, fcntl.LOCK_EX, create=True):
             self._remove_leftovers()
-            shape = self._make_room(manifest, digest)
-            if shape is None:
-                return None
-            os.utime(self._root / digest / _TABLE)
-            return self._opened(manifest, digest, shape)
+            table = self._opened(manifest, digest, self._make_room(manifest, digest))
+            if table is not None:
+                os.utime(self._root / digest / _TABLE)
+            return table
 
     def stores(self) -> list[CachedStore]:
         """Return the store versions in the folder, most recently opened first."""
@@ -185,7 +158,7 @@ class CacheFolder:
         in_use: list[CachedStore] = []
         if not self._root.is_dir():
             return removed, in_use
-        with self._locked():
+        with FileLock(self._root / _LOCK, fcntl.LOCK_EX, create=True):
             self._remove_leftovers()
             for store in self.stores():
                 if store.digest.startswith(digest_start):
@@ -212,7 +185,7 @@ class CacheFolder:
     def _make(self, manifest: Manifest, digest: str, shape: TableShape) -> None:
         new = self._root / f".new-{digest}"
         new.mkdir(mode=0o700)
-        for name, size_bytes in {**shape.sizes, WRITING_FILE: 0, _IN_USE: 0}.items():
+        for name, size_bytes in {**shape.sizes, WRITING_FILE: 0, IN_USE_FILE: 0}.items():
             with (new / name).open("wb") as file:
                 file.truncate(size_bytes)  # sparse: disk is used as rows arrive
         (new / _TABLE).write_text(json.dumps(as_json(TableDescription.of(manifest, digest, shape))))
@@ -226,13 +199,12 @@ class CacheFolder:
         shape = shape_of(manifest, description.slots)
         if description != TableDescription.of(manifest, digest, shape):
             return None
-        sizes = {name: _size_bytes(self._root / digest / name) for name in shape.sizes}
-        return shape if sizes == shape.sizes else None
+        return shape if shape.sizes.items() <= _sizes(self._root / digest).items() else None
 
-    def _opened(self, manifest: Manifest, digest: str, shape: TableShape) -> OpenTable:
-        folder = self._root / digest
-        lock = FileLock(folder / _IN_USE, fcntl.LOCK_SH)
-        return OpenTable(RowTable(folder, manifest, digest, shape, read_only=self._read_only), lock)
+    def _opened(self, manifest: Manifest, digest: str, shape: TableShape | None) -> RowTable | None:
+        if shape is None:
+            return None
+        return RowTable(self._root / digest, manifest, digest, shape, read_only=self._read_only)
 
     def _remove(self, digest: str) -> bool:
         """Remove a table, and return whether that was possible: not while a process has it open."""
@@ -249,23 +221,15 @@ class CacheFolder:
         for left in (*self._root.glob(".new-*"), *self._root.glob(".gone-*")):
             shutil.rmtree(left)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = FileLock(self._root / _LOCK, fcntl.LOCK_EX, create=True)
-        try:
-            yield
-        finally:
-            lock.release()
-
 
 def _describe(folder: Path) -> CachedStore:
-    description, table = _read_description(folder), folder / _TABLE
+    description, table, sizes = _read_description(folder), folder / _TABLE, _sizes(folder)
     return CachedStore(
         name="?" if description is None else description.name,
         digest=folder.name,
         cached_rows=read_taken(folder / INDEX_FILE),
         rows=0 if description is None else description.rows,
-        size_bytes=sum(max(0, _size_bytes(folder / name)) for name in (INDEX_FILE, ROWS_FILE, IDS_FILE)),
+        size_bytes=sum(sizes.get(name, 0) for name in (INDEX_FILE, ROWS_FILE, IDS_FILE)),
         disk_bytes=sum(path.stat().st_blocks * 512 for path in folder.iterdir()),
         last_opened_s=table.stat().st_mtime if table.exists() else 0.0,
         in_use=_is_in_use(folder),
@@ -274,25 +238,21 @@ def _describe(folder: Path) -> CachedStore:
 
 def _is_in_use(folder: Path) -> bool:
     try:
-        FileLock(folder / _IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB).release()
+        FileLock(folder / IN_USE_FILE, fcntl.LOCK_EX | fcntl.LOCK_NB).release()
     except BlockingIOError:
         return True
     except FileNotFoundError:
-        return False
+        pass
     return False
 
 
 def _read_description(folder: Path) -> TableDescription | None:
     """Return a table's description; None if there is none, or one that a power failure or another version left."""
     try:
-        document = json.loads((folder / _TABLE).read_bytes())
-        return parse_document(document, TableDescription, what=_TABLE)
+        return parse_document(json.loads((folder / _TABLE).read_bytes()), TableDescription, what=_TABLE)
     except (FileNotFoundError, NotADirectoryError, ManifestError, ValueError, RecursionError):
         return None
 
 
-def _size_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir()}

@@ -1,4 +1,4 @@
-"""CachedRows: a row source that keeps on the trainer's disk what another source returned.
+"""CachedRows: a row source that stores on the trainer's disk what another source returned.
 
 Epochs are looked up a window of steps at a time. If nearly everything is missing, as in a first epoch, one stream
 brings it all, so a slow link never waits for a request. If some is missing, as when a store is larger than its cache,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -26,9 +26,26 @@ from softlabels.ids import IdArray
 from softlabels.manifest import IDS, Manifest
 from softlabels.order import EpochConfig, StepBatch
 from softlabels.target_store import RowSource
-from softlabels_client.cache.cache_folder import DEFAULT_BYTES, CacheFolder, OpenTable, default_folder
+from softlabels_client.cache.cache_folder import DEFAULT_BYTES, CacheFolder, default_folder
 from softlabels_client.cache.row_records import Words
+from softlabels_client.cache.row_table import RowTable
 from softlabels_client.data.prefetch import epoch_ahead
+
+# Errors are logged as text: a handler that stores records would otherwise keep their frames, and with them the table.
+LOGGER = logging.getLogger("softlabels.cache")
+
+MOST_IDS = 8192
+"""Ids per request for missing rows; servers accept 65,536 by default."""
+
+_STREAM_FROM, _STREAM_TO = 0.9, 0.8
+"""Fractions of missing rows from which a stream is opened, and below which it is closed. Cached rows in a stream are
+sent in vain, which costs less than requests for the missing ones; two thresholds keep it from opening and closing."""
+
+_WINDOW_BYTES = 4 << 20
+"""Bytes of rows looked up at once: more than a link of 50 ms and 100 Mbit/s has in flight (600 KB)."""
+
+_WINDOW_SAMPLES = 8192
+_REQUESTS_IN_FLIGHT = 3
 
 
 class CachedRows:
@@ -60,21 +77,13 @@ class CachedRows:
             raise RequestError(
                 f"a cache of {most_bytes} bytes holds no row: increase cache_bytes, or leave the cache out"
             )
+        self.manifest: Manifest = source.manifest
+        self.digest: str = source.digest
         self._source = source
         self._folder = default_folder() if folder is None else Path(folder)
         self._most_bytes, self._read_only = most_bytes, read_only
         self._lookup = self._open()
         self._closed = False
-
-    @property
-    def manifest(self) -> Manifest:
-        """Manifest of the store."""
-        return self._source.manifest
-
-    @property
-    def digest(self) -> str:
-        """Digest of the store's version; rows of no other version come from the cache."""
-        return self._source.digest
 
     @property
     def encoding(self) -> Encoding:
@@ -89,10 +98,7 @@ class CachedRows:
         views: NDArray[np.int64] | None = None,
         spans: NDArray[np.int64] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """Return the rows of these ids, in this order; what is not cached is fetched by one request.
-
-        Raises: as the source.
-        """
+        """Return the rows of these ids, in this order, requesting what is not cached; raises as the source."""
         lookup = self._current_lookup()
         result = None if lookup is None or spans is not None else lookup.lookup(ids, fields, views)
         if lookup is None or result is None:
@@ -101,10 +107,7 @@ class CachedRows:
         return {name: ids if name == IDS else result.arrays[name] for name in fields}
 
     def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
-        """Iterate over the rows of each step of an epoch, fetched ahead by a thread.
-
-        Raises, while iterating: as the source.
-        """
+        """Iterate over the rows of each step of an epoch, fetched ahead by a thread; raises as the source."""
         lookup = self._current_lookup()
         return epoch_ahead(
             self._source.epoch(config, fields) if lookup is None else cached_epoch(lookup, self._source, config, fields)
@@ -122,148 +125,31 @@ class CachedRows:
 
     def _open(self) -> CacheLookup | None:
         """Open the cache of this store; None if nothing can be cached."""
-        manifest = self._source.manifest
-        if manifest.layout.kind == "sequences" or not manifest.finished:
+        if self.manifest.layout.kind == "sequences" or not self.manifest.finished:
             return None
         folder = CacheFolder(self._folder, most_bytes=self._most_bytes, read_only=self._read_only)
         try:
-            opened = folder.open(manifest, self._source.digest)
+            table = folder.open(self.manifest, self.digest)
         except OSError as error:
             LOGGER.warning(
                 "the cache in %s cannot be used, all rows come from the server: %s", self._folder, str(error)
             )
             return None
-        if opened is None:
+        if table is None:
             LOGGER.warning(
                 "the cache in %s has no rows of %r and %s: all rows come from the server",
                 self._folder,
-                manifest.name,
+                self.manifest.name,
                 "is read-only" if self._read_only else f"has no room for it within {self._most_bytes} bytes",
             )
             return None
-        return CacheLookup(opened, self._source, read_only=self._read_only)
+        return CacheLookup(table, self._source, read_only=self._read_only)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_lookup", "_closed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lookup=None, _closed=True)
-
-
-_STREAM_FROM, _STREAM_TO = 0.9, 0.8
-"""Fractions of missing rows from which a stream is opened, and below which it is closed. Cached rows in a stream are
-sent in vain, which costs less than requests for the missing ones."""
-
-_WINDOW_BYTES = 4 << 20
-"""Rows looked up at once: source more than a link of 50 ms and 100 Mbit/s has in flight (600 KB)."""
-
-_WINDOW_SAMPLES = 8192
-_REQUESTS_IN_FLIGHT = 3
-"""Requests for missing rows at a time."""
-
-_Window = tuple[list[StepBatch], list[LookupResult], Future[None] | None]
-
-
-def cached_epoch(
-    lookup: CacheLookup, source: RowSource, config: EpochConfig, fields: tuple[str, ...]
-) -> Iterator[EpochRows]:
-    """Yield the rows of each step of an epoch, in order, each once, wherever they come from.
-
-    Raises, while iterating: as the source.
-    """
-    names = tuple(dict.fromkeys((*fields, IDS)))
-    view, cursor = config.view_of(source.manifest), config.cursor
-    pending: deque[_Window] = deque()
-    stream: _Stream | None = None
-    with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT, thread_name_prefix="softlabels-gaps") as pool:
-        try:
-            for window in _windows(config, source, names):
-                results = [lookup.lookup_step(step, names, view) for step in window]
-                known = [result for result in results if result is not None]
-                least = _STREAM_FROM if stream is None else _STREAM_TO
-                if len(known) < len(results) or missing_fraction(known) > least:
-                    yield from _completed(pending, leave=0)
-                    stream = stream or _Stream(source.epoch(config.resumed_at(cursor), names))
-                    for step, result in zip(window, results, strict=True):
-                        rows = stream.next()
-                        lookup.store_step(step, rows, view, result)
-                        yield rows
-                else:
-                    if stream is not None:
-                        stream.close()
-                        stream = None
-                    whole = all(bool(result.cached.all()) for result in known)
-                    pending.append((window, known, None if whole else pool.submit(lookup.fetch_missing, known)))
-                    yield from _completed(pending, leave=0 if whole and len(pending) == 1 else _REQUESTS_IN_FLIGHT - 1)
-                cursor = window[-1].cursor_after
-            yield from _completed(pending, leave=0)
-            if stream is not None:
-                stream.read_end()
-        finally:
-            if stream is not None:
-                stream.close()
-            for *_, future in pending:
-                if future is not None:
-                    future.cancel()
-
-
-class _Stream:
-    """The rest of an epoch as the source streams it."""
-
-    def __init__(self, rows: Iterator[EpochRows]) -> None:
-        self._rows = rows
-
-    def next(self) -> EpochRows:
-        """Return the rows of the next step."""
-        try:
-            return next(self._rows)
-        except StopIteration as end:
-            raise WireError("the epoch ended before its last batch") from end
-
-    def read_end(self) -> None:
-        """Read the end frame. Raises WireError if more rows follow."""
-        if next(self._rows, None) is not None:
-            raise WireError("the epoch continues after its last batch")
-
-    def close(self) -> None:
-        """Close the connection."""
-        close = getattr(self._rows, "close", None)
-        if close is not None:
-            close()
-
-
-def _windows(config: EpochConfig, source: RowSource, names: tuple[str, ...]) -> Iterator[list[StepBatch]]:
-    """Yield the epoch's steps, as many at a time as are looked up at once."""
-    arrays = source.manifest.arrays
-    row_bytes = sum(arrays[name].row_bytes for name in names if name in arrays)
-    samples = min(_WINDOW_SAMPLES, _WINDOW_BYTES // max(1, row_bytes))
-    steps = iter(config.batches(source.manifest, source.digest))
-    while window := list(islice(steps, max(1, samples // config.batch_size))):
-        yield window
-
-
-def _completed(pending: deque[_Window], *, leave: int) -> Iterator[EpochRows]:
-    """Yield the rows of the oldest windows once they are complete; leave the `leave` newest in flight."""
-    while len(pending) > leave:
-        window, results, future = pending.popleft()
-        if future is not None:
-            future.result()
-        for step, result in zip(window, results, strict=True):
-            yield EpochRows(
-                ids=result.ids,
-                arrays={**result.arrays, IDS: result.ids},
-                repeated=step.repeated,
-                cursor_after=step.cursor_after,
-            )
-
-
-# MERGED from softlabels_client.cache.cached_rows: Lookups in the cache: which of the requested rows are on disk, and how missing ones are fetched and stored.
-
-
-LOGGER = logging.getLogger("softlabels.cache")
-
-MOST_IDS = 8192
-"""Ids per request for missing rows; servers accept 65,536 by default."""
 
 
 @dataclass(frozen=True)
@@ -292,13 +178,13 @@ class CacheLookup:
     A failing disk is logged once; from then on nothing is written to it, or read from it.
 
     Args:
-        opened: the table.
+        table: the cached rows.
         source: row source for what is missing.
         read_only: add no rows.
     """
 
-    def __init__(self, opened: OpenTable, source: RowSource, *, read_only: bool) -> None:
-        self._opened, self._table, self._source = opened, opened.table, source
+    def __init__(self, table: RowTable, source: RowSource, *, read_only: bool) -> None:
+        self._table, self._source = table, source
         self._reads, self._writes = True, not read_only
         self._has_warned = False
 
@@ -334,26 +220,20 @@ class CacheLookup:
         return None if ids is None else self.lookup(ids, fields, _views(view, len(step.positions)))
 
     def fetch_missing(self, results: Sequence[LookupResult]) -> None:
-        """Fetch missing rows, each once, store them, and copy them into the results' arrays.
-
-        Raises: as the source.
-        """
+        """Fetch missing rows, each once, store them, and copy them into the results' arrays; raises as the source."""
         missing = [np.flatnonzero(~result.cached) for result in results]
-        if not sum(map(len, missing)):
+        if not any(map(len, missing)):
             return
-        keys = np.concatenate([result.keys[rows] for result, rows in zip(results, missing, strict=True)])
-        _, distinct, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        parts: list[Any] = [result.ids[rows] for result, rows in zip(results, missing, strict=True)]
-        ids: IdArray = np.concatenate(parts)[distinct]
-        checks = np.concatenate([result.checks[rows] for result, rows in zip(results, missing, strict=True)])[distinct]
-        views = None
-        if results[0].views is not None:
-            views = np.concatenate(
-                [f.views[rows] for f, rows in zip(results, missing, strict=True) if f.views is not None]
+
+        def joined(attribute: str) -> Any:
+            return np.concatenate(
+                [getattr(result, attribute)[rows] for result, rows in zip(results, missing, strict=True)]
             )
-            views = views[distinct]
-        fetched = self._fetched(ids, tuple(results[0].arrays), views)
-        self._store(keys[distinct], checks, fetched)
+
+        keys, distinct, inverse = np.unique(joined("keys"), return_index=True, return_inverse=True)
+        views = None if results[0].views is None else joined("views")[distinct]
+        fetched = self._fetched(joined("ids")[distinct], tuple(results[0].arrays), views)
+        self._write(self._table.store, keys, joined("checks")[distinct], fetched)
         begin = 0
         for result, rows in zip(results, missing, strict=True):
             for name, array in result.arrays.items():
@@ -371,31 +251,23 @@ class CacheLookup:
             missing = ~result.cached
             keys, checks = keys[missing], checks[missing]
             arrays = {name: array[missing] for name, array in arrays.items()}
-        self._store(keys, checks, arrays)
-        try:
-            self._table.store_ids(step.positions, rows.ids)
-        except OSError as error:
-            self._stop_writing(error)
+        self._write(self._table.store, keys, checks, arrays)
+        self._write(self._table.store_ids, step.positions, rows.ids)
 
     def _fetched(
         self, ids: IdArray, names: tuple[str, ...], views: NDArray[np.int64] | None
     ) -> Mapping[str, NDArray[Any]]:
         parts = [slice(begin, begin + MOST_IDS) for begin in range(0, len(ids), MOST_IDS)]
         fetched = [self._source.fetch(ids[p], names, views=None if views is None else views[p]) for p in parts]
-        if len(fetched) == 1:
-            return fetched[0]
-        return {name: np.concatenate([part[name] for part in fetched]) for name in names}
+        return fetched[0] if len(fetched) == 1 else {n: np.concatenate([part[n] for part in fetched]) for n in names}
 
-    def _store(self, keys: Words, checks: Words, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def _write(self, store: Callable[..., None], *rows: Any) -> None:
+        """Call a method of the table that stores rows; after a first failure, never again."""
         if not self._writes:
             return
         try:
-            self._table.store(keys, checks, arrays)
+            store(*rows)
         except OSError as error:
-            self._stop_writing(error)
-
-    def _stop_writing(self, error: OSError) -> None:
-        if self._writes:
             self._writes = False
             LOGGER.warning("no more rows are added to the cache, training continues: %s", str(error))
 
@@ -405,11 +277,85 @@ class CacheLookup:
             LOGGER.warning("the cache cannot be read any more, all rows come from the server: %s", str(error))
 
 
-def missing_fraction(results: Iterable[LookupResult]) -> float:
-    """Return the fraction of rows that are not cached."""
-    counts = [(len(result.cached), int(result.cached.sum())) for result in results]
-    rows, cached = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
-    return 1 - cached / rows if rows else 0.0
+_Window = tuple[list[StepBatch], list[LookupResult], Future[None] | None]
+
+
+def cached_epoch(
+    lookup: CacheLookup, source: RowSource, config: EpochConfig, fields: tuple[str, ...]
+) -> Iterator[EpochRows]:
+    """Yield the rows of each step of an epoch once, in order, from the cache or the source; raises as the source."""
+    names = tuple(dict.fromkeys((*fields, IDS)))
+    view, cursor = config.view_of(source.manifest), config.cursor
+    pending: deque[_Window] = deque()
+    stream: Iterator[EpochRows] | None = None
+    with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT, thread_name_prefix="softlabels-gaps") as pool:
+        try:
+            for window in _windows(config, source, names):
+                results = [lookup.lookup_step(step, names, view) for step in window]
+                known = [result for result in results if result is not None]
+                least = _STREAM_FROM if stream is None else _STREAM_TO
+                if len(known) < len(results) or _missing_fraction(known) > least:
+                    yield from _completed(pending, leave=0)
+                    if stream is None:
+                        stream = source.epoch(config.resumed_at(cursor), names)
+                    for step, result in zip(window, results, strict=True):
+                        rows = next(stream, None)
+                        if rows is None:
+                            raise WireError("the epoch ended before its last batch")
+                        lookup.store_step(step, rows, view, result)
+                        yield rows
+                else:
+                    _close(stream)
+                    stream = None
+                    whole = all(bool(result.cached.all()) for result in known)
+                    pending.append((window, known, None if whole else pool.submit(lookup.fetch_missing, known)))
+                    yield from _completed(pending, leave=0 if whole and len(pending) == 1 else _REQUESTS_IN_FLIGHT - 1)
+                cursor = window[-1].cursor_after
+            yield from _completed(pending, leave=0)
+            # This also reads the end frame, which says that the stream was whole.
+            if stream is not None and next(stream, None) is not None:
+                raise WireError("the epoch continues after its last batch")
+        finally:
+            _close(stream)
+            for *_, future in pending:
+                if future is not None:
+                    future.cancel()
+
+
+def _windows(config: EpochConfig, source: RowSource, names: tuple[str, ...]) -> Iterator[list[StepBatch]]:
+    """Yield the epoch's steps, as many at a time as are looked up at once."""
+    arrays = source.manifest.arrays
+    row_bytes = sum(arrays[name].row_bytes for name in names if name in arrays)
+    samples = min(_WINDOW_SAMPLES, _WINDOW_BYTES // max(1, row_bytes))
+    steps = iter(config.batches(source.manifest, source.digest))
+    while window := list(islice(steps, max(1, samples // config.batch_size))):
+        yield window
+
+
+def _completed(pending: deque[_Window], *, leave: int) -> Iterator[EpochRows]:
+    """Yield the rows of the oldest windows once they are complete; leave the `leave` newest in flight."""
+    while len(pending) > leave:
+        window, results, future = pending.popleft()
+        if future is not None:
+            future.result()
+        for step, result in zip(window, results, strict=True):
+            yield EpochRows(
+                ids=result.ids,
+                arrays={**result.arrays, IDS: result.ids},
+                repeated=step.repeated,
+                cursor_after=step.cursor_after,
+            )
+
+
+def _missing_fraction(results: Sequence[LookupResult]) -> float:
+    rows = sum(len(result.cached) for result in results)
+    return 1 - sum(int(result.cached.sum()) for result in results) / rows if rows else 0.0
+
+
+def _close(stream: Iterator[EpochRows] | None) -> None:
+    close = getattr(stream, "close", None)  # a generator or a connection; plain iterators have nothing to close
+    if close is not None:
+        close()
 
 
 def _views(view: int | None, count: int) -> NDArray[np.int64] | None:

@@ -1,13 +1,12 @@
-"""From samples to slots: row keys, and the two indexes on disk, an array over row numbers and a hash table.
+"""From samples to slots: row keys, and the index on disk, an array over row numbers or a hash table.
 
-Both index files begin with one word, the number of slots assigned. Slots are assigned in the order in which rows arrive
+The file begins with one word, the number of slots assigned. Slots are assigned in the order in which rows arrive
 and are never freed, so readers need no lock.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,40 +17,15 @@ from softlabels.splitmix64 import finalise, sequence
 from softlabels_client.cache.row_records import WORD, MappedFile, Words, derive_seed, runs
 
 PROBES = 32
-"""Entries of the hash table in which a key may be; at the load below, almost no key finds all of them occupied."""
+"""Consecutive entries of the hash table in which a key may be."""
 
 _ENTRIES_A_SLOT = 1.5
-
-
-class SlotIndex(Protocol):
-    """Maps keys to slots; entries are never removed while the table exists."""
-
-    @property
-    def file(self) -> MappedFile:
-        """The index file."""
-        ...
-
-    def find(self, keys: Words) -> NDArray[np.int64]:
-        """Return the slot of each key, [B]; -1 if it has none."""
-        ...
-
-    def free_entries(self, keys: Words) -> NDArray[np.int64]:
-        """Return a free entry for each of these distinct keys, [B]; -1 if there is none."""
-        ...
-
-    def put(self, entry_B: NDArray[np.int64], keys: Words, slots: NDArray[np.int64]) -> None:
-        """Write these keys and slots into entries. Raises OSError."""
-        ...
+"""Entries per slot: at a load of two thirds almost no key finds all of its entries occupied; its row is not cached."""
 
 
 def index_bytes(keys: int, *, dense: bool) -> int:
     """Return the bytes of an index for so many row numbers or hashes."""
     return WORD * (1 + keys) if dense else WORD * (1 + 2 * _table_size(keys))
-
-
-def taken_slots(index: SlotIndex) -> int:
-    """Return the number of slots assigned."""
-    return int(np.frombuffer(index.file.map, dtype="<u8", count=1)[0])
 
 
 def read_taken(path: Path) -> int:
@@ -63,61 +37,41 @@ def read_taken(path: Path) -> int:
         return 0
 
 
-def take_slots(index: SlotIndex, taken: int) -> None:
-    """Record the number of slots assigned. Raises OSError."""
-    index.file.write(0, np.array([taken], dtype="<u8").view(np.uint8))
+class SlotIndex:
+    """Index from keys to slots; entries are never removed while the table exists.
 
-
-class RowNumberIndex:
-    """Index for keys that are row numbers: word 1 + i is the slot of row i, plus 1.
-
-    Args:
-        path: path of the file.
-        keys: rows of the store.
-        read_only: never write to it.
-    Raises:
-        OSError: as `MappedFile`.
-    """
-
-    def __init__(self, path: Path, keys: int, *, read_only: bool) -> None:
-        self.file = MappedFile(path, index_bytes(keys, dense=True), read_only=read_only)
-        self._entries: Words = np.frombuffer(self.file.map, dtype="<u8", offset=WORD)
-
-    def find(self, keys: Words) -> NDArray[np.int64]:
-        """Return the slot of each key, [B]; -1 if it has none."""
-        return self._entries[keys].astype(np.int64) - 1
-
-    def free_entries(self, keys: Words) -> NDArray[np.int64]:
-        """Return the entries of these row numbers; each has its own."""
-        return keys.astype(np.int64)
-
-    def put(self, entry_B: NDArray[np.int64], keys: Words, slots: NDArray[np.int64]) -> None:
-        """Write these keys and slots into entries. Raises OSError."""
-        order = np.argsort(entry_B)
-        entry_B, entries = entry_B[order], (slots[order] + 1).astype("<u8")
-        for begin, end in runs(entry_B):
-            self.file.write(WORD * (1 + int(entry_B[begin])), entries[begin:end].view(np.uint8))
-
-
-class HashIndex:
-    """Index for keys that are hashes, never 0: a table of (key, slot + 1) with linear probing.
+    For row numbers, word 1 + i of the file is the slot of row i, plus 1: 0 marks a free entry. For hashes, which are
+    never 0, it is a table of (key, slot + 1) with linear probing.
 
     Args:
         path: path of the file.
         keys: most keys.
+        dense: whether keys are row numbers below `keys`.
         read_only: never write to it.
     Raises:
         OSError: as `MappedFile`.
     """
 
-    def __init__(self, path: Path, keys: int, *, read_only: bool) -> None:
-        self.file = MappedFile(path, index_bytes(keys, dense=False), read_only=read_only)
-        self._size = _table_size(keys)
-        table = np.frombuffer(self.file.map, dtype="<u8", offset=WORD).reshape(self._size, 2)
-        self._keys, self._slots = table[:, 0], table[:, 1]
+    def __init__(self, path: Path, keys: int, *, dense: bool, read_only: bool) -> None:
+        self.file = MappedFile(path, index_bytes(keys, dense=dense), read_only=read_only)
+        self._dense = dense
+        self._words: Words = np.frombuffer(self.file.map, dtype="<u8")
+        entries = self._words[1:]
+        self._keys, self._slots = (entries, entries) if dense else (entries[::2], entries[1::2])
+
+    @property
+    def taken(self) -> int:
+        """Number of slots assigned."""
+        return int(self._words[0])
+
+    def take(self, taken: int) -> None:
+        """Record the number of slots assigned. Raises OSError."""
+        self.file.write(0, np.array([taken], dtype="<u8").view(np.uint8))
 
     def find(self, keys: Words) -> NDArray[np.int64]:
         """Return the slot of each key, [B]; -1 if it has none."""
+        if self._dense:
+            return self._slots[keys].astype(np.int64) - 1
         window = self._window(keys)
         found = self._keys[window] == keys[:, None]
         entries = window[np.arange(len(keys)), found.argmax(axis=1)]
@@ -125,28 +79,31 @@ class HashIndex:
 
     def free_entries(self, keys: Words) -> NDArray[np.int64]:
         """Return a free entry for each of these distinct keys, [B]; -1 if there is none."""
+        if self._dense:
+            return keys.astype(np.int64)
         window = self._window(keys)
-        kept = self._keys[window]
-        free = (kept == 0) | (kept == keys[:, None])
+        occupants = self._keys[window]
+        # The key's own entry counts as free: if a damaged slot in it led nowhere, it is overwritten.
+        free = (occupants == 0) | (occupants == keys[:, None])
         entry_B = np.full(len(keys), -1, dtype=np.int64)
         given: set[int] = set()
         for row, allowed in enumerate(free):
-            for entry in window[row][allowed].tolist():
-                if entry not in given:
-                    given.add(entry)
-                    entry_B[row] = entry
-                    break
+            entry_B[row] = next((entry for entry in window[row][allowed].tolist() if entry not in given), -1)
+            given.add(int(entry_B[row]))
         return entry_B
 
     def put(self, entry_B: NDArray[np.int64], keys: Words, slots: NDArray[np.int64]) -> None:
         """Write these keys and slots into entries. Raises OSError."""
-        entries = np.stack([keys, (slots + 1).astype(np.uint64)], axis=1).astype("<u8")
-        for number, entry in zip(entry_B.tolist(), entries, strict=True):
-            self.file.write(WORD * (1 + 2 * number), entry.view(np.uint8))
+        order = np.argsort(entry_B)
+        entry_B, values = entry_B[order], (slots[order] + 1).astype("<u8")
+        entries = values[:, None] if self._dense else np.stack([keys[order], values], axis=1).astype("<u8")
+        for begin, end in runs(entry_B):
+            self.file.write(WORD * (1 + int(entry_B[begin]) * entries.shape[1]), entries[begin:end].view(np.uint8))
 
     def _window(self, keys: Words) -> NDArray[np.int64]:
-        begin = (keys % np.uint64(self._size)).astype(np.int64)
-        window: NDArray[np.int64] = (begin[:, None] + np.arange(PROBES)) % self._size
+        size = len(self._keys)
+        begin = (keys % np.uint64(size)).astype(np.int64)
+        window: NDArray[np.int64] = (begin[:, None] + np.arange(PROBES)) % size
         return window
 
 
@@ -165,13 +122,9 @@ class RowKeys:
 
     def __init__(self, manifest: Manifest) -> None:
         self._ids, self._layout = manifest.ids, manifest.layout
+        # Odd factors: multiplication by them modulo 2⁶⁴ loses no bit.
         width_words = -(-max(manifest.ids.width_bytes, 8) // 8)
         self._factors = [sequence(derive_seed("row keys", which), width_words) | np.uint64(1) for which in ("1", "2")]
-
-    @property
-    def dense(self) -> bool:
-        """Whether keys are row numbers."""
-        return self._ids.dense_start is not None
 
     def of(self, ids: IdArray, views: NDArray[np.int64] | None) -> tuple[Words, Words] | None:
         """Return both keys, [B] each; None if a sample cannot be in the store, or views do not fit its layout."""
@@ -201,4 +154,5 @@ class RowKeys:
         if views is not None:
             first += sequence(1, self._layout.views)[views]
             second += sequence(2, self._layout.views)[views]
+        # 0 marks a free entry of the index, so no key is 0.
         return np.maximum(finalise(first), np.uint64(1)), finalise(second)

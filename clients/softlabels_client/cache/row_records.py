@@ -14,7 +14,6 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -54,7 +53,7 @@ class RowChecks:
         self._seed = np.uint64(seed)
 
     def of(self, words_BW: Words, keys_B: Words) -> Words:
-        """Return the checksums of these rows, [B]; never 0, which marks a field that is not stored."""
+        """Return the checksums of these rows, [B]; never 0."""
         sums = finalise(keys_B ^ self._seed)
         # A few rows at a time, so that folded words are still in the CPU's cache when they are summed.
         at_once = max(1, _WORDS_AT_ONCE // len(self._factors))
@@ -69,9 +68,17 @@ class RowChecks:
         return checks
 
 
+def record_type(fields: Mapping[str, ArraySpec]) -> np.dtype[Any]:
+    """Return the structured type of a record with these fields."""
+    parts = [("key", "<u8")]
+    for name, spec in fields.items():
+        parts += [(f"field {name}", f"V{_words(spec) * WORD}"), (f"check {name}", "<u8")]
+    return np.dtype(parts)
+
+
 def record_bytes(fields: Mapping[str, ArraySpec]) -> int:
     """Return the bytes of a record with these fields."""
-    return WORD + sum(_words(spec) * WORD + WORD for spec in fields.values())
+    return record_type(fields).itemsize
 
 
 def runs(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -81,25 +88,11 @@ def runs(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         yield from zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)], strict=True)
 
 
-@dataclass(frozen=True)
-class _Field:
-    """A field of a record: where its bytes begin, and how its checksum is computed."""
-
-    spec: ArraySpec
-    begin: int
-    words: int
-    checks: RowChecks
-
-
 class MappedFile:
     """An existing file of fixed size, read through a memory map and written by `pwrite`; usable after fork.
 
-    Args:
-        path: path of the file.
-        size_bytes: size that it must have.
-        read_only: never write to it.
     Raises:
-        OSError: it cannot be opened, or has another size.
+        OSError: it cannot be opened, or has a different size.
     """
 
     def __init__(self, path: Path, size_bytes: int, *, read_only: bool) -> None:
@@ -145,16 +138,11 @@ class RecordFile:
     def __init__(
         self, path: Path, fields: Mapping[str, ArraySpec], capacity: int, *, digest: str, read_only: bool
     ) -> None:
-        self._record_bytes = record_bytes(fields)
-        self.file = MappedFile(path, capacity * self._record_bytes, read_only=read_only)
-        self._capacity = capacity
-        self._fields: dict[str, _Field] = {}
-        begin = WORD
-        for name, spec in fields.items():
-            words = _words(spec)
-            self._fields[name] = _Field(spec, begin, words, RowChecks(words, derive_seed(digest, name)))
-            begin += (words + 1) * WORD
-        self._keys = self._column(0, np.dtype("<u8"))
+        self._type = record_type(fields)
+        self.file = MappedFile(path, capacity * self._type.itemsize, read_only=read_only)
+        self._records = np.frombuffer(self.file.map, dtype=self._type)
+        self._specs = fields
+        self._checks = {name: RowChecks(_words(spec), derive_seed(digest, name)) for name, spec in fields.items()}
 
     def read(
         self, slots: NDArray[np.int64], names: tuple[str, ...], keys: Words, checks: Words
@@ -168,67 +156,57 @@ class RecordFile:
         Returns:
             One array per field, [B, ...]; which rows are valid, [B]; and which are damaged rather than absent, [B].
         """
-        valid = self._keys[slots] == keys
+        valid = self.keys_at(slots) == keys
         damaged = ~valid
         arrays = {}
         for name in names:
-            field = self._fields[name]
+            spec = self._specs[name]
             # The checksum is read first and written last, so a row that is being written looks absent.
-            sums = self._column(field.begin + field.words * WORD, np.dtype("<u8"))[slots]
-            rows = self._column(field.begin, np.dtype((np.void, field.words * WORD)))[slots]
-            words_BW = rows.view("<u8").reshape(len(slots), field.words)
-            right = sums == field.checks.of(words_BW, checks)
+            sums = self._records[f"check {name}"][slots]
+            # Gathered as opaque bytes: NumPy then copies each row at once.
+            words_BW = self._records[f"field {name}"][slots].view("<u8").reshape(len(slots), _words(spec))
+            right = sums == self._checks[name].of(words_BW, checks)
             damaged |= ~right & (sums != 0)
             valid &= right
-            arrays[name] = _shaped(words_BW, field.spec)
+            arrays[name] = _shaped(words_BW, spec)
         return arrays, valid, damaged & ~valid
 
     def keys_at(self, slots: NDArray[np.int64]) -> Words:
         """Return the keys of the records in these slots, [B]."""
-        return self._keys[slots]
+        keys: Words = self._records["key"][slots]
+        return keys
 
     def pack(self, keys: Words, checks: Words, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
         """Return whole records, uint8 [B, record]; fields that are not given are marked absent."""
-        block = np.zeros((len(keys), self._record_bytes // WORD), dtype="<u8")
-        block[:, 0] = keys
+        records = np.zeros(len(keys), dtype=self._type)
+        records["key"] = keys
         for name, array in arrays.items():
-            field = self._fields[name]
-            first = field.begin // WORD
-            words_BW = _padded(array, field)
-            block[:, first : first + field.words] = words_BW
-            block[:, first + field.words] = field.checks.of(words_BW, checks)
-        return block.view(np.uint8)
+            words_BW = _padded(array, self._specs[name])
+            records[f"field {name}"] = words_BW.view(self._type[f"field {name}"])[:, 0]
+            records[f"check {name}"] = self._checks[name].of(words_BW, checks)
+        return records.view(np.uint8).reshape(len(keys), self._type.itemsize)
 
     def write(self, slots: NDArray[np.int64], block: NDArray[np.uint8]) -> None:
         """Write packed records into ascending slots, consecutive ones with one call. Raises OSError."""
         for begin, end in runs(slots):
-            self.file.write(int(slots[begin]) * self._record_bytes, block[begin:end])
+            self.file.write(int(slots[begin]) * self._type.itemsize, block[begin:end])
 
-    def write_fields(self, slot: int, block: NDArray[np.uint8], names: tuple[str, ...]) -> None:
+    def write_fields(self, slot: int, record: NDArray[np.uint8], names: tuple[str, ...]) -> None:
         """Write some fields of one packed record into its slot and keep its others. Raises OSError."""
-        for name in names:
-            field = self._fields[name]
-            end = field.begin + field.words * WORD
-            for part in (slice(field.begin, end), slice(end, end + WORD)):
-                self.file.write(slot * self._record_bytes + part.start, block[part])
-
-    def _column(self, begin: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        return np.ndarray(
-            (self._capacity,), dtype=dtype, buffer=self.file.map, offset=begin, strides=(self._record_bytes,)
-        )
+        offsets: Mapping[str, Any] = self._type.fields or {}
+        for part in (f"{kind} {name}" for name in names for kind in ("field", "check")):
+            dtype, begin = offsets[part][:2]
+            self.file.write(slot * self._type.itemsize + begin, record[begin : begin + dtype.itemsize])
 
 
 def _words(spec: ArraySpec) -> int:
     return -(-spec.row_bytes // WORD)
 
 
-def _padded(array: NDArray[Any], field: _Field) -> Words:
-    flat = np.ascontiguousarray(array, dtype=field.spec.dtype).reshape(len(array), -1).view(np.uint8)
-    if flat.shape[1] == field.words * WORD:
-        return flat.view("<u8")
-    padded = np.zeros((len(array), field.words * WORD), dtype=np.uint8)
-    padded[:, : flat.shape[1]] = flat
-    return padded.view("<u8")
+def _padded(array: NDArray[Any], spec: ArraySpec) -> Words:
+    flat = np.ascontiguousarray(array, dtype=spec.dtype).reshape(len(array), -1).view(np.uint8)
+    padding = _words(spec) * WORD - flat.shape[1]
+    return (np.pad(flat, ((0, 0), (0, padding))) if padding else flat).view("<u8")
 
 
 def _shaped(words_BW: Words, spec: ArraySpec) -> NDArray[Any]:

@@ -5,15 +5,15 @@
     ids       position → id       unless ids are consecutive integers; epochs then need no server to name their samples
 
 A row is written into a slot that no other row has, and only then into the index; a process killed in between leaves a
-slot unused. Writers of several processes take turns by a file lock that ends with its owner; readers need none.
+slot unused. One process at a time writes, by a file lock that ends with its owner; readers need no lock.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,40 @@ from numpy.typing import NDArray
 
 from softlabels.ids import IdArray, from_fixed_bytes, id_kind, to_fixed_bytes
 from softlabels.manifest import IDS, ArraySpec, Manifest
-from softlabels_client.cache.row_index import (
-    HashIndex,
-    RowKeys,
-    RowNumberIndex,
-    SlotIndex,
-    index_bytes,
-    take_slots,
-    taken_slots,
-)
+from softlabels_client.cache.row_index import RowKeys, SlotIndex, index_bytes
 from softlabels_client.cache.row_records import RecordFile, Words, record_bytes
 
-ROWS_FILE, INDEX_FILE, IDS_FILE, WRITING_FILE = "rows", "index", "ids", "writing"
+ROWS_FILE, INDEX_FILE, IDS_FILE, WRITING_FILE, IN_USE_FILE = "rows", "index", "ids", "writing", "in-use"
+
+
+class FileLock:
+    """A file lock that is held until released, or until no reference to it exists, here or in a forked process.
+
+    Args:
+        path: file to lock.
+        kind: operation of `flock`.
+        create: create a missing file.
+    """
+
+    def __init__(self, path: Path, kind: int, *, create: bool = False) -> None:
+        self._fd = -1
+        # Opened anew for each lock: it belongs to the open file description, which threads and forks share.
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o600)
+        fcntl.flock(self._fd, kind)
+
+    def release(self) -> None:
+        """Release for all: closing alone would leave it to a child that another thread forked meanwhile."""
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +69,7 @@ class TableShape:
         keys: keys that the index has room for.
         dense: whether keys are row numbers.
         samples: samples whose ids are stored by position; 0 if ids are consecutive integers.
-        id_spec: array specification of ids.
+        id_spec: specification of an id's bytes.
     """
 
     fields: Mapping[str, ArraySpec]
@@ -88,41 +110,30 @@ def shape_of(manifest: Manifest, slots: int) -> TableShape:
 
 def shape_within(manifest: Manifest, most_bytes: int) -> TableShape | None:
     """Return the largest table within `most_bytes`; None if less than one row in a hundred would fit."""
-    # By bisection: the bytes of a slot besides its record depend on the index.
-    fits, too_many = 0, manifest.rows + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if shape_of(manifest, middle).size_bytes <= most_bytes:
-            fits = middle
-        else:
-            too_many = middle
+    # Searched for: the bytes of a slot besides its record depend on the index.
+    numbers = range(1, manifest.rows + 1)
+    fits = bisect_right(numbers, most_bytes, key=lambda slots: shape_of(manifest, slots).size_bytes)
     return shape_of(manifest, fits) if fits and fits * 100 >= manifest.rows else None
 
 
 class RowTable:
     """Cached rows of one store version; safe in threads, between processes and after fork.
 
-    Args:
-        folder: folder of its files.
-        manifest: manifest of the store.
-        digest: digest of the store.
-        shape: sizes of the files.
-        read_only: never write to it.
     Raises:
-        OSError: a file is missing or has another size.
+        OSError: a file of the folder is missing or has a different size.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, digest: str, shape: TableShape, *, read_only: bool) -> None:
         self.shape = shape
         self._folder, self._ids, self._read_only = folder, manifest.ids, read_only
         self.keys = RowKeys(manifest)
-        make = RowNumberIndex if shape.dense else HashIndex
-        self._index: SlotIndex = make(folder / INDEX_FILE, shape.keys, read_only=read_only)
+        self._in_use = FileLock(folder / IN_USE_FILE, fcntl.LOCK_SH)  # held until the table is closed: never removed
+        self._index = SlotIndex(folder / INDEX_FILE, shape.keys, dense=shape.dense, read_only=read_only)
         self._rows = RecordFile(folder / ROWS_FILE, shape.fields, shape.slots, digest=digest, read_only=read_only)
-        self._names: RecordFile | None = None
+        self._id_file: RecordFile | None = None
         if shape.samples:
             fields = {IDS: shape.id_spec}
-            self._names = RecordFile(folder / IDS_FILE, fields, shape.samples, digest=digest, read_only=read_only)
+            self._id_file = RecordFile(folder / IDS_FILE, fields, shape.samples, digest=digest, read_only=read_only)
 
     def read(
         self, keys: Words, checks: Words, names: tuple[str, ...]
@@ -141,9 +152,9 @@ class RowTable:
         self._check_sizes()
         slots = self._index.find(keys)
         cached = (slots >= 0) & (slots < self.shape.slots)
-        if not cached.any():
-            shapes = {name: self.shape.fields[name] for name in names}
-            return {n: np.zeros((len(keys), *s.row_shape), s.dtype) for n, s in shapes.items()}, cached, 0
+        if not cached.any():  # in a first epoch, nothing is read in vain
+            specs = {name: self.shape.fields[name] for name in names}
+            return {n: np.zeros((len(keys), *s.row_shape), s.dtype) for n, s in specs.items()}, cached, 0
         arrays, valid, damaged = self._rows.read(np.where(cached, slots, 0), names, keys, checks)
         return arrays, valid & cached, int((damaged & cached).sum())
 
@@ -163,9 +174,9 @@ class RowTable:
             keys, checks = keys[distinct], checks[distinct]
             arrays = {name: array[distinct] for name, array in arrays.items()}
         if self.taken_slots == self.shape.slots and not (self._index.find(keys) >= 0).any():
-            return
+            return  # full, and nothing to repair: neither pack nor lock
         block = self._rows.pack(keys, checks, arrays)
-        with self._write_lock():
+        with FileLock(self._folder / WRITING_FILE, fcntl.LOCK_EX, create=True):
             self._check_sizes()
             slots = self._index.find(keys)
             known = (slots >= 0) & (slots < self.shape.slots)
@@ -177,38 +188,37 @@ class RowTable:
             self._append(keys, block)
 
     def store_ids(self, positions: NDArray[np.int64], ids: IdArray) -> None:
-        """Store the ids of the samples at these positions, unless they are consecutive integers. Raises OSError."""
-        if self._names is None or self._read_only:
+        """Store the ids of the samples at these positions, unless ids are consecutive integers. Raises OSError."""
+        if self._id_file is None or self._read_only:
             return
         _, distinct = np.unique(positions, return_index=True)
         positions, ids = positions[distinct], ids[distinct]
-        kept = to_fixed_bytes(ids, width_bytes=self._ids.width_bytes) if id_kind(ids) == "str" else ids
+        stored = to_fixed_bytes(ids, width_bytes=self._ids.width_bytes) if id_kind(ids) == "str" else ids
         keys = positions.astype(np.uint64)
-        with self._write_lock():
+        with FileLock(self._folder / WRITING_FILE, fcntl.LOCK_EX, create=True):
             self._check_sizes()
-            self._names.write(positions, self._names.pack(keys, keys, {IDS: kept}))
+            self._id_file.write(positions, self._id_file.pack(keys, keys, {IDS: stored}))
 
     def ids_at(self, positions: NDArray[np.int64]) -> IdArray | None:
         """Return the ids of the samples at these positions; None if some are not cached. Raises OSError."""
         if self._ids.dense_start is not None:
             return positions + self._ids.dense_start
-        assert self._names is not None, "a table without row numbers keeps ids"
+        assert self._id_file is not None, "a table without row numbers keeps ids"
         self._check_sizes()
         keys = positions.astype(np.uint64)
-        arrays, valid, _ = self._names.read(positions, (IDS,), keys, keys)
+        arrays, valid, _ = self._id_file.read(positions, (IDS,), keys, keys)
         if not valid.all():
             return None
         return from_fixed_bytes(arrays[IDS]) if self._ids.kind == "str" else arrays[IDS]
 
     @property
     def taken_slots(self) -> int:
-        """Number of slots assigned."""
-        return min(taken_slots(self._index), self.shape.slots)
+        """Number of slots assigned; a damaged index may say more than there are."""
+        return min(self._index.taken, self.shape.slots)
 
     def _repair(
         self, slots: NDArray[np.int64], keys: Words, checks: Words, block: NDArray[np.uint8], names: tuple[str, ...]
     ) -> None:
-        """Write these fields of existing records where they are missing or damaged."""
         _, valid, _ = self._rows.read(slots, names, keys, checks)
         for row in np.flatnonzero(~valid).tolist():
             self._rows.write_fields(int(slots[row]), block[row], names)
@@ -224,22 +234,10 @@ class RowTable:
             return
         slots = np.arange(taken, taken + len(keys))
         # In this order: a process killed after any of the three leaves slots unused, and never one with two owners.
-        take_slots(self._index, taken + len(keys))
+        self._index.take(taken + len(keys))
         self._rows.write(slots, block)
         self._index.put(entries, keys, slots)
 
     def _check_sizes(self) -> None:
-        for file in (self._index.file, self._rows.file, *([self._names.file] if self._names else [])):
+        for file in (self._index.file, self._rows.file, *([self._id_file.file] if self._id_file else [])):
             file.check_size()
-
-    @contextlib.contextmanager
-    def _write_lock(self) -> Iterator[None]:
-        # Opened anew each time: the lock belongs to the open file description, which threads and forks share.
-        fd = os.open(self._folder / WRITING_FILE, os.O_RDWR)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            # Closing alone would not unlock: a child forked meanwhile by another thread also has this file open.
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
