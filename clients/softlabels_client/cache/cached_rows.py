@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
-from softlabels.epochs import EpochRows
 from softlabels.errors import RequestError, WireError
 from softlabels.ids import IdArray
 from softlabels.manifest import IDS, Manifest
 from softlabels.order import EpochConfig, StepBatch
 from softlabels.target_store import RowSource
+from softlabels.targets import EpochRows
 from softlabels_client.cache.cache_folder import DEFAULT_BYTES, CacheFolder, default_folder
 from softlabels_client.cache.row_records import Words
 from softlabels_client.cache.row_table import RowTable
