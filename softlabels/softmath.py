@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +42,9 @@ def check_temperature(temperature: object) -> float:
 
 def check_mean(mean: object) -> Mean:
     """Return the name of the mean; raise RequestError with the known names for any other."""
-    if mean == "none" or mean == "arithmetic" or mean == "geometric":
-        return mean
+    for known in get_args(Mean):
+        if mean == known:
+            return cast(Mean, known)
     raise RequestError(f"there is no mean {mean!r}; choose 'none', 'arithmetic' or 'geometric'", mean=repr(mean))
 
 

@@ -193,7 +193,7 @@ class RecordFile:
 
     def write_fields(self, slot: int, record: NDArray[np.uint8], names: tuple[str, ...]) -> None:
         """Write some fields of one packed record into its slot and keep its others. Raises OSError."""
-        offsets: Mapping[str, Any] = self._type.fields or {}
+        offsets: dict[str, Any] = dict(self._type.fields or {})
         for part in (f"{kind} {name}" for name in names for kind in ("field", "check")):
             dtype, begin = offsets[part][:2]
             self.file.write(slot * self._type.itemsize + begin, record[begin : begin + dtype.itemsize])

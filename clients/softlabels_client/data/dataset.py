@@ -90,7 +90,7 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
         self.samples = StoreInputs(store, ids) if inputs is None else as_transfer_set(inputs, ids)
         self.store = store
         self.temperature = wanted
-        self.check = check
+        self.check: Check = check
         self._seen = np.zeros(len(self.samples), dtype=np.bool_)
 
     def __len__(self) -> int:
