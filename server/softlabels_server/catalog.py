@@ -116,6 +116,7 @@ class StoreFolder:
 
     def opened(self, name: str) -> ServedStore | None:
         """Return the store if it is open and unchanged on disk: one `stat`, fast enough for an event loop."""
+        # Without the lock, which `get` holds while a store is opened: the event loop must not wait for a disk.
         store = self._opened.get(name)
         return store if store is not None and store.signature == _signature(store.path) else None
 
@@ -142,6 +143,7 @@ class StoreFolder:
             self._opened.clear()
 
     def _open(self, name: str) -> ServedStore:
+        # Before the files are read: if the store is replaced meanwhile, the next request notices and opens it again.
         signature = self._signature_of(name)
         if signature is None:
             near = get_close_matches(name, self.names(), n=1)

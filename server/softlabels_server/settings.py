@@ -91,6 +91,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the sources of values, highest precedence first."""
+        # The file's name is itself a setting, and has to be known before the sources are listed.
         file = init_settings().get("config") or os.environ.get(ENV_PREFIX + "CONFIG")
         return (init_settings, env_settings) if file is None else (init_settings, env_settings, _toml(cls, Path(file)))
 
@@ -150,5 +151,6 @@ def _explain(fault: Any, values: dict[str, Any]) -> str:
     where = name if name in values else variable if variable in os.environ else f"{name} in the settings file"
     if fault["type"] == "extra_forbidden":
         return f"{where} is not a setting; known are {', '.join(Settings.model_fields)}"
+    # A message must not repeat the token.
     found = "refused" if name == "token" else repr(fault["input"])
     return f"{where} is {found}: {message[0].lower()}{message[1:]}"

@@ -67,6 +67,7 @@ def parse_address(url: str) -> StoreAddress:
     if parts.query or parts.fragment:
         raise RequestError(f"{url!r} has a query or fragment, which no store's URL has: write it like {_EXAMPLE}")
     path = parts.path.rstrip("/")
+    # A URL that ends in `/v1/stores` names no store: with the added slash its name is empty, not `stores`.
     prefix, _, name = (path + "/" if path.endswith(API_PATH) else path).rpartition("/")
     prefix = prefix.rstrip("/").removesuffix(API_PATH)
     base = f"{parts.scheme}://{parts.netloc}{prefix}"

@@ -59,8 +59,10 @@ class ConnectionPool:
                 body=body,
                 headers=headers,
                 timeout=urllib3.Timeout(connect=left_s, read=left_s),
+                # `HttpTransport` retries, within one deadline. A redirect must not carry the token to another server.
                 retries=False,
                 redirect=False,
+                # The body is read later, once its length is checked; a compressed one is refused, not decoded.
                 preload_content=False,
                 decode_content=False,
             )
@@ -113,6 +115,7 @@ class ConnectionPool:
             return ConnectionError(f"through the proxy {found.scheme}://{found.netloc}: {error}")
         if isinstance(error, PoolTimeoutError):
             return TimeoutError(str(error))
+        # The class of the cause decides whether a retry can help: an invalid certificate, for instance, stays invalid.
         for cause in (*error.args, error.__cause__):
             if isinstance(cause, OSError | http.client.HTTPException):
                 return cause

@@ -123,6 +123,7 @@ class HttpRows:
             RequestError, UnknownIdError, BadIdsError, RowsNotCommittedError, ChecksumError, … as for a local store.
         """
         self._check_keys(views, spans)
+        # The ids are always requested, to check that the rows are those of the samples asked for.
         names = tuple(dict.fromkeys((*fields, IDS)))
         most_bytes = self._most_reply_bytes(names, ids, spans)
         query, body, media_type = self._batch_request(ids, names, views, spans)
@@ -152,6 +153,7 @@ class HttpRows:
         """
         names = tuple(dict.fromkeys((*fields, IDS)))
         failures = 0
+        # No steps are left if the stream broke after the last one: all rows have been yielded.
         while len(steps := config.batches(self.manifest, self.digest)):
             stream: ReplyStream | None = None
             try:
@@ -161,6 +163,7 @@ class HttpRows:
                 for step in steps:
                     rows = frames.read(step)
                     yield rows
+                    # Progress resets the count: retries are limited for each break, not for the whole epoch.
                     config, failures = config.resumed_at(rows.cursor_after), 0
                 frames.read_end(steps)
                 stream.finish()
@@ -227,6 +230,7 @@ class HttpRows:
             if spans is None:
                 rows += len(ids) * self.manifest.rows
             else:
+                # Clipped, so that ranges outside the store, which the server refuses, do not raise the limit.
                 begin, end = np.clip(spans, 0, self.manifest.rows).T
                 rows += int(np.maximum(end - begin, 0).sum())
         return rows * self._reader.row_bytes(names) + _SLACK_BYTES

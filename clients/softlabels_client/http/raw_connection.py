@@ -44,6 +44,7 @@ class RawConnection(http.client.HTTPConnection):
         super().connect()
         assert self.sock is not None
         self._head = bytearray(_HEAD_BYTES)
+        # Negative: so far the socket object has a timeout, set by `http.client`, and the kernel has none.
         self._waits_s = -1.0
 
     def ask(self, head: bytes, body: bytes | None, deadline: Deadline) -> tuple[bytes, bytearray, int, int]:
@@ -57,8 +58,10 @@ class RawConnection(http.client.HTTPConnection):
         """
         self._wait_at_most(deadline.left_s())
         try:
+            # In one call: the server's fast path answers only a request whose head and body arrive together.
             self.sock.sendall(head if body is None else head + body)
             return self._read_head(deadline)
+        # The kernel reports an expired SO_RCVTIMEO or SO_SNDTIMEO as EAGAIN, which Python raises as BlockingIOError.
         except BlockingIOError as error:
             raise TimeoutError(f"no complete reply within {deadline.timeout_s:g} s") from error
 
@@ -68,6 +71,7 @@ class RawConnection(http.client.HTTPConnection):
         while filled < len(view):
             self._wait_at_most(deadline.left_s())
             try:
+                # MSG_WAITALL fills the view in one call, unless a timeout or a signal ends it early: hence the loop.
                 count = self.sock.recv_into(view[filled:], 0, socket.MSG_WAITALL)
             except BlockingIOError as error:
                 raise TimeoutError(f"no complete reply within {deadline.timeout_s:g} s") from error
@@ -103,6 +107,7 @@ class RawConnection(http.client.HTTPConnection):
                 if count >= _MOST_HEAD_BYTES:
                     raise http.client.HTTPException("the head of the reply has no end")
                 buffer = self._head = self._head + bytearray(len(self._head))
+            # After each piece, so that a peer that sends the head byte by byte cannot outlast the deadline.
             self._wait_at_most(deadline.left_s())
 
     def _wait_at_most(self, seconds: float) -> None:
@@ -112,6 +117,7 @@ class RawConnection(http.client.HTTPConnection):
             self.sock.settimeout(None)
         if not seconds * 0.99 <= self._waits_s <= seconds * 1.01:
             whole = int(seconds)
+            # A `struct timeval`: seconds and microseconds, as two longs. All zeros would mean no limit: at least 1 µs.
             packed = struct.pack("ll", whole, max(1, int((seconds - whole) * 1e6)))
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, packed)
@@ -149,6 +155,7 @@ def parse_usual(head: bytes) -> tuple[Mapping[str, str], int] | None:
     for line in head.decode("latin-1").split("\r\n")[1:]:
         name, colon, value = line.partition(":")
         name = name.lower()
+        # Also for a repeated or folded header: `http.client` decides what those mean.
         if not colon or name in headers or name in _UNUSUAL or not name.isprintable() or line[0] in " \t":
             return None
         headers[name] = value.strip()
@@ -202,6 +209,7 @@ class Buffers:
 
     def give_back(self, memory: NDArray[np.uint8]) -> None:
         """Take a buffer back for later use."""
+        # An estimate, as buffers hardly differ in size: to add them up would iterate a deque that other threads change.
         if (len(self._free) + 1) * len(memory) <= _MOST_UNUSED_BYTES:
             self._free.append(memory)
 
@@ -221,6 +229,7 @@ class _Lent(np.ndarray[Any, Any]):
     """A buffer in use: kept alive by every view of it, and returned to the pool when collected."""
 
     memory: NDArray[np.uint8]
+    # None in views, which NumPy makes of this class as well: only the buffer itself returns its memory.
     owner: Buffers | None = None
 
     def __del__(self) -> None:

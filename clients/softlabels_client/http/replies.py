@@ -107,6 +107,7 @@ class RawStream(ReplyStream):
             view[:count] = self.received[:count]
             self.received = self.received[count:]
         if count < len(view):
+            # A deadline for each read, not for the reply: a stream may last as long as its epoch; only a stall fails.
             count += self.connection.read_into(view[count:], Deadline(self.timeout_s))
         return count
 
@@ -160,6 +161,7 @@ class ParsedReply(ReplyStream):
             self.set_timeout(deadline.left_s())
             piece = self.read_once(_PIECE_BYTES)
             if not piece:
+                # The last chunk has arrived: if the connection ends before it, `read_once` raises.
                 return memoryview(body).toreadonly()
             body += piece
         raise WireError(f"the reply has more than the {limit} bytes that are possible: the rest was not read")

@@ -49,6 +49,7 @@ class ReplyReader:
             WireError: cut, inconsistent, or not the requested arrays. StoreChangedError: rows of another version.
         """
         header = wire.raw_header(blob)
+        # Names and samples are part of the key, since the same header is wrong as the reply to another request.
         layout = self._known.get((header, names, samples))
         if layout is None:
             layout = wire.parse_header(blob)
@@ -183,6 +184,7 @@ class FrameReader:
     def _header(self) -> bytes:
         # All headers of a stream but that of its end have one length: after the first, each takes one read.
         usual = 8 if self._parsed is None else len(self._parsed[0])
+        # The end frame is shorter: reading more than the stream has left would be taken for a cut.
         start = bytes(self._stream.read(usual if usual <= self._stream.left_bytes else 8))
         length = int.from_bytes(start[:8], "little")
         if 8 + length == len(start):
@@ -197,6 +199,7 @@ class FrameReader:
         if layout.data_bytes > self._stream.left_bytes:
             raise WireError(f"a frame announces {layout.data_bytes} bytes, more than the stream has left")
         blob = self._stream.buffers.take(len(header) + layout.data_bytes)
+        # The header stays before the arrays, because the layout's offsets count from the start of the file.
         blob[: len(header)] = header
         self._stream.read_into(blob[len(header) :])
         return blob.toreadonly()
@@ -210,8 +213,10 @@ class FrameReader:
             return None
         last, layout, then = self._parsed
         old, new = (b'"cursor":"%d"' % cursor for cursor in (then.cursor_after, step.cursor_after))
+        # The cursor must occur exactly once, or `replace` would change other parts of the header too.
         if len(then.positions) != len(step.positions) or then.repeated != step.repeated or last.count(old) != 1:
             return None
+        # Headers are padded with spaces to one length, so a cursor with more digits takes the place of padding.
         return layout if header == last.replace(old, new).rstrip(b" ").ljust(len(last)) else None
 
 

@@ -91,6 +91,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 def connection_error(error: OSError | http.client.HTTPException, *, url: str, timeout_s: float) -> SoftLabelsError:
     """Return the error for a request that got no complete reply, from that of the socket, TLS or HTTP library."""
     if isinstance(error, SoftLabelsError):
+        # Some of our errors are subclasses of OSError too; their messages already say what is wrong.
         return error
     if isinstance(error, http.client.IncompleteRead):
         return TruncatedError(f"the reply of {url} was cut", url=url)

@@ -86,6 +86,7 @@ class HttpTransport:
         # RawConnection relies on socket options of POSIX systems.
         self._is_raw = address.scheme == "http" and self._proxy is None and os.name == "posix"
         self._has_answered = False
+        # Shared by threads without a lock: `append` and `pop` of a deque are atomic.
         self._idle: deque[RawConnection] = deque()
         self._pool: ConnectionPool | None = None
         self._process = os.getpid()
@@ -119,10 +120,12 @@ class HttpTransport:
             asked_s: float | None = None
             try:
                 reply = self._exchange(request)
+            # Before OSError, of which it is a subclass: a reply that breaks the protocol is not requested again.
             except WireError:
                 raise
             except (OSError, http.client.HTTPException) as error:
                 failure = connection_error(error, url=url, timeout_s=self._timeout_s)
+                # A retry cannot make a certificate valid.
                 transient = not isinstance(error, ssl.SSLCertVerificationError)
             else:
                 if reply.status == 200:
@@ -203,6 +206,7 @@ class HttpTransport:
         self.__dict__.update(state, _idle=deque(), _process=os.getpid(), _pool=None)
 
     def __del__(self) -> None:
+        # The constructor may have raised before there was anything to close.
         if hasattr(self, "_idle"):
             self.close()
 
@@ -265,6 +269,7 @@ class HttpTransport:
 
     def _exchange_parsed(self, parsed: ParsedReply, request: _Request) -> Reply:
         limit = request.max_bytes if parsed.status == 200 else MAX_ERROR_BYTES
+        # Not closed on success: the caller keeps a raw connection, and urllib3 takes its own back at the body's end.
         try:
             body = parsed.read_whole(limit, request.deadline)
         except BaseException:
@@ -273,6 +278,7 @@ class HttpTransport:
         return Reply(status=parsed.status, headers=parsed.headers, body=body)
 
     def _open_raw(self, request: _Request) -> ReplyStream:
+        # Never an idle connection, which the server may have closed: a streaming request is sent only once.
         connection = self._new_connection(request)
         try:
             connection.connect()

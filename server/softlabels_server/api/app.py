@@ -58,6 +58,7 @@ def create_app(store_folder: StoreFolder, settings: Settings) -> FastAPI:
     app.openapi = describe_all  # type: ignore[method-assign]
     problems.install(app)
     if settings.token is not None:
+        # Added last, so it is the outermost middleware: the token is checked before a route sees the request.
         app.add_middleware(BearerToken, token=settings.token)
     return app
 
@@ -84,4 +85,5 @@ class BearerToken:
     def _has_token(self, headers: Headers) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         # In constant time, so that the duration of a refusal reveals nothing about the secret.
+        # Compared as bytes: `compare_digest` raises TypeError for text outside ASCII, which a header may contain.
         return scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode("latin-1"), self._token)

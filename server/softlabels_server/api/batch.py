@@ -60,6 +60,7 @@ class BatchEndpoint:
         plan = plan_batch(store, selection, self.settings)
         gather = partial(plan.buffers, reply_format)
         buffers = await store.executor_policy.run(gather, reply_bytes=plan.reply_bytes)
+        # After the gather, so that only a request that could be answered gets a plan.
         if reply_format == "safetensors":
             self._keep_response_plan(scope, plan)
         await send_buffers(send, buffers, media_type=MEDIA_TYPES[reply_format], digest=store.digest)
@@ -163,6 +164,7 @@ def plan_batch(store: ServedStore, selection: BatchSelection, settings: Settings
     if options.decode is not None:
         row_bytes += 4 * manifest.classes * (manifest.members or 1)  # members are all decoded before they are averaged
     rows = _row_count(store, selection)
+    # Never a division by zero, since the ids are always among the names.
     most = settings.max_reply_bytes // row_bytes
     if rows > most:
         raise too_large(rows, most, "ids" if rows == len(selection.ids) else "rows")

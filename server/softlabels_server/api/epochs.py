@@ -65,6 +65,7 @@ class EpochEndpoint:
         size = AdaptiveChunkSize()
         stall_timeout_s = self.settings.stall_timeout_s
         if await writer_for(scope, send).send_all(stream.chunks(size), size, stall_timeout_s=stall_timeout_s):
+            # The writer has accounted for every byte of the body, so uvicorn takes an empty message as its end.
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -117,6 +118,7 @@ class EpochStream:
         if self.config.batch_size > most:
             raise too_large(self.config.batch_size, most)
         samples, frames = self.batches.sample_count, self.batches.batch_count
+        # 8 bytes: the checksum of a frame, one uint64.
         size = frames * (self._header_bytes + 8) + len(self.end_frame)
         if not self.store.has_row_offsets:
             return size + samples * sum(row_bytes.values())

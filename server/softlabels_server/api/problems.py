@@ -71,6 +71,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    # Only the router raises this one: a missing store or sample is a SoftLabelsError.
     if error.status_code == 404:
         return reply_to(NotFoundError(f"there is no route {request.url.path}; /openapi.json lists all routes"))
     allowed = (error.headers or {}).get("Allow")

@@ -262,6 +262,7 @@ def _check_count(count: int, settings: Settings) -> None:
 def _checked_ids(values: list[Any], manifest: Manifest, settings: Settings) -> IdArray:
     _check_count(len(values), settings)
     kinds = set(map(type, values))
+    # Python's bool is a kind of int: `true` would be taken for id 1.
     if bool in kinds:
         raise BadIdsError("true and false are not sample ids: ids are integers or strings")
     if kinds == {str}:

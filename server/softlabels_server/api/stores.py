@@ -72,6 +72,7 @@ class StoreDescription(BaseModel):
 
 def make_router(stores: StoreFolder) -> APIRouter:
     """Return the JSON routes over these stores."""
+    # Routes are plain functions, not coroutines, so that FastAPI runs them in threads: opening stores reads disks.
     router = APIRouter()
 
     @router.get("/health", summary="State of the server", tags=["server"])
@@ -122,6 +123,7 @@ def make_router(stores: StoreFolder) -> APIRouter:
 
 
 def _version_headers(store: ServedStore) -> dict[str, str]:
+    # `no-cache` lets a cache keep a copy but makes it ask each time whether the store was replaced.
     return {"ETag": etag_of(store.digest), "Cache-Control": "no-cache"}
 
 

@@ -70,9 +70,11 @@ class FastPathProtocol(asyncio.Protocol):
             end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
             if end > 4:
                 head = data[:end]
+                # Only for a complete request alone: a partial body, or another request behind it, goes to uvicorn.
                 plan = self.response_plans.get(head)
                 if plan is not None and len(data) == end + plan.body_bytes and self._answer(plan, data, end):
                     return
+                # For `on_message_begin`, which uvicorn's parser calls from within `data_received`.
                 self._head = head
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
@@ -121,6 +123,7 @@ class FastPathProtocol(asyncio.Protocol):
         )
 
     def _await_header(self) -> None:
+        # A running timeout is not restarted, or each byte of a slow header would extend it.
         if self._header_deadline is None:
             loop = asyncio.get_running_loop()
             self._header_deadline = loop.call_later(self.header_timeout_s, self.transport.close)
@@ -145,10 +148,12 @@ class FastPathProtocol(asyncio.Protocol):
         if arrays is None:
             return False
         self._stop_waiting_for_header()
+        # Not part of the plan, since uvicorn renews the date in these headers every second.
         date = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
         self._send([b"HTTP/1.1 200 OK\r\n" + date + plan.head + plan.layout.header, *arrays])
         self.server_state.total_requests += 1
         self._answered_s = self.loop.time()
+        # uvicorn starts this timer after its own replies, and cancels it when it receives data: it may not be running.
         if self.timeout_keep_alive_task is None:
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -176,5 +181,6 @@ def make_protocol(*, header_timeout_s: float) -> type[asyncio.Protocol]:
 
     With h11, the parser that uvicorn falls back to, `on_message_begin` is never called, so that no plan is kept.
     """
+    # Plans are an attribute of the class, so that all connections of this process share them.
     attributes = {"header_timeout_s": header_timeout_s, "response_plans": {}}
     return type("SoftLabelsProtocol", (FastPathProtocol, AutoHTTPProtocol), attributes)

@@ -78,6 +78,7 @@ def layout_for(
 ) -> ReplyLayout:
     """Return the layout of a reply with these arrays, from the store's cache where possible."""
     shapes: Shapes = tuple((name, array.dtype.str, array.shape) for name, array in arrays.items())
+    # The cache belongs to one version of the store; the number of samples is the length of `ids`, part of every reply.
     key = (shapes, temperature, decode)
     layout = store.layouts.get(key)
     if layout is None:
@@ -184,6 +185,7 @@ def make_response_plan(
         store=store,
         columns=columns,
         count=count,
+        # One int64 per column: `spans`, which has two, is for sequences, whose requests get no plan.
         body_bytes=8 * count * len(columns),
         names=names,
         layout=layout,
@@ -196,6 +198,7 @@ def split_columns(body: bytes | memoryview, columns: tuple[str, ...], count: int
     found, begin = {}, 0
     for name in columns:
         width = COLUMN_WIDTHS[name]
+        # The columns are little-endian; only a big-endian machine copies them.
         values = np.frombuffer(body, "<i8", count * width, begin).astype(np.int64, copy=False)
         found[name] = values if width == 1 else values.reshape(count, width)
         begin += values.nbytes

@@ -139,6 +139,7 @@ class ThreadedWriter:
         self, descriptor: int, chunks: Iterator[Chunk], size: AdaptiveChunkSize
     ) -> list[memoryview] | None:
         """Write chunks; return None at the end, or the rest of a chunk for which the socket had no room."""
+        # `select` cannot wait for descriptors above 1,023, and a server may have thousands of streams open.
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
         for chunk in chunks:
@@ -168,6 +169,7 @@ class AsgiWriter:
 
     async def send_all(self, chunks: Iterator[Chunk], size: AdaptiveChunkSize, *, stall_timeout_s: float) -> bool:
         """Send all chunks, as `ThreadedWriter.send_all`; ASGI does not say whether the client is still there."""
+        # With a default, because a StopIteration that is raised in a coroutine becomes a RuntimeError.
         while (chunk := await run_in_threadpool(next, chunks, None)) is not None:
             async with asyncio.timeout(stall_timeout_s):
                 for buffer in chunk:

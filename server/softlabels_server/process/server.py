@@ -47,6 +47,7 @@ def listen(settings: Settings) -> socket.socket:
     host, port = settings.host, settings.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        # Sets SO_REUSEADDR on POSIX, so a restarted server gets its port although old connections are in TIME_WAIT.
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = f"cannot listen on {host} port {port}: {error.strerror or error}"
@@ -136,6 +137,7 @@ class StoppableServer(uvicorn.Server):
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         """Stop on SIGINT and SIGTERM. uvicorn raises them again afterwards, which would end the process by a signal."""
+        # Python allows only the main thread to set signal handlers.
         is_main = threading.current_thread() is threading.main_thread()
         return stop_signals_handled_by(self.handle_exit) if is_main else contextlib.nullcontext()
 

@@ -112,9 +112,11 @@ class WorkerSupervisor:
             return
         if worker.ready is not None and worker.ready.poll():
             with contextlib.suppress(EOFError):  # it ended before it was ready
+                # `recv` would unpickle what it receives, and code of this project reads no pickle.
                 worker.was_ready |= worker.ready.recv_bytes(16) == b"ready"
             worker.ready.close()
             worker.ready = None
+        # A signal may have gone to every process of the group: a worker that it stopped is not started again.
         if process.exitcode is not None and not self._signal_count:
             self._reap(worker, process)
 
@@ -132,6 +134,7 @@ class WorkerSupervisor:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # The worker now holds the only write end, so its death closes the pipe and `poll` reports it.
         writer.close()
         worker.process, worker.ready, worker.started_s = process, reader, time.monotonic()
 
@@ -186,6 +189,7 @@ def _serve(root: Path, settings: Settings, listener: socket.socket, ready: Conne
         logging.getLogger(__name__).warning("the process that started this worker is gone: stopping")
         server.should_exit = True
 
+    # A daemon: it waits for as long as the parent lives, and must not keep a stopped worker from exiting.
     threading.Thread(target=follow_parent, daemon=True, name="follow-parent").start()
     server.run(sockets=[listener])
 
