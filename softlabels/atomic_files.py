@@ -43,10 +43,12 @@ def write_atomically(path: Path, buffers: Iterable[Buffer], *, staging: Path | N
     try:
         size, digest = _write_and_sync(temporary, buffers)
         os.replace(temporary, path)
+    # BaseException, since Ctrl-C must not leave a temporary file either.
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
+    # If this fails, the new file is visible already but may be lost in a power failure: the caller gets the OSError.
     sync_folder(path.parent)
     return size, digest
 
@@ -64,6 +66,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         yield temporary
+        # fsync is about the file, not the descriptor: a second descriptor syncs what the library wrote through its own.
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
@@ -76,7 +79,9 @@ def make_folder(path: Path) -> None:
     """Create a folder and its parents, durably."""
     if path.is_dir():
         return
+    # A new name is durable once its parent folder is synced, so each level is created and synced by itself.
     make_folder(path.parent)
+    # Another process may create the folder at the same time; it is synced here too, since the other may not be yet.
     with contextlib.suppress(FileExistsError):
         path.mkdir()
     try:
@@ -140,9 +145,11 @@ def _hashing_beside() -> Iterator[tuple[Callable[[list[memoryview]], None], Any]
         for view in batch:
             digest.update(view)
 
+    # One worker: batches must be hashed in the order they are fed.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabels-sha256") as beside:
 
         def feed(batch: list[memoryview]) -> None:
+            # After one batch went to the thread, all later ones must follow it there, to be hashed in order.
             if pending or sum(map(len, batch)) >= _WRITE_BYTES // 2:
                 # A copy of the list, since `_write_all` replaces entries that were written in part.
                 pending.append(beside.submit(update, list(batch)))
@@ -150,6 +157,7 @@ def _hashing_beside() -> Iterator[tuple[Callable[[list[memoryview]], None], Any]
                 update(batch)
 
         yield feed, digest
+    # Raises what the thread raised: the digest would otherwise be of a part of the contents.
     for future in pending:
         future.result()
 
@@ -159,6 +167,7 @@ def _batches(buffers: Iterable[Buffer]) -> Iterator[list[memoryview]]:
     batch: list[memoryview] = []
     room = _WRITE_BYTES
     for buffer in buffers:
+        # As bytes: `len` of a view counts items, and a batch may end inside one.
         view = memoryview(buffer).cast("B")
         while len(view):
             piece, view = view[:room], view[room:]
@@ -174,6 +183,7 @@ def _batches(buffers: Iterable[Buffer]) -> Iterator[list[memoryview]]:
 def _write_all(descriptor: int, batch: list[memoryview]) -> None:
     position = 0
     while position < len(batch):
+        # writev may write less than asked, without an error; the rest is written by the next call.
         written = os.writev(descriptor, batch[position:])
         while position < len(batch) and written >= len(batch[position]):
             written -= len(batch[position])

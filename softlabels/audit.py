@@ -76,6 +76,7 @@ class Audit:
             dropped_mass_B: truncated probability that the encoding stores (`tail_mass` of topk), B entries of any
                 shape; by default the mass of the classes that decode to -inf.
         """
+        # In float64: for narrower rows `log_soften` returns float32, whose rounding would count as an error.
         wide, narrow = exact_BC.astype(np.float64), decoded_BC.astype(np.float64)
         p_BC = np.exp(log_soften(wide, temperature=1.0))
         error_BC = np.exp(log_soften(narrow, temperature=1.0)) - p_BC
@@ -153,6 +154,7 @@ class Audit:
             "dropped_mass": self.dropped_mass,
             "squared_error": self.squared_error,
             "error_signs": self._error_signs.tolist(),
+            # repr, since it reads back as the same float: `merge` finds histograms by temperature.
             "kl": {repr(temperature): histogram.to_json() for temperature, histogram in self._kl.items()},
         }
 
@@ -193,7 +195,9 @@ class _Histogram:
         self.sum += float(clipped.sum())
         self.max = max(self.max, float(clipped.max(initial=0.0)))
         with np.errstate(divide="ignore"):
+            # The first bin takes what is below 2^LOWEST_EXPONENT, zeros too (log2 is -inf), the last what is too large.
             position = np.floor((np.log2(clipped) - LOWEST_EXPONENT) * STEPS_PER_OCTAVE) + 1
+        # `counts[position] += 1` would count a repeated bin once. Clipped before the cast: -inf is no integer.
         np.add.at(self.counts, np.clip(position, 0, BINS - 1).astype(np.int64), 1)
 
     def merge(self, other: _Histogram) -> None:

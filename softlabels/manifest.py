@@ -294,6 +294,7 @@ class Manifest(Document, frozen=True):
             FormatVersionError: written by a newer softlabels.
             ManifestError: a field is missing, unknown, of the wrong type, out of bounds or contradicts another.
         """
+        # Before parsing, which would reject a newer version for a field that is unknown here.
         _check_version(document)
         body = {key: value for key, value in document.items() if key != "format"}
         manifest = parse_document(body, cls, what="the manifest")

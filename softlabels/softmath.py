@@ -144,6 +144,7 @@ def retemper(logits_BC: FloatArray, *, captured: float, temperature: float) -> F
     """
     have, want = check_temperature(captured), check_temperature(temperature)
     z = _shifted(logits_BC)
+    # Without the multiplication and division, which may round.
     if have == want:
         return _like(z, logits_BC)
     with np.errstate(over="ignore"):
@@ -162,6 +163,7 @@ def mean_arithmetic(
     share_M = check_weights(weights_M, len(z))
     logp_MBC = _log_softmax(z, temperature) + np.log(share_M)[:, None, None]
     peak_BC = np.maximum(logp_MBC.max(axis=0), np.finfo(np.float64).min)  # all members at -inf: no -inf minus -inf
+    # log(0) = -inf is meant: a class to which every member gives probability 0.
     with np.errstate(divide="ignore"):
         return _like(np.log(np.exp(logp_MBC - peak_BC).sum(axis=0)) + peak_BC, logits_MBC)
 
@@ -173,6 +175,7 @@ def mean_geometric(logits_MBC: FloatArray, *, weights_M: Sequence[float] | Float
         logits_BC; softened at any T they are the normalised geometric mean of the members' distributions at that T.
     """
     z = _members(logits_MBC)
+    # Weights are above 0, so that a logit of -inf stays one: 0 times -inf is NaN.
     return _like((z * check_weights(weights_M, len(z))[:, None, None]).sum(axis=0), logits_MBC)
 
 
@@ -193,6 +196,7 @@ def kl_divergence(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float6
     with np.errstate(invalid="ignore", over="ignore"):
         gap = logq - logp
         small = p * (np.expm1(gap) - gap)  # where p and q almost agree, q - p would lose its digits
+        # Where p = 0, `gap` may be infinite or NaN, and p · gap would be NaN; the limit of p log p is 0.
         large = q - p - np.where(p == 0, 0.0, p * gap)
         return np.asarray(np.where(np.abs(gap) < 1, small, large).sum(axis=-1), dtype=np.float64)
 
@@ -228,6 +232,8 @@ def _members(logits_MBC: FloatArray) -> NDArray[np.float64]:
 
 def _shifted(logits_BC: FloatArray) -> NDArray[np.float64]:
     z = _rows(logits_BC)
+    # The row maximum of a row with +inf, or of -inf alone, is infinite: inf - inf gives the NaN that the module
+    # docstring promises, without a warning.
     with np.errstate(invalid="ignore", over="ignore"):
         return np.asarray(z - z.max(axis=-1, keepdims=True), dtype=np.float64)
 

@@ -154,6 +154,7 @@ def sample_fingerprints(inputs: NDArray[Any]) -> NDArray[np.uint8]:
     preamble = f"{rows.dtype.str}{rows.shape[1:]}".encode()
     seeded = hashlib.blake2b(preamble, digest_size=FINGERPRINT_BYTES)
     out = np.empty((len(rows), FINGERPRINT_BYTES), dtype=np.uint8)
+    # Without any rows, NumPy cannot infer the -1.
     flat = rows.reshape(len(rows), -1).view(np.uint8) if rows.size else np.empty((len(rows), 0), np.uint8)
     for position, row in enumerate(flat):
         digest = seeded.copy()
@@ -185,6 +186,7 @@ class FingerprintSum:
     """
 
     def __init__(self, lanes: NDArray[np.uint64] | None = None, count: int = 0) -> None:
+        # A copy, since `add` and `merge` add in place.
         self._lanes = np.zeros(2, dtype=np.uint64) if lanes is None else lanes.copy()
         self.count = count
 

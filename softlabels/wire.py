@@ -65,6 +65,7 @@ def word_sum(array: NDArray[Any]) -> int:
     """
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     whole = len(flat) & ~7
+    # NumPy wraps around silently when it adds integers, which is the sum modulo 2⁶⁴.
     total = int(np.add.reduce(flat[:whole].view("<u8"), dtype=np.uint64))
     return (total + int.from_bytes(flat[whole:].tobytes(), "little")) % (1 << 64)
 
@@ -76,6 +77,7 @@ def checksum_of(arrays: Iterable[NDArray[Any]]) -> NDArray[np.uint64]:
 
 def to_buffers(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
     """Return a safetensors file as buffers to send one after the other; the arrays are not copied."""
+    # Widest items first: with a header of whole 8-byte words, every array is aligned to its dtype.
     ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
     packed = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("<")) for name, array in ordered.items()}
     header = header_bytes({name: (array.dtype, array.shape) for name, array in packed.items()}, metadata)
@@ -185,8 +187,10 @@ def _entry(entry: Mapping[str, Any], *, expected_begin: int) -> tuple[np.dtype[A
     dtype = _FROM_WIRE[entry["dtype"]]
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
+    # `type(…) is int`, since JSON's `true` passes isinstance.
     if len(shape) > MAX_AXES or any(type(extent) is not int or extent < 0 for extent in (*shape, begin, end)):
         raise ValueError(f"shape {shape} at {begin}:{end}")
+    # math.prod, of Python integers: the product of hostile extents cannot overflow.
     if begin != expected_begin or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{entry['dtype']}{list(shape)} is not at {begin}:{end}")
     return dtype, shape, end

@@ -83,6 +83,7 @@ class EpochOrder:
         if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.samples:
             raise RequestError(f"indices must lie in 0 … {self.samples - 1}: this epoch has {self.samples} samples")
         indices = indices.astype(np.int64, copy=False)
+        # A copy: the result never shares memory with the argument, as with a permutation.
         return indices.copy() if self._permutation is None else self._permutation.forward(indices)
 
     @cached_property

@@ -104,6 +104,7 @@ class FeistelNetwork:
         moved = np.empty(values.shape, dtype=np.int64)
         for begin in range(0, values.size, CHUNK):
             part = once(values[begin : begin + CHUNK].astype(np.uint64))
+            # This ends: the cycle of a bijection that starts below `size` comes back below it.
             while (outside := np.flatnonzero(part >= self._size)).size:
                 part[outside] = once(part[outside])
             moved[begin : begin + CHUNK] = part
@@ -125,6 +126,7 @@ class FeistelNetwork:
         for i, word in reversed(list(enumerate(self._words))):
             moving, fixed, size = (right, left, self._right_size) if i % 2 else (left, right, self._left_size)
             moving -= _hash_below(size, fixed, word, scratch)
+            # A negative difference has wrapped to a huge number; adding `size` wraps it back below `size`.
             np.add(moving, np.uint64(size), out=scratch)
             np.minimum(moving, scratch, out=moving)
         return left * np.uint64(self._right_size) + right
@@ -217,6 +219,7 @@ def _hash_below(size: int, half: _Words, word: np.uint64, out: _Words) -> _Words
     np.multiply(out, _MULTIPLY_1, out=out)
     out ^= out >> _SHIFT
     np.multiply(out, _MULTIPLY_2, out=out)
+    # Keeps the top `spare_bits` bits, so that the product with `size` stays below 2^64.
     np.right_shift(out, np.uint64(64) - spare_bits, out=out)
     np.multiply(out, np.uint64(size), out=out)
     return np.right_shift(out, spare_bits, out=out)

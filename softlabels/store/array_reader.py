@@ -91,6 +91,7 @@ class ArrayReader:
             chunk_of = self._decoded.setdefault(field, cached(lambda number: self._decode(field, number, part_of)))
         out = np.empty((len(rows_B), *spec.row_shape), dtype=spec.dtype)
         chunk_B, within_B = np.divmod(rows_B, shards.rows_per_chunk)
+        # Grouped by chunk, so that a batch decodes each chunk once even where the cache holds fewer.
         order = np.argsort(chunk_B, kind="stable")
         chunks, starts = np.unique(chunk_B[order], return_index=True)
         for chunk, wanted in zip(chunks.tolist(), np.split(order, starts[1:]), strict=True):

@@ -129,6 +129,8 @@ def chunk_bodies(plan: Manifest, name: str, rows: NDArray[Any]) -> Sequence[NDAr
     if padding:
         fill = np.full(padding // dtype.itemsize, fill_value(dtype), dtype=dtype)
         flat = np.concatenate([flat, fill.view(np.uint8)])
+    # `flat` shares the caller's memory where no copy was needed. The flag is this view's own: the caller's array stays
+    # writable.
     flat.flags.writeable = False
     chunks = flat.reshape(-1, chunk_bytes)
     if plan.shards.compression is None:
@@ -146,6 +148,7 @@ def with_checksums(
     rows: int,
 ) -> tuple[list[Buffer], Part]:
     """Return chunks, each followed by its checksum, as contents of a file; and their location from `offset` on."""
+    # Little-endian in both formats: in Zarr's crc32c codec and in HDF5's Fletcher-32 filter.
     checksums = [checksum(body).to_bytes(CHECKSUM_BYTES, "little") for body in bodies]
     sizes = tuple(body.size + CHECKSUM_BYTES for body in bodies)
     part = Part(
@@ -210,6 +213,7 @@ def _codec(compression: str) -> Any:
 def _inflate(body: bytes, size_bytes: int) -> NDArray[np.uint8]:
     inflater = zlib.decompressobj()
     try:
+        # One byte more than expected: a longer stream is noticed without inflating all of it (a decompression bomb).
         found = inflater.decompress(body, size_bytes + 1)
     except zlib.error as error:
         raise ValueError(f"a compressed chunk cannot be decoded: {error}") from error
@@ -230,4 +234,5 @@ def _declared_bytes(body: bytes, compression: str) -> int:
     width = (single, 2, 4, 8)[descriptor >> 6]
     start = 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
     declared = int.from_bytes(body[start : start + width], "little") if width else -1
+    # A content size of two bytes is stored less 256.
     return declared + 256 if width == 2 else declared

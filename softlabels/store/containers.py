@@ -38,6 +38,7 @@ class ZarrContainer:
 
     def metadata(self, plan: Manifest) -> dict[str, bytes]:
         """Return the `zarr.json` of the group and of every array, as zarr-python writes them."""
+        # Imported where it is used: readers of a store do not need zarr-python (docs/adr/0005).
         import zarr
         from zarr.storage import MemoryStore
 
@@ -95,6 +96,7 @@ def _consolidated(documents: dict[str, bytes]) -> dict[str, bytes]:
 def _codecs(compression: str | None, dtype: np.dtype[Any]) -> list[Any]:
     from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+    # These describe what `chunks.compress` writes, so both change together; its zstd frames have no checksum.
     if compression == "zstd":
         return [ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()]
     if compression == "blosc":

@@ -136,6 +136,7 @@ def merge(sources: Sequence[Path], destination: Path, *, show: ShowProgress = si
                 _merge_shard(source, shard, writer, done)
                 progress.advance()
     done.missing = writer.missing_shards()
+    # A shard that is damaged in one source may have been copied from another.
     done.damaged = {shard: message for shard, message in done.damaged.items() if shard in done.missing}
     if not done.missing:
         done.digest = writer.finish().digest
@@ -150,6 +151,7 @@ def _verified_arrays(rows: LocalRows, shard: int, receipt: Receipt) -> dict[str,
     if "ids" in arrays:
         total.add(arrays["ids"], arrays["fingerprints"])
         if manifest.ids.kind == "str":
+            # `fetch_rows` decodes string ids; shards hold them as bytes.
             arrays["ids"] = to_fixed_bytes(arrays["ids"], width_bytes=manifest.ids.width_bytes)
     if total.hexdigest() != receipt.fingerprint:
         raise ManifestError(f"shard {shard} of {manifest.name!r} holds other samples than its receipt says")
@@ -222,6 +224,7 @@ def _merge_shard(source: Path, shard: int, writer: StoreWriter, done: Merge) -> 
                 done.kept += 1
                 return
             for path, record in receipt.files.items():
+                # Raises after the last block where the digest differs: the file is then removed before it has its name.
                 blocks = _verified(source, path, record.sha256)
                 write_atomically(root / path, blocks, staging=ledger.staging(shard, path))
             ledger.write(receipt)

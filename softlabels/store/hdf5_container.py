@@ -136,6 +136,7 @@ def _new_file(image: io.BytesIO, store: str) -> Iterator[Any]:
     chunks follow each other without a gap. The oldest format with virtual datasets (1.10) is pinned: the most readers
     open it, and two versions of the library write the same bytes. For the same reason no object stores a time.
     """
+    # Imported where it is used: readers of a store do not need h5py (docs/adr/0005).
     import h5py
 
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
@@ -197,6 +198,7 @@ def _checked_offset(dataset: Any, geometry: _Geometry, name: str, array: ArraySp
     chunks = [dataset.get_chunk_info_by_coord(_corner(number, geometry, array)) for number in range(len(sizes))]
     expected = chunks[0].byte_offset
     for found, size in zip(chunks, sizes, strict=True):
+        # A filter mask other than 0 says that a filter, the checksum for example, was skipped for this chunk.
         if found.byte_offset != expected or found.size != size or found.filter_mask:
             raise _unexpected_layout(name)
         expected += size

@@ -47,6 +47,7 @@ CLAIM_TIMEOUT_S = 0.25
 """`status` and a starting writer hold each claim for a moment, to see whether it is free: they are waited for."""
 
 _POLL_S = 0.01
+# Eight digits are enough for MAX_SHARDS, 2^24.
 _RECEIPT_NAME = re.compile(r"[0-9]{8}\.json")
 
 
@@ -108,6 +109,7 @@ class Ledger:
         path = self.path_of(shard)
         try:
             raw = safe_read(self._root, path, max_bytes=MAX_DOCUMENT_BYTES)
+        # Only a file that does not exist means "not committed": any other I/O error is raised.
         except FileNotFoundError:
             return None
         what = f"receipt {self._root / path}"
@@ -124,6 +126,7 @@ class Ledger:
         """Return the numbers of the shards that have a receipt, in order."""
         folder = self._root / LEDGER_FOLDER
         names = os.listdir(folder) if folder.is_dir() else []
+        # By name alone: a shard whose receipt is damaged is listed too, and `read` raises for it.
         return sorted(int(name[:8]) for name in names if _RECEIPT_NAME.fullmatch(name))
 
     def staging(self, shard: int, path: str) -> Path:
@@ -183,6 +186,7 @@ class Ledger:
                 time.sleep(_POLL_S)
             yield held
         finally:
+            # This releases the lock, unless a child that was forked meanwhile still has its copy of the descriptor.
             os.close(descriptor)
 
 
@@ -202,6 +206,7 @@ def summarize(receipts: Iterable[Receipt]) -> LedgerSummary:
         shards += 1
         digest.update(bytes.fromhex(receipt.sha256))
         fingerprint.merge(FingerprintSum.from_hexdigest(receipt.fingerprint))
+        # In the order of the shards: a floating-point sum depends on it, and `verify` requires the same audit exactly.
         audit.merge(Audit.from_json(receipt.audit))
     return LedgerSummary(shards, digest.hexdigest(), fingerprint.hexdigest(), audit.summary())
 
@@ -250,6 +255,7 @@ def read_status(root: Path) -> Status:
             continue
         audit.merge(Audit.from_json(receipt.audit))
         size = len(shard_rows(manifest, shard))
+        # A receipt is written once, so its modification time is the time of the commit.
         commits.append(((root / ledger.path_of(shard)).stat().st_mtime, size))
         rows += size
     rate = _rows_per_s(sorted(commits))

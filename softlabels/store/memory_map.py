@@ -31,14 +31,17 @@ MIN_SUMMED_ROW_BYTES, MAX_SUMMED_ROWS = 256, 1 << 25
 """Sums are kept for rows of at least this size, and at most this many of them: 8 bytes each, 256 MiB in all."""
 
 _PROT_NONE = 0
+# Neither flag is in the mmap module of Python 3.11. 0x4000 is Linux's value on x86-64 and arm64; 0x10 is macOS's too.
 _MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
 _MAP_FIXED = 0x10
+# mmap reports an error as MAP_FAILED, (void *) -1, which ctypes returns as an unsigned integer.
 _FAILED = ctypes.c_void_p(-1).value
 
 
 def _libc() -> ctypes.CDLL:
     # Python's mmap module can neither reserve addresses nor map at a given one.
     libc = ctypes.CDLL(None, use_errno=True)
+    # Types are declared, since ctypes takes others for C ints: addresses and offsets would be cut to 32 bits.
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -71,6 +74,7 @@ class AddressSpace:
         buffer = (ctypes.c_char * self.size_bytes).from_address(self._address)
         # Every view of these addresses keeps this object, and so the mapping, alive.
         buffer._softlabels_space = self  # type: ignore[attr-defined]
+        # Read-only for NumPy too: a write into these pages, mapped with PROT_READ, would kill the process (SIGSEGV).
         self.buffer = memoryview(buffer).cast("B").toreadonly()
 
     def map(self, slot: int, root: Path, inside: str, *, offset: int, length: int) -> int:
@@ -100,10 +104,12 @@ class AddressSpace:
             if address == _FAILED:
                 raise OSError(ctypes.get_errno(), f"mapping {root / inside}: {os.strerror(ctypes.get_errno())}")
         finally:
+            # The mapping itself keeps the file open.
             os.close(descriptor)
         return begin + offset - first
 
     def __del__(self) -> None:
+        # The attribute is missing where `__init__` raised before the reservation.
         if getattr(self, "_reserved", None) is not None:
             self._libc.munmap(self._reserved, self._reserved_bytes)
             self._reserved = None
@@ -156,6 +162,7 @@ class MappedArray:
         # Two threads may do this at once, with the same result. A lock that is held while another thread forks would
         # stay locked in the child.
         self._parts[shard] = part
+        # After `_parts`: another thread calls `checksum` as soon as `is_mapped` is true.
         self._begin[shard] = self._space.map(shard, root, part.path, offset=part.offset, length=length)
 
     def checksum(self, shard: int, chunk: int) -> bytes:
@@ -170,6 +177,7 @@ class MappedArray:
         base = int(self._begin[shard]) + local * self._stride - before
         if self._sums is not None:
             # Sums of the bytes that were verified just now: what is sent later must still add up to them.
+            # Words may be unaligned, since 4 bytes of checksum follow each chunk; NumPy reads those correctly.
             words = self._chunk_rows(base, chunk).reshape(self._rows_per_chunk, -1).view("<u8")
             first = chunk * self._rows_per_chunk
             self._sums[first : first + self._rows_per_chunk] = words.sum(axis=1, dtype=np.uint64)
@@ -189,6 +197,7 @@ class MappedArray:
         Returns:
             [B, *row_shape]; None when one of the rows is in a chunk that is not verified.
         """
+        # `take` copies, so that adding in place below does not change the table.
         address_B = self._base.take(rows_B // self._rows_per_chunk)
         if not address_B.all():
             return None

@@ -110,6 +110,7 @@ def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
     for shard in sorted({fault.shard for fault in done.faults if fault.shard is not None}):
         try:
             with ledger.claim(shard):
+                # A damaged receipt cannot name its files: they stay, until `resume` replaces them under the same paths.
                 with contextlib.suppress(DamageError):
                     receipt = ledger.read(shard)
                     files += [] if receipt is None else list(receipt.files)
@@ -141,6 +142,7 @@ def _move_out(root: Path, path: str, moved: dict[str, str]) -> None:
     target = root / DAMAGED_FOLDER / path
     make_folder(target.parent)
     number = 0
+    # lexists, since os.rename would replace a dangling link too.
     while os.path.lexists(target):
         number += 1
         target = root / DAMAGED_FOLDER / f"{path}.{number}"

@@ -88,6 +88,8 @@ def safe_read(root: Path, path: str, *, max_bytes: int) -> bytes:
 def safe_load_npy(root: Path, path: str) -> NDArray[Any]:
     """Return the array in a `.npy` file of the store, memory-mapped; raise ManifestError if missing or damaged."""
     try:
+        # np.load maps only what it opens by path itself, so this refuses links beforehand; a file that is replaced by
+        # a link between the two calls is not noticed.
         os.close(safe_open(root, path))
         loaded = np.load(root / path, mmap_mode="r", allow_pickle=False)
     except (FileNotFoundError, *_BAD_HEADER) as error:

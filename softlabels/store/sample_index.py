@@ -42,6 +42,7 @@ class DenseIdIndex:
         """Return the position of each sample in the transfer set, [B]; raise UnknownIdError, BadIdsError."""
         if ids.dtype.kind == "U":  # not always called: every warm batch request passes here
             _check_kind(ids, "int", self._name)
+        # The difference may wrap around, but never into the store: |start| ≤ 2^62 and samples ≤ 2^48 (manifest.py).
         positions = ids.astype(np.int64, copy=False) - self._start
         if len(positions) and _largest(positions) >= self._samples:
             outside = (positions < 0) | (positions >= self._samples)
@@ -85,6 +86,7 @@ class SortedIdIndex:
             self._verified = True
         wanted: NDArray[Any] = ids if id_kind(ids) == "int" else utf8(ids)
         slot = np.searchsorted(self._sorted, wanted)
+        # The slot of an id beyond the last is one past the end; the entry before differs from it.
         found = self._sorted[np.minimum(slot, len(self._sorted) - 1)] == wanted
         if not found.all():
             # A flipped bit in the index hides samples, so the index is verified before an id is called unknown.
@@ -106,6 +108,7 @@ class SortedIdIndex:
         """Return whether every id is larger than the one before, so that none is repeated."""
         step = 1 << 20
         starts = range(0, len(self._sorted) - 1, step)
+        # `+ 1`: neighbouring pieces share an id, so that the pair across their border is compared too.
         return all(bool((s[1:] > s[:-1]).all()) for s in (self._sorted[start : start + step + 1] for start in starts))
 
     def _verify(self) -> None:

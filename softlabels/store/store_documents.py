@@ -90,6 +90,7 @@ def _load_constant(root: Path, manifest: Manifest, name: str) -> NDArray[Any]:
     path = _constant_path(name)
     try:
         raw = safe_read(root, path, max_bytes=MAX_CONSTANT_BYTES)
+        # Before np.load, which then parses only bytes that are what was written.
         intact = hashlib.sha256(raw).hexdigest() == manifest.metadata_sha256.get(path)
         loaded: NDArray[Any] | None = np.load(io.BytesIO(raw), allow_pickle=False) if intact else None
     except ManifestError:

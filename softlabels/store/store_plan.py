@@ -231,6 +231,7 @@ def has_file(path: Path, sha256: str) -> bool:
 def _holds_other_files(root: Path, files: Mapping[str, bytes]) -> bool:
     """Return whether a folder holds anything that a store does not hold before its first shard."""
     known = {root / path for path in (PLAN, JOB, *files)}
+    # Temporary files of a creation that was interrupted are no reason to refuse the folder.
     known |= {path.with_name(path.name + TEMPORARY) for path in known}
     for folder, folders, names in os.walk(root):
         here = Path(folder)

@@ -82,6 +82,7 @@ class StoreWriter:
         Raises:
             UnknownStoreError: there is no store. ManifestError: its plan is missing or damaged.
         """
+        # First, for UnknownStoreError where there is no store: `load_plan` would only report a missing plan.
         load_manifest(Path(root))
         return cls(Path(root), load_plan(Path(root)))
 
@@ -119,6 +120,7 @@ class StoreWriter:
         """
         plan = self.plan
         with self.ledger.exclusive():
+            # Under the lock: of several processes that finish a store, one publishes it and the others return here.
             if self.finished:
                 return load_manifest(self.root)
             missing = self.missing_shards()
@@ -154,6 +156,7 @@ class StoreWriter:
     ) -> Receipt:
         """Write and commit a shard whose claim the caller holds; see `ShardClaim.commit`."""
         files = self._container.shard_files(self.plan, shard, arrays)
+        # Another process may have committed the shard after it was listed as missing and before it was claimed here.
         existing = self.ledger.read(shard)
         if existing is not None:
             _check_same_contents(self.root, existing, files)
@@ -292,6 +295,7 @@ def _check_same_contents(root: Path, existing: Receipt, files: list[ShardFile]) 
         digest = hashlib.sha256()
         for buffer in file.buffers:
             digest.update(buffer)
+        # Digests of files suffice: the same arrays give the same bytes in both containers (docs/adr/0005).
         record = existing.files.get(file.path)
         if record is None or record.sha256 != digest.hexdigest():
             raise ShardConflictError(
