@@ -144,6 +144,7 @@ class _TorchOps(Ops):
         wanted = self._dtypes[kind]
         # Flattened first: a slice of a single row counts as contiguous, yet `view` objects to its row stride.
         flat = x.contiguous().reshape(-1)
+        # torch refuses a view whose start is not a multiple of the wider element's size.
         if (flat.storage_offset() * flat.itemsize) % wanted.itemsize:
             flat = flat.clone()
         return flat.view(wanted).reshape(*x.shape[:-1], x.shape[-1] * x.itemsize // wanted.itemsize)
@@ -220,6 +221,7 @@ def natural_log(ops: Ops, x: Array) -> Array:
     omitted term is below 2⁻²⁸. Source: Abramowitz and Stegun 1964, 4.1.27. e ln 2 is added in two parts (Cody and
     Waite 1980), the larger exact.
     """
+    # Subnormal numbers have no exponent to read: they are scaled by 2²⁴ into the normal range, and 24 is subtracted.
     tiny = x < 2.0**-126
     bits = ops.bits(x * ops.xp.where(tiny, ops.constant(2.0**24, "f4", x), ops.constant(1.0, "f4", x)), "i4")
     exponent = (bits >> 23) - 127

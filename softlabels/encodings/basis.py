@@ -131,6 +131,7 @@ class Basis(PackedRows):
 
     def _constant_on(self, ops: Ops, name: str, like: Array) -> Array:
         """Return a large constant in float32 on the device of `like`, copied there once."""
+        # The type too: a NumPy array and a torch tensor can both be on the device "cpu".
         key = (name, str(getattr(like, "device", "")) + type(like).__name__)
         if key not in self._constants_by_device:
             value = self._projection() if name == "projection" else self.constants[name]
@@ -219,6 +220,7 @@ class Basis(PackedRows):
         # A class raised by e gains e^e times its mass, which dominates beyond second order.
         gain = ops.xp.exp(ops.xp.clip(error, -20.0, 20.0)) - 1.0 - error
         cost = (p / ops.sum(p) * 2.0 * gain) + flat * (_FLAT_SHARE / ops.sum(flat)) * error * error
+        # 1e35 exceeds every limited cost, so the row's largest class is always chosen; float32 holds both.
         cost = ops.xp.where(z < -self.depth, 0.0, ops.xp.clip(cost, 0.0, 1e30)) + ops.cast(z == 0, "f4") * 1e35
         return top_k(ops, ops.cast(cost, "f4"), self.head)
 
@@ -246,6 +248,8 @@ class Basis(PackedRows):
         first_R = (1 << self.widths_R.astype(np.int64)) - 2
         cells = ops.cast(codes_BR, "i8") + ops.constant(first_R, "i8", codes_BR)
         q_BR = ops.constant(level_table(), "f4", codes_BR)[cells]
+        # Exact only in full float32: TF32 (off by default in torch for matrix products) keeps 11 significant bits,
+        # int16 needs 15.
         total = q_BR @ self._constant_on(ops, "basis", codes_BR)
         total += self._constant_on(ops, "mean", codes_BR)
         total *= 2.0**self.unit_log2  # a power of two: exact

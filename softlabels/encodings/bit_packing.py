@@ -106,6 +106,7 @@ def _pack_plane(ops: Ops, codes_BN: Array, plane: _Plane) -> Array:
     size = plane.size_bytes
     packed = codes_BN[:, :size] | 0  # a copy, changed in place below
     for part in range(1, 8 // plane.bits):
+        # Runs at the end are shorter, or empty, where the codes do not fill the bytes: the bits left over stay 0.
         run = codes_BN[:, part * size : (part + 1) * size]
         packed[:, : run.shape[-1]] |= run << (part * plane.bits)
     return packed
@@ -113,6 +114,8 @@ def _pack_plane(ops: Ops, codes_BN: Array, plane: _Plane) -> Array:
 
 def _unpack_plane(ops: Ops, bytes_BS: Array, plane: _Plane) -> Array:
     if plane.bits == 8:
+        # A view of the input, which `unpack` must not change: it casts to int32 or copies into zeros before it adds
+        # other planes, except where all widths are 8, and then there are no others.
         return bytes_BS
     mask = (1 << plane.bits) - 1
     runs = [(bytes_BS >> (part * plane.bits)) & mask for part in range(8 // plane.bits)]

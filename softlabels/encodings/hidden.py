@@ -145,6 +145,7 @@ class Hidden(Encoding):
         import torch
 
         if device not in self._heads_by_device:
+            # Copied, because torch warns of read-only arrays.
             head_CD = torch.from_numpy(np.array(_widened(self.head_CD)))
             bias_C = None if self.bias_C is None else torch.from_numpy(np.array(self.bias_C)).to(device)
             self._heads_by_device[device] = head_CD.to(device), bias_C
@@ -199,6 +200,7 @@ def _quantise(ops: Ops, hidden_BD: Array) -> tuple[Array, Array]:
     """Return codes of -127 to 127, still float32, and the scale of each row."""
     x = ops.cast(hidden_BD, "f4")
     scale_B1 = ops.max(abs(x)) / _LARGEST_CODE
+    # A row of zeros has the scale 0 and is divided by 1, since 0/0 would be NaN.
     codes = ops.round(x / ops.xp.where(scale_B1 > 0, scale_B1, scale_B1 + 1.0))
     return ops.xp.clip(codes, -_LARGEST_CODE, _LARGEST_CODE), scale_B1
 

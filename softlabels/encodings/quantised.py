@@ -153,6 +153,7 @@ class Quantised(PackedRows):
         count = self.classes - self.head
         mean_B1 = (ops.sum(wide) - ops.sum(head)) / count
         square_B1 = (ops.sum(wide * wide) - ops.sum(head * head)) / count
+        # Clipped, because rounding can make the difference negative where values are nearly equal.
         spread_B1 = ops.xp.clip(square_B1 - mean_B1 * mean_B1, 0.0, None) ** 0.5
         return ops.xp.maximum(lowest_B1, ops.cast(mean_B1 - _LOADING[self.bits] * spread_B1, "f4"))
 
@@ -222,5 +223,6 @@ def head_steps(ops: Ops, lo_B1: Array, bits: int) -> Array:
 
 def quantise(ops: Ops, z: Array, offset: Any, step_B1: Array, levels: int, *, kind: str = "u1") -> Array:
     """Return the codes of (z - offset) / step, rounded and clipped to 0…levels; 0 if the step is 0."""
+    # The inner `where` keeps NumPy from dividing by 0, of which it would warn.
     inverse = ops.xp.where(step_B1 == 0, 0.0, 1.0 / ops.xp.where(step_B1 == 0, 1.0, step_B1))
     return ops.cast(ops.xp.clip(ops.round((z - offset) * inverse), 0, levels), kind)

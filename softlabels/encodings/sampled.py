@@ -121,6 +121,7 @@ class Sampled(PackedRows):
         upto_BC = ops.xp.cumsum(rest, axis=-1)
         position_BN = ops.constant((np.arange(self.draws) + uniforms(keys_B, 0)[:, None]) / self.draws, "f8", p)
         drawn = ops.rank(upto_BC, position_BN * upto_BC[:, -1:])
+        # Clipped, because with no mass outside the head every position is 0, and its rank is C.
         return head_ids, ops.xp.clip(drawn, 0, self.classes - 1), units
 
     def _unpack(self, ops: Ops, bytes_BS: Array) -> Array:

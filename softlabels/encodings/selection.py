@@ -242,6 +242,7 @@ def _candidates(learning_BC: NDArray[np.float32], temperatures: tuple[float, ...
                 yield make_encoding(f"q{bits}", classes=classes, params={"head": head})
     sizes = sorted({int(classes * share) for share in _SHARES})
     if temperatures == (1.0,):
+        # A row of topk has 4 bytes of tail mass and, for each class kept, an id of 2 or 4 bytes and a value of 2.
         widest = 4 if classes <= 1 << 16 else 6
         for k in sorted({max(1, (size - 4) // widest) for size in sizes}):
             yield TopK(classes=classes, k=min(k, classes), tail=TAIL_RULES[0])

@@ -71,6 +71,7 @@ def precompute(
     if writer.missing_shards():
         return planned.plan
     if not writer.finished:
+        # Again, because the data may have changed while the shards were computed.
         check_unchanged(job.store_path, data)
     return writer.finish()
 
@@ -111,6 +112,7 @@ def _compute(
     with show(plan.rows, f"precompute {plan.name}", unit, done=done) as progress:
         step = DeviceStep(plan, ensemble, encoding=planned.encoding, streams=streams)
         if kept.batch_size is None:
+            # Written before the first shard, so that a resumed run computes in batches of the same size.
             keep_batch_size(find_batch_size(step, limit_gib=run.memory_limit_gib))
             progress.note(f"batches of {kept.batch_size}")
         assert kept.batch_size is not None

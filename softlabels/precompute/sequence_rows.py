@@ -150,6 +150,7 @@ class SequenceRows(RowLoader):
             )
         labels = np.full(tokens.shape, UNLABELLED, dtype=np.int64)
         labels[:, :-1] = tokens[:, 1:]
+        # The last token has no next one, and padding follows it.
         labels[np.arange(tokens.shape[1]) >= lengths[:, None] - 1] = UNLABELLED
         return labels
 

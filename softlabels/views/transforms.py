@@ -103,9 +103,11 @@ class SeededTransform:
 def seeded(seed: int) -> Iterator[None]:
     """Seed every generator that a transform may draw from, and restore their states afterwards."""
     of_random, of_numpy = random.getstate(), np.random.get_state()
+    # Views are made on the host (docs/adr/0013), so the generators of accelerators are left alone.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed accelerators
         random.seed(seed)
+        # NumPy takes seeds of 32 bits; view seeds have 63.
         np.random.seed(seed & 0xFFFFFFFF)
         try:
             yield

@@ -131,10 +131,12 @@ class CacheFolder:
             OSError: the folder cannot be read or written.
         """
         if self._read_only:
+            # Without the folder's lock, since its file cannot be created where nothing may be written.
             return self._opened(manifest, digest, self._shape(manifest, digest))
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(self._root / _LOCK, fcntl.LOCK_EX, create=True):
             self._remove_leftovers()
+            # Opened under the folder's lock: from then on its own lock on `in-use` keeps others from removing it.
             table = self._opened(manifest, digest, self._make_room(manifest, digest))
             if table is not None:
                 os.utime(self._root / digest / _TABLE)
@@ -168,6 +170,7 @@ class CacheFolder:
     def _make_room(self, manifest: Manifest, digest: str) -> TableShape | None:
         """Return the shape of the table, after removing others or making it anew; None if there is no room."""
         others = [store for store in self.stores() if store.digest != digest]
+        # Tables count with their full size, not with what their sparse files take now: they may still be filled.
         room_bytes = self._most_bytes - sum(store.size_bytes for store in others if store.in_use)
         wanted, existing = shape_within(manifest, room_bytes), self._shape(manifest, digest)
         slots = 0 if wanted is None else wanted.slots
@@ -178,6 +181,7 @@ class CacheFolder:
         if wanted is not None:
             idle = [store for store in others if not store.in_use]
             while wanted.size_bytes + sum(store.size_bytes for store in idle) > room_bytes:
+                # `stores` returns the most recently opened first, so the last is the least recently opened.
                 self._remove(idle.pop().digest)
             self._make(manifest, digest, wanted)
         return wanted
@@ -189,6 +193,8 @@ class CacheFolder:
             with (new / name).open("wb") as file:
                 file.truncate(size_bytes)  # sparse: disk is used as rows arrive
         (new / _TABLE).write_text(json.dumps(as_json(TableDescription.of(manifest, digest, shape))))
+        # Named once it is complete. There is no fsync: after a power failure the files' sizes, the description and the
+        # checksums of rows tell what is usable.
         new.rename(self._root / digest)
 
     def _shape(self, manifest: Manifest, digest: str) -> TableShape | None:
@@ -218,6 +224,7 @@ class CacheFolder:
         return True
 
     def _remove_leftovers(self) -> None:
+        # Callers hold the folder's lock, so these are left over from processes that were killed.
         for left in (*self._root.glob(".new-*"), *self._root.glob(".gone-*")):
             shutil.rmtree(left)
 
@@ -230,6 +237,7 @@ def _describe(folder: Path) -> CachedStore:
         cached_rows=read_taken(folder / INDEX_FILE),
         rows=0 if description is None else description.rows,
         size_bytes=sum(sizes.get(name, 0) for name in (INDEX_FILE, ROWS_FILE, IDS_FILE)),
+        # `st_blocks` counts units of 512 bytes whatever the file system's block size, see stat(2).
         disk_bytes=sum(path.stat().st_blocks * 512 for path in folder.iterdir()),
         last_opened_s=table.stat().st_mtime if table.exists() else 0.0,
         in_use=_is_in_use(folder),

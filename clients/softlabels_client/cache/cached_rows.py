@@ -146,6 +146,7 @@ class CachedRows:
         return CacheLookup(table, self._source, read_only=self._read_only)
 
     def __getstate__(self) -> dict[str, Any]:
+        # Open files and maps are not pickled: the process that unpickles opens the folder for itself.
         return {name: value for name, value in self.__dict__.items() if name not in ("_lookup", "_closed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -295,6 +296,7 @@ def cached_epoch(
                 known = [result for result in results if result is not None]
                 least = _STREAM_FROM if stream is None else _STREAM_TO
                 if len(known) < len(results) or _missing_fraction(known) > least:
+                    # Steps come in order: windows still in flight precede this one.
                     yield from _completed(pending, leave=0)
                     if stream is None:
                         stream = source.epoch(config.resumed_at(cursor), names)
@@ -309,6 +311,7 @@ def cached_epoch(
                     stream = None
                     whole = all(bool(result.cached.all()) for result in known)
                     pending.append((window, known, None if whole else pool.submit(lookup.fetch_missing, known)))
+                    # A window that is all cached, with none in flight before it, waits for nothing.
                     yield from _completed(pending, leave=0 if whole and len(pending) == 1 else _REQUESTS_IN_FLIGHT - 1)
                 cursor = window[-1].cursor_after
             yield from _completed(pending, leave=0)
@@ -317,6 +320,7 @@ def cached_epoch(
                 raise WireError("the epoch continues after its last batch")
         finally:
             _close(stream)
+            # Before the pool's own exit, which waits for every request that was not cancelled.
             for *_, future in pending:
                 if future is not None:
                     future.cancel()

@@ -71,10 +71,12 @@ class SlotIndex:
     def find(self, keys: Words) -> NDArray[np.int64]:
         """Return the slot of each key, [B]; -1 if it has none."""
         if self._dense:
+            # In range: `RowKeys.of` returns no row number beyond the store's.
             return self._slots[keys].astype(np.int64) - 1
         window = self._window(keys)
         found = self._keys[window] == keys[:, None]
         entries = window[np.arange(len(keys)), found.argmax(axis=1)]
+        # Readers take no lock: one that sees a key before its slot reads 0, hence -1, and the row is not cached yet.
         return np.where(found.any(axis=1), self._slots[entries].astype(np.int64) - 1, -1)
 
     def free_entries(self, keys: Words) -> NDArray[np.int64]:

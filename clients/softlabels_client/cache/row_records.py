@@ -100,6 +100,7 @@ class MappedFile:
         self.fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
         self.size_bytes = size_bytes
         self.check_size()
+        # A shared map, which is mmap's default: it shows what other processes write.
         self.map = mmap.mmap(self.fd, size_bytes, prot=mmap.PROT_READ)
 
     def check_size(self) -> None:
@@ -112,6 +113,7 @@ class MappedFile:
         """Write all of `data`. Raises OSError."""
         view = data.data.cast("B")
         while view:
+            # `pwrite` may write a part, as on a disk that fills up; the next call then raises the error.
             count = os.pwrite(self.fd, view, offset)
             view, offset = view[count:], offset + count
 
@@ -164,6 +166,7 @@ class RecordFile:
             # The checksum is read first and written last, so a row that is being written looks absent.
             sums = self._records[f"check {name}"][slots]
             # Gathered as opaque bytes: NumPy then copies each row at once.
+            # The copy is both verified and returned: another process may write to the map in between.
             words_BW = self._records[f"field {name}"][slots].view("<u8").reshape(len(slots), _words(spec))
             right = sums == self._checks[name].of(words_BW, checks)
             damaged |= ~right & (sums != 0)
@@ -194,6 +197,7 @@ class RecordFile:
     def write_fields(self, slot: int, record: NDArray[np.uint8], names: tuple[str, ...]) -> None:
         """Write some fields of one packed record into its slot and keep its others. Raises OSError."""
         offsets: dict[str, Any] = dict(self._type.fields or {})
+        # The checksum after its field: until then no reader takes the field for valid.
         for part in (f"{kind} {name}" for name in names for kind in ("field", "check")):
             dtype, begin = offsets[part][:2]
             self.file.write(slot * self._type.itemsize + begin, record[begin : begin + dtype.itemsize])

@@ -39,6 +39,7 @@ class FileLock:
     """
 
     def __init__(self, path: Path, kind: int, *, create: bool = False) -> None:
+        # For `__del__`, which also runs where `os.open` raises.
         self._fd = -1
         # Opened anew for each lock: it belongs to the open file description, which threads and forks share.
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o600)
@@ -151,10 +152,12 @@ class RowTable:
         """
         self._check_sizes()
         slots = self._index.find(keys)
+        # The index has no checksum: a damaged one may return any number, which must not be used as a slot.
         cached = (slots >= 0) & (slots < self.shape.slots)
         if not cached.any():  # in a first epoch, nothing is read in vain
             specs = {name: self.shape.fields[name] for name in names}
             return {n: np.zeros((len(keys), *s.row_shape), s.dtype) for n, s in specs.items()}, cached, 0
+        # Slot 0 stands in for rows that are not cached: what it holds is masked out below.
         arrays, valid, damaged = self._rows.read(np.where(cached, slots, 0), names, keys, checks)
         return arrays, valid & cached, int((damaged & cached).sum())
 
@@ -169,12 +172,14 @@ class RowTable:
         """
         if self._read_only or not len(keys) or not arrays:
             return
+        # A new key that occurs twice would get two slots.
         _, distinct = np.unique(keys, return_index=True)
         if len(distinct) < len(keys):
             keys, checks = keys[distinct], checks[distinct]
             arrays = {name: array[distinct] for name, array in arrays.items()}
         if self.taken_slots == self.shape.slots and not (self._index.find(keys) >= 0).any():
             return  # full, and nothing to repair: neither pack nor lock
+        # Checksums are computed before the lock is taken, since other processes wait for it.
         block = self._rows.pack(keys, checks, arrays)
         with FileLock(self._folder / WRITING_FILE, fcntl.LOCK_EX, create=True):
             self._check_sizes()

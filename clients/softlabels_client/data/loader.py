@@ -82,6 +82,7 @@ class StatefulLoader:
             show_epoch(start.epoch)
         fetched = _fetched(self.loader)
         for step, batch in enumerate(batches_ahead(fetched, size_of=_batch_bytes) if self._ahead else fetched):
+            # Before `yield`, which returns only when the next batch is wanted: the state then counts the batch in use.
             self._state.took(step)
             yield batch
 

@@ -160,6 +160,7 @@ class _Queue(Generic[T]):
                 if self._has_room():  # else the thread would wake up for nothing
                     self._changed.notify_all()
                 return item
+            # An error is raised once; after it the iterator is at its end.
             last, self._last = self._last, _END
         if isinstance(last, BaseException):
             raise last
@@ -194,6 +195,7 @@ def _fill(queue: _Queue[T], items: Iterable[T]) -> None:
                 queue.add(item)  # type: ignore[arg-type]
                 del item  # drop this reference: an item must not outlive its consumer
         finally:
+            # In this thread: a generator that runs in one thread cannot be closed from another.
             _close(iterator)
     except BaseException as error:  # noqa: BLE001  # re-raised in the consumer
         last = error
@@ -207,6 +209,7 @@ def _close(items: Iterable[object]) -> None:
 
 
 def _stop(queue: _Queue[T], thread: threading.Thread, process: int) -> None:
+    # In a forked child the thread does not exist, and the queue's lock may stay locked for ever.
     if os.getpid() != process:
         return
     queue.stop()

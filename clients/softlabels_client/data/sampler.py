@@ -168,6 +168,7 @@ class EpochDistributedSampler(DistributedSampler[Any]):
         for begin in range(0, count, _POSITIONS_AT_ONCE):
             end = min(begin + _POSITIONS_AT_ONCE, count)
             indices = np.arange(begin, end, dtype=np.int64) * self.num_replicas + self.rank + self._cursor
+            # The modulo repeats the epoch's first samples for "pad"; with "drop" no index reaches the end.
             yield from order.positions_at(indices % self._samples).tolist()
 
 

@@ -150,6 +150,8 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
                 self.state.took(step)
                 yield self._paired(targets)
             return
+        # A shard that has begun is of an earlier pass of a persistent worker; one that has not was made by
+        # `load_state_dict`, and is continued.
         if self._shard is None or self._shard.begun:
             epoch, cursor, rank, world_size = self._shared.tolist()
             config = msgspec.structs.replace(
@@ -165,6 +167,7 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        # A plain pickle copies the tensor to private memory, where this process's own workers would not see changes.
         self._shared.share_memory_()
 
     def _tell_workers(self) -> None:
@@ -321,6 +324,7 @@ class _PositionsById:
         """Return the positions of these samples, [B]; `store` names their store in messages."""
         if ids.dtype.kind != self._ids.dtype.kind:
             raise BadIdsError(f"the ids of {store!r} are {ids.dtype}, those of the inputs {self._ids.dtype}")
+        # Clipped, because an id above the last one is found past the end; it then differs from the id that is there.
         found = np.searchsorted(self._ids, ids).clip(max=len(self._ids) - 1)
         missing = self._ids[found] != ids
         if missing.any():

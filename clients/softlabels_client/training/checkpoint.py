@@ -82,6 +82,7 @@ class CheckpointFolder:
         path = self._path(step)
         with atomic_path(path) as partial:
             save_file(tensors, partial, metadata=metadata)
+        # Only when the new one is in place, so that there is a whole checkpoint at every moment.
         for old in self.steps[: -self._keep]:
             self._path(old).unlink(missing_ok=True)
         return path
@@ -182,6 +183,7 @@ def _pack(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         entries = [_pack(entry, f"{path}/{number}", tensors) for number, entry in enumerate(tree)]
         return entries if isinstance(tree, list) else {TUPLE: entries}
     if isinstance(tree, Mapping) and all(isinstance(key, int | str) for key in tree):
+        # Pairs, because JSON would turn integer keys, as in an optimizer's state, into strings.
         return {DICT: [[key, _pack(entry, f"{path}/{key}", tensors)] for key, entry in tree.items()]}
     raise RequestError(
         f"{path} is a {type(tree).__name__}: a checkpoint holds tensors, numbers, strings, lists, tuples and "

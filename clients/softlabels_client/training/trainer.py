@@ -165,6 +165,7 @@ class _Trainer:
             self.loader.load_state_dict({**self.loader.state_dict(), **progress})
             self.resumed_at = self.state.step
         steps_per_epoch = -(-len(self.dataset) // self.rows_per_step)
+        # After the optimizer's state was loaded, which would overwrite the rates that the scheduler sets.
         self.scheduler = make_scheduler(
             self.optimizer, self.settings, steps_per_epoch=steps_per_epoch, done_steps=self.state.step
         )
@@ -192,6 +193,8 @@ class _Trainer:
                         with torch.autocast(self.device.type, self.mixed, enabled=self.mixed is not None):
                             logits_BC = student(on_device.inputs)
                         loss = self.loss.parts(logits_BC, on_device.targets)
+                        # Losses are means over a batch: weighted by their share, the accumulated gradients are
+                        # those of one batch of the whole step.
                         share = len(batch) / (step_end - step_start)
                         self.scaler.scale(loss.total * share).backward()  # type: ignore[no-untyped-call]
                         state.sums += batch_sums(loss, logits_BC, on_device.targets)
@@ -200,6 +203,7 @@ class _Trainer:
                         if state.cursor < step_end:
                             continue  # accumulate the gradients of further batches
                         if settings.max_gradient_norm is not None:
+                            # The limit is on the norm of the true gradients, not of the scaled ones.
                             self.scaler.unscale_(self.optimizer)
                             nn.utils.clip_grad_norm_(student.parameters(), settings.max_gradient_norm)
                         self.scaler.step(self.optimizer)

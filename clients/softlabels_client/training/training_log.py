@@ -126,6 +126,7 @@ class ResumableCsv:
                 first = line.partition(b",")[0]
                 if number == 0 and line != (",".join(self._columns) + "\n").encode():
                     break
+                # A line without a line feed was cut off when the process was killed.
                 if number and not (line.endswith(b"\n") and first.isdigit() and int(first) <= step):
                     break
                 size_bytes += len(line)

@@ -35,6 +35,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        # A device that is not here is refused only when something is allocated on it; a torch built without CUDA then
+        # raises AssertionError.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise JobError(f"device {name!r} cannot be used here: {error}") from error
@@ -104,6 +106,8 @@ class DeviceStreams:
             yield
             return
         self._encode.wait_event(after)
+        # As in `upload`: these were allocated in the teachers' stream, which could reuse their memory while this stream
+        # still reads it.
         for tensor in tensors:
             tensor.record_stream(self._encode)
         with torch.cuda.stream(self._encode):
@@ -128,6 +132,7 @@ class DeviceStreams:
         return min(1.0, self._idle_s / max(1e-9, time.perf_counter() - self._began_s))
 
     def _count_gaps(self) -> None:
+        # Finished events alone: `elapsed_time` raises for others, and waiting for them would stall the host.
         while self._gaps and self._gaps[0][1].query():  # type: ignore[no-untyped-call]
             ended, started = self._gaps.popleft()
             self._idle_s += max(0.0, ended.elapsed_time(started)) / 1e3
@@ -152,6 +157,7 @@ class MemoryMeter:
     def limit_bytes(self) -> int:
         """Return how much may be allocated in all: what is allocated already, and most of what is free."""
         if self._cuda:
+            # To CUDA, memory in torch's cache is not free.
             release_cached()
             free, _ = torch.cuda.mem_get_info(self._device)
             return torch.cuda.memory_allocated(self._device) + int(_DEVICE_SHARE * free)
@@ -160,6 +166,7 @@ class MemoryMeter:
 
 def release_cached() -> None:
     """Return cached memory to the device: blocks that a larger batch left behind do not fit a smaller one."""
+    # First, because `empty_cache` returns no memory of tensors that a reference cycle still keeps alive.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

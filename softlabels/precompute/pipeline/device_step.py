@@ -182,6 +182,7 @@ def _kl(exact_BC: Tensor, decoded_BC: Tensor) -> Tensor:
     logp, logq = torch.log_softmax(exact_BC, dim=-1), torch.log_softmax(decoded_BC, dim=-1)
     p, q, gap = logp.exp(), logq.exp(), logq - logp
     small_gap = p * (torch.expm1(gap) - gap)
+    # `where`, because p = 0 times an infinite gap would be NaN.
     large_gap = q - p - torch.where(p == 0, torch.zeros_like(p), p * gap)
     return torch.where(gap.abs() < 1, small_gap, large_gap).sum(dim=-1)
 

@@ -221,6 +221,7 @@ def _deterministic_kernels(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
+    # Benchmarking chooses kernels by their speed, which can differ from run to run.
     torch.backends.cudnn.benchmark = False
     try:
         yield

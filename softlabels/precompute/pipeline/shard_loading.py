@@ -81,6 +81,8 @@ class ClaimedShard:
         for name, tensor in encoded.items():
             target = self._arrays[name][part]
             assert tensor.dtype == target.dtype, f"{name}: {tensor.dtype} is not the plan's {target.dtype}"
+            # `tensor` may be freed before an asynchronous copy ends: its memory belongs to the copy's stream or is
+            # recorded there (`DeviceStreams.encoding`), so it is reused only after the copy.
             target.copy_(tensor.reshape(target.shape), non_blocking=self._streams.pinned)
         self._done = self._streams.copies_done()
         self._keep_facts(part, batch)
@@ -100,6 +102,7 @@ class ClaimedShard:
         """
         with self._held:
             if self._done is not None:
+                # All copies are in one stream, so the event after the last one comes after all of them.
                 self._done.synchronize()
             audit = Audit(self._temperatures)
             for packed in self._figures:
@@ -172,6 +175,7 @@ class ShardClaims:
             self.slots.release()
             return None
         self._held.append(claimed)
+        # Under the claim: another process may have committed the shard since this run listed the missing ones.
         if self._writer.receipt(shard) is None:
             return claimed
         self._progress.advance(len(claimed.rows))
@@ -260,10 +264,12 @@ class Prefetcher:
             return
         except Exception as error:  # noqa: BLE001  # raised again by `raise_error`, after the batches before it
             self._error = error
+        # Last: the consumer looks for `_error` as soon as the channel ends.
         self._batches.close()
 
     def _load_in_order(self) -> None:
         for number in self._shards:
+            # Before the claim: a shard claimed while waiting for a slot would be withheld from other processes.
             self._claims.slots.acquire(self._stop)
             shard = self._claims.claim(number)
             if shard is not None:
@@ -288,6 +294,7 @@ class Prefetcher:
                 for start in range(shard.rows.start, shard.rows.stop, self._batch_size):
                     part = range(start, min(start + self._batch_size, shard.rows.stop))
                     ahead.append(pool.submit(self._make, shard, part))
+                    # Bounds memory: beside the channel's, at most one batch more than there are threads is held.
                     if len(ahead) > self._loaders:
                         self._batches.put(ahead.popleft().result())
             while ahead:

@@ -115,6 +115,8 @@ def compute_shards(
                     with batches:
                         fits = _all_fit(batches, step, commits, progress)
                 finally:
+                    # After the loader, which claims shards, was stopped. Those handed to the writer stay claimed until
+                    # they are committed.
                     claims.release_all_but(commits.computed)
                 if fits:
                     break
@@ -207,6 +209,7 @@ class _CommitStage:
     def _commit_all(self) -> None:
         while (shard := self._shards.get()) is not None:
             audit = shard.commit()
+            # The claim ended with `commit`; this frees the slot, so that the loader may claim another shard.
             self._claims.release(shard)
             if self._on_commit is not None:
                 self._on_commit(shard, audit)

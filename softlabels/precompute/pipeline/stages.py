@@ -56,6 +56,7 @@ class StopSignal:
     def wait_for(self, ready: Callable[[], bool]) -> None:
         """Wait until `ready()`; the caller holds `changed`. Raises StoppedError: the run stops."""
         self.changed.wait_for(lambda: self.stopped or ready())
+        # Even if `ready()` holds: once a run stops, what is still in its channels is dropped.
         if self.stopped:
             raise StoppedError
 
@@ -100,6 +101,7 @@ class Slots:
 
     def acquire(self, stop: StopSignal) -> None:
         """Take a slot; waits until one is free. Raises StoppedError: `stop` was stopped."""
+        # `stop` may be a child of the slots' own signal: they share one condition, so `release` ends this wait too.
         with stop.changed:
             stop.wait_for(lambda: self._free > 0)
             self._free -= 1
@@ -138,6 +140,7 @@ class Stage:
         try:
             self._work()
         except StoppedError:
+            # Another stage set the signal, with its error if it failed: this one has none of its own.
             return
         except BaseException as error:  # noqa: BLE001  # raised again where the run was called
             self._stop.stop(error)

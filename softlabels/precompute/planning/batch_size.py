@@ -77,6 +77,7 @@ def _speed_if_it_fits(step: DeviceStep, batch: RowBatch) -> float | None:
     except (RuntimeError, MemoryError, TeacherError) as error:
         if not is_out_of_memory(error):
             raise
+    # Outside of `except`, where the error's traceback would keep the tensors alive.
     release_cached()
     return None
 

@@ -169,6 +169,7 @@ def _read_parts(index: Path) -> State:
 def _parts_of(index: Path) -> list[str]:
     parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     for part in parts:
+        # An index may come from anyone: it must not name a file outside its own folder.
         if Path(part).name != part:
             raise ValueError(f"it names {part!r}, which is no file beside it")
     return parts
@@ -215,6 +216,7 @@ def _containers(value: Any) -> Iterable[Any]:
     waiting = [value]
     while waiting:
         part = waiting.pop(0)
+        # Pickled objects may refer to each other in cycles.
         if id(part) in seen or isinstance(part, Tensor | str | int | float):
             continue
         seen.add(id(part))
