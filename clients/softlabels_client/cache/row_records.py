@@ -197,6 +197,7 @@ class RecordFile:
     def write_fields(self, slot: int, record: NDArray[np.uint8], names: tuple[str, ...]) -> None:
         """Write some fields of one packed record into its slot and keep its others. Raises OSError."""
         offsets: Any = self._type.fields  # by name: dtype and offset
+        # The checksum after its field: until then no reader takes the field for valid.
         for part in (f"{kind} {name}" for name in names for kind in ("field", "check")):
             dtype, begin = offsets[part][:2]
             self.file.write(slot * self._type.itemsize + begin, record[begin : begin + dtype.itemsize])
