@@ -96,13 +96,18 @@ class TestContents:
 
 
 class TestBareInstall:
-    def test_it_brings_numpy_only(self, bare: Path) -> None:
-        """The base install is the light client."""
+    def test_it_brings_light_libraries_only(self, bare: Path) -> None:
+        """The base install is the light client and the command line: pure Python beside NumPy and msgspec."""
         listing = run(
             *(sys.executable, "-m", "pip", "--python", bare.parent, "list", "--format", "json"),
             explain="pip list fails",
         )
-        assert {package["name"] for package in json.loads(listing)} == {"numpy", "softlabels"}
+        names = {package["name"].lower().replace("_", "-") for package in json.loads(listing)}
+        assert names == {
+            *("softlabels", "numpy", "msgspec", "urllib3"),
+            *("cyclopts", "attrs", "docstring-parser"),
+            *("rich", "rich-rst", "markdown-it-py", "mdurl", "pygments"),
+        }
 
     def test_it_imports(self, bare: Path) -> None:
         """Both packages that a trainer uses import with nothing else installed."""
