@@ -125,7 +125,7 @@ class TestNothingIsOpened:
         assert calls == {
             ("hdf5_container.py", "h5py.File"),
             ("hdf5_container.py", "h5py.h5f.create"),
-            ("zarr_container.py", "zarr.create_group"),
+            ("containers.py", "zarr.create_group"),
         }
 
     @pytest.mark.parametrize("container", ["zarr", "hdf5"])
