@@ -1,0 +1,54 @@
+"""Tests of the CRC-32C of rows and of rows joined together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from softlabels.row_sums import append_sum, crc32c, join_sums, masks, sum_of_array, sums_of_rows
+
+CHECK_VALUE = 0xE3069283
+"""CRC-32C of b"123456789" in the catalogue of parametrised CRC algorithms."""
+
+
+def test_crc32c_is_castagnolis() -> None:
+    assert crc32c(b"123456789") == CHECK_VALUE
+    assert sum_of_array(np.frombuffer(b"123456789", dtype=np.uint8)) == CHECK_VALUE
+    assert append_sum(crc32c(b"1234"), crc32c(b"56789"), 5) == CHECK_VALUE
+    assert append_sum(CHECK_VALUE, crc32c(b""), 0) == CHECK_VALUE
+
+
+@pytest.mark.parametrize("row_bytes", [1, 8, 80, 128, 129, 2000])
+@pytest.mark.parametrize("rows", [0, 1, 2, 255, 256, 257, 600])
+def test_sums_of_rows_join_to_the_sum_of_all_bytes(row_bytes: int, rows: int) -> None:
+    array = np.random.default_rng(rows + row_bytes).integers(0, 256, (rows, row_bytes), dtype=np.uint8)
+    sums = sums_of_rows(array)
+    assert sums.tolist() == [crc32c(row.tobytes()) for row in array]
+    assert join_sums(sums, row_bytes) == crc32c(array.tobytes())
+
+
+def test_more_rows_than_two_levels_of_blocks_hold() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (70_000, 3), dtype=np.uint8)
+    assert join_sums(sums_of_rows(array), 3) == crc32c(array.tobytes())
+
+
+def test_big_endian_and_strided_arrays_are_summed_as_little_endian_rows() -> None:
+    array = np.arange(600, dtype="<f4").reshape(20, 30)
+    expected = [crc32c(row.tobytes()) for row in array]
+    assert sums_of_rows(array.astype(">f4")).tolist() == expected
+    assert sums_of_rows(np.asfortranarray(array)).tolist() == expected
+    assert sum_of_array(np.asfortranarray(array)) == crc32c(array.tobytes())
+
+
+def test_an_exchange_of_rows_changes_the_joined_sum() -> None:
+    array = np.random.default_rng(1).integers(0, 256, (256, 40), dtype=np.uint8)
+    exchanged = array.copy()
+    exchanged[[3, 200]] = array[[200, 3]]
+    assert join_sums(sums_of_rows(array), 40) != join_sums(sums_of_rows(exchanged), 40)
+
+
+def test_masks_differ_between_rows_and_between_salts() -> None:
+    rows = np.arange(100_000, dtype=np.int64)
+    assert len(np.unique(masks(np.uint32(7), rows))) == len(rows)
+    assert (masks(np.uint32(7), rows) != masks(np.uint32(8), rows)).all()
+    assert masks(np.uint32(7), np.array([1 << 40], dtype=np.int64)).dtype == np.uint32
