@@ -4,8 +4,8 @@ A CRC is linear: the CRC of two byte strings joined follows from the CRCs of bot
 checksum of a batch follows from sums that were computed when its rows were written, without reading the rows again,
 and a receiver that computes the CRC of the bytes it has compares them with what the teacher's job wrote.
 
-CRC-32C (Castagnoli) detects every change of up to three bits and every burst of up to 32 bits in up to 256 MiB; of other
-changes it misses one in 2³². Source: RFC 3720, appendix B.4; zlib's `crc32_combine` for the joining.
+CRC-32C (Castagnoli) detects every change of up to three bits and every burst of up to 32 bits in up to 256 MiB; of
+other changes it misses one in 2³². Source: RFC 3720, appendix B.4; zlib's `crc32_combine` for the joining.
 """
 
 from __future__ import annotations
@@ -146,4 +146,5 @@ def _sums_of_columns(flat: NDArray[np.uint8]) -> NDArray[np.uint32]:
     sums = np.full(len(flat), 0xFFFFFFFF, dtype=np.uint32)
     for column in flat.T:
         sums = table[(sums ^ column) & np.uint32(255)] ^ (sums >> np.uint32(8))
-    return np.invert(sums)
+    finished: NDArray[np.uint32] = np.invert(sums)
+    return finished
