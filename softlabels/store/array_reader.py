@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from softlabels.errors import ChecksumError, ManifestError, RowsNotCommittedError, TruncatedError
 from softlabels.manifest import Manifest
-from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride, chunks_in, decompress
+from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride, chunks_in, decompress, shard_rows
 from softlabels.store.containers import container_of
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.memory_map import MappedArray
@@ -51,10 +51,15 @@ class ArrayReader:
         """
         if self._manifest.shards.compression is not None:
             return self._gather_compressed(field, rows_B)
-        array = self._mapped.get(field) or self._mapped_array(field)
+        array = self._mapped.get(field)
+        if array is None:
+            made = MappedArray(self._manifest.arrays[field], self._manifest.shards)
+            array = self._mapped.setdefault(field, made)
         found = array.gather(rows_B)
         if found is None:
-            self._verify_chunks(field, array, array.unverified(rows_B))
+            for chunk in array.unverified(rows_B):
+                if not array.verify(chunk, lambda shard: self._part(shard, field), self._root, self._container):
+                    raise self._damaged(field, chunk)
             found = array.gather(rows_B)
         assert found is not None, "every chunk was verified just now"
         return found
@@ -68,17 +73,6 @@ class ArrayReader:
         """Release the mapped files; arrays that views still refer to stay mapped."""
         self._mapped.clear()
         self._decoded.clear()
-
-    def _mapped_array(self, field: str) -> MappedArray:
-        spec, shards = self._manifest.arrays[field], self._manifest.shards
-        array = MappedArray(
-            dtype=np.dtype(spec.dtype),
-            row_shape=spec.row_shape,
-            shards=shards.count,
-            rows_per_shard=shards.rows_per_shard,
-            rows_per_chunk=shards.rows_per_chunk,
-        )
-        return self._mapped.setdefault(field, array)
 
     def _gather_compressed(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
         """Copy rows from compressed chunks, which are read, verified and decoded whole; the latest ones are cached."""
@@ -113,30 +107,18 @@ class ArrayReader:
             os.close(descriptor)
         expected = raw[-CHECKSUM_BYTES:] == part.checksum(chunk)
         if not expected or not self._container.is_chunk_intact(np.frombuffer(raw, dtype=np.uint8)):
-            raise self._damaged(field, shard, chunk)
+            raise self._damaged(field, number)
         dtype, size_bytes = np.dtype(spec.dtype), spec.row_bytes * shards.rows_per_chunk
         try:
             flat = decompress(raw[:-CHECKSUM_BYTES], shards.compression, dtype=dtype, size_bytes=size_bytes)
         except ValueError as error:
-            raise self._damaged(field, shard, chunk) from error
+            raise self._damaged(field, number) from error
         return flat.view(dtype).reshape(shards.rows_per_chunk, *spec.row_shape)
 
-    def _verify_chunks(self, field: str, array: MappedArray, chunks: list[int]) -> None:
-        per_shard = self._manifest.shards.rows_per_shard // self._manifest.shards.rows_per_chunk
-        for number in chunks:
-            shard, chunk = divmod(number, per_shard)
-            if not array.is_mapped(shard):
-                array.map(shard, self._part(shard, field), self._root)
-            found = array.chunk(shard, chunk)
-            # Against the receipt as well as against itself: a sound chunk may be a copy of another one.
-            expected = found[-CHECKSUM_BYTES:].tobytes() == array.checksum(shard, chunk)
-            if not expected or not self._container.is_chunk_intact(found):
-                raise self._damaged(field, shard, chunk)
-            array.mark_verified(number)
-
-    def _damaged(self, field: str, shard: int, chunk: int) -> ChecksumError:
+    def _damaged(self, field: str, number: int) -> ChecksumError:
         shards = self._manifest.shards
-        first = shard * shards.rows_per_shard + chunk * shards.rows_per_chunk
+        shard, chunk = divmod(number, shards.rows_per_shard // shards.rows_per_chunk)
+        first = number * shards.rows_per_chunk
         last = min(first + shards.rows_per_chunk, self._manifest.rows) - 1
         return ChecksumError(
             f"{self._manifest.name!r}: array {field!r}, shard {shard}, chunk {chunk} (rows {first} to {last}) is not "
@@ -148,22 +130,18 @@ class ArrayReader:
         )
 
     def _part(self, shard: int, field: str) -> Part:
-        receipt = self._ledger.read(shard)
-        if receipt is None:
-            raise self._not_committed(shard)
-        return checked_part(receipt, field, self._manifest)
-
-    def _not_committed(self, shard: int) -> RowsNotCommittedError | TruncatedError:
+        receipt, name = self._ledger.read(shard), self._manifest.name
+        if receipt is not None:
+            return checked_part(receipt, field, self._manifest)
         if self._manifest.finished:
-            return TruncatedError(
-                f"{self._manifest.name!r}: the receipt of shard {shard} is missing from a finished store; run "
-                "`softlabels repair`, then `softlabels resume`",
+            raise TruncatedError(
+                f"{name!r}: the receipt of shard {shard} is missing from a finished store; run `softlabels repair`, "
+                "then `softlabels resume`",
                 shard=shard,
             )
         first = shard * self._manifest.shards.rows_per_shard
-        return RowsNotCommittedError(
-            f"{self._manifest.name!r} is unfinished: shard {shard} (rows from {first} on) is not committed; run "
-            "`softlabels resume`",
+        raise RowsNotCommittedError(
+            f"{name!r} is unfinished: shard {shard} (rows from {first} on) is not committed; run `softlabels resume`",
             shard=shard,
         )
 
@@ -174,25 +152,21 @@ def checked_part(receipt: Receipt, field: str, manifest: Manifest) -> Part:
     Raises:
         ManifestError: the receipt gives none, or one that contradicts the manifest.
     """
-    part = receipt.parts.get(field)
-    spec, shards = manifest.arrays[field], manifest.shards
-    rows = min(shards.rows_per_shard, manifest.rows - receipt.shard * shards.rows_per_shard)
+    part, spec, shards = receipt.parts.get(field), manifest.arrays[field], manifest.shards
+    rows = len(shard_rows(manifest, receipt.shard))
     chunks = chunks_in(rows, shards.rows_per_chunk)
     fits = part is not None and part.rows == rows and len(part.checksums) == 2 * CHECKSUM_BYTES * chunks
-    if part is not None and part.sizes is None:
-        fits = fits and shards.compression is None and part.stride == chunk_stride(spec, shards.rows_per_chunk)
-    elif part is not None and part.sizes is not None:
-        fits = fits and shards.compression is not None and min(part.sizes, default=0) > CHECKSUM_BYTES
-        fits = fits and len(part.sizes) == chunks
-    if part is None or not fits or _overlap(receipt, shards.rows_per_chunk):
+    if part is None or not fits:
+        fits = False
+    elif part.sizes is None:
+        fits = shards.compression is None and part.stride == chunk_stride(spec, shards.rows_per_chunk)
+    else:
+        fits = shards.compression is not None and len(part.sizes) == chunks and min(part.sizes) > CHECKSUM_BYTES
+    # Two arrays may not claim the same bytes of a file.
+    ends = sorted((p.path, p.offset, p.offset + p.size_bytes(shards.rows_per_chunk)) for p in receipt.parts.values())
+    fits = fits and not any(path == other and begin < end for (path, _, end), (other, begin, _) in pairwise(ends))
+    if part is None or not fits:
         raise ManifestError(
             f"the receipt of shard {receipt.shard} of {manifest.name!r}: parts.{field} contradicts the manifest"
         )
     return part
-
-
-def _overlap(receipt: Receipt, rows_per_chunk: int) -> bool:
-    """Return whether two arrays claim the same bytes of a file."""
-    parts = receipt.parts.values()
-    spans = sorted((part.path, part.offset, part.offset + part.size_bytes(rows_per_chunk)) for part in parts)
-    return any(path == other and begin < end for (path, _, end), (other, begin, _) in pairwise(spans))

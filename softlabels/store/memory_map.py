@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import ManifestError
-from softlabels.store.chunks import CHECKSUM_BYTES, Part
+from softlabels.manifest import ArraySpec, ShardSpec
+from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride
+from softlabels.store.containers import StoreContainer
 from softlabels.store.safe_open import open_committed
 
 MAX_RESERVED_BYTES = 1 << 45
@@ -120,69 +123,64 @@ class MappedArray:
 
     Rows are gathered only from verified chunks: mapped, and found to be what was written.
 
-    Args:
-        dtype, row_shape: dtype and shape of one row.
-        shards: number of shards.
-        rows_per_shard, rows_per_chunk: rows of each.
     """
 
-    def __init__(
-        self, *, dtype: np.dtype[Any], row_shape: tuple[int, ...], shards: int, rows_per_shard: int, rows_per_chunk: int
-    ) -> None:
-        self.dtype, self.row_shape = dtype, row_shape
-        self._row_bytes = dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
-        self._chunks_per_shard, self._rows_per_chunk = rows_per_shard // rows_per_chunk, rows_per_chunk
-        self._stride = self._row_bytes * rows_per_chunk + CHECKSUM_BYTES
+    def __init__(self, spec: ArraySpec, shards: ShardSpec) -> None:
+        self._dtype, self._row_shape, self._row_bytes = np.dtype(spec.dtype), spec.row_shape, spec.row_bytes
+        self._rows_per_chunk = shards.rows_per_chunk
+        self._chunks_per_shard = shards.rows_per_shard // shards.rows_per_chunk
+        self._stride = chunk_stride(spec, shards.rows_per_chunk)
         shard_bytes = self._stride * self._chunks_per_shard + ALIGNMENT_BYTES
-        if shards * (shard_bytes + ALIGNMENT_BYTES) > MAX_RESERVED_BYTES:
-            raise ManifestError(f"{shards} shards of {shard_bytes} bytes are more than a process can address")
+        if shards.count * (shard_bytes + ALIGNMENT_BYTES) > MAX_RESERVED_BYTES:
+            raise ManifestError(f"{shards.count} shards of {shard_bytes} bytes are more than a process can address")
         try:
-            self._space = AddressSpace(slots=shards, slot_bytes=shard_bytes)
+            self._space = AddressSpace(slots=shards.count, slot_bytes=shard_bytes)
             # Zeros take no memory until they are written; a chunk's address is never zero.
-            self._begin = np.zeros(shards, dtype=np.int64)
-            self._base = np.zeros(shards * self._chunks_per_shard, dtype=np.int64)
+            self._begin = np.zeros(shards.count, dtype=np.int64)
+            self._base = np.zeros(shards.count * self._chunks_per_shard, dtype=np.int64)
         except MemoryError as error:
             raise ManifestError(
-                f"{shards} shards of {shard_bytes} bytes in {self._chunks_per_shard} chunks each are more than this "
-                f"process may address ({error}): see `ulimit -v`, or give shards larger chunks"
+                f"{shards.count} shards of {shard_bytes} bytes in {self._chunks_per_shard} chunks each are more than "
+                f"this process may address ({error}): see `ulimit -v`, or give shards larger chunks"
             ) from error
         summed = self._row_bytes % 8 == 0 and self._row_bytes >= MIN_SUMMED_ROW_BYTES
-        rows = shards * rows_per_shard
+        rows = shards.count * shards.rows_per_shard
         self._sums = np.zeros(rows, dtype=np.uint64) if summed and rows <= MAX_SUMMED_ROWS else None
-        self._items = _items(self._space, self._row_bytes)
+        # A row-sized item at every byte address: overlapping on purpose, so that an address is an index.
+        count, item = self._space.size_bytes - self._row_bytes + 1, np.dtype((np.void, self._row_bytes))
+        self._items: NDArray[Any] = np.ndarray((count,), dtype=item, buffer=self._space.buffer, strides=(1,))
         self._parts: dict[int, Part] = {}
 
-    def is_mapped(self, shard: int) -> bool:
-        """Return whether this shard's file is mapped."""
-        return bool(self._begin[shard])
+    def verify(self, chunk: int, part_of: Callable[[int], Part], root: Path, container: StoreContainer) -> bool:
+        """Allow rows of a chunk, counted through the whole store, to be gathered if it is what was written.
 
-    def map(self, shard: int, part: Part, root: Path) -> None:
-        """Map a shard's file."""
-        length = part.stride * -(-part.rows // self._rows_per_chunk)
+        Args:
+            part_of: returns the location of a shard's rows; called when the shard's file is not mapped yet.
+        """
+        shard, local = divmod(chunk, self._chunks_per_shard)
         # Two threads may do this at once, with the same result. A lock that is held while another thread forks would
         # stay locked in the child.
-        self._parts[shard] = part
-        # After `_parts`: another thread calls `checksum` as soon as `is_mapped` is true.
-        self._begin[shard] = self._space.map(shard, root, part.path, offset=part.offset, length=length)
-
-    def checksum(self, shard: int, chunk: int) -> bytes:
-        """Return what a chunk of a mapped shard must end with; `chunk` counts within the shard."""
-        return self._parts[shard].checksum(chunk)
-
-    def mark_verified(self, chunk: int) -> None:
-        """Allow rows of a chunk, counted through the whole store, to be gathered; its shard is mapped."""
-        shard, local = divmod(chunk, self._chunks_per_shard)
-        # Less the bytes of all rows before the chunk, so that a row's address is `base[chunk] + row * row_bytes`.
-        before = chunk * self._rows_per_chunk * self._row_bytes
-        base = int(self._begin[shard]) + local * self._stride - before
+        if (part := self._parts.get(shard)) is None:
+            part = part_of(shard)
+            length = part.size_bytes(self._rows_per_chunk)
+            self._begin[shard] = self._space.map(shard, root, part.path, offset=part.offset, length=length)
+            # After `_begin`, which another thread reads as soon as it finds the part.
+            self._parts[shard] = part
+        begin = int(self._begin[shard]) + local * self._stride
+        found = np.frombuffer(self._space.buffer[begin : begin + self._stride], dtype=np.uint8)
+        # Against the receipt as well as against itself: a sound chunk may be a copy of another one.
+        if found[-CHECKSUM_BYTES:].tobytes() != part.checksum(local) or not container.is_chunk_intact(found):
+            return False
+        first = chunk * self._rows_per_chunk
         if self._sums is not None:
             # Sums of the bytes that were verified just now: what is sent later must still add up to them.
             # Words may be unaligned, since 4 bytes of checksum follow each chunk; NumPy reads those correctly.
-            words = self._chunk_rows(base, chunk).reshape(self._rows_per_chunk, -1).view("<u8")
-            first = chunk * self._rows_per_chunk
+            words = found[:-CHECKSUM_BYTES].reshape(self._rows_per_chunk, -1).view("<u8")
             self._sums[first : first + self._rows_per_chunk] = words.sum(axis=1, dtype=np.uint64)
-        # Last, since another thread gathers from the chunk as soon as its base is set.
-        self._base[chunk] = base
+        # Last, since another thread gathers from the chunk as soon as its base is set. Less the bytes of all rows
+        # before the chunk, so that a row's address is `base[chunk] + row * row_bytes`.
+        self._base[chunk] = begin - first * self._row_bytes
+        return True
 
     def unverified(self, rows_B: NDArray[np.int64]) -> list[int]:
         """Return the chunks of these rows that are not verified yet, in order, each once."""
@@ -202,24 +200,8 @@ class MappedArray:
         if not address_B.all():
             return None
         address_B += rows_B * self._row_bytes
-        return self._items[address_B].view(self.dtype).reshape(len(rows_B), *self.row_shape)
-
-    def chunk(self, shard: int, chunk: int) -> NDArray[np.uint8]:
-        """Return a chunk with its checksum, uint8 [stride], a read-only view; `chunk` counts within the shard."""
-        begin = int(self._begin[shard]) + chunk * self._stride
-        return np.frombuffer(self._space.buffer[begin : begin + self._stride], dtype=np.uint8)
+        return self._items[address_B].view(self._dtype).reshape(len(rows_B), *self._row_shape)
 
     def word_sum(self, rows_B: NDArray[np.int64]) -> int | None:
         """Return the sum of gathered rows' 64-bit words, as they were when verified; None where sums are not kept."""
         return None if self._sums is None else int(self._sums.take(rows_B).sum(dtype=np.uint64))
-
-    def _chunk_rows(self, base: int, chunk: int) -> NDArray[Any]:
-        begin = base + chunk * self._rows_per_chunk * self._row_bytes
-        shape = (self._rows_per_chunk, *self.row_shape)
-        return np.ndarray(shape, dtype=self.dtype, buffer=self._space.buffer, offset=begin)
-
-
-def _items(space: AddressSpace, row_bytes: int) -> NDArray[Any]:
-    """Return a row-sized item at every byte address: overlapping on purpose, so that an address is an index."""
-    count = space.size_bytes - row_bytes + 1
-    return np.ndarray(shape=(count,), dtype=np.dtype((np.void, row_bytes)), buffer=space.buffer, strides=(1,))

@@ -64,15 +64,9 @@ class SortedIdIndex:
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self._root, self._manifest = root, manifest
-        self._sorted = safe_load_npy(root, SORTED_IDS)
-        self._positions = safe_load_npy(root, POSITIONS)
-        if self._sorted.shape != (manifest.samples,) or self._positions.shape != (manifest.samples,):
-            raise ManifestError(
-                f"the id index of {root} does not have {manifest.samples} entries: run `softlabels repair`"
-            )
-        holds_ids = self._sorted.dtype.kind == "S" if manifest.ids.kind == "str" else self._sorted.dtype.str == "<i8"
-        if not holds_ids or self._positions.dtype.str != "<i8":
-            raise ManifestError(f"the id index of {root} does not hold ids and positions: run `softlabels repair`")
+        id_type = "|S" if manifest.ids.kind == "str" else "<i8"
+        self._sorted = _load_table(root, SORTED_IDS, (manifest.samples,), id_type)
+        self._positions = _load_table(root, POSITIONS, (manifest.samples,), "<i8")
         # Rows that carry their own id show whether the index led to the right ones. Those of sequences carry none, so
         # there the index itself is verified before its first use, at the cost of reading it once.
         self._verified = "ids" in manifest.arrays
@@ -83,7 +77,6 @@ class SortedIdIndex:
         _check_kind(ids, self._manifest.ids.kind, self._manifest.name)
         if not self._verified:
             self._verify()
-            self._verified = True
         wanted: NDArray[Any] = ids if id_kind(ids) == "int" else utf8(ids)
         slot = np.searchsorted(self._sorted, wanted)
         # The slot of an id beyond the last is one past the end; the entry before differs from it.
@@ -99,6 +92,8 @@ class SortedIdIndex:
 
     def ids_at(self, positions: NDArray[np.int64]) -> IdArray:
         """Return the ids of the samples at these positions; the first call takes 8 bytes of memory per sample."""
+        if not self._verified:
+            self._verify()
         if self._slots is None:
             self._slots = np.argsort(self._positions, kind="stable")
         found = self._sorted[self._slots[positions]]
@@ -114,6 +109,7 @@ class SortedIdIndex:
     def _verify(self) -> None:
         for path in (SORTED_IDS, POSITIONS):
             _check_digest(self._root, path, self._manifest)
+        self._verified = True
 
 
 def make_index(root: Path, manifest: Manifest) -> DenseIdIndex | SortedIdIndex:
@@ -215,8 +211,7 @@ class SequenceIndex:
         Raises:
             RequestError: a range outside its sample. ManifestError: the offsets are damaged.
         """
-        offsets = self._file(SEQUENCE_OFFSETS, (self._manifest.samples + 1,), "<i8")
-        begin, end = offsets[positions_B], offsets[positions_B + 1]
+        begin, end = self._bounds(positions_B)
         if spans_B2 is not None:
             outside = (spans_B2[:, 0] < 0) | (spans_B2[:, 1] < spans_B2[:, 0]) | (spans_B2[:, 1] > end - begin)
             if outside.any():
@@ -235,9 +230,13 @@ class SequenceIndex:
 
     def lengths(self, positions_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many rows these samples have, [B]."""
+        begin, end = self._bounds(positions_B)
+        return end - begin
+
+    def _bounds(self, positions_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the first row of each sample and the one after its last, [B] each."""
         offsets = self._file(SEQUENCE_OFFSETS, (self._manifest.samples + 1,), "<i8")
-        found: NDArray[np.int64] = offsets[positions_B + 1] - offsets[positions_B]
-        return found
+        return offsets[positions_B], offsets[positions_B + 1]
 
     def fingerprints(self, positions_B: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the content fingerprints of these samples, [B, 16]."""
@@ -250,13 +249,19 @@ class SequenceIndex:
         # locked in the child.
         if (known := self._loaded.get(path)) is not None:
             return known
-        loaded = safe_load_npy(self._root, path)
+        loaded = _load_table(self._root, path, shape, dtype)
         _check_digest(self._root, path, self._manifest)
-        if loaded.shape != shape or loaded.dtype.str != dtype:
-            raise ManifestError(
-                f"{self._root / path} is {loaded.dtype}{loaded.shape}, the manifest says {dtype}{shape}"
-            )
         return self._loaded.setdefault(path, loaded)
+
+
+def _load_table(root: Path, path: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    loaded = safe_load_npy(root, path)
+    # Strings have the width of the longest one, which the manifest does not say.
+    if loaded.shape != shape or not loaded.dtype.str.startswith(dtype):
+        raise ManifestError(
+            f"{root / path} is {loaded.dtype}{loaded.shape}, the manifest says {dtype}{shape}: run `softlabels repair`"
+        )
+    return loaded
 
 
 def _check_digest(root: Path, path: str, manifest: Manifest) -> None:

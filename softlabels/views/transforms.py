@@ -42,30 +42,24 @@ class ViewTransform(Protocol):
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the numbers recorded for each view; empty if the seed determines the view."""
-        ...
 
     @property
     def identity(self) -> str:
         """64 hex digits that change with the transform's code and settings."""
-        ...
 
     @property
     def libraries(self) -> Mapping[str, str]:
         """Versions of the installed packages that the transform uses."""
-        ...
 
     @property
     def needs_main_thread(self) -> bool:
         """Whether a replay draws from random generators that the whole process shares."""
-        ...
 
     def draw(self, sample: Tensor, seed: int) -> NDArray[np.float64]:
         """Return the numbers to record for the view with this seed, [parameters]."""
-        ...
 
     def view(self, sample: Tensor, *, seed: int, parameters: NDArray[np.float64]) -> Tensor:
         """Return the view of a sample with this seed and these parameters."""
-        ...
 
 
 class SeededTransform:
