@@ -354,20 +354,18 @@ def open_store(
     text = str(where)
     # Imported by name: the base package must not depend on the client or the store.
     if text.startswith(("http://", "https://")):
-        client = importlib.import_module("softlabels_client.http.http_rows")
-        remote = client.HttpRows(text, token=token, timeout_s=timeout_s)
-        rows = _cached(remote, cache, cache_bytes, read_only=cache_read_only) if wanted else remote
+        if wanted and os.name != "posix":
+            raise RequestError("a cache needs the file locks of a POSIX system: leave out `cache` here")
+        rows = importlib.import_module("softlabels_client.http.http_rows").HttpRows(
+            text, token=token, timeout_s=timeout_s
+        )
+        if wanted:
+            folder = None if cache is True else cache
+            limit = {} if cache_bytes is None else {"most_bytes": cache_bytes}
+            cached = importlib.import_module("softlabels_client.cache").CachedRows
+            rows = cached(rows, folder=folder, read_only=cache_read_only, **limit)
         return TargetStore(rows, where=text)
     if "://" in text:
         raise UnknownStoreError(f"{text!r}: this softlabels opens folders and http(s) addresses")
     store = importlib.import_module("softlabels.store")
     return TargetStore(store.LocalRows(Path(text)), where=text)
-
-
-def _cached(remote: RowSource, cache: bool | str | Path | None, limit: int | None, *, read_only: bool) -> RowSource:
-    if os.name != "posix":
-        raise RequestError("a cache needs the file locks of a POSIX system: leave out `cache` here")
-    bound: dict[str, Any] = {} if limit is None else {"most_bytes": limit}
-    client = importlib.import_module("softlabels_client.cache")
-    rows: RowSource = client.CachedRows(remote, folder=None if cache is True else cache, read_only=read_only, **bound)
-    return rows

@@ -110,11 +110,7 @@ class SoftTargets:
 
 
 def check_unlocked(wanted: float, *, captured: float, locked: bool) -> None:
-    """Raise unless these targets exist at the wanted temperature.
-
-    Raises:
-        TemperatureLockedError: the targets are an arithmetic mean, truncated or sampled, and `wanted` is another T.
-    """
+    """Raise TemperatureLockedError if targets are locked to the captured temperature and another one is wanted."""
     if locked and wanted != captured:
         raise TemperatureLockedError(
             f"these targets were captured at temperature {captured:g} and cannot be had at {wanted:g}: an arithmetic "

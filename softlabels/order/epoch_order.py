@@ -90,17 +90,13 @@ class EpochOrder:
     def _permutation(self) -> KeyedPermutation | BlockShuffle | None:
         if not self.shuffle:
             return None
-        if self.block is None:
-            return keyed_permutation(self.samples, subkeys(self._key, "samples"))
-        return BlockShuffle(self.samples, self._key, block=self.block, window_blocks=self.window_blocks)
-
-    @property
-    def _key(self) -> bytes:
-        """64 bytes from which all randomness of this epoch is derived."""
         digest = self.store_digest.encode()
         numbers = (len(digest), self.seed, self.epoch)
         material = b"".join(number.to_bytes(8, "little") for number in numbers) + digest
-        return blake2b(material, person=ORDER_VERSION).digest()
+        key = blake2b(material, person=ORDER_VERSION).digest()
+        if self.block is None:
+            return keyed_permutation(self.samples, subkeys(key, "samples"))
+        return BlockShuffle(self.samples, key, block=self.block, window_blocks=self.window_blocks)
 
 
 def require_int(name: str, value: int, least: int, most: int) -> None:

@@ -15,7 +15,7 @@ Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002 (g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import blake2b
 from itertools import pairwise
 from math import isqrt
@@ -94,46 +94,39 @@ class FeistelNetwork:
 
     def forward(self, index: Positions) -> Positions:
         """Return the image of each number."""
-        return self._in_chunks(index, self._encipher)
+        return self._in_chunks(index, undo=False)
 
     def backward(self, value: Positions) -> Positions:
         """Return the preimage of each number."""
-        return self._in_chunks(value, self._decipher)
+        return self._in_chunks(value, undo=True)
 
-    def _in_chunks(self, values: Positions, once: Callable[[_Words], _Words]) -> Positions:
+    def _in_chunks(self, values: Positions, *, undo: bool) -> Positions:
         moved = np.empty(values.shape, dtype=np.int64)
         for begin in range(0, values.size, CHUNK):
-            part = once(values[begin : begin + CHUNK].astype(np.uint64))
+            part = self._encipher(values[begin : begin + CHUNK].astype(np.uint64), undo)
             # This ends: the cycle of a bijection that starts below `size` comes back below it.
             while (outside := np.flatnonzero(part >= self._size)).size:
-                part[outside] = once(part[outside])
+                part[outside] = self._encipher(part[outside], undo)
             moved[begin : begin + CHUNK] = part
         return moved
 
-    def _encipher(self, values: _Words) -> _Words:
-        left, right, scratch = self._halves(values)
-        for i, word in enumerate(self._words):
+    def _encipher(self, values: _Words, undo: bool) -> _Words:
+        left, scratch = values // np.uint64(self._right_size), np.empty_like(values)
+        right = values - left * np.uint64(self._right_size)
+        rounds = list(enumerate(self._words))
+        for i, word in reversed(rounds) if undo else rounds:
             moving, fixed, size = (right, left, self._right_size) if i % 2 else (left, right, self._left_size)
-            moving += _hash_below(size, fixed, word, scratch)
-            # Reduce modulo size: both terms are below it, so one subtraction is enough, and where none is needed the
-            # unsigned difference wraps to a huge number that `minimum` drops.
-            np.subtract(moving, np.uint64(size), out=scratch)
+            hashed = _hash_below(size, fixed, word, scratch)
+            # Modulo size: both terms are below it, so adding or subtracting `size` once is enough; where that is not
+            # needed, the other of the two numbers has wrapped to a huge one, which `minimum` drops.
+            if undo:
+                moving -= hashed
+                np.add(moving, np.uint64(size), out=scratch)
+            else:
+                moving += hashed
+                np.subtract(moving, np.uint64(size), out=scratch)
             np.minimum(moving, scratch, out=moving)
         return left * np.uint64(self._right_size) + right
-
-    def _decipher(self, values: _Words) -> _Words:
-        left, right, scratch = self._halves(values)
-        for i, word in reversed(list(enumerate(self._words))):
-            moving, fixed, size = (right, left, self._right_size) if i % 2 else (left, right, self._left_size)
-            moving -= _hash_below(size, fixed, word, scratch)
-            # A negative difference has wrapped to a huge number; adding `size` wraps it back below `size`.
-            np.add(moving, np.uint64(size), out=scratch)
-            np.minimum(moving, scratch, out=moving)
-        return left * np.uint64(self._right_size) + right
-
-    def _halves(self, values: _Words) -> tuple[_Words, _Words, _Words]:
-        left = values // np.uint64(self._right_size)
-        return left, values - left * np.uint64(self._right_size), np.empty_like(values)
 
 
 KeyedPermutation: TypeAlias = ShuffledTable | FeistelNetwork

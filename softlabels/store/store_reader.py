@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +29,25 @@ class LocalRows:
     Args:
         root: the store's folder.
         manifest: the store's manifest or plan; read from the folder when left out.
+    Attributes:
+        digest: digest of this version of the store; of an unfinished one, of its plan, since committed rows never
+            change.
     Raises:
         UnknownStoreError: there is no store. ManifestError, FormatVersionError: its manifest is invalid or too new.
     """
 
     def __init__(self, root: Path, *, manifest: Manifest | None = None) -> None:
         self._root = Path(root)
-        self._manifest = load_manifest(self._root) if manifest is None else manifest
-        self._index = make_index(self._root, self._manifest) if self._manifest.finished else None
-        self._sequences = SequenceIndex(self._root, self._manifest)
-        self._arrays = ArrayReader(self._root, self._manifest, plan_sha256=plan_digest(self._manifest))
-        self._digest = store_digest(self._manifest)
-        self._encoding: Encoding | None = None
+        self.manifest = load_manifest(self._root) if manifest is None else manifest
+        self._index = make_index(self._root, self.manifest) if self.manifest.finished else None
+        self._sequences = SequenceIndex(self._root, self.manifest)
+        self._arrays = ArrayReader(self._root, self.manifest, plan_sha256=plan_digest(self.manifest))
+        self.digest = store_digest(self.manifest)
 
-    @property
-    def manifest(self) -> Manifest:
-        """The store's manifest; for an unfinished store, its plan."""
-        return self._manifest
-
-    @property
+    @cached_property
     def encoding(self) -> Encoding:
         """The encoding of the rows, with its learnt arrays."""
-        if self._encoding is None:
-            self._encoding = load_encoding(self._root, self._manifest)
-        return self._encoding
-
-    @property
-    def digest(self) -> str:
-        """Digest of this version of the store; of an unfinished one, of its plan, since committed rows never change."""
-        return self._digest
+        return load_encoding(self._root, self.manifest)
 
     def fetch(
         self,
@@ -66,30 +57,23 @@ class LocalRows:
         views: NDArray[np.int64] | None = None,
         spans: NDArray[np.int64] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """Return rows of these ids, in the order asked; ids may repeat.
+        """Return rows of these ids, see `softlabels.target_store.RowSource.fetch`.
 
-        Args:
-            ids: [B] sample ids.
-            fields: names of the arrays to return.
-            views: [B] view of each sample; required where the store keeps views, refused elsewhere.
-            spans: [B, 2] first row and the one after the last of each sample, for sequences; None for whole samples.
-        Returns:
-            One array per field, [B, ...]; for sequences the ranges joined, with their offsets `row_offsets` [B + 1].
         Raises:
             UnknownIdError, BadIdsError, UnknownFieldError, RequestError, RowsNotCommittedError, ChecksumError,
             TruncatedError.
         """
         positions = self.positions_of(ids)
-        layout = self._manifest.layout
+        layout = self.manifest.layout
         if layout.kind == "sequences":
-            _check(views is None, f"{self._manifest.name!r} keeps sequences, not views: ask for spans")
+            _check(views is None, f"{self.manifest.name!r} keeps sequences, not views: ask for spans")
             return self._fetch_sequences(positions, fields, spans)
-        _check(spans is None, f"{self._manifest.name!r} keeps no sequences: it has no spans to ask for")
+        _check(spans is None, f"{self.manifest.name!r} keeps no sequences: it has no spans to ask for")
         rows = positions
         if layout.kind == "views":
-            rows = positions * layout.views + _checked_views(views, len(ids), self._manifest)
+            rows = positions * layout.views + _checked_views(views, len(ids), self.manifest)
         else:
-            _check(views is None, f"{self._manifest.name!r} keeps one row a sample: it has no views to ask for")
+            _check(views is None, f"{self.manifest.name!r} keeps one row a sample: it has no views to ask for")
         return self.fetch_rows(rows, fields, ids=ids)
 
     def row_counts(self, ids: IdArray) -> NDArray[np.int64]:
@@ -98,8 +82,8 @@ class LocalRows:
 
     def row_counts_at(self, positions_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many rows each of the samples at these positions has, [B]."""
-        if self._manifest.layout.kind != "sequences":
-            return np.full(len(positions_B), self._manifest.layout.views, dtype=np.int64)
+        if self.manifest.layout.kind != "sequences":
+            return np.full(len(positions_B), self.manifest.layout.views, dtype=np.int64)
         return self._sequences.lengths(positions_B)
 
     def positions_of(self, ids: IdArray) -> NDArray[np.int64]:
@@ -109,12 +93,12 @@ class LocalRows:
             UnknownIdError, BadIdsError. RowsNotCommittedError: an unfinished store has no index of such ids yet.
         """
         if self._index is None:
-            if self._manifest.ids.dense_start is None and self._manifest.layout.kind != "sequences":
+            if self.manifest.ids.dense_start is None and self.manifest.layout.kind != "sequences":
                 raise RowsNotCommittedError(
-                    f"{self._manifest.name!r} is unfinished and its ids are not dense: they can be looked up when it "
+                    f"{self.manifest.name!r} is unfinished and its ids are not dense: they can be looked up when it "
                     "is finished; run `softlabels resume`"
                 )
-            self._index = make_index(self._root, self._manifest)
+            self._index = make_index(self._root, self.manifest)
         return self._index.positions(ids)
 
     def _fetch_sequences(
@@ -130,21 +114,19 @@ class LocalRows:
     def fetch_rows(
         self, rows_B: NDArray[np.int64], fields: tuple[str, ...], *, ids: IdArray | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Return rows by number.
-
-        Args:
-            rows_B: row numbers of the store.
-            fields: names of the arrays to return.
-            ids: [B] ids that the rows must have; None skips the check.
-        Raises:
-            As `fetch`.
-        """
-        self._check_fields(fields)
+        """Return rows by number; raise as `fetch` does, and ManifestError unless they have these ids, [B]."""
+        for field in fields:
+            if field not in self.manifest.arrays:
+                kept = ", ".join(self.manifest.arrays)
+                raise UnknownFieldError(f"{self.manifest.name!r} keeps no {field!r}; it keeps {kept}", field=field)
         found = {field: self._arrays.gather(field, rows_B) for field in fields}
-        if ids is not None and self._manifest.ids.dense_start is None:
+        if ids is not None and self.manifest.ids.dense_start is None:
             # The index is not verified on opening; a flipped bit in it could lead to other rows, which carry their ids.
             kept_ids = found[IDS] if IDS in found else self._arrays.gather(IDS, rows_B)
-            self._check_ids(ids_of_rows(kept_ids), ids)
+            if not np.array_equal(ids_of_rows(kept_ids), ids):
+                raise ManifestError(
+                    f"the id index of {self.manifest.name!r} points to rows of other samples: run `softlabels repair`"
+                )
         if IDS in found:
             found[IDS] = ids_of_rows(found[IDS])
         return found
@@ -152,14 +134,8 @@ class LocalRows:
     def at_positions(
         self, positions_B: NDArray[np.int64], fields: tuple[str, ...], *, view: int | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Return rows of the samples at these positions of a finished store, as `fetch` does.
-
-        Args:
-            positions_B: positions, each inside the store.
-            fields: names of the arrays to return; `ids` may be among them.
-            view: view of every sample, where the store keeps views.
-        """
-        layout = self._manifest.layout
+        """Return rows of the samples at these positions of a finished store, all of one view, as `fetch` does."""
+        layout = self.manifest.layout
         if layout.kind != "sequences":
             return self.fetch_rows(positions_B if view is None else positions_B * layout.views + view, fields)
         found = self._fetch_sequences(positions_B, tuple(field for field in fields if field != IDS), None)
@@ -176,25 +152,19 @@ class LocalRows:
         Returns:
             None where sums are not kept: short rows, rows that are not whole words, compressed stores, sequences.
         """
-        layout = self._manifest.layout
+        layout = self.manifest.layout
         if layout.kind == "sequences":
             return None
         return self._arrays.word_sum(field, positions_B if view is None else positions_B * layout.views + view)
 
     def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """Yield the rows of each step of an epoch; raises as `fetch` does."""
-        view = config.view_of(self._manifest)
+        view = config.view_of(self.manifest)
         wanted = tuple(dict.fromkeys((*fields, IDS)))
-        for step in config.batches(self._manifest, self._digest):
+        for step in config.batches(self.manifest, self.digest):
             arrays = self.at_positions(step.positions, wanted, view=view)
             ids: Any = arrays[IDS]
             yield EpochRows(ids=ids, arrays=arrays, repeated=step.repeated, cursor_after=step.cursor_after)
-
-    def _check_fields(self, fields: tuple[str, ...]) -> None:
-        for field in fields:
-            if field not in self._manifest.arrays:
-                kept = ", ".join(self._manifest.arrays)
-                raise UnknownFieldError(f"{self._manifest.name!r} keeps no {field!r}; it keeps {kept}", field=field)
 
     def close(self) -> None:
         """Release the mapped files; arrays that views still refer to stay mapped."""
@@ -203,19 +173,9 @@ class LocalRows:
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self._root,))
 
-    def _check_ids(self, kept: IdArray, wanted: IdArray) -> None:
-        if not np.array_equal(kept, wanted):
-            raise ManifestError(
-                f"the id index of {self._manifest.name!r} points to rows of other samples: run `softlabels repair`"
-            )
-
 
 def _checked_views(views: NDArray[np.int64] | None, count: int, manifest: Manifest) -> NDArray[np.int64]:
-    """Return the views asked for, one per sample.
-
-    Raises:
-        RequestError: none given, another number of them than ids, or one that the store does not keep.
-    """
+    """Return the views asked for; raise RequestError unless there is one per sample, and the store keeps it."""
     kept = manifest.layout.views
     if views is None:
         raise RequestError(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from softlabels.errors import RequestError, ViewReplayError
 from softlabels.ids import IdArray
-from softlabels.manifest import Manifest, ViewSpec
+from softlabels.manifest import Manifest
 from softlabels.views.transforms import RecordedTransform, ViewTransform, versions_of, view_seeds
 
 
@@ -45,8 +45,19 @@ class ViewReplay:
                 store=spec.transform_sha256,
                 yours=transform.identity,
             )
-        if not other_versions:
-            _refuse_other_versions(manifest.name, spec)
+        here = versions_of(spec.libraries)
+        differing = [
+            f"{package} {recorded} there, {here.get(package, 'not installed')} here"
+            for package, recorded in sorted(spec.libraries.items())
+            if here.get(package) != recorded
+        ]
+        if differing and not other_versions:
+            raise ViewReplayError(
+                f"the views of {manifest.name!r} were made with other versions: {'; '.join(differing)}. They may draw "
+                "or compute other values, and the student would get inputs that its targets do not belong to: install "
+                "those versions, or compare every view with its fingerprint (check='always')",
+                differing=differing,
+            )
 
     def views(
         self,
@@ -99,19 +110,3 @@ class ViewReplay:
                 raise ViewReplayError("these views were recorded: fetch their targets with view_parameters=True")
             return np.empty((len(samples), 0), dtype=np.float64)
         return parameters_BP
-
-
-def _refuse_other_versions(name: str, spec: ViewSpec) -> None:
-    here = versions_of(spec.libraries)
-    differing = [
-        f"{package} {recorded} there, {here.get(package, 'not installed')} here"
-        for package, recorded in sorted(spec.libraries.items())
-        if here.get(package) != recorded
-    ]
-    if differing:
-        raise ViewReplayError(
-            f"the views of {name!r} were made with other versions: {'; '.join(differing)}. Another version may draw or "
-            "compute other values, and the student would get inputs that its targets do not belong to: install those "
-            "versions, or compare every view with its fingerprint (check='always')",
-            differing=differing,
-        )

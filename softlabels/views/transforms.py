@@ -37,23 +37,21 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class ViewTransform(Protocol):
-    """An augmentation of single samples."""
+    """An augmentation of single samples.
+
+    Attributes:
+        identity: 64 hex digits that change with the transform's code and settings.
+        libraries: versions of the installed packages that the transform uses.
+        needs_main_thread: whether a replay draws from random generators that the whole process shares.
+    """
+
+    identity: str
+    libraries: Mapping[str, str]
+    needs_main_thread: bool
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the numbers recorded for each view; empty if the seed determines the view."""
-
-    @property
-    def identity(self) -> str:
-        """64 hex digits that change with the transform's code and settings."""
-
-    @property
-    def libraries(self) -> Mapping[str, str]:
-        """Versions of the installed packages that the transform uses."""
-
-    @property
-    def needs_main_thread(self) -> bool:
-        """Whether a replay draws from random generators that the whole process shares."""
 
     def draw(self, sample: Tensor, seed: int) -> NDArray[np.float64]:
         """Return the numbers to record for the view with this seed, [parameters]."""
@@ -77,7 +75,10 @@ class SeededTransform:
 
     def __init__(self, transform: Callable[..., Any], *, arguments: Mapping[str, Any] | None = None) -> None:
         self._transform = transform
-        self.needs_main_thread = not _takes_generator(transform)
+        try:
+            self.needs_main_thread = "generator" not in inspect.signature(transform).parameters
+        except (TypeError, ValueError):  # a callable without a signature
+            self.needs_main_thread = True
         self.identity = transform_identity(transform, arguments or {})
         self.libraries = libraries_of(transform)
 
@@ -89,8 +90,17 @@ class SeededTransform:
         """Return the view with this seed. Raise JobError if the transform returns neither a tensor nor an array."""
         if self.needs_main_thread:
             with seeded(seed):
-                return _as_tensor(self._transform(sample), self._transform)
-        return _as_tensor(self._transform(sample, generator=torch.Generator().manual_seed(seed)), self._transform)
+                made = self._transform(sample)
+        else:
+            made = self._transform(sample, generator=torch.Generator().manual_seed(seed))
+        if isinstance(made, np.ndarray):
+            return torch.from_numpy(np.ascontiguousarray(made))
+        if not isinstance(made, Tensor):
+            raise JobError(
+                f"the view transform {qualified_name(self._transform)} returns a {type(made).__name__}: a view is a "
+                "tensor or an array, as the teachers take it"
+            )
+        return made.detach().cpu()
 
 
 @contextmanager
@@ -108,24 +118,6 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(of_random)
             np.random.set_state(of_numpy)
-
-
-def _as_tensor(made: Any, transform: object) -> Tensor:
-    if isinstance(made, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(made))
-    if not isinstance(made, Tensor):
-        raise JobError(
-            f"the view transform {qualified_name(transform)} returns a {type(made).__name__}: a view is a tensor or an "
-            "array, as the teachers take it"
-        )
-    return made.detach().cpu()
-
-
-def _takes_generator(transform: Callable[..., Any]) -> bool:
-    try:
-        return "generator" in inspect.signature(transform).parameters
-    except (TypeError, ValueError):
-        return False
 
 
 _EXACT = 1 << 53
@@ -183,7 +175,12 @@ class RecordedTransform:
                 "this augmentation draws other parameters for other samples (random_apply, or inputs of several sizes),"
                 " which do not fit into equal rows: wrap it in a function, and its views are seeded instead"
             )
-        return np.array([_exact(name, value) for name, value in drawn.items()], dtype=np.float64)
+        for name, value in drawn.items():
+            if value.is_integer() and abs(value) > _EXACT:
+                raise JobError(
+                    f"{name} is {value:g}, which float64 does not hold exactly: this augmentation cannot be recorded"
+                )
+        return np.array(list(drawn.values()), dtype=np.float64)
 
     def view(self, sample: Tensor, *, seed: int, parameters: NDArray[np.float64]) -> Tensor:
         """Return the view of a sample with these parameters."""
@@ -235,14 +232,6 @@ def _filled(like: Any, values: Mapping[str, float], path: str = "") -> Any:
     return like
 
 
-def _exact(name: str, value: float) -> float:
-    if value.is_integer() and abs(value) > _EXACT:
-        raise JobError(
-            f"{name} is {value:g}, which float64 does not hold exactly: this augmentation cannot be recorded"
-        )
-    return value
-
-
 def view_seeds(key: str, ids: IdArray, views_B: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return the seed of each view, a function of key, id and view: a resumed or reordered run uses the same seeds.
 
@@ -262,14 +251,12 @@ def view_seeds(key: str, ids: IdArray, views_B: NDArray[np.int64]) -> NDArray[np
 
 
 def as_view_transform(transform: Any, *, arguments: Mapping[str, Any] | None = None) -> ViewTransform:
-    """Return a transform of any kind as a `ViewTransform`.
+    """Return a transform of any kind as a `ViewTransform`; raise JobError if it is none.
 
     Args:
         transform: an object with `draw` and `view`; a kornia augmentation, whose parameters are recorded; or any
             callable from a sample to a view, which is seeded.
         arguments: arguments that it was made with.
-    Raises:
-        JobError: not a transform.
     """
     if callable(getattr(transform, "draw", None)) and callable(getattr(transform, "view", None)):
         return cast(ViewTransform, transform)
@@ -317,7 +304,7 @@ def transform_identity(transform: object, arguments: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def libraries_of(transform: object) -> dict[str, str]:
+def libraries_of(transform: object) -> Mapping[str, str]:
     """Return the versions of a transform's package and of the packages whose names its module holds."""
     maker: Any = transform if inspect.isroutine(transform) else type(transform)
     module = sys.modules.get(maker.__module__)
