@@ -37,6 +37,16 @@ class SoftLabelsError(Exception):
     status: ClassVar[int] = 500
     title: ClassVar[str] = "softlabels failed"
 
+    def __init_subclass__(cls, *, code: str = "", status: int = 0, **others: Any) -> None:
+        """Set code, status and title; a title is the docstring's first line, up to a colon."""
+        super().__init_subclass__(**others)
+        if status:
+            cls.status = status
+        if code:
+            cls.code = code
+            # `python -OO` has no docstrings.
+            cls.title = (cls.__doc__ or code).partition(":")[0].removesuffix(".")
+
     def __init__(self, message: str, **context: Any) -> None:
         super().__init__(message)
         self.message = message
@@ -47,322 +57,176 @@ class SoftLabelsError(Exception):
         return (rebuild_error, (type(self), self.message, self.context))
 
 
-class RequestError(SoftLabelsError, ValueError):
-    """The call asks for something impossible: change the call."""
-
-    code = "bad-request"
-    status = 422
-    title = "The request cannot be met as it stands"
+class RequestError(SoftLabelsError, ValueError, code="bad-request", status=422):
+    """The request cannot be met as it stands: change the call."""
 
 
-class EmptyBatchError(RequestError):
-    """A batch of no ids."""
-
-    code = "empty-batch"
-    title = "A batch needs at least one id"
+class EmptyBatchError(RequestError, code="empty-batch"):
+    """A batch needs at least one id."""
 
 
-class BatchTooLargeError(RequestError):
-    """More ids than one reply may hold."""
-
-    code = "batch-too-large"
-    status = 413
-    title = "The batch is larger than this server replies with at once"
+class BatchTooLargeError(RequestError, code="batch-too-large", status=413):
+    """The batch is larger than this server replies with at once."""
 
 
-class UnknownFieldError(RequestError):
-    """A field that the store does not have."""
-
-    code = "unknown-field"
-    title = "The store keeps no such field"
+class UnknownFieldError(RequestError, code="unknown-field"):
+    """The store keeps no such field."""
 
 
-class BadIdsError(RequestError):
-    """Ids of the wrong kind, shape or type."""
-
-    code = "bad-ids"
-    title = "These are not sample ids of this store's kind"
+class BadIdsError(RequestError, code="bad-ids"):
+    """These are not sample ids of this store's kind."""
 
 
-class UnauthorizedError(RequestError):
-    """The server needs a token, and the request has none or a wrong one."""
-
-    code = "unauthorized"
-    status = 401
-    title = "This server asks for a token"
+class UnauthorizedError(RequestError, code="unauthorized", status=401):
+    """This server asks for a token."""
 
 
-class TemperatureError(RequestError):
-    """A temperature that is not a finite positive number."""
-
-    code = "bad-temperature"
-    title = "A temperature is a finite positive number"
+class TemperatureError(RequestError, code="bad-temperature"):
+    """A temperature is a finite positive number."""
 
 
-class TemperatureLockedError(RequestError):
-    """These targets exist only at the temperature they were captured at."""
-
-    code = "temperature-locked"
-    status = 409
-    title = "The targets are locked to the temperature they were captured at"
+class TemperatureLockedError(RequestError, code="temperature-locked", status=409):
+    """The targets are locked to the temperature they were captured at."""
 
 
-class ShapeMismatchError(RequestError):
-    """Two arrays that must agree in shape do not."""
-
-    code = "shape-mismatch"
-    title = "Shapes differ that must agree"
+class ShapeMismatchError(RequestError, code="shape-mismatch"):
+    """Shapes differ that must agree."""
 
 
-class NotFoundError(SoftLabelsError, LookupError):
-    """The call names something that does not exist: change the name."""
-
-    code = "not-found"
-    status = 404
-    title = "Not found"
+class NotFoundError(SoftLabelsError, LookupError, code="not-found", status=404):
+    """Not found: change the name."""
 
 
-class UnknownStoreError(NotFoundError):
-    """No store of that name or at that path."""
-
-    code = "unknown-store"
-    title = "There is no such store"
+class UnknownStoreError(NotFoundError, code="unknown-store"):
+    """There is no such store."""
 
 
-class UnknownIdError(NotFoundError):
-    """A sample id that is not in the store."""
-
-    code = "unknown-id"
-    title = "The store holds no such sample"
+class UnknownIdError(NotFoundError, code="unknown-id"):
+    """The store holds no such sample."""
 
 
-class ConflictError(SoftLabelsError, ValueError):
-    """Both sides are valid but do not belong together: find out which is right."""
-
-    code = "conflict"
-    status = 409
-    title = "These do not belong together"
+class ConflictError(SoftLabelsError, ValueError, code="conflict", status=409):
+    """These do not belong together: find out which is right."""
 
 
-class FingerprintMismatchError(ConflictError):
+class FingerprintMismatchError(ConflictError, code="fingerprint-mismatch"):
     """The targets were computed for other data: row i there is not your row i."""
 
-    code = "fingerprint-mismatch"
-    title = "The targets were computed for other data"
+
+class ClassListMismatchError(ConflictError, code="class-list-mismatch"):
+    """The classes are not the same, or not in the same order: column j there is not your class j."""
 
 
-class ClassListMismatchError(ConflictError):
-    """The classes have other names, or another order: column j there is not your class j."""
-
-    code = "class-list-mismatch"
-    title = "The classes are not the same, or not in the same order"
+class ViewReplayError(ConflictError, code="view-replay"):
+    """The view cannot be made again as the teacher saw it: another transform, other libraries, or other parameters."""
 
 
-class ViewReplayError(ConflictError):
-    """A view cannot be replayed as the teacher saw it: another transform, other libraries, or other parameters."""
-
-    code = "view-replay"
-    title = "The view cannot be made again as the teacher saw it"
+class StoreChangedError(ConflictError, code="store-changed", status=412):
+    """The store changed since it was opened."""
 
 
-class StoreChangedError(ConflictError):
-    """The store is not the version that the caller holds."""
-
-    code = "store-changed"
-    status = 412
-    title = "The store changed since it was opened"
-
-
-class RowsNotCommittedError(ConflictError):
+class RowsNotCommittedError(ConflictError, code="rows-not-committed"):
     """The store is unfinished and these rows are not there yet."""
 
-    code = "rows-not-committed"
-    title = "The store is unfinished and these rows are not there yet"
+
+class StoreExistsError(ConflictError, FileExistsError, code="store-exists"):
+    """A store stands there already."""
 
 
-class StoreExistsError(ConflictError, FileExistsError):
-    """A store exists there already."""
-
-    code = "store-exists"
-    title = "A store stands there already"
-
-
-class ShardClaimedError(ConflictError):
+class ShardClaimedError(ConflictError, code="shard-claimed"):
     """Another writer holds this shard."""
 
-    code = "shard-claimed"
-    title = "Another writer holds this shard"
+
+class ShardConflictError(ConflictError, code="shard-conflict"):
+    """This shard was committed before with other contents."""
 
 
-class ShardConflictError(ConflictError):
-    """A shard was committed before with other contents."""
-
-    code = "shard-conflict"
-    title = "This shard was committed before with other contents"
+class CheckpointMismatchError(ConflictError, code="checkpoint-mismatch"):
+    """These checkpoints are of another training: other settings, targets, data or another student."""
 
 
-class CheckpointMismatchError(ConflictError):
-    """Checkpoints that belong to another training: other settings, targets, data or another student."""
-
-    code = "checkpoint-mismatch"
-    title = "These checkpoints are of another training"
+class DamageError(SoftLabelsError, OSError, code="damage"):
+    """Stored bytes are not what was written: verify, repair, resume."""
 
 
-class DamageError(SoftLabelsError, OSError):
-    """Bytes are not what was written: verify, repair, resume."""
-
-    code = "damage"
-    title = "Stored bytes are not what was written"
+class ChecksumError(DamageError, code="checksum-mismatch"):
+    """A checksum fails."""
 
 
-class ChecksumError(DamageError):
-    """A chunk's checksum fails."""
-
-    code = "checksum-mismatch"
-    title = "A checksum fails"
+class TruncatedError(DamageError, code="truncated"):
+    """A file or reply ends too early."""
 
 
-class TruncatedError(DamageError):
-    """A file or reply ends too early or is missing."""
-
-    code = "truncated"
-    title = "A file or reply ends too early"
+class ManifestError(DamageError, code="bad-manifest"):
+    """The manifest cannot be believed."""
 
 
-class ManifestError(DamageError):
-    """A manifest or receipt that is unreadable or contradicts itself."""
-
-    code = "bad-manifest"
-    title = "The manifest cannot be believed"
+class WireError(DamageError, code="bad-reply", status=502):
+    """The reply is not what the wire format says."""
 
 
-class WireError(DamageError):
-    """A reply that is not what the wire format says."""
-
-    code = "bad-reply"
-    status = 502
-    title = "The reply is not what the wire format says"
+class FormatVersionError(SoftLabelsError, code="format-version", status=501):
+    """Written in a format that this softlabels does not know: upgrade."""
 
 
-class FormatVersionError(SoftLabelsError):
-    """Written by a newer softlabels: upgrade."""
-
-    code = "format-version"
-    status = 501
-    title = "Written in a format that this softlabels does not know"
+class JobError(SoftLabelsError, ValueError, code="bad-job", status=422):
+    """The job cannot run as written: correct the job file."""
 
 
-class JobError(SoftLabelsError, ValueError):
-    """A job that cannot run as written: correct the job file."""
-
-    code = "bad-job"
-    status = 422
-    title = "The job cannot run as written"
+class ReferenceLoadError(JobError, code="bad-reference"):
+    """A Python reference cannot be loaded."""
 
 
-class ReferenceLoadError(JobError):
-    """A `module:name` reference that cannot be loaded."""
-
-    code = "bad-reference"
-    title = "A Python reference cannot be loaded"
+class DataUnavailableError(JobError, code="data-unavailable"):
+    """A data set cannot be had here."""
 
 
-class DataUnavailableError(JobError):
-    """A data set that cannot be had here."""
-
-    code = "data-unavailable"
-    title = "A data set cannot be had here"
+class UnreadableSampleError(JobError, code="unreadable-sample"):
+    """A sample of the transfer set cannot be read: a corrupt image, a truncated file."""
 
 
-class UnreadableSampleError(JobError):
-    """A sample of the transfer set that cannot be read: a corrupt image, a truncated file."""
-
-    code = "unreadable-sample"
-    title = "A sample of the transfer set cannot be read"
+class TransferSetChangedError(JobError, code="transfer-set-changed"):
+    """The transfer set changed under the job: files were added, removed or changed."""
 
 
-class TransferSetChangedError(JobError):
-    """The transfer set is not the one that the job began with: files were added, removed or changed."""
-
-    code = "transfer-set-changed"
-    title = "The transfer set changed under the job"
+class TeacherError(SoftLabelsError, ValueError, code="bad-teacher", status=422):
+    """A teacher gives no sound targets: correct the teacher."""
 
 
-class TeacherError(SoftLabelsError, ValueError):
-    """A teacher with invalid outputs: correct the teacher."""
-
-    code = "bad-teacher"
-    status = 422
-    title = "A teacher gives no sound targets"
-
-
-class TeacherShapeError(TeacherError):
+class TeacherShapeError(TeacherError, code="teacher-shape"):
     """A teacher's output has the wrong shape."""
 
-    code = "teacher-shape"
-    title = "A teacher's output has the wrong shape"
 
-
-class NonFiniteLogitsError(TeacherError):
+class NonFiniteLogitsError(TeacherError, code="non-finite-logits"):
     """A teacher's output holds NaN or Inf."""
 
-    code = "non-finite-logits"
-    title = "A teacher's output holds NaN or Inf"
+
+class EncodingError(SoftLabelsError, ValueError, code="encoding-range", status=422):
+    """The encoding cannot hold this distribution."""
 
 
-class EncodingError(SoftLabelsError, ValueError):
-    """A distribution that this encoding cannot represent within its bound."""
-
-    code = "encoding-range"
-    status = 422
-    title = "The encoding cannot hold this distribution"
+class UnknownEncodingError(SoftLabelsError, LookupError, code="unknown-encoding", status=422):
+    """There is no such encoding."""
 
 
-class UnknownEncodingError(SoftLabelsError, LookupError):
-    """No encoding of that name."""
-
-    code = "unknown-encoding"
-    status = 422
-    title = "There is no such encoding"
-
-
-class MissingExtraError(SoftLabelsError, ImportError):
+class MissingExtraError(SoftLabelsError, ImportError, code="missing-extra", status=501):
     """An optional dependency is not installed: pip install it."""
 
-    code = "missing-extra"
-    status = 501
-    title = "An optional dependency is not installed"
+
+class DivergenceError(SoftLabelsError, ArithmeticError, code="training-diverged", status=422):
+    """The training diverged: lower the learning rate."""
 
 
-class DivergenceError(SoftLabelsError, ArithmeticError):
-    """A training's loss is no longer a finite number: lower the learning rate."""
-
-    code = "training-diverged"
-    status = 422
-    title = "The training diverged"
+class PortInUseError(SoftLabelsError, OSError, code="port-in-use", status=409):
+    """The port is in use: choose another."""
 
 
-class PortInUseError(SoftLabelsError, OSError):
-    """Another process listens on this port: choose another."""
-
-    code = "port-in-use"
-    status = 409
-    title = "The port is in use"
+class WorkerDiedError(SoftLabelsError, RuntimeError, code="worker-died"):
+    """A worker process ended unexpectedly."""
 
 
-class WorkerDiedError(SoftLabelsError, RuntimeError):
-    """A worker process, of the server or of a data loader, ended before its work was done."""
-
-    code = "worker-died"
-    title = "A worker process ended unexpectedly"
-
-
-class ServerUnreachableError(SoftLabelsError, ConnectionError):
-    """No usable answer from the server after every retry."""
-
-    code = "unreachable"
-    status = 503
-    title = "The server gives no usable answer"
+class ServerUnreachableError(SoftLabelsError, ConnectionError, code="unreachable", status=503):
+    """The server gives no usable answer."""
 
 
 def rebuild_error(cls: type[SoftLabelsError], message: str, context: Mapping[str, Any]) -> SoftLabelsError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,17 +57,19 @@ class Encoding(ABC):
         row_kind: what a row given to `encode` is. Only logits can be averaged over an ensemble.
         retemperable: whether decoded rows may be brought to another temperature. If not (truncated and sampled rows),
             rows are tempered at the captured temperature before they are encoded.
+        param_names: attributes that `params` has.
     """
 
     name: str
     classes: int
     row_kind: RowKind = "logits"
     retemperable: bool
+    param_names: ClassVar[tuple[str, ...]] = ()
 
     @property
-    @abstractmethod
     def params(self) -> Mapping[str, Any]:
         """JSON parameters from which `make_encoding` rebuilds the encoding, beside name, classes and constants."""
+        return {name: getattr(self, name) for name in self.param_names}
 
     @property
     def constants(self) -> Mapping[str, NDArray[Any]]:

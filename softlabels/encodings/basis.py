@@ -40,8 +40,6 @@ from softlabels.encodings.quantised import (
 )
 from softlabels.errors import UnknownEncodingError
 
-_PARAMS = ("head", "head_bits", "depth", "residual_bits", "unit_log2", "refine")
-
 EXACT = 1 << 24
 """Sums of integers are exact in float32 below this."""
 
@@ -72,6 +70,7 @@ class Basis(PackedRows):
 
     name = "basis"
     retemperable = True  # every class is present
+    param_names = ("head", "head_bits", "depth", "residual_bits", "unit_log2", "refine")
 
     classes: int
     head: int
@@ -88,11 +87,6 @@ class Basis(PackedRows):
         problem = _find_problem(self)
         if problem:
             raise UnknownEncodingError(f"encoding 'basis' cannot be made: {problem}")
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """Everything that is not an array."""
-        return {name: getattr(self, name) for name in _PARAMS}
 
     @property
     def constants(self) -> Mapping[str, NDArray[Any]]:

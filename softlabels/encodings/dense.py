@@ -34,11 +34,6 @@ class DenseEncoding(Encoding):
     retemperable = True
 
     @property
-    def params(self) -> Mapping[str, Any]:
-        """No parameters."""
-        return {}
-
-    @property
     def fields(self) -> Mapping[str, Field]:
         """One array, [rows, classes]."""
         return {TARGETS: Field(dtype=np.dtype(self.dtype), row_shape=(self.classes,))}

@@ -60,6 +60,7 @@ class Hidden(Encoding):
     name = "hidden"
     row_kind = "hidden_states"
     retemperable = True
+    param_names = ("kept_as", "scale", "softcap")
 
     classes: int
     kept_as: KeptAs = "f16"
@@ -77,11 +78,6 @@ class Hidden(Encoding):
     def width(self) -> int:
         """D, the number of entries of a hidden state."""
         return int(self.head_CD.shape[1])
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """Everything that is not an array."""
-        return {"kept_as": self.kept_as, "scale": self.scale, "softcap": self.softcap}
 
     @property
     def constants(self) -> Mapping[str, NDArray[Any]]:

@@ -74,6 +74,7 @@ class Quantised(PackedRows):
     """
 
     retemperable = True  # every class is present; the error shrinks as T grows
+    param_names = ("head",)
 
     classes: int
     bits: int
@@ -87,11 +88,6 @@ class Quantised(PackedRows):
                 f"a quantised row of {self.classes} classes takes 2 to 8 bits and a head of 1 to {self.classes - 1} "
                 f"classes (65535 at most), not bits = {self.bits} and head = {self.head}"
             )
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """`head`."""
-        return {"head": self.head}
 
     @property
     def size_bytes(self) -> int:

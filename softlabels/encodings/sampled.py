@@ -51,6 +51,7 @@ class Sampled(PackedRows):
 
     name = "sampled"
     retemperable = False  # a sample of p is no sample of p at another T
+    param_names = ("head", "draws")
 
     classes: int
     head: int
@@ -62,11 +63,6 @@ class Sampled(PackedRows):
                 f"a sampled row of {self.classes} classes keeps 0 to {self.classes - 1} of the largest and takes at "
                 f"least one draw from the rest, not head = {self.head} and draws = {self.draws}"
             )
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """`head` and `draws`."""
-        return {"head": self.head, "draws": self.draws}
 
     @property
     def size_bytes(self) -> int:

@@ -45,6 +45,7 @@ class TopK(Encoding):
 
     name = "topk"
     retemperable = False  # the shape of the tail at another T is lost
+    param_names = ("k", "tail")
 
     classes: int
     k: int
@@ -56,11 +57,6 @@ class TopK(Encoding):
                 f"topk of {self.classes} classes keeps k = 1 to {self.classes} and its tail rule is one of "
                 f"{', '.join(TAIL_RULES)}, not k = {self.k} and tail = {self.tail!r}"
             )
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """`k` and `tail`."""
-        return {"k": self.k, "tail": self.tail}
 
     @property
     def fields(self) -> Mapping[str, Field]:
