@@ -20,11 +20,9 @@ def needs_extra(extra: str, purpose: str) -> Iterator[None]:
     """
     try:
         yield
-    except MissingExtraError:
-        raise
     except ImportError as error:
         missing = error.name or extra
-        if missing.startswith("softlabels"):
+        if isinstance(error, MissingExtraError) or missing.startswith("softlabels"):
             raise  # a broken installation: the extra would not bring our own modules back
         raise MissingExtraError(
             f"{purpose} needs {missing}, which is not installed: `pip install softlabels[{extra}]`", extra=extra

@@ -10,10 +10,11 @@ Source, where nothing else is named: Hinton, Vinyals, Dean 2015, sections 2 and 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Literal, TypeGuard, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +32,9 @@ _NAMED_AT_MOST = 8  # an error names this many offenders, so that a whole bad ba
 
 def check_temperature(temperature: object) -> float:
     """Return the temperature as a float; raise TemperatureError unless it is a finite number above 0 (not True)."""
-    if _is_positive(temperature):
-        return float(temperature)
+    number = finite(temperature)
+    if number is not None and number > 0:
+        return number
     raise TemperatureError(
         f"the temperature is {temperature!r}; logits are divided by it, so give a finite number above 0, for example "
         "4.0 (1.0 leaves the distribution as it is)",
@@ -74,7 +76,7 @@ def check_weights(weights_M: Sequence[float] | FloatArray | None, members: int) 
             members=members,
         )
     # Invalid weights become 0, which the check below refuses.
-    share = np.array([float(weight) if _is_positive(weight) else 0.0 for weight in weights])
+    share = np.array([max(finite(weight) or 0.0, 0.0) for weight in weights])
     share /= share.max() or 1.0  # first, so that the sum cannot overflow
     share /= share.sum() or 1.0
     if not (share > 0).all():
@@ -201,14 +203,12 @@ def kl_divergence(logp_BC: FloatArray, logq_BC: FloatArray) -> NDArray[np.float6
         return np.asarray(np.where(np.abs(gap) < 1, small, large).sum(axis=-1), dtype=np.float64)
 
 
-def _is_positive(value: object) -> TypeGuard[float]:
-    """Return whether a value is a finite number above 0; True and integers beyond float64 are not."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(float(value)) and float(value) > 0
-    except OverflowError:
-        return False
+def finite(value: object) -> float | None:
+    """Return a real number as a float; None if it is no number, True, not finite or beyond float64."""
+    with contextlib.suppress(OverflowError):
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    return None
 
 
 def _rows(logits_BC: FloatArray) -> NDArray[np.float64]:

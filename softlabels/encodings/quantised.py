@@ -19,7 +19,6 @@ them costs more than a finer step saves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import erf, exp, pi, sqrt

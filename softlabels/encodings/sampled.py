@@ -20,10 +20,9 @@ of 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,11 +184,7 @@ def sampled_within(row_bytes: int, *, classes: int, p_BC: NDArray[np.float64] | 
 
 
 def _most_draws(row_bytes: int, classes: int, head: int) -> int:
-    low, high = 0, min(1 << 20, 8 * row_bytes)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if Sampled(classes=classes, head=head, draws=middle).size_bytes <= row_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    def size_bytes(draws: int) -> int:
+        return Sampled(classes=classes, head=head, draws=draws).size_bytes
+
+    return bisect_right(range(1, min(1 << 20, 8 * row_bytes) + 1), row_bytes, key=size_bytes)

@@ -43,7 +43,11 @@ class NamedLoss(nn.Module):
                     option=option,
                 )
         for option, value in {**defaults, **options}.items():
-            setattr(self, option, _checked(option, value))
+            if option != "standardise":
+                value = check_weight(option, value)
+            elif value is not None:
+                value = check_deviation(value)
+            setattr(self, option, value)
         self._names = tuple(defaults)
 
     @property
@@ -115,9 +119,3 @@ def make_loss(name: str, **options: Any) -> NamedLoss:
             name=repr(name),
         )
     return _BY_NAME[name](**options)
-
-
-def _checked(name: str, value: object) -> object:
-    if name != "standardise":
-        return check_weight(name, value)
-    return None if value is None else check_deviation(value)

@@ -12,10 +12,8 @@ Source: Sun, Ren, Li, Wang, Cao 2024, "Logit standardization in knowledge distil
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
@@ -31,7 +29,7 @@ from softlabels.errors import (
     TemperatureLockedError,
 )
 from softlabels.losses.target_batch import SoftTargetBatch, widened
-from softlabels.softmath import UNLABELLED
+from softlabels.softmath import UNLABELLED, finite
 
 Deviation = Literal["population", "sample"]
 
@@ -177,13 +175,9 @@ def whole_logits(targets: SoftTargetBatch, *, dtype: torch.dtype, purpose: str, 
 
 def check_weight(name: str, weight: object) -> float:
     """Return the weight of a term as a float; raise RequestError unless it is finite and not negative."""
-    if isinstance(weight, Real) and not isinstance(weight, bool):
-        try:
-            value = float(weight)
-        except OverflowError:  # an integer beyond the range of float
-            value = math.inf
-        if math.isfinite(value) and value >= 0:
-            return value
+    value = finite(weight)
+    if value is not None and value >= 0:
+        return value
     raise RequestError(f"{name} is {weight!r}; the weight of a loss term is a finite number of at least 0", name=name)
 
 
