@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -117,49 +117,31 @@ def purge(folder: Path) -> list[Path]:
 
 
 def _write_and_sync(path: Path, buffers: Iterable[Buffer]) -> tuple[int, str]:
-    size = 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        with _hashing_beside() as (feed, digest):
-            for batch in _batches(buffers):
-                size += sum(map(len, batch))
-                feed(batch)
-                _write_all(descriptor, batch)
-            os.fsync(descriptor)
-    finally:
-        # close() may report a delayed write error (NFS, quotas): it must reach the caller, so it is not suppressed.
-        os.close(descriptor)
-    return size, digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _hashing_beside() -> Iterator[tuple[Callable[[list[memoryview]], None], Any]]:
-    """Compute SHA-256 while the file is written: in a thread, unless there is little to hash.
-
-    SHA-256 runs at about the disk's speed, so one after the other would take twice as long; both release the GIL.
-    """
-    digest = hashlib.sha256()
-    pending: list[Future[None]] = []
+    size, digest = 0, hashlib.sha256()
 
     def update(batch: list[memoryview]) -> None:
         for view in batch:
             digest.update(view)
 
-    # One worker: batches must be hashed in the order they are fed.
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabels-sha256") as beside:
-
-        def feed(batch: list[memoryview]) -> None:
-            # After one batch went to the thread, all later ones must follow it there, to be hashed in order.
-            if pending or sum(map(len, batch)) >= _WRITE_BYTES // 2:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        # SHA-256 runs at about the disk's speed, so one after the other would take twice as long; both release the GIL.
+        # One worker, so that batches are hashed in order.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabels-sha256") as beside:
+            hashed = []
+            for batch in _batches(buffers):
+                size += sum(map(len, batch))
                 # A copy of the list, since `_write_all` replaces entries that were written in part.
-                pending.append(beside.submit(update, list(batch)))
-            else:
-                update(batch)
-
-        yield feed, digest
+                hashed.append(beside.submit(update, list(batch)))
+                _write_all(descriptor, batch)
+            os.fsync(descriptor)
+    finally:
+        # close() may report a delayed write error (NFS, quotas): it must reach the caller, so it is not suppressed.
+        os.close(descriptor)
     # Raises what the thread raised: the digest would otherwise be of a part of the contents.
-    for future in pending:
+    for future in hashed:
         future.result()
+    return size, digest.hexdigest()
 
 
 def _batches(buffers: Iterable[Buffer]) -> Iterator[list[memoryview]]:

@@ -81,7 +81,10 @@ class Audit:
         p_BC = np.exp(log_soften(wide, temperature=1.0))
         error_BC = np.exp(log_soften(narrow, temperature=1.0)) - p_BC
         dropped = p_BC[np.isneginf(decoded_BC)] if dropped_mass_B is None else dropped_mass_B
-        relative = {temperature: temperature / captured for temperature in self._kl}
+        kl_nats_B = {
+            temperature: kl_divergence(log_soften(wide, temperature=t), log_soften(narrow, temperature=t))
+            for temperature, t in ((temperature, temperature / captured) for temperature in self._kl)
+        }
         self.add_sums(
             ErrorSums(
                 rows=len(exact_BC),
@@ -89,17 +92,9 @@ class Audit:
                 dropped_mass=float(dropped.sum(dtype=np.float64)),
                 squared_error=float(np.square(error_BC).sum()),
                 error_C=error_BC.sum(axis=0),
-                kl_nats_B={
-                    temperature: kl_divergence(log_soften(wide, temperature=t), log_soften(narrow, temperature=t))
-                    for temperature, t in relative.items()
-                },
+                kl_nats_B=kl_nats_B,
             )
         )
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """Temperatures at which KL is measured."""
-        return tuple(self._kl)
 
     def add_sums(self, sums: ErrorSums) -> None:
         """Add rows whose errors were computed elsewhere, for example on the GPU."""
@@ -207,17 +202,11 @@ class _Histogram:
         self.counts += other.counts
 
     def summary(self, rows: int) -> dict[str, float]:
-        return {"mean": self.sum / max(1, rows), "p99": self._quantile(0.99), "max": self.max}
-
-    def _quantile(self, q: float) -> float:
-        total = int(self.counts.sum())
-        if total == 0:
-            return 0.0
-        bin_ = int(np.searchsorted(np.cumsum(self.counts), q * total))
-        if bin_ == 0:
-            return 0.0
+        ends = np.cumsum(self.counts)
+        bin_ = int(np.searchsorted(ends, 0.99 * ends[-1]))
         # The upper edge of the bin, which bounds the quantile from above, but at most the maximum.
-        return min(self.max, float(2.0 ** (LOWEST_EXPONENT + bin_ / STEPS_PER_OCTAVE)))
+        p99 = min(self.max, float(2.0 ** (LOWEST_EXPONENT + bin_ / STEPS_PER_OCTAVE))) if bin_ else 0.0
+        return {"mean": self.sum / max(1, rows), "p99": p99, "max": self.max}
 
     def to_json(self) -> dict[str, Any]:
         filled = np.flatnonzero(self.counts)

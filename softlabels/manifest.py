@@ -299,13 +299,13 @@ class Manifest(Document, frozen=True):
         body = {key: value for key, value in document.items() if key != "format"}
         manifest = parse_document(body, cls, what="the manifest")
         try:
-            check_manifest(manifest)
+            _check_parts(manifest)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise ManifestError(f"the manifest contradicts itself: {error}") from error
         return manifest
 
 
-def check_manifest(manifest: Manifest) -> None:
+def _check_parts(manifest: Manifest) -> None:
     """Raise ValueError unless the parts of a manifest agree with each other; `Document` checks types and bounds."""
     shards, rows = manifest.shards, manifest.layout.rows
     if shards.count != -(-rows // shards.rows_per_shard):
@@ -316,7 +316,23 @@ def check_manifest(manifest: Manifest) -> None:
         raise ValueError("a finished store has both ledger and plan_sha256, an unfinished one neither")
     if manifest.class_list is not None:
         check_digest_of_names(manifest.class_list, classes=manifest.classes)
-    _check_arrays(manifest)
+    ids, views = manifest.ids, manifest.views
+    for name, spec in manifest.arrays.items():
+        if spec.row_bytes * manifest.shards.rows_per_chunk > MAX_CHUNK_BYTES:
+            raise ValueError(f"arrays.{name}.row_shape: a chunk would take more than {MAX_CHUNK_BYTES} bytes")
+    if not manifest.encoding.constants:
+        # With constants the row size depends on learnt arrays; `check_encoding` runs once those are read.
+        for name, spec in encoded_arrays(manifest.make_encoding(), manifest.members).items():
+            _expect(manifest, name, spec.dtype, spec.row_shape)
+    if manifest.layout.kind != "sequences":
+        _expect(manifest, IDS, *(("|u1", (ids.width_bytes,)) if ids.kind == "str" else ("<i8", ())))
+        _expect(manifest, FINGERPRINTS, "|u1", (FINGERPRINT_BYTES,))
+    if views is not None and views.parameters:
+        _expect(manifest, VIEW_PARAMETERS, "<f8", (len(views.parameters),))
+    if manifest.transfer_set.labelled:
+        _expect(manifest, LABELS, "<i4", ())
+    if INPUTS in manifest.arrays and manifest.layout.kind != "single":
+        raise ValueError(f"arrays.{INPUTS} needs the layout 'single', one row a sample")
 
 
 def check_encoding(manifest: Manifest, encoding: Encoding) -> Encoding:
@@ -357,26 +373,6 @@ def _check_version(document: Mapping[str, Any]) -> None:
             found=version,
             supported=FORMAT_VERSION,
         )
-
-
-def _check_arrays(manifest: Manifest) -> None:
-    ids, views = manifest.ids, manifest.views
-    for name, spec in manifest.arrays.items():
-        if spec.row_bytes * manifest.shards.rows_per_chunk > MAX_CHUNK_BYTES:
-            raise ValueError(f"arrays.{name}.row_shape: a chunk would take more than {MAX_CHUNK_BYTES} bytes")
-    if not manifest.encoding.constants:
-        # With constants the row size depends on learnt arrays; `check_encoding` runs once those are read.
-        for name, spec in encoded_arrays(manifest.make_encoding(), manifest.members).items():
-            _expect(manifest, name, spec.dtype, spec.row_shape)
-    if manifest.layout.kind != "sequences":
-        _expect(manifest, IDS, *(("|u1", (ids.width_bytes,)) if ids.kind == "str" else ("<i8", ())))
-        _expect(manifest, FINGERPRINTS, "|u1", (FINGERPRINT_BYTES,))
-    if views is not None and views.parameters:
-        _expect(manifest, VIEW_PARAMETERS, "<f8", (len(views.parameters),))
-    if manifest.transfer_set.labelled:
-        _expect(manifest, LABELS, "<i4", ())
-    if INPUTS in manifest.arrays and manifest.layout.kind != "single":
-        raise ValueError(f"arrays.{INPUTS} needs the layout 'single', one row a sample")
 
 
 def _expect(manifest: Manifest, name: str, dtype: str, row_shape: tuple[int, ...]) -> None:

@@ -188,18 +188,21 @@ def compress(chunk: NDArray[Any], compression: str) -> NDArray[np.uint8]:
 
 def decompress(body: bytes, compression: str, *, dtype: np.dtype[Any], size_bytes: int) -> NDArray[np.uint8]:
     """Return the bytes of a chunk, uint8 [size_bytes]; ValueError unless it decodes to exactly this many."""
-    if compression == "gzip":
-        shuffled = _inflate(body, size_bytes).reshape(dtype.itemsize, -1)
-        return np.ascontiguousarray(shuffled.T).reshape(-1)
-    # The codecs trust the size in the frame's header and allocate it, so a hostile header is refused first.
-    if _declared_bytes(body, compression) != size_bytes:
-        raise ValueError(f"a compressed chunk does not hold {size_bytes} bytes")
-    out = np.empty(size_bytes, dtype=np.uint8)
     try:
-        _codec(compression).decode(body, out=out)
-    except RuntimeError as error:
+        if compression == "gzip":
+            inflater = zlib.decompressobj()
+            # One byte more than expected: a longer stream, a bomb, is noticed without inflating all of it.
+            shuffled = inflater.decompress(body, size_bytes + 1)
+            if len(shuffled) == size_bytes and inflater.eof:
+                return np.ascontiguousarray(np.frombuffer(shuffled, np.uint8).reshape(dtype.itemsize, -1).T).reshape(-1)
+        # The codecs trust the size in the frame's header and allocate it, so a hostile header is refused first.
+        elif _declared_bytes(body, compression) == size_bytes:
+            out = np.empty(size_bytes, dtype=np.uint8)
+            _codec(compression).decode(body, out=out)
+            return out
+    except (RuntimeError, zlib.error) as error:
         raise ValueError(f"a compressed chunk cannot be decoded: {error}") from error
-    return out
+    raise ValueError(f"a compressed chunk does not hold {size_bytes} bytes")
 
 
 def _codec(compression: str) -> Any:
@@ -208,18 +211,6 @@ def _codec(compression: str) -> Any:
     if compression == "zstd":
         return numcodecs.Zstd(level=ZSTD_LEVEL)
     return numcodecs.Blosc(cname="zstd", clevel=BLOSC_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE)
-
-
-def _inflate(body: bytes, size_bytes: int) -> NDArray[np.uint8]:
-    inflater = zlib.decompressobj()
-    try:
-        # One byte more than expected: a longer stream is noticed without inflating all of it (a decompression bomb).
-        found = inflater.decompress(body, size_bytes + 1)
-    except zlib.error as error:
-        raise ValueError(f"a compressed chunk cannot be decoded: {error}") from error
-    if len(found) != size_bytes or not inflater.eof:
-        raise ValueError(f"a compressed chunk does not hold {size_bytes} bytes")
-    return np.frombuffer(found, dtype=np.uint8)
 
 
 def _declared_bytes(body: bytes, compression: str) -> int:

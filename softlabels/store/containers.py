@@ -12,11 +12,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.manifest import FORMAT, Manifest
+from softlabels.row_sums import crc32c
 from softlabels.store.chunks import (
     BLOSC_LEVEL,
     CHECKSUM_BYTES,
@@ -67,7 +67,7 @@ class ZarrContainer:
 
     def is_chunk_intact(self, chunk: NDArray[Any]) -> bool:
         """Return whether the last four bytes are the CRC-32C of the others."""
-        return int.from_bytes(chunk[-4:].tobytes(), "little") == crc32c(chunk[:-4])
+        return int.from_bytes(chunk[-4:].tobytes(), "little") == crc32c(chunk[:-4].data)
 
 
 StoreContainer: TypeAlias = ZarrContainer | Hdf5Container
@@ -77,11 +77,6 @@ StoreContainer: TypeAlias = ZarrContainer | Hdf5Container
 def container_of(manifest: Manifest) -> StoreContainer:
     """Return the container that this manifest names."""
     return Hdf5Container() if manifest.container == "hdf5" else ZarrContainer()
-
-
-def crc32c(chunk: NDArray[np.uint8]) -> int:
-    """Return the CRC-32C (RFC 3720) of bytes that are contiguous and read-only."""
-    return int(google_crc32c.value(chunk))
 
 
 def _consolidated(documents: dict[str, bytes]) -> dict[str, bytes]:
@@ -108,11 +103,13 @@ def _shard_file(plan: Manifest, shard: int, name: str, rows: NDArray[Any]) -> Sh
     bodies = chunk_bodies(plan, name, rows)
     path = f"{name}/c/{shard}" + "/0" * len(plan.arrays[name].row_shape)
     compressed = plan.shards.compression is not None
-    chunks, part = with_checksums(bodies, crc32c, compressed=compressed, path=path, offset=0, rows=len(rows))
+    chunks, part = with_checksums(
+        bodies, lambda body: crc32c(body.data), compressed=compressed, path=path, offset=0, rows=len(rows)
+    )
     sizes = [body.size + CHECKSUM_BYTES for body in bodies]
     index = np.full((plan.shards.rows_per_shard // plan.shards.rows_per_chunk, 2), EMPTY_CHUNK, dtype="<u8")
     index[: len(sizes), 0] = np.cumsum([0, *sizes[:-1]])
     index[: len(sizes), 1] = sizes
     raw = index.tobytes()
-    checksum = crc32c(np.frombuffer(raw, dtype=np.uint8)).to_bytes(CHECKSUM_BYTES, "little")
+    checksum = crc32c(raw).to_bytes(CHECKSUM_BYTES, "little")
     return ShardFile(path=path, buffers=[*chunks, raw, checksum], parts={name: part})

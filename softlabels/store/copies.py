@@ -54,12 +54,9 @@ def convert_store(
     the targets. So a store that is converted there and back is the same store again, digest included.
 
     Args:
-        source, target: folders of the store to copy and of the new one.
         container: container of the new store; the source's when left out.
         compression: compression of chunks, for archives; None for fixed-size chunks.
         advance: called with the number of rows of each shard that is done.
-    Returns:
-        The manifest of the new store.
     Raises:
         RowsNotCommittedError: the source is unfinished. JobError: the container has no such compression.
         ChecksumError, TruncatedError, ManifestError: the source is damaged. StoreExistsError, ShardClaimedError.
@@ -114,11 +111,8 @@ def merge(sources: Sequence[Path], destination: Path, *, show: ShowProgress = si
 
     Every file is read, compared with its receipt's SHA-256 and made durable before the shard's receipt is written. An
     interrupted merge leaves an unfinished store and continues when it is run again. When no shard is missing, the store
-    is published. The sources are not changed.
+    is published. The sources, at least one and finished or not, are not changed.
 
-    Args:
-        sources: folders of stores, finished or not, at least one.
-        destination: folder that is empty or missing, or holds a store of the same plan.
     Raises:
         ConflictError: the plans differ; the message says how.
         ShardConflictError: two of the stores hold the same shard with different contents.
@@ -167,13 +161,13 @@ def _common_plan(sources: Sequence[Path], destination: Path) -> Manifest:
         plans.append((where, documents.plan))
     first, plan = plans[0]
     for where, other in plans[1:]:
+        # By digest: 4 and 4.0 are equal in Python, but not in a plan.
         if other.digest != plan.digest:
             found = list(_differences(plan.to_json(), other.to_json(), ""))
             more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise ConflictError(
-                f"the stores at {first} and {where} have different plans, so their rows do not belong in one "
-                f"store: {'; '.join(found[:_SHOWN])}{more}. Run both with one job, one set of weights and the same "
-                "library versions",
+                f"the stores at {first} and {where} have different plans, so their rows do not belong in one store: "
+                f"{'; '.join(found[:_SHOWN])}{more}. Run both with one job, the same weights and library versions",
                 differs=[text.partition(":")[0] for text in found],
             )
     return plan

@@ -10,16 +10,15 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.atomic_files import Buffer
 from softlabels.errors import JobError
-from softlabels.manifest import FORMAT, ArraySpec, Manifest
+from softlabels.manifest import FORMAT, ArraySpec, Manifest, ShardSpec
 from softlabels.store.chunks import (
     CHECKSUM_BYTES,
     GZIP_LEVEL,
@@ -45,26 +44,18 @@ class Hdf5Container:
         """Return one file, with a dataset for each array."""
         rows, path, compressed = len(shard_rows(plan, shard)), shard_path(shard), plan.shards.compression is not None
         bodies = {name: chunk_bodies(plan, name, arrays[name]) for name in sorted(plan.arrays)}
-        template = _lay_out(
-            _Geometry(
-                store=plan.name,
-                arrays=_in_order(plan),
-                rows=rows,
-                rows_per_shard=plan.shards.rows_per_shard,
-                rows_per_chunk=plan.shards.rows_per_chunk,
-                compressed=compressed,
-                sizes=tuple(tuple(body.size + CHECKSUM_BYTES for body in each) for each in bodies.values()),
-            )
+        sizes = tuple(tuple(body.size + CHECKSUM_BYTES for body in each) for each in bodies.values())
+        between, offsets, after = _lay_out(
+            _Geometry(store=plan.name, arrays=_in_order(plan), rows=rows, shards=plan.shards, sizes=sizes)
         )
         buffers: list[Buffer] = []
         parts = {}
-        for name in bodies:
-            offset = template.offsets[name]
+        for name, before, offset in zip(bodies, between, offsets, strict=True):
             chunks, parts[name] = with_checksums(
                 bodies[name], fletcher32, compressed=compressed, path=path, offset=offset, rows=rows
             )
-            buffers += [template.before[name], *chunks]
-        return [ShardFile(path=path, buffers=[*buffers, template.after], parts=parts)]
+            buffers += [before, *chunks]
+        return [ShardFile(path=path, buffers=[*buffers, after], parts=parts)]
 
     def is_chunk_intact(self, chunk: NDArray[Any]) -> bool:
         """Return whether the last four bytes are the Fletcher-32 of the others."""
@@ -76,30 +67,14 @@ def shard_path(shard: int) -> str:
     return f"shards/{shard:08d}.h5"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Geometry:
-    """Everything that the layout of a shard's file depends on; shards of equal geometry have one template.
-
-    Attributes:
-        sizes: bytes of the chunks of each array, checksums included.
-    """
+class _Geometry(NamedTuple):
+    """Everything that the layout of a shard's file depends on; `sizes` are of each array's chunks with checksums."""
 
     store: str
     arrays: tuple[tuple[str, ArraySpec], ...]
     rows: int
-    rows_per_shard: int
-    rows_per_chunk: int
-    compressed: bool
+    shards: ShardSpec
     sizes: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Template:
-    """A shard's file without its chunks: bytes before each array, offset of each, and bytes after the last."""
-
-    before: Mapping[str, bytes]
-    offsets: Mapping[str, int]
-    after: bytes
 
 
 def _in_order(plan: Manifest) -> tuple[tuple[str, ArraySpec], ...]:
@@ -109,23 +84,24 @@ def _in_order(plan: Manifest) -> tuple[tuple[str, ArraySpec], ...]:
 
 # An uncompressed store has two geometries, of the last shard and of all others; a template takes some kilobytes.
 @lru_cache(maxsize=8)
-def _lay_out(geometry: _Geometry) -> _Template:
+def _lay_out(geometry: _Geometry) -> tuple[list[bytes], list[int], bytes]:
+    """Return a shard's file without its chunks: bytes before each array, offset of each, and bytes after the last."""
     image = io.BytesIO()
-    offsets: dict[str, int] = {}
+    offsets = []
     with _new_file(image, geometry.store) as file:
         datasets = [_new_dataset(file, geometry, name, array) for name, array in geometry.arrays]
         for (name, array), dataset, sizes in zip(geometry.arrays, datasets, geometry.sizes, strict=True):
             for number, size in enumerate(sizes):
                 dataset.write_direct_chunk(_corner(number, geometry, array), bytes(size))
-            offsets[name] = _checked_offset(dataset, geometry, name, array, sizes)
-    contents = image.getbuffer()
-    before, cursor = {}, 0
-    for (name, _), sizes in zip(geometry.arrays, geometry.sizes, strict=True):
-        if offsets[name] < cursor:
+            offsets.append(_checked_offset(dataset, geometry, name, array, sizes))
+    contents = image.getvalue()
+    between, cursor = [], 0
+    for (name, _), offset, sizes in zip(geometry.arrays, offsets, geometry.sizes, strict=True):
+        if offset < cursor:
             raise _unexpected_layout(name)
-        before[name] = bytes(contents[cursor : offsets[name]])
-        cursor = offsets[name] + sum(sizes)
-    return _Template(before=before, offsets=offsets, after=bytes(contents[cursor:]))
+        between.append(contents[cursor:offset])
+        cursor = offset + sum(sizes)
+    return between, offsets, contents[cursor:]
 
 
 @contextmanager
@@ -155,13 +131,15 @@ def _new_dataset(file: Any, geometry: _Geometry, name: str, array: ArraySpec) ->
     import h5py
 
     properties = _dataset_properties(array)
-    properties.set_chunk((geometry.rows_per_chunk, *array.row_shape))
-    if geometry.compressed:
+    properties.set_chunk((geometry.shards.rows_per_chunk, *array.row_shape))
+    if geometry.shards.compression is not None:
         properties.set_shuffle()
         properties.set_deflate(GZIP_LEVEL)
     properties.set_fletcher32()
     # HDF5 refuses chunks larger than the maximum shape, so the maximum is a whole shard, also for the short last one.
-    space = h5py.h5s.create_simple((geometry.rows, *array.row_shape), (geometry.rows_per_shard, *array.row_shape))
+    space = h5py.h5s.create_simple(
+        (geometry.rows, *array.row_shape), (geometry.shards.rows_per_shard, *array.row_shape)
+    )
     dataset = _create(file, name, array, space, properties)
     # HDF5 creates the chunk index when the first chunk is written, which would put it between the first and the second.
     # So one byte is written first; the real chunk 0 then moves behind the index, and the others follow it.
@@ -190,7 +168,7 @@ def _create(file: Any, name: str, array: ArraySpec, space: Any, properties: Any)
 
 
 def _corner(number: int, geometry: _Geometry, array: ArraySpec) -> tuple[int, ...]:
-    return (number * geometry.rows_per_chunk, *(0 for _ in array.row_shape))
+    return (number * geometry.shards.rows_per_chunk, *(0 for _ in array.row_shape))
 
 
 def _checked_offset(dataset: Any, geometry: _Geometry, name: str, array: ArraySpec, sizes: Sequence[int]) -> int:
@@ -262,20 +240,15 @@ def fletcher32(data: NDArray[np.uint8]) -> int:
         if block.size < _BLOCK_BYTES:
             # Zeros after the end change neither sum: their weight does not matter.
             block = np.concatenate([block, np.zeros(-block.size % (2 * _COLUMNS), dtype=np.uint8)])
-        sum_of_words, sum_of_products = _sums(block)
+        words_RC = block.view("<u2").reshape(-1, _COLUMNS).astype(np.float32)
+        # Not `words_RC @ ones`: BLAS may start threads, which is more than a checksum should do.
+        of_rows = np.einsum("rc->r", words_RC).astype(np.int64)
+        of_columns = np.einsum("rc->c", words_RC).astype(np.int64)
+        sum_of_words = int(of_rows.sum())
+        sum_of_products = int(np.dot(_NUMBERS[: len(of_rows)], of_rows)) * _COLUMNS + int(np.dot(_NUMBERS, of_columns))
         total += sum_of_words
         running += (words - start // 2) * sum_of_words - sum_of_products
     return _fold(running) << 16 | _fold(total)
-
-
-def _sums(block: NDArray[np.uint8]) -> tuple[int, int]:
-    """Return Σ wᵢ and Σ i wᵢ of the little-endian words of a block of whole rows."""
-    words_RC = block.view("<u2").reshape(-1, _COLUMNS).astype(np.float32)
-    # Not `words_RC @ ones`: BLAS may start threads, which is more than a checksum should do.
-    of_rows = np.einsum("rc->r", words_RC).astype(np.int64)
-    of_columns = np.einsum("rc->c", words_RC).astype(np.int64)
-    below = int(np.dot(_NUMBERS[: len(of_rows)], of_rows)) * _COLUMNS
-    return int(of_rows.sum()), below + int(np.dot(_NUMBERS, of_columns))
 
 
 def _fold(total: int) -> int:

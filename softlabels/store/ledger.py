@@ -94,7 +94,7 @@ class Ledger:
 
     def __init__(self, root: Path, *, plan_sha256: str) -> None:
         self._root = root
-        self._plan_sha256 = plan_sha256
+        self.plan_sha256 = plan_sha256
 
     def path_of(self, shard: int) -> str:
         """Return the path of a shard's receipt, relative to the store."""
@@ -107,14 +107,13 @@ class Ledger:
             ManifestError: there is one, but it is damaged, or belongs to another shard or plan.
         """
         path = self.path_of(shard)
+        what = f"receipt {self._root / path}"
         try:
-            raw = safe_read(self._root, path, max_bytes=MAX_DOCUMENT_BYTES)
+            receipt = read_receipt(self._root, path, what=what)
         # Only a file that does not exist means "not committed": any other I/O error is raised.
         except FileNotFoundError:
             return None
-        what = f"receipt {self._root / path}"
-        receipt = parse_receipt(raw, what=what)
-        if receipt.shard != shard or receipt.plan_sha256 != self._plan_sha256:
+        if receipt.shard != shard or receipt.plan_sha256 != self.plan_sha256:
             raise ManifestError(f"{what} belongs to another shard or another store: do not mix stores' files")
         return receipt
 
@@ -157,11 +156,8 @@ class Ledger:
 
     def is_claimed(self, shard: int) -> bool:
         """Return whether a living process holds this shard."""
-        try:
-            with self.claim(shard):
-                return False
-        except ShardClaimedError:
-            return True
+        with self._lock(f"{shard:08d}", timeout_s=CLAIM_TIMEOUT_S) as held:
+            return not held
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -180,8 +176,7 @@ class Ledger:
         descriptor = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             deadline_s = time.monotonic() + timeout_s
-            # flock, which the kernel releases when a process dies, and not fcntl locks, which closing any descriptor of
-            # the file would release. Polled, since a blocking flock knows no timeout.
+            # Polled, since a blocking flock knows no timeout.
             while not (held := _try_lock(descriptor)) and time.monotonic() < deadline_s:
                 time.sleep(_POLL_S)
             yield held
@@ -217,8 +212,7 @@ class Status:
 
     Attributes:
         manifest: manifest of the finished store, else its plan.
-        committed: shards that have a receipt.
-        rows: number of rows in these shards.
+        rows: number of rows in the committed shards.
         in_work: shards that a living process holds.
         rows_per_s: rate between the first and the last commit; None before the second commit.
         left_s: seconds that the rest takes at this rate; None without a rate, 0 when nothing is left.
@@ -234,9 +228,11 @@ class Status:
     audit: dict[str, Any]
 
 
-def parse_receipt(raw: bytes, *, what: str) -> Receipt:
-    """Return the receipt in the contents of file `what`; raise ManifestError if it is damaged or not a receipt."""
-    return parse_document(open_sealed(raw, what=what), Receipt, what=what)
+def read_receipt(root: Path, path: str, *, what: str) -> Receipt:
+    """Return the receipt in a file; raise FileNotFoundError, ManifestError, which says that `what` is damaged."""
+    return parse_document(
+        open_sealed(safe_read(root, path, max_bytes=MAX_DOCUMENT_BYTES), what=what), Receipt, what=what
+    )
 
 
 def read_status(root: Path) -> Status:
@@ -258,7 +254,10 @@ def read_status(root: Path) -> Status:
         # A receipt is written once, so its modification time is the time of the commit.
         commits.append(((root / ledger.path_of(shard)).stat().st_mtime, size))
         rows += size
-    rate = _rows_per_s(sorted(commits))
+    commits.sort()
+    # The start of the first shard is not recorded, so the clock runs from its commit on, and its rows do not count.
+    elapsed_s = commits[-1][0] - commits[0][0] if commits else 0.0
+    rate = sum(size for _, size in commits[1:]) / elapsed_s if elapsed_s > 0 else None
     left = manifest.rows - rows
     locks = sorted(int(path.stem) for path in (root / LOCK_FOLDER).glob("*.lock") if path.stem.isdigit())
     return Status(
@@ -273,15 +272,10 @@ def read_status(root: Path) -> Status:
 
 
 def _try_lock(descriptor: int) -> bool:
+    # flock, which the kernel releases when a process dies, and not fcntl locks, which closing any descriptor of the
+    # file would release.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
-
-
-def _rows_per_s(commits: list[tuple[float, int]]) -> float | None:
-    # The start of the first shard is not recorded, so the clock runs from its commit on, and its rows do not count.
-    if len(commits) < 2 or commits[-1][0] <= commits[0][0]:
-        return None
-    return sum(size for _, size in commits[1:]) / (commits[-1][0] - commits[0][0])

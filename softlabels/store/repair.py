@@ -28,7 +28,6 @@ class Repair:
     """What `repair` found and did.
 
     Attributes:
-        faults: everything that was wrong.
         dropped: shards that are no longer committed; `resume` computes them again.
         busy: faulty shards that a living writer holds; these were left alone.
         moved: new path of each file that was moved out, by its old path, both relative to the store.

@@ -22,7 +22,7 @@ from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
 from softlabels.store.array_reader import checked_part
 from softlabels.store.chunks import CHECKSUM_BYTES, chunks_in, decompress, shard_rows
-from softlabels.store.containers import StoreContainer
+from softlabels.store.containers import container_of
 from softlabels.store.ledger import FileRecord, Receipt
 from softlabels.store.safe_open import open_committed, safe_open
 from softlabels.store.sample_index import DenseIdIndex, SortedIdIndex, ids_of_rows
@@ -113,7 +113,6 @@ class ShardChecks:
     """Checks of the shards of one store.
 
     Args:
-        plan: the store's plan.
         encoding: encoding of its rows; None where it is damaged: rows are then not decoded.
         index: index from ids to positions; None where it is damaged: ids are then not looked up.
         report: report whose counters are increased as chunks, rows and files are verified.
@@ -123,13 +122,12 @@ class ShardChecks:
         self,
         root: Path,
         plan: Manifest,
-        container: StoreContainer,
         encoding: Encoding | None,
         *,
         index: DenseIdIndex | SortedIdIndex | None,
         report: Report,
     ) -> None:
-        self._root, self._plan, self._container, self._encoding = root, plan, container, encoding
+        self._root, self._plan, self._container, self._encoding = root, plan, container_of(plan), encoding
         self._index, self._report = index, report
 
     def receipt_fault(self, receipt: Receipt) -> Fault | None:
@@ -144,14 +142,18 @@ class ShardChecks:
             return self.fault("document", str(error), receipt.shard)
         return None
 
-    def faults(self, receipt: Receipt) -> Iterator[Fault]:
-        """Yield every fault of a shard; each byte of its files is read once."""
+    def faults(self, receipt: Receipt, numbers: Sequence[int] | None = None) -> Iterator[Fault]:
+        """Yield every fault of a shard, or of some of its chunks in every array.
+
+        Each byte of its files is read once; with `numbers`, only these chunks are.
+        """
+        whole = numbers is None
         contents: dict[str, _Bytes] = {}
         broken: set[str] = set()
         for path, record in receipt.files.items():
             fault = self._size_fault(path, record, receipt.shard)
             try:
-                if fault is None:
+                if fault is None and whole:
                     contents[path] = _read(self._root, path, 0, record.size)
             except OSError as error:
                 fault = self.fault("missing", f"it cannot be read: {error}", receipt.shard, path=path)
@@ -160,41 +162,24 @@ class ShardChecks:
                 yield fault
 
         def read(path: str, offset: int, length: int) -> _Bytes:
-            return contents[path][offset : offset + length]
+            return contents[path][offset : offset + length] if whole else _read(self._root, path, offset, length)
 
-        numbers = range(chunks_in(receipt.rows[1] - receipt.rows[0], self._plan.shards.rows_per_chunk))
+        if numbers is None:
+            numbers = range(chunks_in(receipt.rows[1] - receipt.rows[0], self._plan.shards.rows_per_chunk))
+        unread = set(broken)
         for name in self._plan.arrays:
             path = receipt.parts[name].path
-            if path in contents:
-                for fault in self._chunk_faults(receipt, name, read, numbers):
-                    broken.add(path)
-                    yield fault
-        for path, whole in contents.items():
+            for fault in () if path in unread else self._chunk_faults(receipt, name, read, numbers):
+                broken.add(path)
+                yield fault
+        for path, raw in contents.items():
             self._report.files += 1
-            if path not in broken and hashlib.sha256(whole.data).hexdigest() != receipt.files[path].sha256:
+            if path not in broken and hashlib.sha256(raw.data).hexdigest() != receipt.files[path].sha256:
                 broken.add(path)
                 message = "its SHA-256 is not the receipt's, though every chunk in it is intact"
                 yield self.fault("checksum", message, receipt.shard, path=path)
         if not broken:
-            yield from self._row_faults(receipt, read, numbers, whole=True)
-
-    def sampled_faults(self, receipt: Receipt, numbers: Sequence[int]) -> Iterator[Fault]:
-        """Yield faults of some chunks of a shard, in every array; nothing else of the files is read."""
-        for path, record in receipt.files.items():
-            fault = self._size_fault(path, record, receipt.shard)
-            if fault is not None:
-                yield fault
-                return
-
-        def read(path: str, offset: int, length: int) -> _Bytes:
-            return _read(self._root, path, offset, length)
-
-        for name in self._plan.arrays:
-            found = list(self._chunk_faults(receipt, name, read, numbers))
-            yield from found
-            if found:
-                return
-        yield from self._row_faults(receipt, read, numbers, whole=False)
+            yield from self._row_faults(receipt, read, numbers, whole=whole)
 
     def fault(self, kind: FaultKind, message: str, shard: int, **where: Any) -> Fault:
         """Return a fault of a shard, of all its rows unless `where` says otherwise."""
@@ -238,7 +223,9 @@ class ShardChecks:
                 yield self.fault("contents", str(error), receipt.shard)
                 return
             self._report.rows += len(rows)
-            for name, bad, message in self._implausible(arrays, rows):
+            for name, bad, message in self._checked(arrays, rows):
+                if not bad.any():
+                    continue
                 first, last = (int(row) for row in rows[bad][[0, -1]])
                 chunk = (first - receipt.rows[0]) // self._plan.shards.rows_per_chunk
                 where = {"array": name, "chunk": chunk, "rows": (first, last)}
@@ -258,12 +245,7 @@ class ShardChecks:
             bodies = [decompress(b.tobytes(), shards.compression, dtype=dtype, size_bytes=size_bytes) for b in bodies]
         return np.concatenate(bodies).view(dtype).reshape(-1, *spec.row_shape)
 
-    def _implausible(self, arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> Iterator[_BadRows]:
-        for name, bad, message in self._suspects(arrays, rows):
-            if bad.any():
-                yield name, bad, message
-
-    def _suspects(self, arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> Iterator[_BadRows]:
+    def _checked(self, arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> Iterator[_BadRows]:
         if self._encoding is not None:
             yield from _implausible_targets(self._encoding, arrays, self._plan.members)
         if "labels" in arrays:

@@ -91,12 +91,11 @@ def _load_constant(root: Path, manifest: Manifest, name: str) -> NDArray[Any]:
     try:
         raw = safe_read(root, path, max_bytes=MAX_CONSTANT_BYTES)
         # Before np.load, which then parses only bytes that are what was written.
-        intact = hashlib.sha256(raw).hexdigest() == manifest.metadata_sha256.get(path)
-        loaded: NDArray[Any] | None = np.load(io.BytesIO(raw), allow_pickle=False) if intact else None
+        if hashlib.sha256(raw).hexdigest() == manifest.metadata_sha256.get(path):
+            loaded: NDArray[Any] = np.load(io.BytesIO(raw), allow_pickle=False)
+            return loaded
     except ManifestError:
         raise
     except (OSError, ValueError, EOFError) as error:
         raise ManifestError(f"{root / path} cannot be read ({error}): restore it from a copy of the store") from error
-    if loaded is None:
-        raise ManifestError(f"{root / path} is not what was written: no row of this store can be decoded without it")
-    return loaded
+    raise ManifestError(f"{root / path} is not what was written: no row of this store can be decoded without it")

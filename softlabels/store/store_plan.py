@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from softlabels.atomic_files import TEMPORARY, make_folder, sha256_of, write_atomically
-from softlabels.documents import MAX_DOCUMENT_BYTES, seal
+from softlabels.documents import seal
 from softlabels.encodings import Encoding
 from softlabels.errors import JobError, ManifestError, StoreExistsError
 from softlabels.manifest import (
@@ -33,8 +34,7 @@ from softlabels.manifest import (
 )
 from softlabels.softmath import Mean
 from softlabels.store.chunks import choose_rows_per_chunk, choose_rows_per_shard
-from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, LOCK_FOLDER, STAGING_FOLDER, Ledger, parse_receipt
-from softlabels.store.safe_open import safe_read
+from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, LOCK_FOLDER, STAGING_FOLDER, Ledger, read_receipt
 from softlabels.store.sample_index import SampleTable
 from softlabels.store.store_documents import JOB, PLAN, constant_files, load_plan
 from softlabels.transfer_set import FINGERPRINT_BYTES
@@ -85,11 +85,24 @@ def plan_store(
         layout = RowLayout(kind="sequences", samples=samples, rows=table.rows)
         transfer_set = replace(transfer_set, fingerprint=table.fingerprint())
     layout = layout or RowLayout(kind="single", samples=samples, rows=samples)
-    arrays = store_arrays(encoding, ids, layout=layout, labelled=transfer_set.labelled, members=members, views=views)
-    row_bytes = sum(spec.row_bytes for spec in encoded_arrays(encoding, members).values())
+    arrays = encoded_arrays(encoding, members)
+    row_bytes = sum(spec.row_bytes for spec in arrays.values())
     input_bytes = 0 if inputs is None else inputs.row_bytes
+    # Sequence stores keep ids and fingerprints once per sample, see `softlabels.store.sample_index`.
+    if layout.kind != "sequences":
+        as_bytes = ArraySpec(dtype="|u1", row_shape=(ids.width_bytes,))
+        arrays["ids"] = as_bytes if ids.kind == "str" else ArraySpec(dtype="<i8", row_shape=())
+        arrays["fingerprints"] = ArraySpec(dtype="|u1", row_shape=(FINGERPRINT_BYTES,))
+    if views is not None and views.parameters:
+        arrays["view_parameters"] = ArraySpec(dtype="<f8", row_shape=(len(views.parameters),))
+    if transfer_set.labelled:
+        arrays["labels"] = ArraySpec(dtype="<i4", row_shape=())
     if inputs is not None:
-        _check_inputs(layout)
+        if layout.kind != "single":
+            raise JobError(
+                f"inputs are kept where every sample has one row of targets, not in a store of {layout.kind}: leave "
+                "out `inputs = true` of [store]; students bring the inputs themselves"
+            )
         arrays["inputs"] = inputs
     files = constant_files(encoding) | ({} if table is None else table.files())
     per_chunk = rows_per_chunk or _chunk_for(row_bytes, input_bytes, rows_per_shard)
@@ -111,36 +124,11 @@ def plan_store(
         transfer_set=transfer_set,
         shards=ShardSpec(count=-(-layout.rows // per_shard), rows_per_shard=per_shard, rows_per_chunk=per_chunk),
         arrays=arrays,
-        software=software_versions(),
+        software=_software_versions(),
         metadata_sha256={path: hashlib.sha256(contents).hexdigest() for path, contents in files.items()},
         members=members,
         views=views,
     )
-
-
-def store_arrays(
-    encoding: Encoding,
-    ids: IdSpec,
-    *,
-    layout: RowLayout,
-    labelled: bool,
-    members: int | None = None,
-    views: ViewSpec | None = None,
-) -> dict[str, ArraySpec]:
-    """Return every array of a store: those of the encoding, then ids, fingerprints, view parameters and labels.
-
-    Sequence stores keep ids and fingerprints once per sample, see `softlabels.store.sample_index`.
-    """
-    arrays = encoded_arrays(encoding, members)
-    if layout.kind != "sequences":
-        as_bytes = ArraySpec(dtype="|u1", row_shape=(ids.width_bytes,))
-        arrays["ids"] = as_bytes if ids.kind == "str" else ArraySpec(dtype="<i8", row_shape=())
-        arrays["fingerprints"] = ArraySpec(dtype="|u1", row_shape=(FINGERPRINT_BYTES,))
-    if views is not None and views.parameters:
-        arrays["view_parameters"] = ArraySpec(dtype="<f8", row_shape=(len(views.parameters),))
-    if labelled:
-        arrays["labels"] = ArraySpec(dtype="<i4", row_shape=())
-    return arrays
 
 
 def kept_inputs(inputs: NDArray[Any]) -> ArraySpec:
@@ -154,9 +142,8 @@ def kept_inputs(inputs: NDArray[Any]) -> ArraySpec:
     order = inputs.dtype.newbyteorder("<") if inputs.dtype.itemsize > 1 else inputs.dtype
     if inputs.dtype.kind not in "fiu" or inputs.dtype.itemsize > 8 or inputs.dtype.str != order.str:
         raise JobError(
-            f"inputs of type {inputs.dtype.str} cannot be kept in a store: it holds whole numbers and floats of up to "
-            "8 bytes, little-endian; have the transfer set give one of these, as '|u1' or '<f4', or leave out `inputs "
-            "= true` of [store]"
+            f"inputs of type {inputs.dtype.str} cannot be kept in a store: give whole numbers or floats of up to 8 "
+            "bytes, little-endian, as '|u1' or '<f4', or leave out `inputs = true` of [store]"
         )
     if not all(inputs.shape[1:]) or inputs.ndim > 9:
         raise JobError(
@@ -166,24 +153,12 @@ def kept_inputs(inputs: NDArray[Any]) -> ArraySpec:
     return ArraySpec(dtype=inputs.dtype.str, row_shape=inputs.shape[1:])
 
 
-def software_versions() -> Mapping[str, Any]:
-    """Return the versions of the installed libraries that may change a target or a file."""
+def _software_versions() -> dict[str, str]:
     found = {}
     for library in _RECORDED:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
     return found
-
-
-def _check_inputs(layout: RowLayout) -> None:
-    if layout.kind != "single":
-        what = "views" if layout.kind == "views" else "sequences"
-        raise JobError(
-            f"inputs are kept where every sample has one row of targets, not in a store of {what}: leave out `inputs = "
-            "true` of [store]; students bring the inputs themselves"
-        )
 
 
 def _chunk_for(row_bytes: int, input_bytes: int, rows_per_shard: int | None) -> int:
@@ -208,9 +183,15 @@ def initialize_store(root: Path, plan: Manifest, files: Mapping[str, bytes]) -> 
     make_folder(root)
     with Ledger(root, plan_sha256=plan.digest).exclusive():
         exists = (root / PLAN).exists()
-        if exists:
-            _check_same_plan(root, load_plan(root), plan)
-        elif _holds_other_files(root, files):
+        if exists and (existing := load_plan(root)).digest != plan.digest:
+            old, new = existing.to_json(), plan.to_json()
+            differs = sorted(key for key in old | new if old.get(key) != new.get(key))
+            raise StoreExistsError(
+                f"{root} holds a store made from another job (they differ in {', '.join(differs)}): choose another "
+                "path, or delete it first",
+                differs=differs,
+            )
+        if not exists and _holds_other_files(root, files):
             _check_receipts(root, plan)
         for path, contents in files.items():
             if not has_file(root / path, plan.metadata_sha256[path]):
@@ -247,8 +228,7 @@ def _check_receipts(root: Path, plan: Manifest) -> None:
     own = 0
     for path in sorted((root / LEDGER_FOLDER).glob("*.json")):
         try:
-            raw = safe_read(root, f"{LEDGER_FOLDER}/{path.name}", max_bytes=MAX_DOCUMENT_BYTES)
-            found = parse_receipt(raw, what=str(path))
+            found = read_receipt(root, f"{LEDGER_FOLDER}/{path.name}", what=str(path))
         except ManifestError:
             continue  # damaged: `repair` drops it, once there is a plan again
         if found.plan_sha256 != plan.digest:
@@ -257,15 +237,3 @@ def _check_receipts(root: Path, plan: Manifest) -> None:
         own += 1
     if not own:
         raise StoreExistsError(f"{root} holds files that are not a store of this job: choose another path, or empty it")
-
-
-def _check_same_plan(root: Path, existing: Manifest, plan: Manifest) -> None:
-    if existing.digest == plan.digest:
-        return
-    old, new = existing.to_json(), plan.to_json()
-    differs = sorted(key for key in old | new if old.get(key) != new.get(key))
-    raise StoreExistsError(
-        f"{root} holds a store made from another job (they differ in {', '.join(differs)}): choose another path, or "
-        "delete it first",
-        differs=differs,
-    )

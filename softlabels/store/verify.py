@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ import numpy as np
 from msgspec.structs import replace
 
 from softlabels.documents import MAX_DOCUMENT_BYTES, canonical_json, open_sealed
-from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError, UnknownStoreError
 from softlabels.manifest import Manifest
 from softlabels.progress import ShowProgress, silent
@@ -29,12 +29,9 @@ _NOT_CONTENTS = (LOCK_FOLDER, STAGING_FOLDER, DAMAGED_FOLDER)
 
 @dataclass(frozen=True, kw_only=True)
 class StoreDocuments:
-    """Plan and manifest of a store that may be damaged.
+    """Plan and manifest of a store that may be damaged, None where they are invalid, and what is wrong with them.
 
-    Attributes:
-        plan: as stored; else as the manifest implies it; None where neither is possible.
-        manifest: None where the store is unfinished, or its manifest is invalid.
-        faults: what is wrong with the documents.
+    The plan is as stored, else as the manifest implies it.
     """
 
     plan: Manifest | None
@@ -58,11 +55,8 @@ def verify(
     Args:
         sample: check this many random chunks (all arrays of each) instead of all of them. Apart from these, only the
             SHA-256 of shard files and the sum of all fingerprints are left out.
-        every_fault: continue after the first fault and list all.
+        every_fault: continue after the first fault and list all. That a store is unfinished is one, listed last.
         seed: random seed for the choice of chunks.
-        show: progress display, `softlabels.progress.track` for example.
-    Returns:
-        The report; `report.sound` where nothing is wrong. That a store is unfinished is a fault too, listed last.
     Raises:
         UnknownStoreError: there is no store. FormatVersionError: a newer softlabels wrote it.
     """
@@ -97,7 +91,12 @@ def inspect_documents(root: Path) -> StoreDocuments:
         plan = _plan_of(manifest)
     elif plan is not None and manifest is not None and manifest.plan_sha256 != plan.digest:
         faults.append(_document_fault(MANIFEST, f"it belongs to another plan than {PLAN}: do not mix stores' files"))
-    _check_job(root, faults)
+    try:
+        open_sealed(safe_read(root, JOB, max_bytes=MAX_DOCUMENT_BYTES), what=JOB)
+    except FileNotFoundError:
+        pass  # a store that was not written by a job has none
+    except (ManifestError, OSError) as error:
+        faults.append(_document_fault(JOB, f"{error}; only `softlabels resume` needs it"))
     return StoreDocuments(plan=plan, manifest=manifest, faults=tuple(faults))
 
 
@@ -114,7 +113,11 @@ def find_faults(
     ledger = Ledger(root, plan_sha256=plan.digest)
     metadata_faults = list(_metadata_faults(root, manifest or plan, planned=set(plan.metadata_sha256)))
     index, index_faults = _index(root, manifest, plan, {fault.path for fault in metadata_faults})
-    checks = ShardChecks(root, plan, container_of(plan), _encoding(root, plan), index=index, report=report)
+    encoding = None
+    # Damaged files of the encoding are reported above, by their SHA-256.
+    with contextlib.suppress(ManifestError):
+        encoding = load_encoding(root, plan)
+    checks = ShardChecks(root, plan, encoding, index=index, report=report)
     valid, receipt_faults = _valid_receipts(ledger, plan, checks)
     report.committed = len(valid)
     yield from receipt_faults
@@ -185,9 +188,8 @@ def _index(
     root: Path, manifest: Manifest | None, plan: Manifest, damaged: set[str | None]
 ) -> tuple[DenseIdIndex | SortedIdIndex | None, list[Fault]]:
     """Return the id index and its faults; None where there is none yet, or its files are damaged."""
-    if {SORTED_IDS, POSITIONS} & damaged:
-        return None, []
-    if plan.ids.dense_start is None and manifest is None and plan.layout.kind != "sequences":
+    unwritten = plan.ids.dense_start is None and manifest is None and plan.layout.kind != "sequences"
+    if unwritten or {SORTED_IDS, POSITIONS} & damaged:
         return None, []
     try:
         index = make_index(root, manifest or plan)
@@ -197,14 +199,6 @@ def _index(
         message = "the ids of the index are not strictly ascending: an id is repeated"
         return index, [Fault(kind="contents", message=message)]
     return index, []
-
-
-def _encoding(root: Path, plan: Manifest) -> Encoding | None:
-    """Return the encoding of the rows; None where its files are damaged, which their SHA-256 reports."""
-    try:
-        return load_encoding(root, plan)
-    except ManifestError:
-        return None
 
 
 def _stray_files(root: Path, manifest: Manifest, ledger: Ledger, valid: list[int]) -> Iterator[Fault]:
@@ -244,7 +238,7 @@ def _shard_faults(
     chosen = _choose(plan, valid, sample, seed)
     with show(sum(map(len, chosen.values())), f"verify {plan.name}", "chunks") as progress:
         for receipt in ledger.receipts(sorted(chosen)):
-            yield from checks.sampled_faults(receipt, chosen[receipt.shard])
+            yield from checks.faults(receipt, chosen[receipt.shard])
             progress.advance(len(chosen[receipt.shard]))
 
 
@@ -303,15 +297,6 @@ def _plan_of(manifest: Manifest) -> Manifest | None:
             if plan.digest == manifest.plan_sha256:
                 return plan
     return None
-
-
-def _check_job(root: Path, faults: list[Fault]) -> None:
-    try:
-        open_sealed(safe_read(root, JOB, max_bytes=MAX_DOCUMENT_BYTES), what=JOB)
-    except FileNotFoundError:
-        return  # a store that was not written by a job has none
-    except (ManifestError, OSError) as error:
-        faults.append(_document_fault(JOB, f"{error}; only `softlabels resume` needs it"))
 
 
 def _document_fault(name: str, message: str) -> Fault:

@@ -44,7 +44,6 @@ class StoreWriter:
         self.root = root
         self.plan = plan
         self.ledger = Ledger(root, plan_sha256=plan.digest)
-        self._plan_sha256 = plan.digest
         self._container = container_of(plan)
         make_folder(root / STAGING_FOLDER)
         self._purge()
@@ -56,8 +55,6 @@ class StoreWriter:
         """Create a store, or open one of the very same plan to continue it.
 
         Args:
-            root: the store's folder.
-            plan: plan of the store, see `plan_store`.
             table: samples, for a layout of sequences.
             encoding: the encoding with its learnt arrays, for one that learns.
         Raises:
@@ -95,10 +92,6 @@ class StoreWriter:
         """Return the numbers of the shards that are not committed, in order."""
         return sorted(set(range(self.plan.shards.count)) - set(self.ledger.committed()))
 
-    def receipt(self, shard: int) -> Receipt | None:
-        """Return the receipt of a shard, None where it is not committed."""
-        return self.ledger.read(shard)
-
     @contextlib.contextmanager
     def claim(self, shard: int) -> Iterator[ShardClaim]:
         """Hold a shard exclusively inside this context, to write it; ShardClaimedError if another writer holds it."""
@@ -130,7 +123,12 @@ class StoreWriter:
                     f"shard {missing[0]}): run `softlabels resume`",
                     shards=missing[:100],
                 )
-            self._check_planned_files()
+            for path, digest in plan.metadata_sha256.items():
+                if not has_file(self.root / path, digest):
+                    raise ManifestError(
+                        f"{self.root / path} is not what the plan says, so the store cannot be published: run "
+                        "`softlabels repair`, then `softlabels resume`"
+                    )
             # A commit may have failed at its very last step, the fsync of this folder: the receipt is visible then, but
             # not durable.
             sync_folder(self.root / LEDGER_FOLDER)
@@ -169,7 +167,7 @@ class StoreWriter:
         rows = shard_rows(self.plan, shard)
         receipt = Receipt(
             shard=shard,
-            plan_sha256=self._plan_sha256,
+            plan_sha256=self.ledger.plan_sha256,
             rows=(rows.start, rows.stop),
             files=records,
             parts={name: part for file in files for name, part in file.parts.items()},
@@ -187,14 +185,6 @@ class StoreWriter:
                 # Under the claim of its shard, which the writer of the file holds as long as it lives.
                 with contextlib.suppress(ShardClaimedError), self.ledger.claim(int(path.name[:8])):
                     path.unlink(missing_ok=True)
-
-    def _check_planned_files(self) -> None:
-        for path, digest in self.plan.metadata_sha256.items():
-            if not has_file(self.root / path, digest):
-                raise ManifestError(
-                    f"{self.root / path} is not what the plan says, so the store cannot be published: run `softlabels "
-                    "repair`, then `softlabels resume`"
-                )
 
 
 class ShardClaim:
@@ -222,8 +212,7 @@ class ShardClaim:
 
         Args:
             encoded: arrays of the encoding by name, [rows of the shard, ...] or, with members, [rows, members, ...].
-            ids: [rows] sample ids, None for sequences.
-            fingerprints: [rows, 16] content fingerprints, None for sequences.
+            ids, fingerprints: [rows] sample ids and [rows, 16] of their contents; None for sequences.
             labels: [rows] hard labels; None where no row has one.
             view_parameters: [rows, parameters], where the store records them.
             inputs: [rows, ...] samples, where the store keeps them; ignored where it does not.
@@ -248,11 +237,6 @@ class ShardClaim:
         if "labels" in plan.arrays:
             found = np.full(len(self.rows), UNLABELLED, dtype=np.int64) if labels is None else labels
             arrays["labels"] = found.astype(plan.arrays["labels"].dtype)
-        self._check_arrays(arrays)
-        return self._writer.commit(self.shard, arrays, fingerprint=total.hexdigest(), audit=audit)
-
-    def _check_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        plan = self._writer.plan
         if set(arrays) != set(plan.arrays):
             raise ShapeMismatchError(f"a shard needs the arrays {sorted(plan.arrays)}, not {sorted(arrays)}")
         for name, spec in plan.arrays.items():
@@ -262,6 +246,7 @@ class ShardClaim:
                     f"array {name!r} of shard {self.shard} is {arrays[name].dtype}{list(arrays[name].shape)}, the plan "
                     f"says {spec.dtype}{list(expected)}"
                 )
+        return self._writer.commit(self.shard, arrays, fingerprint=total.hexdigest(), audit=audit)
 
     def _check_dense_ids(self, ids: IdArray) -> None:
         plan = self._writer.plan

@@ -19,7 +19,7 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 PARENTS = {"softlabels": ROOT, "softlabels_server": ROOT / "server", "softlabels_client": ROOT / "clients"}
 """The three packages, and the folder that each lies in."""
 
-ARRAYS_ON_DISK = ("zarr", "h5py", "google_crc32c")
+ARRAYS_ON_DISK = ("zarr", "h5py")
 WEB = ("fastapi", "starlette", "uvicorn", "pydantic")
 MODELS = ("torch", "safetensors", "sklearn", "matplotlib")
 

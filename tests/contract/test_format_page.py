@@ -46,6 +46,6 @@ class TestPage:
         """A key that is added to the manifest or to a receipt is added to the page."""
         made = make_store(kind)
         writer = made.write()
-        receipt = as_json(writer.receipt(0))
+        receipt = as_json(writer.ledger.read(0))
         keys = {*made.plan.to_json(), *receipt, *receipt["parts"]["targets"]} - {"format"}
         assert [key for key in sorted(keys) if f"`{key}`" not in PAGE] == []

@@ -176,7 +176,7 @@ class ShardClaims:
             return None
         self._held.append(claimed)
         # Under the claim: another process may have committed the shard since this run listed the missing ones.
-        if self._writer.receipt(shard) is None:
+        if self._writer.ledger.read(shard) is None:
             return claimed
         self._progress.advance(len(claimed.rows))
         self.release(claimed)

@@ -128,7 +128,8 @@ class TestSameBytes:
         ensemble, plan, coder = planned.prepared.ensemble, planned.plan, planned.encoding
         writer = StoreWriter.create(serial.store_path, plan, encoding=coder)
         for shard in writer.missing_shards():
-            audit, parts = Audit(audit_temperatures(plan)), []
+            temperatures = audit_temperatures(plan)
+            audit, parts = Audit(temperatures), []
             batches = list(ensemble.rows.batches(shard_rows(plan, shard), 50))
             for batch in batches:
                 exact = ensemble.rows_to_store(ensemble.run(batch), plan)
@@ -136,11 +137,11 @@ class TestSameBytes:
                 packed = pack_figures(
                     exact,
                     coder.decode_torch(encoded),
-                    temperatures=audit.temperatures,
+                    temperatures=temperatures,
                     captured=plan.temperature.captured,
                     dropped_mass_B=encoded.get("tail_mass"),
                 )
-                audit.add_sums(unpack_figures(packed.numpy(), classes=plan.classes, temperatures=audit.temperatures))
+                audit.add_sums(unpack_figures(packed.numpy(), classes=plan.classes, temperatures=temperatures))
                 parts.append({name: tensor.numpy() for name, tensor in encoded.items()})
             with writer.claim(shard) as claim:
                 claim.commit(
