@@ -46,7 +46,8 @@ class Hdf5Container:
         bodies = {name: chunk_bodies(plan, name, arrays[name]) for name in sorted(plan.arrays)}
         sizes = tuple(tuple(body.size + CHECKSUM_BYTES for body in each) for each in bodies.values())
         between, offsets, after = _lay_out(
-            _Geometry(store=plan.name, arrays=_in_order(plan), rows=rows, shards=plan.shards, sizes=sizes)
+            # Sorted: a plan read back from disk lists its arrays in another order than the one that was written.
+            _Geometry(plan.name, arrays=tuple(sorted(plan.arrays.items())), rows=rows, shards=plan.shards, sizes=sizes)
         )
         buffers: list[Buffer] = []
         parts = {}
@@ -75,11 +76,6 @@ class _Geometry(NamedTuple):
     rows: int
     shards: ShardSpec
     sizes: tuple[tuple[int, ...], ...]
-
-
-def _in_order(plan: Manifest) -> tuple[tuple[str, ArraySpec], ...]:
-    # Sorted: a plan read back from disk lists its arrays in another order than the one that was written.
-    return tuple(sorted(plan.arrays.items()))
 
 
 # An uncompressed store has two geometries, of the last shard and of all others; a template takes some kilobytes.
@@ -197,7 +193,7 @@ def _virtual_file(plan: Manifest) -> bytes:
 
     image = io.BytesIO()
     with _new_file(image, plan.name) as file:
-        for name, array in _in_order(plan):
+        for name, array in sorted(plan.arrays.items()):
             shape = (plan.rows, *array.row_shape)
             properties = _dataset_properties(array)
             properties.set_layout(h5py.h5d.VIRTUAL)

@@ -62,7 +62,6 @@ class Receipt(Document, frozen=True):
     """Record of a committed shard. A shard without a receipt does not exist, whatever files are there.
 
     Attributes:
-        plan_sha256: digest of the plan that the shard was computed for.
         rows: first row of the store, and the one after the last.
         files: by path relative to the store.
         parts: location of each array, by name.

@@ -80,7 +80,8 @@ def _move_out_and_rebuild(
     plan_faults = [fault for fault in documents.faults if fault.path == PLAN]
     if plan_faults:
         _move_out(root, PLAN, done.moved)
-        _write(root, PLAN, seal(plan.to_json()), done)
+        write_atomically(root / PLAN, [seal(plan.to_json())])
+        done.rebuilt.append(PLAN)
     done.faults = (*plan_faults, *find_faults(root, Report(root=str(root)), show=show))
     # A faulty shard loses its receipt first, so that its rows stop existing before their bytes do; then the manifest
     # is moved out, and the shard's files last.
@@ -97,7 +98,8 @@ def _move_out_and_rebuild(
     for path in [*files, *sorted(wrong - {MANIFEST})]:
         _move_out(root, path, done.moved)
     for path, contents in metadata.items() if keep_manifest else ():
-        _write(root, path, contents, done)
+        write_atomically(root / path, [contents])
+        done.rebuilt.append(path)
     for folder in {root, *((root / path).parent for path in metadata)}:
         purge(folder)
     return not done.busy and all(has_file(root / path, digest) for path, digest in plan.metadata_sha256.items())
@@ -129,11 +131,6 @@ def _rebuilt_metadata(root: Path, manifest: Manifest, plan: Manifest, wrong: set
     if {SORTED_IDS, POSITIONS} & set(expected) and "ids" in manifest.arrays:
         made |= index_files(stored_ids(root, plan))
     return {path: raw for path, raw in made.items() if hashlib.sha256(raw).hexdigest() == expected.get(path)}
-
-
-def _write(root: Path, path: str, contents: bytes, done: Repair) -> None:
-    write_atomically(root / path, [contents])
-    done.rebuilt.append(path)
 
 
 def _move_out(root: Path, path: str, moved: dict[str, str]) -> None:

@@ -53,7 +53,7 @@ class TestThereAndBack:
         fields = tuple(made.plan.arrays)
         old, new = (LocalRows(Path(store.where)).fetch(made.ids, fields) for store in (before, after))
         assert all(np.array_equal(old[field], new[field]) for field in fields)
-        receipts = [StoreWriter.resume(Path(store.where)).receipt for store in (before, after)]
+        receipts = [StoreWriter.resume(Path(store.where)).ledger.read for store in (before, after)]
         for shard in range(4):
             old_receipt, new_receipt = (receipt(shard) for receipt in receipts)
             assert old_receipt.fingerprint == new_receipt.fingerprint
