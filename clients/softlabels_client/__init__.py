@@ -13,8 +13,7 @@ from softlabels_client.training.settings import DistillSettings
 
 if TYPE_CHECKING:
     from softlabels_client.data.dataset import SoftTargetDataset, ViewDataset, data_loader
-    from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
-    from softlabels_client.data.loader import StatefulLoader
+    from softlabels_client.data.loader import DistillationBatch, StatefulLoader, collate_batches
     from softlabels_client.data.sampler import EpochDistributedSampler, EpochSampler
     from softlabels_client.data.stream_dataset import SoftTargetStream, stream_loader
     from softlabels_client.training.checkpoint import CheckpointFolder, save_student
@@ -53,7 +52,7 @@ _NEEDS_TORCH = {
     "CheckpointFolder": "training.checkpoint",
     "CsvLog": "training.training_log",
     "DistillResult": "training.trainer",
-    "DistillationBatch": "data.distillation_batch",
+    "DistillationBatch": "data.loader",
     "EpochDistributedSampler": "data.sampler",
     "EpochSampler": "data.sampler",
     "PairRecord": "training.training_log",
@@ -62,7 +61,7 @@ _NEEDS_TORCH = {
     "StatefulLoader": "data.loader",
     "TensorBoardLog": "training.training_log",
     "ViewDataset": "data.dataset",
-    "collate_batches": "data.distillation_batch",
+    "collate_batches": "data.loader",
     "count_errors": "training.step",
     "data_loader": "data.dataset",
     "distill": "training.trainer",

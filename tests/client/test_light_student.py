@@ -68,7 +68,7 @@ class TestStudentProcess:
             "from softlabels_client import distill",
             "import softlabels_client.data.dataset",
             "import softlabels_client.training.trainer",
-            "import softlabels_client.data.distillation_batch",
+            "import softlabels_client.data.loader",
             "import softlabels_client.training.step",
             "import softlabels_client.training.checkpoint",
         ],

@@ -23,7 +23,7 @@ import msgspec
 from softlabels.documents import Document, as_json, parse_document
 from softlabels.errors import ManifestError
 from softlabels.manifest import ArraySpec, Manifest
-from softlabels_client.cache.row_index import read_taken
+from softlabels_client.cache.row_records import WORD
 from softlabels_client.cache.row_table import (
     IDS_FILE,
     IN_USE_FILE,
@@ -33,15 +33,11 @@ from softlabels_client.cache.row_table import (
     FileLock,
     RowTable,
     TableShape,
-    shape_of,
     shape_within,
 )
 
 LAYOUT = "rows-v1"
 """Subfolder of this file format; another format gets another name and never reads these files."""
-
-ENVIRONMENT = "SOFTLABELS_CACHE"
-"""Environment variable that names the cache folder."""
 
 DEFAULT_BYTES = 16 << 30
 """Default size limit: eight million rows of 1,000 classes in f16."""
@@ -54,7 +50,7 @@ _GROWTH = 1.25
 
 def default_folder() -> Path:
     """Return the default cache folder: $SOFTLABELS_CACHE, else ~/.cache/softlabels ($XDG_CACHE_HOME)."""
-    named = os.environ.get(ENVIRONMENT)
+    named = os.environ.get("SOFTLABELS_CACHE")
     if named:
         return Path(named).expanduser()
     home = os.environ.get("XDG_CACHE_HOME")
@@ -66,10 +62,7 @@ class CachedStore:
     """One store version in the cache.
 
     Attributes:
-        name: name of the store.
-        digest: digest of its version.
-        cached_rows: rows in the cache.
-        rows: rows of the store.
+        cached_rows, rows: rows in the cache, and of the store.
         size_bytes: bytes of its files when full.
         disk_bytes: bytes they take on disk now.
         last_opened_s: last opening, seconds since 1970.
@@ -97,16 +90,10 @@ class TableDescription(Document, frozen=True, kw_only=True):
     fields: dict[str, ArraySpec]
 
     @classmethod
-    def of(cls, manifest: Manifest, digest: str, shape: TableShape) -> TableDescription:
+    def of(cls, shape: TableShape, digest: str) -> TableDescription:
         """Return the description of a store's table."""
-        return cls(
-            name=manifest.name,
-            digest=digest,
-            rows=manifest.rows,
-            slots=shape.slots,
-            files=shape.sizes,
-            fields=dict(shape.fields),
-        )
+        name, rows = shape.manifest.name, shape.manifest.rows
+        return cls(name=name, digest=digest, rows=rows, slots=shape.slots, files=shape.sizes, fields=shape.fields)
 
 
 class CacheFolder:
@@ -132,12 +119,12 @@ class CacheFolder:
         """
         if self._read_only:
             # Without the folder's lock, since its file cannot be created where nothing may be written.
-            return self._opened(manifest, digest, self._shape(manifest, digest))
+            return self._opened(digest, self._shape(manifest, digest))
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(self._root / _LOCK, fcntl.LOCK_EX, create=True):
             self._remove_leftovers()
             # Opened under the folder's lock: from then on its own lock on `in-use` keeps others from removing it.
-            table = self._opened(manifest, digest, self._make_room(manifest, digest))
+            table = self._opened(digest, self._make_room(manifest, digest))
             if table is not None:
                 os.utime(self._root / digest / _TABLE)
             return table
@@ -149,13 +136,7 @@ class CacheFolder:
         return sorted(found, key=lambda store: -store.last_opened_s)
 
     def clear(self, digest_start: str = "") -> tuple[list[CachedStore], list[CachedStore]]:
-        """Remove tables that are not in use.
-
-        Args:
-            digest_start: beginning of the digests to remove; all when empty.
-        Returns:
-            What was removed, and what was not because it is in use.
-        """
+        """Remove the tables whose digests begin so; return what was removed, and what not because it is in use."""
         removed: list[CachedStore] = []
         in_use: list[CachedStore] = []
         if not self._root.is_dir():
@@ -183,16 +164,16 @@ class CacheFolder:
             while wanted.size_bytes + sum(store.size_bytes for store in idle) > room_bytes:
                 # `stores` returns the most recently opened first, so the last is the least recently opened.
                 self._remove(idle.pop().digest)
-            self._make(manifest, digest, wanted)
+            self._make(digest, wanted)
         return wanted
 
-    def _make(self, manifest: Manifest, digest: str, shape: TableShape) -> None:
+    def _make(self, digest: str, shape: TableShape) -> None:
         new = self._root / f".new-{digest}"
         new.mkdir(mode=0o700)
         for name, size_bytes in {**shape.sizes, WRITING_FILE: 0, IN_USE_FILE: 0}.items():
             with (new / name).open("wb") as file:
                 file.truncate(size_bytes)  # sparse: disk is used as rows arrive
-        (new / _TABLE).write_text(json.dumps(as_json(TableDescription.of(manifest, digest, shape))))
+        (new / _TABLE).write_text(json.dumps(as_json(TableDescription.of(shape, digest))))
         # Named once it is complete. There is no fsync: after a power failure the files' sizes, the description and the
         # checksums of rows tell what is usable.
         new.rename(self._root / digest)
@@ -202,15 +183,13 @@ class CacheFolder:
         description = _read_description(self._root / digest)
         if description is None or description.slots > manifest.rows:
             return None
-        shape = shape_of(manifest, description.slots)
-        if description != TableDescription.of(manifest, digest, shape):
+        shape = TableShape(manifest, description.slots)
+        if description != TableDescription.of(shape, digest):
             return None
         return shape if shape.sizes.items() <= _sizes(self._root / digest).items() else None
 
-    def _opened(self, manifest: Manifest, digest: str, shape: TableShape | None) -> RowTable | None:
-        if shape is None:
-            return None
-        return RowTable(self._root / digest, manifest, digest, shape, read_only=self._read_only)
+    def _opened(self, digest: str, shape: TableShape | None) -> RowTable | None:
+        return None if shape is None else RowTable(self._root / digest, shape, digest=digest, read_only=self._read_only)
 
     def _remove(self, digest: str) -> bool:
         """Remove a table, and return whether that was possible: not while a process has it open."""
@@ -234,7 +213,7 @@ def _describe(folder: Path) -> CachedStore:
     return CachedStore(
         name="?" if description is None else description.name,
         digest=folder.name,
-        cached_rows=read_taken(folder / INDEX_FILE),
+        cached_rows=_taken_slots(folder / INDEX_FILE),
         rows=0 if description is None else description.rows,
         size_bytes=sum(sizes.get(name, 0) for name in (INDEX_FILE, ROWS_FILE, IDS_FILE)),
         # `st_blocks` counts units of 512 bytes whatever the file system's block size, see stat(2).
@@ -242,6 +221,14 @@ def _describe(folder: Path) -> CachedStore:
         last_opened_s=table.stat().st_mtime if table.exists() else 0.0,
         in_use=_is_in_use(folder),
     )
+
+
+def _taken_slots(index: Path) -> int:
+    try:
+        with index.open("rb") as file:
+            return int.from_bytes(file.read(WORD), "little")
+    except FileNotFoundError:
+        return 0
 
 
 def _is_in_use(folder: Path) -> bool:

@@ -29,7 +29,7 @@ from softlabels.targets import EpochRows
 from softlabels_client.cache.cache_folder import DEFAULT_BYTES, CacheFolder, default_folder
 from softlabels_client.cache.row_records import Words
 from softlabels_client.cache.row_table import RowTable
-from softlabels_client.data.prefetch import epoch_ahead
+from softlabels_client.data.prefetch import close_items, epoch_ahead
 
 # Errors are logged as text: a handler that stores records would otherwise keep their frames, and with them the table.
 LOGGER = logging.getLogger("softlabels.cache")
@@ -131,19 +131,14 @@ class CachedRows:
         try:
             table = folder.open(self.manifest, self.digest)
         except OSError as error:
-            LOGGER.warning(
-                "the cache in %s cannot be used, all rows come from the server: %s", self._folder, str(error)
-            )
-            return None
-        if table is None:
-            LOGGER.warning(
-                "the cache in %s has no rows of %r and %s: all rows come from the server",
-                self._folder,
-                self.manifest.name,
-                "is read-only" if self._read_only else f"has no room for it within {self._most_bytes} bytes",
-            )
-            return None
-        return CacheLookup(table, self._source, read_only=self._read_only)
+            why = f"cannot be used ({error})"
+        else:
+            if table is not None:
+                return CacheLookup(table, self._source, read_only=self._read_only)
+            why = "is read-only" if self._read_only else f"has no room for it within {self._most_bytes} bytes"
+            why = f"has no rows of {self.manifest.name!r} and {why}"
+        LOGGER.warning("the cache in %s %s: all rows come from the server", self._folder, why)
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files and maps are not pickled: the process that unpickles opens the folder for itself.
@@ -155,15 +150,7 @@ class CachedRows:
 
 @dataclass(frozen=True)
 class LookupResult:
-    """What the cache has of some rows.
-
-    Attributes:
-        ids: [B] sample ids.
-        views: [B] view of each sample; None if the store keeps none.
-        keys, checks: [B] lookup keys.
-        arrays: one per field, [B, ...]; arbitrary content for rows that are not cached.
-        cached: [B] whether each row is.
-    """
+    """What the cache has of some rows: `cached` says which, [B]; the others have arbitrary content in `arrays`."""
 
     ids: IdArray
     views: NDArray[np.int64] | None
@@ -177,11 +164,6 @@ class CacheLookup:
     """Cached rows of one store version, in front of the source that they come from.
 
     A failing disk is logged once; from then on nothing is written to it, or read from it.
-
-    Args:
-        table: the cached rows.
-        source: row source for what is missing.
-        read_only: add no rows.
     """
 
     def __init__(self, table: RowTable, source: RowSource, *, read_only: bool) -> None:
@@ -193,7 +175,7 @@ class CacheLookup:
         """Return what is cached of these rows; None if only the source can answer, or refuse, the request."""
         keyed = self._table.keys.of(ids, views)
         names = tuple(name for name in fields if name != IDS)
-        if keyed is None or not self._reads or any(name not in self._table.shape.fields for name in names):
+        if keyed is None or not self._reads or any(name not in self._table.fields for name in names):
             return None
         try:
             arrays, cached, damaged = self._table.read(*keyed, names)
@@ -226,10 +208,8 @@ class CacheLookup:
         if not any(map(len, missing)):
             return
 
-        def joined(attribute: str) -> Any:
-            return np.concatenate(
-                [getattr(result, attribute)[rows] for result, rows in zip(results, missing, strict=True)]
-            )
+        def joined(name: str) -> Any:
+            return np.concatenate([getattr(result, name)[rows] for result, rows in zip(results, missing, strict=True)])
 
         keys, distinct, inverse = np.unique(joined("keys"), return_index=True, return_inverse=True)
         views = None if results[0].views is None else joined("views")[distinct]
@@ -307,7 +287,7 @@ def cached_epoch(
                         lookup.store_step(step, rows, view, result)
                         yield rows
                 else:
-                    _close(stream)
+                    close_items(stream)
                     stream = None
                     whole = all(bool(result.cached.all()) for result in known)
                     pending.append((window, known, None if whole else pool.submit(lookup.fetch_missing, known)))
@@ -319,7 +299,7 @@ def cached_epoch(
             if stream is not None and next(stream, None) is not None:
                 raise WireError("the epoch continues after its last batch")
         finally:
-            _close(stream)
+            close_items(stream)
             # Before the pool's own exit, which waits for every request that was not cancelled.
             for *_, future in pending:
                 if future is not None:
@@ -354,12 +334,6 @@ def _completed(pending: deque[_Window], *, leave: int) -> Iterator[EpochRows]:
 def _missing_fraction(results: Sequence[LookupResult]) -> float:
     rows = sum(len(result.cached) for result in results)
     return 1 - sum(int(result.cached.sum()) for result in results) / rows if rows else 0.0
-
-
-def _close(stream: Iterator[EpochRows] | None) -> None:
-    close = getattr(stream, "close", None)  # a generator or a connection; plain iterators have nothing to close
-    if close is not None:
-        close()
 
 
 def _views(view: int | None, count: int) -> NDArray[np.int64] | None:

@@ -28,34 +28,22 @@ def index_bytes(keys: int, *, dense: bool) -> int:
     return WORD * (1 + keys) if dense else WORD * (1 + 2 * _table_size(keys))
 
 
-def read_taken(path: Path) -> int:
-    """Return the number of slots assigned by an index that is not open; 0 if there is none."""
-    try:
-        with path.open("rb") as file:
-            return int.from_bytes(file.read(WORD), "little")
-    except FileNotFoundError:
-        return 0
-
-
-class SlotIndex:
+class SlotIndex(MappedFile):
     """Index from keys to slots; entries are never removed while the table exists.
 
     For row numbers, word 1 + i of the file is the slot of row i, plus 1: 0 marks a free entry. For hashes, which are
     never 0, it is a table of (key, slot + 1) with linear probing.
 
     Args:
-        path: path of the file.
+        path, read_only: as in `MappedFile`.
         keys: most keys.
         dense: whether keys are row numbers below `keys`.
-        read_only: never write to it.
-    Raises:
-        OSError: as `MappedFile`.
     """
 
     def __init__(self, path: Path, keys: int, *, dense: bool, read_only: bool) -> None:
-        self.file = MappedFile(path, index_bytes(keys, dense=dense), read_only=read_only)
+        super().__init__(path, index_bytes(keys, dense=dense), read_only=read_only)
         self._dense = dense
-        self._words: Words = np.frombuffer(self.file.map, dtype="<u8")
+        self._words: Words = np.frombuffer(self.map, dtype="<u8")
         entries = self._words[1:]
         self._keys, self._slots = (entries, entries) if dense else (entries[::2], entries[1::2])
 
@@ -66,7 +54,7 @@ class SlotIndex:
 
     def take(self, taken: int) -> None:
         """Record the number of slots assigned. Raises OSError."""
-        self.file.write(0, np.array([taken], dtype="<u8").view(np.uint8))
+        self.write(0, np.array([taken], dtype="<u8").view(np.uint8))
 
     def find(self, keys: Words) -> NDArray[np.int64]:
         """Return the slot of each key, [B]; -1 if it has none."""
@@ -100,7 +88,7 @@ class SlotIndex:
         entry_B, values = entry_B[order], (slots[order] + 1).astype("<u8")
         entries = values[:, None] if self._dense else np.stack([keys[order], values], axis=1).astype("<u8")
         for begin, end in runs(entry_B):
-            self.file.write(WORD * (1 + int(entry_B[begin]) * entries.shape[1]), entries[begin:end].view(np.uint8))
+            self.write(WORD * (1 + int(entry_B[begin]) * entries.shape[1]), entries[begin:end].view(np.uint8))
 
     def _window(self, keys: Words) -> NDArray[np.int64]:
         size = len(self._keys)

@@ -40,12 +40,7 @@ def derive_seed(*parts: str) -> int:
 
 
 class RowChecks:
-    """Checksums of one field's rows: detect every single changed word, and other damage but once in 2⁶⁴.
-
-    Args:
-        words: W, words per row.
-        seed: derived from the field and the store.
-    """
+    """Checksums of one field's rows of W words: detect every single changed word, and other damage but once in 2⁶⁴."""
 
     def __init__(self, words: int, seed: int) -> None:
         # Odd factors: no single changed word leaves the sum unchanged.
@@ -76,11 +71,6 @@ def record_type(fields: Mapping[str, ArraySpec]) -> np.dtype[Any]:
     return np.dtype(parts)
 
 
-def record_bytes(fields: Mapping[str, ArraySpec]) -> int:
-    """Return the bytes of a record with these fields."""
-    return record_type(fields).itemsize
-
-
 def runs(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Yield begin and end of each run of consecutive numbers in an ascending array."""
     if len(numbers):
@@ -95,8 +85,9 @@ class MappedFile:
         OSError: it cannot be opened, or has a different size.
     """
 
+    fd = -1
+
     def __init__(self, path: Path, size_bytes: int, *, read_only: bool) -> None:
-        self.fd = -1
         self.fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
         self.size_bytes = size_bytes
         self.check_size()
@@ -124,36 +115,31 @@ class MappedFile:
             os.close(self.fd)
 
 
-class RecordFile:
+class RecordFile(MappedFile):
     """A file of records, addressed by slot number.
 
     Args:
-        path: path of the file.
+        path, read_only: as in `MappedFile`.
         fields: fields of a record.
         capacity: number of records.
         digest: digest of the store, which enters every checksum.
-        read_only: never write to it.
-    Raises:
-        OSError: as `MappedFile`.
     """
 
     def __init__(
         self, path: Path, fields: Mapping[str, ArraySpec], capacity: int, *, digest: str, read_only: bool
     ) -> None:
         self._type = record_type(fields)
-        self.file = MappedFile(path, capacity * self._type.itemsize, read_only=read_only)
-        self._records = np.frombuffer(self.file.map, dtype=self._type)
+        super().__init__(path, capacity * self._type.itemsize, read_only=read_only)
+        self._records = np.frombuffer(self.map, dtype=self._type)
         self._specs = fields
         self._checks = {name: RowChecks(_words(spec), derive_seed(digest, name)) for name, spec in fields.items()}
 
     def read(
         self, slots: NDArray[np.int64], names: tuple[str, ...], keys: Words, checks: Words
     ) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_], NDArray[np.bool_]]:
-        """Return fields of the records in these slots.
+        """Return fields of the records in these slots, [B], each below the capacity.
 
         Args:
-            slots: [B], each below the capacity.
-            names: fields to return.
             keys, checks: [B] keys of the rows expected there.
         Returns:
             One array per field, [B, ...]; which rows are valid, [B]; and which are damaged rather than absent, [B].
@@ -189,10 +175,10 @@ class RecordFile:
             records[f"check {name}"] = self._checks[name].of(words_BW, checks)
         return records.view(np.uint8).reshape(len(keys), self._type.itemsize)
 
-    def write(self, slots: NDArray[np.int64], block: NDArray[np.uint8]) -> None:
+    def write_records(self, slots: NDArray[np.int64], block: NDArray[np.uint8]) -> None:
         """Write packed records into ascending slots, consecutive ones with one call. Raises OSError."""
         for begin, end in runs(slots):
-            self.file.write(int(slots[begin]) * self._type.itemsize, block[begin:end])
+            self.write(int(slots[begin]) * self._type.itemsize, block[begin:end])
 
     def write_fields(self, slot: int, record: NDArray[np.uint8], names: tuple[str, ...]) -> None:
         """Write some fields of one packed record into its slot and keep its others. Raises OSError."""
@@ -200,7 +186,7 @@ class RecordFile:
         # The checksum after its field: until then no reader takes the field for valid.
         for part in (f"{kind} {name}" for name in names for kind in ("field", "check")):
             dtype, begin = offsets[part][:2]
-            self.file.write(slot * self._type.itemsize + begin, record[begin : begin + dtype.itemsize])
+            self.write(slot * self._type.itemsize + begin, record[begin : begin + dtype.itemsize])
 
 
 def _words(spec: ArraySpec) -> int:

@@ -24,23 +24,17 @@ from numpy.typing import NDArray
 from softlabels.ids import IdArray, from_fixed_bytes, id_kind, to_fixed_bytes
 from softlabels.manifest import IDS, ArraySpec, Manifest
 from softlabels_client.cache.row_index import RowKeys, SlotIndex, index_bytes
-from softlabels_client.cache.row_records import RecordFile, Words, record_bytes
+from softlabels_client.cache.row_records import MappedFile, RecordFile, Words, record_type
 
 ROWS_FILE, INDEX_FILE, IDS_FILE, WRITING_FILE, IN_USE_FILE = "rows", "index", "ids", "writing", "in-use"
 
 
 class FileLock:
-    """A file lock that is held until released, or until no reference to it exists, here or in a forked process.
+    """An `flock` of a kind that is held until released, or until no reference to it exists, here or in a fork."""
 
-    Args:
-        path: file to lock.
-        kind: operation of `flock`.
-        create: create a missing file.
-    """
+    _fd = -1  # for `__del__`, which also runs where `os.open` raises
 
     def __init__(self, path: Path, kind: int, *, create: bool = False) -> None:
-        # For `__del__`, which also runs where `os.open` raises.
-        self._fd = -1
         # Opened anew for each lock: it belongs to the open file description, which threads and forks share.
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o600)
         fcntl.flock(self._fd, kind)
@@ -60,61 +54,56 @@ class FileLock:
             os.close(self._fd)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TableShape:
-    """Sizes of the files of a table.
+    """The files of a store's table with so many slots."""
 
-    Attributes:
-        fields: fields of a record.
-        slots: number of records.
-        keys: keys that the index has room for.
-        dense: whether keys are row numbers.
-        samples: samples whose ids are stored by position; 0 if ids are consecutive integers.
-        id_spec: specification of an id's bytes.
-    """
-
-    fields: Mapping[str, ArraySpec]
+    manifest: Manifest
     slots: int
-    keys: int
-    dense: bool
-    samples: int
-    id_spec: ArraySpec
+
+    @property
+    def fields(self) -> dict[str, ArraySpec]:
+        """Fields of a record."""
+        return {name: spec for name, spec in self.manifest.arrays.items() if name != IDS}
+
+    @property
+    def dense(self) -> bool:
+        """Whether keys are row numbers."""
+        return self.manifest.ids.dense_start is not None
+
+    @property
+    def keys(self) -> int:
+        """Keys that the index has room for."""
+        return self.manifest.rows if self.dense else self.slots
+
+    @property
+    def id_fields(self) -> dict[str, ArraySpec]:
+        """Fields of the record of a position's id; none if ids are consecutive integers."""
+        ids = self.manifest.ids
+        text = ArraySpec(dtype="|u1", row_shape=(ids.width_bytes,))
+        return {} if self.dense else {IDS: text if ids.kind == "str" else ArraySpec(dtype="<i8", row_shape=())}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
-        sizes = {
-            INDEX_FILE: index_bytes(self.keys, dense=self.dense),
-            ROWS_FILE: self.slots * record_bytes(self.fields),
-        }
-        return sizes | ({IDS_FILE: self.samples * record_bytes({IDS: self.id_spec})} if self.samples else {})
+        """Bytes of each file; sparse files take less disk until they are full."""
+        records = self.slots * record_type(self.fields).itemsize
+        sizes = {INDEX_FILE: index_bytes(self.keys, dense=self.dense), ROWS_FILE: records}
+        if self.id_fields:
+            sizes[IDS_FILE] = self.manifest.samples * record_type(self.id_fields).itemsize
+        return sizes
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files together; sparse files take less disk until they are full."""
+        """Bytes of all files together."""
         return sum(self.sizes.values())
-
-
-def shape_of(manifest: Manifest, slots: int) -> TableShape:
-    """Return the shape of a store's table with so many slots."""
-    dense = manifest.ids.dense_start is not None
-    text = manifest.ids.kind == "str"
-    return TableShape(
-        fields={name: spec for name, spec in manifest.arrays.items() if name != IDS},
-        slots=slots,
-        keys=manifest.rows if dense else slots,
-        dense=dense,
-        samples=0 if dense else manifest.samples,
-        id_spec=ArraySpec(dtype="|u1" if text else "<i8", row_shape=(manifest.ids.width_bytes,) if text else ()),
-    )
 
 
 def shape_within(manifest: Manifest, most_bytes: int) -> TableShape | None:
     """Return the largest table within `most_bytes`; None if less than one row in a hundred would fit."""
     # Searched for: the bytes of a slot besides its record depend on the index.
     numbers = range(1, manifest.rows + 1)
-    fits = bisect_right(numbers, most_bytes, key=lambda slots: shape_of(manifest, slots).size_bytes)
-    return shape_of(manifest, fits) if fits and fits * 100 >= manifest.rows else None
+    fits = bisect_right(numbers, most_bytes, key=lambda slots: TableShape(manifest, slots).size_bytes)
+    return TableShape(manifest, fits) if fits and fits * 100 >= manifest.rows else None
 
 
 class RowTable:
@@ -124,17 +113,19 @@ class RowTable:
         OSError: a file of the folder is missing or has a different size.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, digest: str, shape: TableShape, *, read_only: bool) -> None:
-        self.shape = shape
-        self._folder, self._ids, self._read_only = folder, manifest.ids, read_only
-        self.keys = RowKeys(manifest)
+    def __init__(self, folder: Path, shape: TableShape, *, digest: str, read_only: bool) -> None:
+        self.shape, self.fields = shape, shape.fields
+        self._folder, self._ids, self._read_only = folder, shape.manifest.ids, read_only
+        self.keys = RowKeys(shape.manifest)
         self._in_use = FileLock(folder / IN_USE_FILE, fcntl.LOCK_SH)  # held until the table is closed: never removed
         self._index = SlotIndex(folder / INDEX_FILE, shape.keys, dense=shape.dense, read_only=read_only)
-        self._rows = RecordFile(folder / ROWS_FILE, shape.fields, shape.slots, digest=digest, read_only=read_only)
+        self._rows = RecordFile(folder / ROWS_FILE, self.fields, shape.slots, digest=digest, read_only=read_only)
+        self._files: list[MappedFile] = [self._index, self._rows]
         self._id_file: RecordFile | None = None
-        if shape.samples:
-            fields = {IDS: shape.id_spec}
-            self._id_file = RecordFile(folder / IDS_FILE, fields, shape.samples, digest=digest, read_only=read_only)
+        if id_fields := shape.id_fields:
+            samples = shape.manifest.samples
+            self._id_file = RecordFile(folder / IDS_FILE, id_fields, samples, digest=digest, read_only=read_only)
+            self._files.append(self._id_file)
 
     def read(
         self, keys: Words, checks: Words, names: tuple[str, ...]
@@ -155,20 +146,16 @@ class RowTable:
         # The index has no checksum: a damaged one may return any number, which must not be used as a slot.
         cached = (slots >= 0) & (slots < self.shape.slots)
         if not cached.any():  # in a first epoch, nothing is read in vain
-            specs = {name: self.shape.fields[name] for name in names}
+            specs = {name: self.fields[name] for name in names}
             return {n: np.zeros((len(keys), *s.row_shape), s.dtype) for n, s in specs.items()}, cached, 0
         # Slot 0 stands in for rows that are not cached: what it holds is masked out below.
         arrays, valid, damaged = self._rows.read(np.where(cached, slots, 0), names, keys, checks)
         return arrays, valid & cached, int((damaged & cached).sum())
 
     def store(self, keys: Words, checks: Words, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Store rows; missing or damaged fields of cached rows are written, rows without a free slot are dropped.
+        """Store rows, given as `read` returns them; raises OSError: the disk is full or failing.
 
-        Args:
-            keys, checks: [B], as `keys.of` returns them.
-            arrays: one per field, [B, ...].
-        Raises:
-            OSError: the disk is full or failing.
+        Missing or damaged fields of cached rows are written, rows without a free slot are dropped.
         """
         if self._read_only or not len(keys) or not arrays:
             return
@@ -202,7 +189,7 @@ class RowTable:
         keys = positions.astype(np.uint64)
         with FileLock(self._folder / WRITING_FILE, fcntl.LOCK_EX, create=True):
             self._check_sizes()
-            self._id_file.write(positions, self._id_file.pack(keys, keys, {IDS: stored}))
+            self._id_file.write_records(positions, self._id_file.pack(keys, keys, {IDS: stored}))
 
     def ids_at(self, positions: NDArray[np.int64]) -> IdArray | None:
         """Return the ids of the samples at these positions; None if some are not cached. Raises OSError."""
@@ -240,9 +227,9 @@ class RowTable:
         slots = np.arange(taken, taken + len(keys))
         # In this order: a process killed after any of the three leaves slots unused, and never one with two owners.
         self._index.take(taken + len(keys))
-        self._rows.write(slots, block)
+        self._rows.write_records(slots, block)
         self._index.put(entries, keys, slots)
 
     def _check_sizes(self) -> None:
-        for file in (self._index.file, self._rows.file, *([self._id_file.file] if self._id_file else [])):
+        for file in self._files:
             file.check_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,9 +29,8 @@ from softlabels.transfer_set import (
     sample_fingerprints,
 )
 from softlabels.views import ViewReplay, ViewTransform, as_view_transform, load_view_transform
-from softlabels_client.data.distillation_batch import DistillationBatch
-from softlabels_client.data.loader import StatefulLoader, stateful_loader
-from softlabels_client.data.sampler import EpochSampler, data_identity
+from softlabels_client.data.loader import DistillationBatch, StatefulLoader, stateful_loader
+from softlabels_client.data.sampler import EpochSampler
 
 with needs_extra("torch", "training a student"):
     import torch
@@ -39,6 +39,9 @@ with needs_extra("torch", "training a student"):
 Check = Literal["first", "always", "never"]
 
 _NAMED_AT_MOST = 5
+
+_PROBES = 64
+"""Samples whose ids represent all of a transfer set that has no array of ids."""
 
 
 class SoftTargetDataset(Dataset[DistillationBatch]):
@@ -101,25 +104,27 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> DistillationBatch:
-        """Return the samples at these positions as one batch, by one request.
+        """Return the samples, or their current views, at these positions as one batch, by one request.
 
         Raises:
             FingerprintMismatchError: an input is not the one that the targets of its id were computed for.
-            UnknownIdError: the store has no targets for a sample.
+            UnknownIdError: the store has no targets for a sample. ViewReplayError: a view cannot be replayed here.
         """
         wanted = np.asarray(positions, dtype=np.int64)
-        if not len(wanted):  # on some ranks at the last step, if fewer samples than ranks are left
-            return self[0].first(0)
-        checked = self.checks(wanted)
+        # Without any, on some ranks at the last step, if fewer samples than ranks are left.
+        return self._fetched(wanted) if len(wanted) else self[0].first(0)
+
+    def _fetched(self, positions: NDArray[np.int64]) -> DistillationBatch:
+        checked = self.checks(positions)
         if isinstance(self.samples, StoreInputs):
-            ids = self.samples.ids[wanted]
+            ids = self.samples.ids[positions]
             targets = self.store.batch(ids, temperature=self.temperature, inputs=True, fingerprints=checked)
-            return self.pair(samples_in(targets), targets, wanted)
-        samples = self.samples.take(wanted)
+            return self.pair(samples_in(targets), targets, positions)
+        samples = self.samples.take(positions)
         targets = self.store.batch(
             samples.ids, temperature=self.temperature, labels=samples.labels is None, fingerprints=checked
         )
-        return self.pair(samples, targets, wanted)
+        return self.pair(samples, targets, positions)
 
     def checks(self, positions: NDArray[np.int64] | None = None) -> bool:
         """Return whether samples at these positions, or at any, still have to be compared with their fingerprints."""
@@ -127,12 +132,10 @@ class SoftTargetDataset(Dataset[DistillationBatch]):
         return self.check == "always" or (self.check == "first" and not seen.all())
 
     def pair(self, samples: Samples, targets: SoftTargets, positions: NDArray[np.int64]) -> DistillationBatch:
-        """Return a batch of samples and the targets fetched for their ids, in the same order.
+        """Return a batch of the samples at these positions, [B], and their targets, in the same order.
 
-        Args:
-            samples: samples at `positions`, [B], in the data set.
-            targets: their targets; with fingerprints if `checks` requires them.
-            positions: [B].
+        The targets have fingerprints if `checks` requires them.
+
         Raises:
             FingerprintMismatchError: an input is not the one that the targets of its id were computed for.
         """
@@ -216,28 +219,19 @@ class ViewDataset(SoftTargetDataset):
         """View of every sample in the current epoch."""
         return int(self._epoch) % self.store.manifest.layout.views
 
-    def __getitems__(self, positions: Sequence[int]) -> DistillationBatch:
-        """Return the current view of the samples at these positions as one batch, by one request.
-
-        Raises:
-            FingerprintMismatchError: a replayed view is not the one that the teacher saw.
-            ViewReplayError: it cannot be replayed here.
-        """
-        wanted = np.asarray(positions, dtype=np.int64)
-        if not len(wanted):
-            return self[0].first(0)
-        samples = self.samples.take(wanted)
-        views = np.full(len(wanted), self.view, dtype=np.int64)
+    def _fetched(self, positions: NDArray[np.int64]) -> DistillationBatch:
+        samples = self.samples.take(positions)
+        views = np.full(len(positions), self.view, dtype=np.int64)
         targets = self.store.batch(
             samples.ids,
             temperature=self.temperature,
             views=views,
             labels=samples.labels is None,
-            fingerprints=self.checks(wanted),
+            fingerprints=self.checks(positions),
             view_parameters=bool(self._replay.parameters),
         )
         made = self._replay.views(samples.inputs, samples.ids, views, targets.view_parameters)
-        return self.pair(Samples(ids=samples.ids, inputs=made, labels=samples.labels), targets, wanted)
+        return self.pair(Samples(ids=samples.ids, inputs=made, labels=samples.labels), targets, positions)
 
 
 def data_loader(
@@ -294,11 +288,8 @@ def _tensor(inputs: NDArray[Any]) -> torch.Tensor:
 
 
 class StoreInputs:
-    """The samples that a store has beside its targets, as a transfer set.
+    """The samples that a store has beside its targets, those of these ids or all, as a transfer set.
 
-    Args:
-        store: local or served store.
-        ids: [N] ids of the samples to use; all of the store's when None.
     Raises:
         UnknownFieldError: the store has no inputs.
     """
@@ -323,11 +314,7 @@ class StoreInputs:
 
 
 def as_transfer_set(inputs: TransferSet | MapStyleDataset, ids: Iterable[Any] | NDArray[Any] | None) -> TransferSet:
-    """Return the trainer's data, whose ids are its own or `ids`, as a transfer set.
-
-    Raises:
-        RequestError: ids are missing, or given twice.
-    """
+    """Return the trainer's data as a transfer set. Raises RequestError: ids are missing, or given twice."""
     # Arrays and tensors have a `take` too, but no name.
     if hasattr(inputs, "take") and isinstance(getattr(inputs, "name", None), str):
         if ids is not None:
@@ -341,3 +328,12 @@ def as_transfer_set(inputs: TransferSet | MapStyleDataset, ids: Iterable[Any] | 
     if isinstance(inputs, np.ndarray):
         return ArrayTransferSet("inputs", inputs, ids=as_ids(ids))
     return SequenceTransferSet(cast(MapStyleDataset, inputs), ids=ids, name=type(inputs).__name__)
+
+
+def data_identity(samples: TransferSet) -> str:
+    """Return a digest of the ids of these samples in this order: of all in memory, else of 64 spread over the set."""
+    ids = getattr(samples, "ids", None)
+    if ids is None:
+        ids = samples.take(np.unique(np.linspace(0, len(samples) - 1, _PROBES).astype(np.int64))).ids
+    known = np.asarray(ids)
+    return hashlib.blake2b(known.dtype.str.encode() + known.tobytes(), digest_size=16).hexdigest()

@@ -1,37 +1,115 @@
-"""StatefulLoader: the batches that a training loop gets, counted so that the next run can resume after the last one."""
+"""Batches of inputs and soft targets, and the loader that counts them, so that a run resumes after the last one."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
-from typing import Any, Literal, Protocol
+import dataclasses
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from softlabels.errors import WorkerDiedError
+import numpy as np
+
+from softlabels.errors import EmptyBatchError, ShapeMismatchError, WorkerDiedError
 from softlabels.extras import needs_extra
-from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
+from softlabels.ids import IdArray, as_ids
+from softlabels.losses import SoftTargetBatch
 from softlabels_client.data.prefetch import batches_ahead
-from softlabels_client.data.sampler_state import EpochProgress, SamplerState
+from softlabels_client.data.sampler import ResumableEpochs
 
 with needs_extra("torch", "training a student"):
     import torch
+    from torch import Tensor
     from torch.utils.data import DataLoader, Dataset
 
 
-class EpochSource(Protocol):
-    """What determines a loader's order: an `EpochSampler` or a `SoftTargetStream`."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DistillationBatch:
+    """B samples with their soft targets: row i of all three belongs to the same sample.
 
-    state: SamplerState
+    Attributes:
+        inputs: [B, ...], as in the data set.
+        targets: soft targets with their temperature, and hard labels if there are any.
+        ids: [B] sample ids.
+    """
 
-    def begin_at(self, progress: EpochProgress) -> None:
-        """Begin the next pass here."""
-        ...
+    inputs: Tensor
+    targets: SoftTargetBatch
+    ids: IdArray
+
+    def __post_init__(self) -> None:
+        rows = {len(self.inputs), len(self.targets.logits_BC), len(self.ids)}
+        if len(rows) != 1:
+            raise ShapeMismatchError(
+                f"{len(self.inputs)} inputs, {len(self.targets.logits_BC)} targets and {len(self.ids)} ids differ"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def first(self, rows: int) -> DistillationBatch:
+        """Return the first rows; 0 gives an empty batch of the same shapes and dtypes."""
+        labels_B = self.targets.labels_B
+        targets = dataclasses.replace(
+            self.targets,
+            logits_BC=self.targets.logits_BC[:rows],
+            labels_B=None if labels_B is None else labels_B[:rows],
+        )
+        return dataclasses.replace(self, inputs=self.inputs[:rows], targets=targets, ids=self.ids[:rows])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DistillationBatch:
+        """Return the batch on another device; ids stay on the host."""
+        return dataclasses.replace(
+            self,
+            inputs=self.inputs.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+        )
 
 
-class StatefulLoader:
+def collate_batches(fetched: DistillationBatch | Iterable[DistillationBatch]) -> DistillationBatch:
+    """Return one batch: `fetched` itself, or its batches concatenated. The `collate_fn` for a `SoftTargetDataset`.
+
+    Raises:
+        EmptyBatchError: nothing to concatenate. ShapeMismatchError: batches of different temperatures.
+    """
+    if isinstance(fetched, DistillationBatch):
+        return fetched
+    parts = list(fetched)
+    if not parts:
+        raise EmptyBatchError("a batch needs at least one sample")
+    if len(parts) == 1:
+        return parts[0]
+    targets = [part.targets for part in parts]
+    carried = {(t.temperature, t.captured_temperature, t.locked) for t in targets}
+    if len(carried) != 1:
+        raise ShapeMismatchError(
+            f"targets of different temperatures {sorted(carried)} cannot share a batch: the loss has one T"
+        )
+    return DistillationBatch(
+        inputs=torch.cat([part.inputs for part in parts]),
+        targets=dataclasses.replace(
+            targets[0], logits_BC=torch.cat([t.logits_BC for t in targets]), labels_B=_joined_labels(targets)
+        ),
+        ids=as_ids(np.concatenate([part.ids for part in parts])),
+    )
+
+
+def _joined_labels(targets: list[SoftTargetBatch]) -> Tensor | None:
+    labels = [t.labels_B for t in targets if t.labels_B is not None]
+    if not labels:
+        return None
+    if len(labels) != len(targets):
+        raise ShapeMismatchError(
+            "targets with labels and targets without cannot share a batch: mark unlabelled rows -1"
+        )
+    return torch.cat(labels)
+
+
+class StatefulLoader(ResumableEpochs):
     """Batches of a DataLoader, with a state that counts batches handed out, not batches prefetched.
 
-    Save `state_dict()` after the step that used the batch. This is deliberately not a DataLoader: frameworks replace
-    the sampler of a DataLoader by a distributed one, and each rank would then get only a part of its samples. A data
-    set with a method `show_epoch(epoch)`, such as `ViewDataset`, is told of each new epoch.
+    Save `state_dict()` after the step that used the batch: it is that of the last batch handed out. A data set with a
+    method `show_epoch(epoch)`, such as `ViewDataset`, is told of each new epoch. This is deliberately not a DataLoader:
+    frameworks replace its sampler by a distributed one, and each rank would then get only a part of its samples.
 
     Args:
         loader: returns batches in the order of `source`.
@@ -39,12 +117,12 @@ class StatefulLoader:
         ahead: fetch batches ahead in a thread; loaders with workers do so anyway.
     """
 
-    def __init__(self, loader: DataLoader[Any], source: EpochSource, *, ahead: bool = False) -> None:
+    def __init__(self, loader: DataLoader[Any], source: ResumableEpochs, *, ahead: bool = False) -> None:
         self.loader = loader
         self._source = source
         self._ahead = ahead and loader.num_workers == 0
         # A copy: the state of the source is ahead of the training loop where batches are prefetched.
-        self._state = source.state.copy()
+        self.state = source.state.copy()
 
     @property
     def dataset(self) -> Dataset[Any]:
@@ -52,30 +130,18 @@ class StatefulLoader:
         return self.loader.dataset
 
     @property
-    def epoch(self) -> int:
-        """Epoch of the next pass."""
-        return self._state.upcoming.epoch
-
-    @property
     def finished(self) -> bool:
         """Whether the last batch handed out was the last of its epoch."""
-        return self._state.finished
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass; if a state in it was loaded, the pass continues from there.
-
-        Without a call, a completed pass is followed by the next epoch, and an interrupted one starts over.
-        """
-        self._state.set_epoch(epoch)
+        return self.state.finished
 
     def __len__(self) -> int:
         """Number of batches of the current pass, else of the next; of a resumed pass including those before."""
-        return self._state.batch_count()
+        return self.state.batch_count()
 
     def __iter__(self) -> Generator[DistillationBatch, None, None]:
         # A generator begins with its first batch, which matters: frameworks create iterators that they never use.
-        self._state.begin()
-        start = self._state.progress
+        self.state.begin()
+        start = self.state.progress
         self._source.begin_at(start)
         show_epoch = getattr(self.dataset, "show_epoch", None)
         if show_epoch is not None:
@@ -83,26 +149,13 @@ class StatefulLoader:
         fetched = _fetched(self.loader)
         for step, batch in enumerate(batches_ahead(fetched, size_of=_batch_bytes) if self._ahead else fetched):
             # Before `yield`, which returns only when the next batch is wanted: the state then counts the batch in use.
-            self._state.took(step)
+            self.state.took(step)
             yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state after the last batch handed out, which is the same on every rank; ready for JSON."""
-        return self._state.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state, also with other ranks, workers or batch size.
-
-        Raises:
-            RequestError: not a sampler state.
-            StoreChangedError, FingerprintMismatchError, ConflictError: the state of another training run.
-        """
-        self._state.load_state_dict(state)
 
 
 def stateful_loader(
     dataset: Dataset[DistillationBatch],
-    source: EpochSource,
+    source: ResumableEpochs,
     *,
     workers: int,
     start_method: Literal["fork", "spawn", "forkserver"] | None,

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Final, Generic, TypeVar
 
 from softlabels.errors import RequestError
@@ -81,14 +80,12 @@ class Ahead(Generic[T]):
         elif items is not None:  # iteration has not begun, and cannot any more
             self._process = os.getpid()
             self._queue.stop()
-            _close(items)
+            close_items(items)
 
     def __enter__(self) -> Ahead[T]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _begin(self, items: Iterable[T]) -> None:
@@ -169,9 +166,8 @@ class _Queue(Generic[T]):
     def stop(self) -> None:
         """Discard everything: the consumer has stopped."""
         with self._changed:
-            self._stopped = True
+            self._stopped, self._bytes = True, 0
             self._items.clear()
-            self._bytes = 0
             self._last = _END
             self._changed.notify_all()
 
@@ -196,13 +192,14 @@ def _fill(queue: _Queue[T], items: Iterable[T]) -> None:
                 del item  # drop this reference: an item must not outlive its consumer
         finally:
             # In this thread: a generator that runs in one thread cannot be closed from another.
-            _close(iterator)
+            close_items(iterator)
     except BaseException as error:  # noqa: BLE001  # re-raised in the consumer
         last = error
     queue.end(last)
 
 
-def _close(items: Iterable[object]) -> None:
+def close_items(items: Iterable[object] | None) -> None:
+    """Close a generator or a connection; plain iterators have nothing to close."""
     close = getattr(items, "close", None)
     if close is not None:
         close()

@@ -1,30 +1,242 @@
-"""Samplers for torch's DataLoader whose order follows from store, seed and epoch alone."""
+"""Samplers for torch's DataLoader whose order follows from store, seed and epoch alone, and their state.
+
+Progress is two numbers: the epoch, and the cursor, which counts the samples that all ranks together have taken of it.
+Resuming from it, with any number of ranks and workers and any batch size, takes exactly the samples that are left.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, TypeAlias
 
+import msgspec
 import numpy as np
 
-from softlabels.errors import RequestError
+from softlabels.documents import Document, parse_document
+from softlabels.errors import ConflictError, FingerprintMismatchError, RequestError, StoreChangedError
 from softlabels.extras import needs_extra
-from softlabels.order import EpochConfig, EpochOrder, Remainder
-from softlabels.transfer_set import TransferSet
-from softlabels_client.data.sampler_state import EpochProgress, SamplerState, current_ranks, given_ranks
+from softlabels.order import EpochConfig, EpochOrder, RankBatches, Remainder
 
 with needs_extra("torch", "training a student"):
+    import torch.distributed
     from torch.utils.data import Dataset, DistributedSampler, Sampler
 
-_PROBES = 64
-"""Samples whose ids represent all of a transfer set that has no array of ids."""
-
 _POSITIONS_AT_ONCE = 1 << 14
-"""Single positions computed at a time: enough to amortise NumPy's overhead, small beside the rows of a batch."""
+"""Single positions computed at a time: enough to amortise NumPy's overhead."""
+
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class EpochSampler(Sampler[list[int]]):
+@dataclass(frozen=True, kw_only=True)
+class EpochProgress:
+    """How far a training run has come.
+
+    Attributes:
+        epoch: epoch number, from 0.
+        cursor: samples of it that all ranks together have taken.
+        batches: batches that each rank took for that, for progress bars; a batch may differ in size between runs.
+    """
+
+    epoch: int = 0
+    cursor: int = 0
+    batches: int = 0
+
+
+class SavedState(Document, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A sampler state as checkpoints store it: the progress, and everything that the epoch order depends on.
+
+    Unknown keys are ignored, since workers of a loader add some.
+    """
+
+    format: Literal["softlabels-place/1"]
+    epoch: _Count
+    cursor: _Count
+    batches: _Count
+    digest: str
+    samples: int
+    seed: int
+    shuffle: bool
+    block: int | None = None
+    data: str = ""
+
+
+class SamplerState:
+    """Iterates over epochs as one rank and tracks what comes next.
+
+    A completed pass is followed by the next epoch; an interrupted one starts over unless its state was saved and
+    loaded.
+
+    Args:
+        config: seed, batch size, order and remainder of every epoch; its epoch, cursor and rank are replaced.
+        digest: digest of the store.
+        samples: samples per epoch.
+        data: identifies the order of the inputs; empty if unknown.
+        ranks: (rank, world size); torch.distributed's when None, or (0, 1) without a process group.
+    Raises:
+        RequestError: a number outside its range.
+    """
+
+    def __init__(
+        self,
+        config: EpochConfig,
+        *,
+        digest: str,
+        samples: int,
+        data: str = "",
+        ranks: tuple[int, int] | None = None,
+    ) -> None:
+        self.config, self.digest, self.samples, self.data = config, digest, samples, data
+        self._ranks = ranks
+        self.progress = EpochProgress()
+        self._next = EpochProgress()
+        self._pass: tuple[EpochProgress, RankBatches] | None = None
+        # _loaded: a saved state was loaded and its pass has not begun. _pinned: `set_epoch` then asked for its epoch.
+        self._in_pass = self._loaded = self._pinned = False
+        self.batches_from(self.progress)  # refuses numbers out of range now rather than in the first epoch
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Rank and world size."""
+        return self._ranks or current_ranks()
+
+    @property
+    def upcoming(self) -> EpochProgress:
+        """Where the next pass begins: after a finished epoch in the next, unless `set_epoch` asked for this one."""
+        if self._next.cursor and not self._pinned and not len(self.batches_from(self._next)):
+            return EpochProgress(epoch=self._next.epoch + 1)
+        return self._next
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing of the epoch is left after what was taken."""
+        return not len(self.batches_from(self.progress))
+
+    def copy(self) -> SamplerState:
+        """Return an independent state for the same epochs, at their beginning."""
+        return SamplerState(self.config, digest=self.digest, samples=self.samples, data=self.data, ranks=self._ranks)
+
+    def config_at(self, progress: EpochProgress) -> EpochConfig:
+        """Return the configuration of the rest of an epoch, for this rank."""
+        rank, world_size = self.ranks
+        return msgspec.structs.replace(
+            self.config, epoch=progress.epoch, cursor=progress.cursor, rank=rank, world_size=world_size
+        )
+
+    def batches_from(self, progress: EpochProgress) -> RankBatches:
+        """Return the batches of the rest of an epoch, for this rank."""
+        return self.config_at(progress).batches_over(self.digest, self.samples)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass: from its beginning, or from the loaded progress in it."""
+        if self._loaded and self._next.epoch == epoch:
+            self._pinned = True
+            return
+        self._next, self._loaded, self._pinned = EpochProgress(epoch=epoch), False, False
+        if self.progress.epoch != epoch:
+            self.progress, self._in_pass = self._next, False
+
+    def begin(self) -> RankBatches:
+        """Begin the next pass and return its batches; `progress` is where it begins, and `took` counts them."""
+        start = self.upcoming
+        self._loaded = self._pinned = False
+        batches = self.batches_from(start)
+        self._pass = start, batches
+        self._advance(start, last=not len(batches))
+        return batches
+
+    def took(self, step: int) -> None:
+        """Record that the batch of this step, counted from the beginning of the pass, was handed out."""
+        assert self._pass is not None, "begin() comes first"
+        start, batches = self._pass
+        cursor = batches.cursor_after(step)
+        progress = EpochProgress(epoch=start.epoch, cursor=cursor, batches=start.batches + step + 1)
+        self._advance(progress, last=step + 1 == len(batches))
+
+    def batch_count(self) -> int:
+        """Return the batches of the current pass, else of the next; batches before a loaded progress are included."""
+        start = self._pass[0] if self._pass is not None and self._in_pass else self.upcoming
+        return start.batches + len(self.batches_from(start))
+
+    def resume_at(self, progress: EpochProgress) -> None:
+        """Begin the next pass at this progress."""
+        self.progress = self._next = progress
+        self._in_pass = False
+        self._loaded, self._pinned = True, False
+
+    def state_at(self, progress: EpochProgress) -> dict[str, Any]:
+        """Return a saved state with this progress, ready for JSON; the fields of `SavedState`."""
+        config = self.config
+        return {
+            "format": "softlabels-place/1",
+            **asdict(progress),
+            "digest": self.digest,
+            "samples": self.samples,
+            "seed": config.seed,
+            "shuffle": config.shuffle,
+            "block": config.block,
+            "data": self.data,
+        }
+
+    def progress_in(self, state: Mapping[str, Any]) -> EpochProgress:
+        """Return the progress in a saved state.
+
+        Raises:
+            RequestError: not a sampler state.
+            StoreChangedError, FingerprintMismatchError, ConflictError: the state of another training run; the message
+                names what differs.
+        """
+        saved = parse_document(dict(state), SavedState, what="sampler state", error=RequestError)
+        own = self.state_at(self.progress)
+        for name in ("digest", "data", "samples", "seed", "shuffle", "block"):
+            if getattr(saved, name) != own[name]:
+                raise _mismatch(name, getattr(saved, name), own[name])
+        if saved.cursor > self.samples:
+            raise RequestError(f"the saved cursor is {saved.cursor}, in an epoch of {self.samples} samples")
+        return EpochProgress(epoch=saved.epoch, cursor=saved.cursor, batches=saved.batches)
+
+    def _advance(self, progress: EpochProgress, *, last: bool) -> None:
+        self.progress, self._in_pass = progress, not last
+        self._next = EpochProgress(epoch=progress.epoch + last)
+
+
+class ResumableEpochs:
+    """Epochs whose progress can be saved and resumed; the base of samplers, streams and loaders."""
+
+    state: SamplerState
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next pass."""
+        return self.state.upcoming.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass; if a state in it was loaded, the pass continues from there.
+
+        Without a call, a completed pass is followed by the next epoch, and an interrupted one starts over.
+        """
+        self.state.set_epoch(epoch)
+
+    def begin_at(self, progress: EpochProgress) -> None:
+        """Begin the next pass here."""
+        self.state.resume_at(progress)
+        self.set_epoch(progress.epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress, the same on every rank, and what the order depends on; ready for JSON."""
+        return self.state.state_at(self.state.progress)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state, also with other ranks, workers or batch size.
+
+        Raises:
+            RequestError: not a sampler state.
+            StoreChangedError, FingerprintMismatchError, ConflictError: the state of another training run.
+        """
+        self.state.resume_at(self.state.progress_in(state))
+
+
+class EpochSampler(ResumableEpochs, Sampler[list[int]]):
     """Batches of positions in a data set, for a DataLoader's `batch_sampler`; equally many for every rank.
 
     Its state is ahead of training where a loader prefetches; `StatefulLoader` counts the batches handed out.
@@ -69,15 +281,6 @@ class EpochSampler(Sampler[list[int]]):
         """Rank and world size."""
         return self.state.ranks
 
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next pass."""
-        return self.state.upcoming.epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass; without a call, passes follow each other."""
-        self.state.set_epoch(epoch)
-
     def begin_at(self, progress: EpochProgress) -> None:
         """Begin every pass here from now on; the caller counts the batches handed out."""
         self._start = progress
@@ -87,31 +290,12 @@ class EpochSampler(Sampler[list[int]]):
         return self.state.batch_count()
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self._start is not None:
-            for batch in self.state.batches_from(self._start):
-                yield batch.positions.tolist()
-            return
         # `begin` runs with the first batch, not before: a DataLoader with workers creates two iterators and uses one.
-        for batch in self.state.begin():
-            self.state.took(batch.step)
+        own = self._start is None
+        for batch in self.state.begin() if self._start is None else self.state.batches_from(self._start):
+            if own:
+                self.state.took(batch.step)
             yield batch.positions.tolist()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the progress and what the order depends on; ready for JSON."""
-        return self.state.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state, also with other ranks or another batch size.
-
-        Raises:
-            RequestError: not a sampler state.
-            StoreChangedError, FingerprintMismatchError, ConflictError: the state of another training run.
-        """
-        self.state.load_state_dict(state)
-
-
-EqualShares: TypeAlias = Literal["pad", "drop"]
-"""How ranks get equally many samples: repeat the epoch's first samples, or skip its last."""
 
 
 class EpochDistributedSampler(DistributedSampler[Any]):
@@ -140,7 +324,7 @@ class EpochDistributedSampler(DistributedSampler[Any]):
         world_size: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
-        remainder: EqualShares = "pad",
+        remainder: Literal["pad", "drop"] = "pad",
     ) -> None:
         if remainder not in ("pad", "drop"):
             raise RequestError(
@@ -172,10 +356,41 @@ class EpochDistributedSampler(DistributedSampler[Any]):
             yield from order.positions_at(indices % self._samples).tolist()
 
 
-def data_identity(samples: TransferSet) -> str:
-    """Return a digest of the ids of these samples in this order: of all in memory, else of 64 spread over the set."""
-    ids = getattr(samples, "ids", None)
-    if ids is None:
-        ids = samples.take(np.unique(np.linspace(0, len(samples) - 1, _PROBES).astype(np.int64))).ids
-    known = np.asarray(ids)
-    return hashlib.blake2b(known.dtype.str.encode() + known.tobytes(), digest_size=16).hexdigest()
+def given_ranks(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    """Return (rank, world size) if both were given, None if neither was. Raises RequestError: one without the other."""
+    if rank is None and world_size is None:
+        return None
+    if rank is None or world_size is None:
+        raise RequestError(
+            f"rank is {rank} and world_size is {world_size}: give both, or neither to take torch.distributed's"
+        )
+    return rank, world_size
+
+
+def current_ranks() -> tuple[int, int]:
+    """Return rank and world size of this process: torch.distributed's once it is initialised, else (0, 1)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _mismatch(name: str, saved: object, own: object) -> Exception:
+    kept = {"kept": saved, "yours": own}
+    if name == "digest":
+        return StoreChangedError(
+            f"the state was saved with targets of store version {saved}, these are of {own}: another version has "
+            "another order and perhaps other targets; open the one that the training began with, or restart the epoch",
+            **kept,
+        )
+    if name == "data":
+        return FingerprintMismatchError(
+            f"the state was saved with other inputs, or the same in another order (ids {saved or 'unknown'}, yours "
+            f"{own or 'unknown'}): samples would be repeated and skipped; load the data as before",
+            **kept,
+        )
+    return ConflictError(
+        f"the state was saved with {name} = {saved!r}, here {name} is {own!r}: the epoch order differs, so samples "
+        f"would be repeated and skipped; pass {name} as before",
+        name=name,
+        **kept,
+    )

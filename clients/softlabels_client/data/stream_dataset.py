@@ -13,16 +13,15 @@ from numpy.typing import NDArray
 
 from softlabels.errors import BadIdsError, ConflictError, FingerprintMismatchError
 from softlabels.extras import needs_extra
-from softlabels.ids import IdArray
+from softlabels.ids import IdArray, as_ids
 from softlabels.losses import SoftTargetBatch
 from softlabels.order import EpochConfig, RankBatches, Remainder
 from softlabels.target_store import TargetStore
 from softlabels.targets import EpochIterator, SoftTargets
 from softlabels.transfer_set import TransferSet
 from softlabels_client.data.dataset import Check, SoftTargetDataset, StoreInputs, data_loader, samples_in
-from softlabels_client.data.distillation_batch import DistillationBatch
-from softlabels_client.data.loader import StatefulLoader, stateful_loader
-from softlabels_client.data.sampler_state import EpochProgress, SamplerState, given_ranks
+from softlabels_client.data.loader import DistillationBatch, StatefulLoader, stateful_loader
+from softlabels_client.data.sampler import EpochProgress, ResumableEpochs, SamplerState, given_ranks
 
 with needs_extra("torch", "training a student"):
     import torch
@@ -31,10 +30,8 @@ with needs_extra("torch", "training a student"):
 STORE_ORDER = "the store's own order"
 """Value of `data` in a stream's saved state, which counts the store's samples: the inputs' order does not matter."""
 
-_IDS_AT_ONCE = 1024
 
-
-class SoftTargetStream(IterableDataset[DistillationBatch]):
+class SoftTargetStream(ResumableEpochs, IterableDataset[DistillationBatch]):
     """Batches of an epoch of a whole store, with inputs paired by id; one HTTP stream per worker.
 
     For a DataLoader with `batch_size=None`; with workers, call `set_epoch` before each pass. `stream_loader` makes one
@@ -95,16 +92,6 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
         self._shared = torch.zeros(4, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._tell_workers()
 
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next pass."""
-        return self.state.upcoming.epoch
-
-    def begin_at(self, progress: EpochProgress) -> None:
-        """Begin the next pass here."""
-        self.state.resume_at(progress)
-        self.set_epoch(progress.epoch)
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass; if a state in it was loaded, the pass continues from there."""
         self.state.set_epoch(epoch)
@@ -113,7 +100,7 @@ class SoftTargetStream(IterableDataset[DistillationBatch]):
     def state_dict(self) -> dict[str, Any]:
         """Return the progress of this process, in a worker that of the worker; ready for JSON."""
         if self._shard is None:
-            return self.state.state_dict()
+            return super().state_dict()
         shard = self._shard
         own = {"worker": shard.worker, "workers": shard.workers, "taken": shard.taken}
         return self.state.state_at(shard.start) | own
@@ -256,8 +243,6 @@ class _WorkerShard:
 
     Attributes:
         config: the rank's epoch, from `start` on.
-        start: where the pass begins.
-        worker, workers: worker number and count.
         taken: batches of this worker that were handed out.
         begun: whether iteration has started.
     """
@@ -271,10 +256,8 @@ class _WorkerShard:
 
     @classmethod
     def of_this_process(cls, config: EpochConfig, start: EpochProgress) -> _WorkerShard:
-        """Return the shard of this worker process; in the main process all of the rank's epoch."""
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        return cls(config, start, worker, workers)
+        info = get_worker_info()  # None in the main process, which reads all of the rank's epoch
+        return cls(config, start, *((0, 1) if info is None else (info.id, info.num_workers)))
 
     def targets(
         self, batches: RankBatches, open_epoch: Callable[[EpochConfig], EpochIterator]
@@ -342,7 +325,6 @@ def _all_ids(samples: TransferSet) -> IdArray:
     ids: IdArray | None = getattr(samples, "ids", None)
     if ids is not None:
         return ids
-    parts = np.array_split(np.arange(len(samples)), -(-len(samples) // _IDS_AT_ONCE))
+    parts = np.array_split(np.arange(len(samples)), -(-len(samples) // 1024))  # a part at a time holds few inputs
     pieces: list[Any] = [samples.take(positions).ids for positions in parts]
-    joined: IdArray = np.concatenate(pieces)
-    return joined
+    return as_ids(np.concatenate(pieces))

@@ -16,10 +16,9 @@ with needs_extra("transformers,accelerate", "training with Hugging Face's Traine
     from transformers.trainer_callback import ExportableState
 
 from softlabels.losses import DistillationLoss
-from softlabels_client.data.dataset import SoftTargetDataset
-from softlabels_client.data.distillation_batch import DistillationBatch, collate_batches
-from softlabels_client.data.sampler import EpochSampler, data_identity
-from softlabels_client.data.sampler_state import EpochProgress
+from softlabels_client.data.dataset import SoftTargetDataset, data_identity
+from softlabels_client.data.loader import DistillationBatch, collate_batches
+from softlabels_client.data.sampler import EpochProgress, EpochSampler
 from softlabels_client.training.step import Loss, step_loss
 
 BATCH = "distillation_batch"

@@ -13,8 +13,7 @@ with needs_extra("lightning", "training with Lightning"):
     from torch.optim import Optimizer
 
 from softlabels.losses import DistillationLoss
-from softlabels_client.data.distillation_batch import DistillationBatch
-from softlabels_client.data.loader import StatefulLoader
+from softlabels_client.data.loader import DistillationBatch, StatefulLoader
 from softlabels_client.training.step import Loss, step_loss
 
 
@@ -38,7 +37,7 @@ class SoftTargetDataModule(LightningDataModule):
         return self._loader
 
     def val_dataloader(self) -> Any:
-        """Return the validation loaders; an empty tuple by default."""
+        """Return the validation loaders."""
         return self._validation
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,11 +45,7 @@ class SoftTargetDataModule(LightningDataModule):
         return {"place": self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's sampler state, with any number of ranks and workers.
-
-        Raises:
-            StoreChangedError, FingerprintMismatchError, ConflictError: the state belongs to another training.
-        """
+        """Continue from a checkpoint's sampler state, with any number of ranks and workers; raises as the loader."""
         self._loader.load_state_dict(state_dict["place"])
 
 

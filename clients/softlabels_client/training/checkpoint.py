@@ -47,7 +47,7 @@ class CheckpointFolder:
 
     def __init__(self, path: str | Path, *, every: int | None = None, keep: int = 3, resume: bool = False) -> None:
         for name, value in (("every", 1 if every is None else every), ("keep", keep)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if type(value) is not int or value < 1:
                 raise RequestError(f"{name} is {value!r}; it must be an integer of 1 or more")
         self.path, self.every, self.resume = Path(path), every, resume
         self._keep = keep
@@ -72,9 +72,7 @@ class CheckpointFolder:
 
         Args:
             step: optimizer steps done.
-            state: a tree as `pack` takes it.
-        Raises:
-            RequestError: the state holds something that a checkpoint cannot. OSError: the disk is full.
+            state: a tree as `pack` takes it; RequestError is raised if it holds something else.
         """
         packed, tensors = pack(state)
         document = json.dumps(packed)
@@ -121,12 +119,8 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def save_student(student: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Save a student's weights as safetensors: the whole file or nothing, even if interrupted.
+    """Save a student's weights, tied ones once, as safetensors with these metadata: the whole file or nothing.
 
-    Args:
-        student: its weights; tied weights are saved once.
-        path: file to write; an existing one is replaced.
-        metadata: strings to store with the weights.
     Raises:
         OSError: the folder does not exist, or the disk is full.
     """
@@ -134,13 +128,12 @@ def save_student(student: nn.Module, path: str | Path, *, metadata: Mapping[str,
         save_model(student, str(partial), metadata=dict(metadata or {}))
 
 
-def pack(tree: Any, *, path: str = "state") -> tuple[Any, dict[str, Tensor]]:
+def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """Split a tree into JSON and tensors.
 
     Args:
         tree: tensors, numbers, strings, None, lists, tuples and dictionaries with string or integer keys, as every
             `state_dict` of torch is.
-        path: name of the tree, the prefix of its tensors' names.
     Returns:
         What `json.dumps` takes, and the tensors by the names that it refers to: copies on the host, so that the
         training may go on while they are written.
@@ -148,7 +141,7 @@ def pack(tree: Any, *, path: str = "state") -> tuple[Any, dict[str, Tensor]]:
         RequestError: the tree holds something else; the message names its path.
     """
     tensors: dict[str, Tensor] = {}
-    return _pack(tree, path, tensors), tensors
+    return _pack(tree, "state", tensors), tensors
 
 
 def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:

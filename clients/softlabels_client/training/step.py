@@ -16,7 +16,7 @@ from softlabels.extras import needs_extra
 from softlabels.references import load_reference
 from softlabels.softmath import UNLABELLED
 from softlabels.transfer_set import TransferSet
-from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.data.loader import DistillationBatch
 from softlabels_client.training.settings import OPTIMIZERS, DistillSettings
 
 with needs_extra("torch", "training a student"):
@@ -46,14 +46,9 @@ class ErrorCount(NamedTuple):
 
 
 def step_loss(student: Callable[[Tensor], Tensor], batch: DistillationBatch, loss: Loss) -> Tensor:
-    """Return the loss of one batch; 0 with gradients of zero for an empty batch.
+    """Return the loss of one batch, on the student's device; 0 with gradients of zero for an empty batch.
 
     At the end of an epoch a rank may have no samples left, while the other ranks wait for its gradients.
-
-    Args:
-        student: maps inputs to logits_BC.
-        batch: on the student's device.
-        loss: maps logits and targets to a scalar.
     """
     logits_BC = student(batch.inputs)
     return loss(logits_BC, batch.targets) if len(batch) else logits_BC.sum() * 0.0
@@ -74,12 +69,8 @@ def batch_sums(loss: LossParts, logits_BC: Tensor, targets: SoftTargetBatch) -> 
 
 @torch.no_grad()
 def measure_errors(student: nn.Module, samples: TransferSet, *, batch_size: int = 2_000) -> ErrorCount:
-    """Test the student in eval mode on labelled samples; its mode is restored afterwards.
+    """Test the student in eval mode on the labelled samples; its mode is restored afterwards.
 
-    Args:
-        student: maps a batch of inputs to logits_BC.
-        samples: test set; unlabelled samples are skipped.
-        batch_size: samples per forward pass.
     Raises:
         RequestError: no sample is labelled.
     """
@@ -172,12 +163,7 @@ def make_scheduler(
 
 
 def one_cycle(done: float, warm_up: float = ONE_CYCLE_WARM_UP) -> float:
-    """Return the factor on the peak rate after a fraction of all steps: a linear rise from 0, then a cosine to 0.
-
-    Args:
-        done: fraction of all steps, 0 … 1.
-        warm_up: fraction in which the rate rises, 0 … 1.
-    """
+    """Return the factor on the peak rate after this fraction of all steps: a linear rise from 0, then a cosine to 0."""
     if done < warm_up:
         return done / warm_up
     return 0.5 * (1.0 + math.cos(math.pi * ((done - warm_up) / (1.0 - warm_up))))

@@ -24,7 +24,6 @@ from softlabels_client.training.training_log import LogRow, PairRecord, Training
 from softlabels_client.training.training_state import (
     TrainingState,
     check_same_training,
-    copied_weights,
     load_optimizer,
     load_student,
     rng_states,
@@ -247,7 +246,11 @@ class _Trainer:
         if math.isnan(errors):
             raise RequestError(f"the evaluation after step {state.step} returned NaN: correct it, or the student")
         if state.add_evaluation(errors, settings) and (settings.keep_best or settings.patience is not None):
-            state.best_weights = copied_weights(self.student)
+            # A copy on the host, which further steps do not change.
+            state.best_weights = {
+                name: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+                for name, value in self.student.state_dict().items()
+            }
         return errors
 
     def log(
@@ -288,7 +291,7 @@ class _Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "training": self.identity,
-                "state": {**self.state.tree(), "seconds": self.seconds},
+                "state": {**vars(self.state), "seconds": self.seconds},
                 "draws": rng_states(self.device),
                 "written_by": {"softlabels": softlabels.__version__, "torch": torch.__version__},
             },

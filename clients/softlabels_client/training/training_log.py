@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from softlabels.extras import needs_extra
-from softlabels_client.data.distillation_batch import DistillationBatch
-
-_DIGEST_BYTES = 8
+from softlabels_client.data.loader import DistillationBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +23,7 @@ class LogRow:
     """One row of a training's log.
 
     Attributes:
-        step: optimizer steps done.
-        epoch: epoch, from 1.
-        samples: samples trained on, over all epochs.
+        step, epoch, samples: optimizer steps done; epoch, from 1; samples trained on, over all epochs.
         learning_rate: rate of the last step, of the optimizer's first parameter group.
         loss: mean training loss since the row before.
         divergence: mean KL(target, student) at T since the row before, in nats.
@@ -57,39 +53,26 @@ class TrainingLog(Protocol):
 
     def begin(self, step: int) -> None:
         """Open the log to continue after this step; rows of later steps are removed."""
-        ...
 
     def add(self, row: LogRow) -> None:
         """Append a row."""
-        ...
 
     def sync(self) -> None:
         """Make all rows durable, before a checkpoint is written."""
-        ...
 
     def close(self) -> None:
         """Close the log."""
-        ...
 
 
 class ResumableCsv:
-    """A CSV file whose first column is the step, and which can be truncated after a given step.
-
-    Args:
-        path: file; its folder must exist.
-        columns: header; the first column is `step`.
-    """
+    """A CSV file in an existing folder; its first column is the step, and it can be truncated after a given step."""
 
     def __init__(self, path: str | Path, columns: tuple[str, ...]) -> None:
         self._path, self._columns = Path(path), columns
         self._file: io.TextIOWrapper | None = None
 
     def begin(self, step: int) -> None:
-        """Open the file and remove rows of later steps than this.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Open the file and remove rows of later steps than this. Raises OSError: it cannot be written."""
         self.close()
         size_bytes = self._bytes_up_to(step)
         self._file = self._path.open("r+" if size_bytes else "w", encoding="utf-8", newline="")
@@ -120,7 +103,7 @@ class ResumableCsv:
         """Return the size of the leading whole lines, under this very header, of steps up to `step`."""
         size_bytes = 0
         if step == 0 or not self._path.exists():
-            return size_bytes
+            return 0
         with self._path.open("rb") as lines:
             for number, line in enumerate(lines):
                 first = line.partition(b",")[0]
@@ -134,11 +117,7 @@ class ResumableCsv:
 
 
 class CsvLog(ResumableCsv):
-    """Metrics as a CSV file with the columns of `LogRow`.
-
-    Args:
-        path: file; a new training replaces it.
-    """
+    """Metrics as a CSV file with the columns of `LogRow`; a new training replaces it."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path, tuple(field.name for field in fields(LogRow)))
@@ -149,13 +128,7 @@ class CsvLog(ResumableCsv):
 
 
 class TensorBoardLog:
-    """Metrics as TensorBoard scalars by step.
-
-    Args:
-        folder: log folder.
-    Raises:
-        MissingExtraError: TensorBoard is not installed.
-    """
+    """Metrics as TensorBoard scalars by step, in a log folder. Raises MissingExtraError without TensorBoard."""
 
     def __init__(self, folder: str | Path) -> None:
         with needs_extra("tensorboard", "a TensorBoard log"):
@@ -188,10 +161,8 @@ class TensorBoardLog:
 class PairRecord(ResumableCsv):
     """A CSV file with a row for each sample of each epoch: evidence that it was trained on with its own target.
 
-    The columns are the step, the epoch, the sample's id, and a BLAKE2b digest of its target as the loss sees it.
-
-    Args:
-        path: file; a new training replaces it.
+    The columns are the step, the epoch, the sample's id, and a BLAKE2b digest of its target as the loss sees it. A new
+    training replaces the file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -205,4 +176,4 @@ class PairRecord(ResumableCsv):
 
 def target_digest(row: bytes) -> str:
     """Return the digest that a `PairRecord` holds of a target's float32 logits: 16 hex digits."""
-    return hashlib.blake2b(row, digest_size=_DIGEST_BYTES).hexdigest()
+    return hashlib.blake2b(row, digest_size=8).hexdigest()

@@ -15,8 +15,7 @@ import numpy as np
 
 from softlabels.errors import CheckpointMismatchError
 from softlabels.extras import needs_extra
-from softlabels_client.data.dataset import SoftTargetDataset
-from softlabels_client.data.sampler import data_identity
+from softlabels_client.data.dataset import SoftTargetDataset, data_identity
 from softlabels_client.training.settings import DistillSettings
 
 with needs_extra("torch", "training a student"):
@@ -26,28 +25,20 @@ with needs_extra("torch", "training a student"):
 CHANGEABLE = ("device", "workers")
 """Settings that may change on resume; on another device the weights are no longer the same to the bit."""
 
-_NUMPY_SEEDS = 2**32
-"""`numpy.random.seed` takes seeds below this."""
-
 
 @dataclass(kw_only=True)
 class TrainingState:
     """Progress of a training; a checkpoint holds all of it.
 
     Attributes:
-        step: optimizer steps done.
-        epoch: current epoch, from 0.
         cursor: samples of the current epoch that were trained on.
         sums: [4] over the epoch's rows so far, on the device; see `softlabels_client.training.step.batch_sums`.
         logged_sums: `sums` at the last row of the log, if that was in this epoch.
         logged_samples: samples trained on at the last row of the log, over all epochs.
         losses, divergences, accuracies: means over each finished epoch.
-        errors: results of all evaluations.
-        test_samples: labelled samples of the last evaluation, if it counted errors.
-        best_errors: lowest of `errors`.
-        best_weights: the student's `state_dict` at that evaluation, on the host; None unless they are to be kept.
+        errors: results of all evaluations; `test_samples` is how many samples the last one tested, if it counted errors.
+        best_weights: the student's `state_dict` at the best evaluation, on the host; None unless they are to be kept.
         stale: evaluations since the best one.
-        stopped: whether early stopping ended the training.
         seconds: time spent by earlier processes.
     """
 
@@ -103,13 +94,9 @@ class TrainingState:
         self.sums.zero_()
         self.logged_sums.zero_()
 
-    def tree(self) -> dict[str, Any]:
-        """Return the state as `softlabels_client.training.checkpoint` stores it."""
-        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-
     @classmethod
     def from_tree(cls, tree: dict[str, Any], device: torch.device) -> TrainingState:
-        """Return the state that `tree` described, in a checkpoint of format 1 or 2."""
+        """Return the state whose fields a checkpoint of format 1 or 2 holds."""
         state = cls.initial(device)
         for name in ("sums", "logged_sums"):
             # Format 1 has the sums of loss and KL alone, and no accuracies.
@@ -141,14 +128,6 @@ def load_student(student: nn.Module, tree: dict[str, Any]) -> None:
             buffer.copy_(tree["hidden_buffers"][name])
 
 
-def copied_weights(student: nn.Module) -> dict[str, Any]:
-    """Return a copy of the student's `state_dict` in the host's memory."""
-    return {
-        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-        for name, value in student.state_dict().items()
-    }
-
-
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Load an optimizer's state, each tensor in the type that it had."""
     optimizer.load_state_dict(saved)
@@ -167,7 +146,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     before = rng_states(device)
     try:
         random.seed(seed)
-        np.random.seed(seed % _NUMPY_SEEDS)
+        np.random.seed(seed % 2**32)  # it takes no larger seed
         torch.manual_seed(seed)
         yield
     finally:
@@ -216,11 +195,7 @@ def training_identity(student: nn.Module, dataset: SoftTargetDataset, settings: 
 
 
 def check_same_training(saved: dict[str, Any], current: dict[str, Any], *, where: str) -> None:
-    """Raise unless a checkpoint's identity is the current one.
-
-    Raises:
-        CheckpointMismatchError: it is a checkpoint of another training; the message names what differs.
-    """
+    """Raise CheckpointMismatchError, naming what differs, unless a checkpoint's identity is the current one."""
     differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if not differing:
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from softlabels.store import LocalRows
-from softlabels_client.cache.row_records import record_bytes
+from softlabels_client.cache.row_records import record_type
 from softlabels_client.cache.row_table import shape_within
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "cache.md"
@@ -45,7 +45,7 @@ def test_the_files_are_those_of_the_page(kind: str, stores: dict[str, Path]) -> 
     assert set(shape.sizes) == {"rows", "index"} | ({"ids"} if kind == "strings" else set())
     assert all(f"/{name} " in text for name in ("rows", "index", "ids", "in-use", "writing", "lock", "table.json"))
     words = (8 + 24 + 8) + (8 + 8) + (16 + 8)  # the key and six f32, a label, a fingerprint, each with its checksum
-    assert record_bytes(shape.fields) == words
+    assert record_type(shape.fields).itemsize == words
     assert shape.sizes["rows"] == 120 * words
     assert shape.sizes["index"] == (8 + 120 * 8 if kind == "dense" else 8 + 180 * 16)
     assert shape.sizes.get("ids", 0) == (0 if kind == "dense" else 120 * (8 + 32 + 8))

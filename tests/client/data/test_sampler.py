@@ -21,7 +21,8 @@ import softlabels
 from softlabels.errors import ConflictError, FingerprintMismatchError, RequestError, StoreChangedError
 from softlabels.transfer_set import ArrayTransferSet, Samples
 from softlabels_client import SoftTargetDataset, data_loader
-from softlabels_client.data.sampler import EpochDistributedSampler, EpochSampler, data_identity
+from softlabels_client.data.dataset import data_identity
+from softlabels_client.data.sampler import EpochDistributedSampler, EpochSampler
 
 DIGEST = "a" * 64
 

@@ -24,7 +24,7 @@ from softlabels.errors import (
 )
 from softlabels.transfer_set import ArrayTransferSet, Samples
 from softlabels_client import SoftTargetStream, StatefulLoader, stream_loader
-from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.data.loader import DistillationBatch
 
 # torch warns of more workers than cores; some of these tests want more wherever they run.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

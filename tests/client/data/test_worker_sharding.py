@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import softlabels
 from softlabels.order import EpochConfig
-from softlabels_client.data.sampler_state import EpochProgress
+from softlabels_client.data.sampler import EpochProgress
 from softlabels_client.data.stream_dataset import _WorkerShard
 
 SAMPLES = 200

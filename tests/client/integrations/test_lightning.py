@@ -18,7 +18,7 @@ import softlabels
 from softlabels.errors import ConflictError, ShapeMismatchError, StoreChangedError
 from softlabels.losses import DistillationLoss
 from softlabels_client import SoftTargetDataset, SoftTargetStream, StatefulLoader, data_loader, stream_loader
-from softlabels_client.data.distillation_batch import DistillationBatch
+from softlabels_client.data.loader import DistillationBatch
 from softlabels_client.integrations.lightning import DistillationModule, SoftTargetDataModule
 
 # Lightning warns of what it deprecates in torch, of few workers and of checkpoints that it overwrites.
