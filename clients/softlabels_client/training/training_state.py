@@ -36,7 +36,7 @@ class TrainingState:
         logged_sums: `sums` at the last row of the log, if that was in this epoch.
         logged_samples: samples trained on at the last row of the log, over all epochs.
         losses, divergences, accuracies: means over each finished epoch.
-        errors: results of all evaluations; `test_samples` is how many samples the last one tested, if it counted errors.
+        errors: results of all evaluations; `test_samples`: how many the last one tested, if it counted errors.
         best_weights: the student's `state_dict` at the best evaluation, on the host; None unless they are to be kept.
         stale: evaluations since the best one.
         seconds: time spent by earlier processes.
