@@ -139,7 +139,8 @@ def verify_store(
 
     report = verify(store, sample=sample, every_fault=all, show=track)
     agreement: dict[str, object] = {}
-    if against_teacher is not None and report.sound:
+    damaged = not report.sound
+    if against_teacher is not None and not damaged:
         from softlabels.precompute import load_job
         from softlabels.precompute.checks.verify_teachers import verify_against_teachers
 
@@ -148,6 +149,8 @@ def verify_store(
         print(json_library.dumps({**report.to_json(), **({"agreement": agreement} if agreement else {})}, indent=2))
     else:
         print("\n".join(_verified(report, store)))
+        if against_teacher is not None and damaged:
+            print("the teachers were not asked: mend the store first")
     return 0 if report.sound else 1
 
 
@@ -161,6 +164,8 @@ def _verified(report: Report, where: Path) -> list[str]:
     lines += [f"  {fault}" for fault in report.faults]
     if any(fault.kind not in ("unfinished", "agreement") for fault in report.faults):
         lines.append(f"repair with: softlabels repair {where}")
+    elif any(fault.kind == "agreement" for fault in report.faults):
+        lines.append("every stored byte is as it was written: `softlabels repair` has nothing to mend here")
     return lines
 
 

@@ -28,10 +28,11 @@ from softlabels.store.safe_open import open_committed, safe_open
 from softlabels.store.sample_index import DenseIdIndex, SortedIdIndex, ids_of_rows
 from softlabels.transfer_set import UNLABELLED, FingerprintSum, sample_fingerprints
 
-FaultKind = Literal["missing", "checksum", "document", "contents", "stray", "unfinished"]
+FaultKind = Literal["missing", "checksum", "document", "contents", "stray", "unfinished", "agreement"]
 """missing: a file is gone, short or unreadable. checksum: bytes are not what was written. document: a plan, manifest or
 receipt is invalid. contents: bytes are as written, but their values are invalid. stray: a file that neither the
-manifest nor a receipt lists. unfinished: nothing is damaged, the store is not complete yet."""
+manifest nor a receipt lists. unfinished: nothing is damaged, the store is not complete yet. agreement: the bytes are as
+written, but a job's data or teachers are not those of the store."""
 
 ROW_MAX_TOLERANCE = 0.1
 """Nats. Rows are stored with their largest logit at 0, and no encoding that can be re-tempered moves it further."""

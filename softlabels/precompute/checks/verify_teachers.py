@@ -36,16 +36,26 @@ LEAST_COSINE = 0.9999
 _FEWEST_SAMPLES = 4
 """Of views and sequences, which have many rows each."""
 
+_NAMED_ROWS = 5
+"""Row numbers that a fault names; its message says how many there are."""
+
 _BLOCK_ENTRIES = 1 << 23
 """Entries compared at once, in a few float64 temporaries of 64 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherAgreement:
-    """How many samples and rows were compared, and how similar stored and fresh targets are (cosine, as encoded)."""
+    """How many samples and rows were compared, and how similar stored and fresh targets are (cosine, as encoded).
+
+    Attributes:
+        other_inputs: rows whose input is not the one that the store was made from; their targets are not compared.
+        other_targets: rows of the others whose target has a cosine below `LEAST_COSINE`.
+    """
 
     samples: int
     rows: int
+    other_inputs: int
+    other_targets: int
     least_cosine: float
     mean_cosine: float
 
@@ -71,7 +81,7 @@ def verify_against_teachers(
 
     Args:
         job: job with the teachers, transfer set, views and sequences; its own store is not read.
-        report: report of `verify`; every row whose input or target differs is added as a fault.
+        report: report of `verify`; gets one fault of kind "agreement" where inputs differ, and one where targets do.
         samples, seed: how many samples to draw, and the seed; when None, as many as have about `SAMPLED_ROWS` rows.
         transfer_set, teachers: given where they live in this process already.
     Raises:
@@ -95,39 +105,79 @@ def verify_against_teachers(
     lengths = layout.views if ensemble.rows.table is None else ensemble.rows.table.lengths[positions]
     with show(int(np.broadcast_to(lengths, positions.shape).sum()), "run the teachers again", "rows") as progress:
         for batch in ensemble.rows.samples(positions, job.run.pilot_batch_size):
-            report.faults += comparison.faults(batch)
+            comparison.add(batch)
             progress.advance(batch.rows)
+    report.faults += comparison.faults()
+    cosines = np.concatenate(comparison.cosines)
     return TeacherAgreement(
         samples=len(positions),
-        rows=len(comparison.cosines),
-        least_cosine=min(comparison.cosines),
-        mean_cosine=float(np.mean(comparison.cosines)),
+        rows=len(cosines),
+        other_inputs=int(sum(map(len, comparison.other_inputs))),
+        other_targets=int(sum(map(len, comparison.other_targets))),
+        least_cosine=float(cosines.min()),
+        mean_cosine=float(cosines.mean()),
     )
 
 
 class _Comparison:
-    """Compares batches of fresh rows with stored ones; `cosines` collects the similarity of each row."""
+    """Compares batches of fresh rows with stored ones.
+
+    Attributes:
+        cosines: similarity of each row, one array a batch.
+        other_inputs, other_targets: numbers of the rows that differ, one array a batch; a row of another input is not
+            counted among the targets, since what the teachers make of it says nothing about them.
+    """
 
     def __init__(self, stored: LocalRows, ensemble: TeacherEnsemble) -> None:
         self._stored, self._ensemble, self._rows = stored, ensemble, ensemble.rows
-        self.cosines: list[float] = []
+        self.cosines: list[NDArray[np.float64]] = []
+        self.other_inputs: list[NDArray[np.int64]] = []
+        self.other_targets: list[NDArray[np.int64]] = []
 
-    def faults(self, batch: RowBatch) -> list[Fault]:
-        """Return the differences in a batch, with the rows' numbers in the store."""
+    def add(self, batch: RowBatch) -> None:
+        """Run the teachers on a batch and record how it differs from the store."""
         stored, other_R = self._stored_rows(batch)
-        found = [_fault(row, "its input is not the one that the teachers saw") for row in batch.numbers[other_R]]
         kind = self._stored.encoding.row_kind
         outputs = self._ensemble.run(batch, row_kind=kind)
         fresh = self._ensemble.rows_to_store(outputs, self._stored.manifest, row_kind=kind)
         cosine_R = np.concatenate([self._cosines(stored, fresh, batch, part) for part in self._parts(batch)])
         if kind == "hidden_states":
             cosine_R = np.minimum(cosine_R, self._head_cosines(fresh, batch))
-        self.cosines += cosine_R.tolist()
-        return found + [
-            _fault(row, f"the teachers give another target now (cosine {cosine:.6f})")
-            for row, cosine in zip(batch.numbers, cosine_R.tolist(), strict=True)
-            if not cosine >= LEAST_COSINE  # NaN is a fault too
+        self.cosines.append(cosine_R)
+        self.other_inputs.append(batch.numbers[other_R])
+        self.other_targets.append(batch.numbers[~(cosine_R >= LEAST_COSINE) & ~other_R])  # NaN is a fault too
+
+    def faults(self) -> list[Fault]:
+        """Return one fault for the inputs that differ and one for the targets, each with what helps."""
+        total, lowest = sum(map(len, self.cosines)), min(float(part.min()) for part in self.cosines)
+        inputs = (
+            "their input is not the one that the teachers saw: the job's data, views or their libraries are not those "
+            "of the store; give the job that the store was made with, and its data"
+        )
+        targets = (
+            f"the teachers give another target now (lowest cosine {lowest:.6f}): {self._changed_teachers()}; give the "
+            "teachers that the store was made with, or precompute another store with these"
+        )
+        found = []
+        for numbers, message in ((self.other_inputs, inputs), (self.other_targets, targets)):
+            rows = np.sort(np.concatenate(numbers))
+            if len(rows):
+                shown = ", ".join(map(str, rows[:_NAMED_ROWS].tolist())) + (" …" if len(rows) > _NAMED_ROWS else "")
+                message = f"{len(rows)} of {total} rows compared ({shown}): {message}"
+                found.append(Fault(kind="agreement", message=message, rows=(int(rows[0]), int(rows[-1]))))
+        return found
+
+    def _changed_teachers(self) -> str:
+        """Return what the manifest records of the teachers and these do not have."""
+        pairs = enumerate(zip(self._stored.manifest.teachers, self._ensemble.teachers, strict=True))
+        changed = [
+            f"teacher {number} ({was.name}) has another {name}"
+            for number, (was, teacher) in pairs
+            for name in was.__struct_fields__
+            if getattr(was, name) not in (None, getattr(teacher.spec, name))
         ]
+        unchanged = "what the manifest records of them is the same, so compare library versions, device and precision"
+        return ", ".join(changed) or unchanged
 
     def _stored_rows(self, batch: RowBatch) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
         """Return what these rows hold in the store, and which of them were made of another input."""
@@ -204,7 +254,3 @@ def _cosine(logits_RC: Tensor, other_RC: Tensor) -> Tensor:
 def _described(layout: RowLayout) -> str:
     what = {"single": "one row per sample", "views": f"{layout.views} views per sample", "sequences": "sequences"}
     return what[layout.kind]
-
-
-def _fault(row: np.int64, message: str) -> Fault:
-    return Fault(kind="contents", message=message, rows=(int(row), int(row)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,11 @@ class TestAgainstTeacher:
         save_file({name: 1.3 * tensor for name, tensor in state.items()}, job_folder / "a.safetensors")
         command = ["verify", str(job_folder / "store"), "--against-teacher", str(job_folder / "job.toml")]
         assert main(command) == 1
-        assert "the teachers give another target" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "the teachers give another target" in printed
+        assert re.search(r"teacher 0 \(.*\) has another weights_sha256", printed)
+        assert "repair with" not in printed, "the stored bytes are intact: repair finds nothing"
+        assert len(printed.splitlines()) == 3
 
     def test_other_data_are_found_out(self, job_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A transfer set that changed after the job: exit code 1."""
@@ -46,7 +52,28 @@ class TestAgainstTeacher:
         )
         command = ["verify", str(job_folder / "store"), "--against-teacher", str(job_folder / "other.toml")]
         assert main(command) == 1
-        assert "not the one that the teachers saw" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "not the one that the teachers saw" in printed
+        assert "give another target" not in printed, "what the teachers make of other inputs says nothing about them"
+        assert len(printed.splitlines()) == 3
+        assert main([*command, "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert [fault["kind"] for fault in found["faults"]] == ["agreement"]
+        assert found["agreement"]["other_inputs"] > 0
+        assert found["agreement"]["other_targets"] == 0
+
+    def test_a_damaged_store_is_mended_before_the_teachers_are_asked(
+        self, job_folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Damage is reported with `repair`, and that the teachers were not run."""
+        precompute(load_job(job_folder / "job.toml"))
+        (job_folder / "store" / "stray" / "x").mkdir(parents=True)
+        (job_folder / "store" / "stray" / "x" / "y").write_bytes(b"0")
+        command = ["verify", str(job_folder / "store"), "--against-teacher", str(job_folder / "job.toml")]
+        assert main(command) == 1
+        printed = capsys.readouterr().out
+        assert "repair with" in printed
+        assert "the teachers were not asked" in printed
 
 
 TOKENS = """
