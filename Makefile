@@ -2,7 +2,10 @@
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
-PYTEST := .venv/bin/python -m pytest -m "not slow and not faults"
+PYTEST := .venv/bin/python -m pytest
+# Two processes, a file of tests each: most tests wait for processes that they start. docs/adr/0028-tests-in-two-processes.md
+TOGETHER = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not faults and not alone"
+ALONE = $(PYTEST) -m "alone and not slow and not faults"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -48,10 +51,11 @@ demo: install ## the main job, real: train teachers on MNIST, store, serve, dist
 	.venv/bin/softlabels demo
 
 test: install ## the whole test suite, without what is marked slow or faults
-	$(PYTEST)
+	$(TOGETHER)
+	$(ALONE)
 
 test-quick: install ## the tests that need no server process, no wheel and no training
-	$(PYTEST) -q --ignore=tests/e2e --ignore=tests/packaging
+	$(TOGETHER) -q --ignore=tests/e2e --ignore=tests/packaging
 
 faults: install ## kill writers, fail system calls, flip bits: some thousand faults, minutes (needs strace for some)
 	.venv/bin/python -m pytest -m faults tests/faults -q -rs

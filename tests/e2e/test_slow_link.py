@@ -130,6 +130,7 @@ def go_through(store: TargetStore, epoch: int, *, step_s: float = 0.0) -> float:
     return seconds
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("far", SIZES, indirect=True)
 class TestSlowLink:
     def test_the_first_epoch_at_the_links_speed_and_the_second_from_the_disk(self, far: Far, tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ import numpy as np
 from msgspec.structs import replace
 
 from softlabels.audit import Audit
-from softlabels.encodings import make_encoding
+from softlabels.encodings import Encoding, make_encoding
+from softlabels.encodings.hidden import hidden_encoding
 from softlabels.errors import SoftLabelsError
-from softlabels.manifest import IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
+from softlabels.manifest import ArraySpec, IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.store import SampleTable, StoreWriter, plan_store
 from softlabels.store.copies import merge
 from softlabels.store.repair import repair
@@ -50,6 +51,24 @@ KINDS = (
     "zarr-sequences",
 )
 
+MORE_KINDS = (
+    "zarr-wide",
+    "hdf5-wide",
+    "zarr-topk",
+    "hdf5-topk",
+    "zarr-hidden",
+    "hdf5-hidden",
+    "zarr-blosc",
+    "zarr-inputs",
+    "hdf5-inputs",
+    "hdf5-views",
+    "hdf5-sequences",
+)
+"""Kinds for generated faults: rows of several cache lines, several arrays a row, learnt arrays, kept inputs."""
+
+WIDE, HIDDEN = 160, 4
+"""Classes of a wide row, 320 bytes as f16; width of a hidden state."""
+
 
 class Kind:
     """Contents of a kind of store.
@@ -57,15 +76,26 @@ class Kind:
     Args:
         name: container, and what is special about the store.
         seed: random seed of the logits.
+        temperature: default temperature; another one makes another plan, as an earlier version of the store has.
     """
 
-    def __init__(self, name: str, seed: int = 0) -> None:
-        self.name, self.seed = name, seed
+    def __init__(self, name: str, seed: int = 0, temperature: float = 4.0) -> None:
+        self.name, self.seed, self.temperature = name, seed, temperature
         self.container, _, self.special = name.partition("-")
         self.members = 3 if self.special == "members" else None
         self.views = 3 if self.special == "views" else 1
         self.sequences = self.special == "sequences"
-        self.encoding = make_encoding("f16", classes=CLASSES)
+        self.classes = WIDE if self.special == "wide" else CLASSES
+
+    @cached_property
+    def encoding(self) -> Encoding:
+        """The encoding of its rows."""
+        if self.special == "topk":
+            return make_encoding("topk", classes=self.classes, params={"k": 3})
+        if self.special == "hidden":
+            head = np.random.default_rng(3).normal(size=(self.classes, HIDDEN)).astype(np.float16)
+            return hidden_encoding(head.astype(np.float32), kept_as="f32")
+        return make_encoding("f16", classes=self.classes)
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -96,12 +126,14 @@ class Kind:
         if self.views > 1:
             more["views"] = ViewSpec(transform="m:f", parameters=("angle",))
             more["layout"] = RowLayout(kind="views", samples=SAMPLES, rows=SAMPLES * self.views, views=self.views)
+        if self.special == "inputs":
+            more["inputs"] = ArraySpec(dtype="<f4", row_shape=(5,))
         plan = plan_store(
             name="t",
             samples=SAMPLES,
             ids=spec if self.special in ("str", "views", "int", "sequences") else IdSpec(kind="int", dense_start=0),
             encoding=self.encoding,
-            temperature=TemperatureSpec(default=4.0, captured=1.0, locked=False),
+            temperature=TemperatureSpec(default=self.temperature, captured=1.0, locked=False),
             mean="geometric" if self.members else "none",
             teachers=(),
             transfer_set=TransferSetSpec(name="x", source="x:y", arguments={}, labelled=True),
@@ -110,39 +142,56 @@ class Kind:
             rows_per_chunk=ROWS_PER_CHUNK,
             **more,
         )
-        compression = self.special if self.special in ("zstd", "gzip") else None
+        compression = self.special if self.special in ("zstd", "gzip", "blosc") else None
         return replace(plan, shards=replace(plan.shards, compression=compression))
 
     def logits(self, rows: range) -> np.ndarray:
         """logits of these rows of the store, exact in f16, row maxima 0: [rows, (members,) classes]."""
         axis = (self.members,) if self.members else ()
-        found = np.random.default_rng([self.seed, rows.start]).normal(size=(len(rows), *axis, CLASSES))
+        found = np.random.default_rng([self.seed, rows.start]).normal(size=(len(rows), *axis, self.classes))
         halves = (found * 4).astype(np.float16)
         return (halves - halves.max(axis=-1, keepdims=True)).astype(np.float32)
+
+    def encoded(self, rows: range) -> dict[str, np.ndarray]:
+        """The encoding's arrays of these rows."""
+        if self.special == "hidden":
+            hidden = np.random.default_rng([self.seed, rows.start]).normal(size=(len(rows), HIDDEN))
+            return dict(self.encoding.encode(hidden.astype(np.float32)))
+        if self.special == "topk":
+            return dict(self.encoding.encode(self.logits(rows)))
+        return {"targets": self.logits(rows).astype("<f2")}
+
+    @cached_property
+    def inputs(self) -> np.ndarray:
+        """Every sample itself, [samples, 5]."""
+        return np.random.default_rng(2).normal(size=(SAMPLES, 5)).astype(np.float32)
 
     def contents(self, rows: range) -> dict[str, Any]:
         """What a claim of these rows is to commit."""
         logits = self.logits(rows)
         positions = np.arange(rows.start, rows.stop) // self.views
         audit = Audit((1.0,))
-        flat = logits.reshape(-1, CLASSES)
+        flat = logits.reshape(-1, self.classes)
         audit.add(flat, flat, captured=1.0)
         found: dict[str, Any] = {
-            "encoded": {"targets": logits.astype("<f2")},
+            "encoded": self.encoded(rows),
             # Most labels are class 0, so that whole chunks are zeros.
-            "labels": np.where(positions < 70, 0, positions % CLASSES),
+            "labels": np.where(positions < 70, 0, positions % self.classes),
             "audit": audit.to_json(),
         }
         if not self.sequences:
             found["ids"] = self.ids[positions]
             found["fingerprints"] = sample_fingerprints(np.arange(rows.start, rows.stop)[:, None])
+        if self.special == "inputs":
+            found["inputs"] = self.inputs[positions]
+            found["fingerprints"] = sample_fingerprints(found["inputs"])
         if self.views > 1:
             found["view_parameters"] = np.arange(rows.start, rows.stop, dtype=np.float64)[:, None]
         return found
 
     def writer(self, root: Path) -> StoreWriter:
         """A writer of the store at `root`, created now or before."""
-        return StoreWriter.create(root, self.plan, table=self.table)
+        return StoreWriter.create(root, self.plan, table=self.table, encoding=self.encoding)
 
     def commit(self, writer: StoreWriter, shard: int) -> None:
         """Write one shard."""

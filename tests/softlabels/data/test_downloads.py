@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     served = tmp_path / "mirror"
     served.mkdir()
     for name, content in CONTENTS.items():
-        (served / f"{name}.gz").write_bytes(gzip.compress(content))
+        (served / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
     return served
 
 
@@ -80,7 +80,7 @@ class TestFolders:
         """Either form, and the location is named."""
         for name, content in CONTENTS.items():
             if gzipped:
-                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
             else:
                 (tmp_path / name).write_bytes(content)
         found = fetch_files("SET", FILES, [local("here", tmp_path)])
@@ -101,7 +101,7 @@ class TestFolders:
         assert "images has SHA-256" in found.failures[0]
 
     @pytest.mark.parametrize(
-        "damage", [b"", b"no gzip", gzip.compress(b"other"), gzip.compress(CONTENTS["images"])[:-9]]
+        "damage", [b"", b"no gzip", gzip.compress(b"other", mtime=0), gzip.compress(CONTENTS["images"], mtime=0)[:-9]]
     )
     def test_a_bad_gzip_file_is_an_error_not_a_traceback(self, tmp_path: Path, damage: bytes) -> None:
         """Empty, another format, other content, truncated."""
@@ -137,10 +137,10 @@ class TestMirrors:
     @pytest.mark.parametrize(
         ("reply", "words"),
         [
-            (gzip.compress(CONTENTS["images"])[:-10], "not a whole gzip file"),
+            (gzip.compress(CONTENTS["images"], mtime=0)[:-10], "not a whole gzip file"),
             (b"<html>Please log in to the hotel's network</html>", "login page"),
             (gzip.compress(bytes(100_000_000)), FILES["images"]),
-            (gzip.compress(b"x"), FILES["images"]),
+            (gzip.compress(b"x", mtime=0), FILES["images"]),
         ],
     )
     def test_a_wrong_reply_leaves_nothing_behind(

@@ -1,0 +1,3 @@
+"""Generated faults: layers times operations, tried by readers, servers, clients and commands."""
+
+from __future__ import annotations
