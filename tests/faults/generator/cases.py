@@ -1,4 +1,4 @@
-"""Cases: every pair of layer and operation with everything that observes it; each follows from the seed and a number."""
+"""Cases: every pair of layer and operation with all that observes it; each follows from the seed and a number."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Bench:
     """What cases run on: the stores, shared, and a folder and a server of the worker's own."""
 
     def __init__(self, folder: Path) -> None:
-        global _SHELF  # noqa: PLW0603 the combinations depend on what files the stores have
+        global _SHELF
         self.shelf = _SHELF = Shelf(folder / "made")
         self.folder = folder
         self._server: Server | None = None
@@ -88,9 +88,7 @@ def combinations(only: str = "") -> list[Combination]:
     return [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]
 
 
-def run_case(
-    bench: Bench, seed: int, number: int, layer: str, operation: str, observer: str
-) -> tuple[Verdict, str]:
+def run_case(bench: Bench, seed: int, number: int, layer: str, operation: str, observer: str) -> tuple[Verdict, str]:
     """Run one case; return its verdict and what was done, in words."""
     rng = np.random.default_rng([seed, number])
     verdict = Verdict()

@@ -1,4 +1,4 @@
-"""Commands on a damaged store: verify, repair, merge, convert, resume; nothing wrong is ever published or left unsaid."""
+"""Commands on a damaged store: verify, repair, merge, convert, resume; nothing wrong is published or left unsaid."""
 
 from __future__ import annotations
 
@@ -179,5 +179,3 @@ COMMANDS: dict[str, Callable[[Commands, Verdict], None]] = {
     "convert": Commands.convert,
     "resume": Commands.resume,
 }
-
-

@@ -204,9 +204,7 @@ def run_disk_case(
     fault.unites = observer in ("merge", "resume")
     if observer == "resume":
         # A shard is still to be computed.
-        fault.base = {
-            path: raw for path, raw in stores.trees["begun"].items() if layer_of(path) in shelf.kinds_with
-        }
+        fault.base = {path: raw for path, raw in stores.trees["begun"].items() if layer_of(path) in shelf.kinds_with}
         if not any(layer_of(path) == layer for path in fault.base):
             fault.base = {path: raw for path, raw in fault.stores.trees["current"].items() if path != "manifest.json"}
         if not any(layer_of(path) == layer for path in fault.base):

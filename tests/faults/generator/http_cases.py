@@ -276,7 +276,9 @@ def run_http_case(
     fault = NetworkFault(rng, network, stores, layer, operation)
     questions = Questions(rng, stores.models[stores.digests["current"]])
     # A description of another store, whole, opens that store: what it says is then right of that one.
-    models = {digest: model for name in (*KINDS, *WITH_CONSTANTS) for digest, model in shelf.stores(name).models.items()}
+    models = {
+        digest: model for name in (*KINDS, *WITH_CONSTANTS) for digest, model in shelf.stores(name).models.items()
+    }
     reader = HttpReader(network.url(kind), cache, stores, questions, observer, models)
     proxy = network.proxy
     proxy.tampering = fault.honest()
@@ -320,4 +322,3 @@ def _read_honestly(proxy: Proxy, fault: NetworkFault, reader: HttpReader, verdic
         reader.read(again)
     verdict.wrong += again.wrong
     verdict.wrong += [f"an honest reply is refused afterwards: {code}" for code in sorted(set(again.codes))]
-

@@ -3,7 +3,7 @@
     python -m tests.faults.generator.run --count 20000 --seed 7 --processes 2
     python -m tests.faults.generator.run --seed 7 --case 1234          # one case again, in this process
 
-A worker that dies, or is silent for long, makes the case that it had begun a wrong one; another worker goes on after it.
+A worker that dies, or is silent for long, makes the case that it had begun a wrong one; another goes on after it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-
 from tests.faults.generator.cases import Bench, combinations, run_case
 from tests.faults.generator.judging import VOID, WRONG
 from tests.faults.generator.layers import pairs
@@ -31,6 +30,9 @@ CASE_LIMIT_S = 60.0
 """A case takes milliseconds; one that waits this long hangs."""
 
 SHOWN = 40
+
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""A folder in memory, where fsync is free."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +88,10 @@ BENCH: Bench | None = None
 
 def run(count: int, seed: int, *, processes: int = 2, only: str = "", first: int = 0) -> list[Result]:
     """Run `count` cases and return what came of each, in order."""
-    global BENCH  # noqa: PLW0603 workers inherit the stores by fork
-    folder = Path(tempfile.mkdtemp(prefix="softlabels-generated-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    global BENCH
+    folder = Path(
+        tempfile.mkdtemp(prefix="softlabels-generated-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    )
     BENCH = Bench(folder)
     results: dict[int, Result] = {}
     try:
@@ -186,7 +190,10 @@ def report(results: list[Result], seed: int, seconds: float) -> str:
     for result in results:
         table[result.layer][result.outcome] += 1
     words = ("right", "refused", "harmless", "void", WRONG)
-    lines = [f"{len(results)} cases, seed {seed}, {seconds:.0f} s", f"{'layer':24}" + "".join(f"{w:>10}" for w in words)]
+    lines = [
+        f"{len(results)} cases, seed {seed}, {seconds:.0f} s",
+        f"{'layer':24}" + "".join(f"{w:>10}" for w in words),
+    ]
     lines += [f"{layer:24}" + "".join(f"{found[w]:>10}" for w in words) for layer, found in sorted(table.items())]
     total = Counter(result.outcome for result in results)
     lines.append(f"{'all':24}" + "".join(f"{total[w]:>10}" for w in words))
@@ -213,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     began = time.monotonic()
     if options.case is not None:
-        folder = Path(tempfile.mkdtemp(prefix="softlabels-generated-", dir="/dev/shm"))
+        folder = Path(tempfile.mkdtemp(prefix="softlabels-generated-", dir=MEMORY))
         bench = Bench(folder)
         bench.settle(folder / "worker")
         try:
@@ -232,6 +239,3 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-

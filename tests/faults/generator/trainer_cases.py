@@ -27,6 +27,9 @@ CACHED = ("zarr", "hdf5-int", "zarr-str", "zarr-views", "zarr-wide", "zarr-input
 WITH_IDS = ("hdf5-int", "zarr-str", "zarr-views")
 """Kinds whose cache has a file of ids."""
 
+NOT_TRAINED = ("zarr-views", "zarr-members")
+"""Kinds that the student here cannot be trained on."""
+
 CHECKPOINTED = ("zarr", "hdf5-int")
 
 CACHE_OBSERVERS = ("cache", "distill")
@@ -127,13 +130,18 @@ class _Fault:
 
 
 def run_cache_case(
-    shelf: Shelf, disk: TrainersDisk, place: Place, rng: Rng, layer: str, operation: str, observer: str, verdict: Verdict
+    shelf: Shelf,
+    disk: TrainersDisk,
+    place: Place,
+    rng: Rng,
+    layer: str,
+    operation: str,
+    observer: str,
+    verdict: Verdict,
 ) -> str:
     """Run one case of a damaged cache: rows are right, and none is refused; it only saves requests."""
-    kinds = [kind for kind in (WITH_IDS if layer == "cached ids" else CACHED) if observer != "distill" or "views" not in kind]
-    if observer == "distill":
-        kinds = [kind for kind in kinds if kind != "zarr-members"]
-    kind = str(rng.choice(kinds))
+    kinds = WITH_IDS if layer == "cached ids" else CACHED
+    kind = str(rng.choice([name for name in kinds if observer != "distill" or name not in NOT_TRAINED]))
     stores = shelf.stores(kind)
     fault = _Fault(rng, layer, lambda version: disk.cache(kind, version))
     tree = fault.tree_after(operation)
