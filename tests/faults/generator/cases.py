@@ -11,8 +11,18 @@ import numpy as np
 from tests.faults.generator.disk_cases import OBSERVERS, Shelf, kinds_for, run_disk_case
 from tests.faults.generator.http_cases import OBSERVERS as HTTP_OBSERVERS
 from tests.faults.generator.http_cases import Network, run_http_case
+from tests.faults.generator.job_cases import JobShelf, run_job_case
 from tests.faults.generator.judging import Verdict
-from tests.faults.generator.layers import CACHE_PATTERNS, CHECKPOINT, DISK_PATTERNS, HTTP_LAYERS, pairs, right_codes
+from tests.faults.generator.layers import (
+    CACHE_PATTERNS,
+    CHECKPOINT,
+    DISK_PATTERNS,
+    HTTP_LAYERS,
+    JOB_LAYERS,
+    RESUMED_LAYERS,
+    pairs,
+    right_codes,
+)
 from tests.faults.generator.readers import Place, Server
 from tests.faults.generator.trainer_cases import (
     CACHE_OBSERVERS,
@@ -21,6 +31,8 @@ from tests.faults.generator.trainer_cases import (
     run_cache_case,
     run_checkpoint_case,
 )
+
+RESUME_JOB = "resume job"
 
 Combination = tuple[str, str, str]
 """Layer, operation, observer."""
@@ -47,6 +59,7 @@ class Bench:
         self.folder = folder
         (folder / "served").mkdir(parents=True, exist_ok=True)
         self.disk = TrainersDisk(folder / "disk", self.shelf)
+        self.jobs = JobShelf(folder / "jobs")
         self._server = Server(folder / "served")
 
     def place(self, number: int) -> Place:
@@ -76,6 +89,10 @@ def combinations(only: str = "") -> list[Combination]:
         if layer in DISK_PATTERNS:
             assert _SHELF is not None
             found += [(layer, operation, who) for who in OBSERVERS if kinds_for(_SHELF, layer, who)]
+            if layer in RESUMED_LAYERS and layer in _SHELF.kinds_with and operation not in ("exchange replies",):
+                found.append((layer, operation, RESUME_JOB))
+        elif layer in JOB_LAYERS:
+            found.append((layer, operation, RESUME_JOB))
         elif layer in CACHE_PATTERNS:
             found += [(layer, operation, who) for who in CACHE_OBSERVERS if not (who == "distill" and "ids" in layer)]
         elif layer == CHECKPOINT:
@@ -97,6 +114,8 @@ def run_case(bench: Bench, seed: int, number: int, layer: str, operation: str, o
         if layer in HTTP_LAYERS:
             network = bench.network()
             told = run_http_case(network, bench.shelf, place.cache, rng, layer, operation, observer, verdict)
+        elif observer == RESUME_JOB:
+            told = run_job_case(bench.jobs, place.aside, rng, layer, operation, verdict)
         elif layer in CACHE_PATTERNS:
             told = run_cache_case(bench.shelf, bench.disk, place, rng, layer, operation, observer, verdict)
         elif layer == CHECKPOINT:

@@ -28,6 +28,15 @@ DISK_PATTERNS = {
 }
 """Layers of a store on disk, by the paths of their files; the first pattern that fits counts."""
 
+JOB_LAYERS = {
+    "transfer set file": "inputs.npy",
+    "teacher weights": "weights.safetensors",
+}
+"""Files beside a store that a continued job reads again."""
+
+RESUMED_LAYERS = ("job", "file list", "plan", "receipt", "zarr targets", "zarr fingerprints", "hdf5 shard", "row sums")
+"""Layers of the store that a real job is continued on."""
+
 CACHE_PATTERNS = {
     "cached rows": r"rows-v\d+/[0-9a-f]{64}/rows",
     "cache index": r"rows-v\d+/[0-9a-f]{64}/index",
@@ -61,7 +70,7 @@ ROUTES_WITHOUT_ROWS = {
 
 HTTP_LAYERS = (*REPLIES, *REQUESTS)
 
-LAYERS = (*DISK_PATTERNS, *CACHE_PATTERNS, CHECKPOINT, *HTTP_LAYERS)
+LAYERS = (*DISK_PATTERNS, *JOB_LAYERS, *CACHE_PATTERNS, CHECKPOINT, *HTTP_LAYERS)
 
 BYTE_OPERATIONS = (
     "flip one bit",
@@ -134,6 +143,13 @@ RIGHT_CODES: dict[str, frozenset[str]] = {
 WRITER_CODES = frozenset({"shard-conflict", "conflict", "store-exists", "rows-not-committed", "unknown-store"})
 """Codes with which commands that write refuse to mix what does not belong together."""
 
+JOB_CODES = WRITER_CODES | {
+    *("transfer-set-changed", "fingerprint-mismatch", "teacher-changed", "bad-job", "data-unavailable"),
+    *("unreadable-sample", "non-finite-logits", "teacher-shape", "bad-teacher", "encoding-range", "shape-mismatch"),
+    *("bad-ids", "bad-reference", "store-changed", "rows-not-committed"),
+}
+"""What a continued job says of data, teachers or a store that are not what it began with."""
+
 WIRE_CODES = frozenset(
     {"bad-reply", "checksum-mismatch", "truncated", "bad-manifest", "store-changed", "unreachable", "format-version"}
 )
@@ -150,6 +166,8 @@ def right_codes(layer: str, operation: str, observer: str) -> frozenset[str]:
     """Return the codes that a refusal may have: those that name the layer, and `store-changed` for late changes."""
     if layer in HTTP_LAYERS:
         return WIRE_CODES | ASKING_CODES | {"error"}
+    if layer in JOB_LAYERS or observer == "resume job":
+        return DAMAGE | JOB_CODES
     codes = RIGHT_CODES.get(layer, DAMAGE)
     if operation in LATE:
         codes |= CHANGED | DAMAGE

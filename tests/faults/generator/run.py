@@ -89,9 +89,7 @@ BENCH: Bench | None = None
 def run(count: int, seed: int, *, processes: int = 2, only: str = "", first: int = 0) -> list[Result]:
     """Run `count` cases and return what came of each, in order."""
     global BENCH
-    folder = Path(
-        tempfile.mkdtemp(prefix="softlabels-generated-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-    )
+    folder = Path(tempfile.mkdtemp(prefix="softlabels-generated-", dir=MEMORY))
     BENCH = Bench(folder)
     results: dict[int, Result] = {}
     try:

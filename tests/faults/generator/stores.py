@@ -7,6 +7,7 @@ what the store of that digest was made of.
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from softlabels.documents import seal
 from softlabels.store.store_documents import load_manifest, store_digest
 from softlabels.transfer_set import ArrayTransferSet
 from tests.faults.fork_server import KINDS, MORE_KINDS, SAMPLES, Kind
@@ -28,6 +30,19 @@ Tree = dict[str, bytes]
 
 VERSIONS = {"current": (0, 4.0), "rival": (1, 4.0), "older": (2, 2.0)}
 """Random seed and default temperature of each version; the seed alone does not change the plan."""
+
+
+WITH_JOB = ("zarr", "hdf5", "zarr-str")
+"""Kinds that also have what a job leaves beside a store."""
+
+
+def job_files(seed: int) -> Tree:
+    """Return a job and a list of files as `precompute` writes them; what commands on a store do not read."""
+    facts = "".join(f"image-{number:04d}.png\t{number} {number + seed}\n" for number in range(50))
+    return {
+        "job.json": seal({"base": "/data", "store": {"path": "s"}, "run": {"seed": seed}}),
+        "transfer_set.tsv.gz": gzip.compress(facts.encode(), mtime=0),
+    }
 
 
 def read_tree(root: Path) -> Tree:
@@ -154,11 +169,15 @@ class Stores:
             root = folder / name / version
             kind.write(root)
             made._add(version, root, kind)
+            if name in WITH_JOB:
+                made.trees[version] |= job_files(seed)
         begun, kind = folder / name / "begun", Kind(name)
         writer = kind.writer(begun)
         for shard in range(kind.plan.shards.count - 1):
             kind.commit(writer, shard)
         made._add("begun", begun, kind)
+        if name in WITH_JOB:
+            made.trees["begun"] |= job_files(0)
         shutil.rmtree(folder / name)
         return made
 
