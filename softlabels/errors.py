@@ -8,13 +8,13 @@ SoftLabelsError            everything that softlabels raises on purpose
 │       UnknownStoreError, UnknownIdError
 ├── ConflictError          both sides are valid but do not belong together: find out which is right
 │       FingerprintMismatchError, ClassListMismatchError, ViewReplayError, StoreChangedError, RowsNotCommittedError,
-│       StoreExistsError, ShardClaimedError, CheckpointMismatchError, ShardConflictError
+│       StoreExistsError, ShardClaimedError, CheckpointMismatchError, ShardConflictError, StoreLockedError
 ├── DamageError            bytes are not what was written: verify, repair, resume
 │       ChecksumError, TruncatedError, ManifestError, WireError
 ├── JobError               a job that cannot run as written: correct the job file
 │       ReferenceLoadError, DataUnavailableError, UnreadableSampleError, TransferSetChangedError
 ├── TeacherError           a teacher with invalid outputs: correct the teacher
-│       TeacherShapeError, NonFiniteLogitsError
+│       TeacherShapeError, NonFiniteLogitsError, TeacherChangedError
 └── FormatVersionError, EncodingError, UnknownEncodingError, MissingExtraError, DivergenceError, PortInUseError,
         WorkerDiedError, ServerUnreachableError
 """
@@ -141,6 +141,10 @@ class ShardConflictError(ConflictError, code="shard-conflict"):
     """This shard was committed before with other contents."""
 
 
+class StoreLockedError(ConflictError, TimeoutError, code="store-locked"):
+    """Another process holds the store's lock: wait for it, or end it."""
+
+
 class CheckpointMismatchError(ConflictError, code="checkpoint-mismatch"):
     """These checkpoints are of another training: other settings, targets, data or another student."""
 
@@ -199,6 +203,10 @@ class TeacherShapeError(TeacherError, code="teacher-shape"):
 
 class NonFiniteLogitsError(TeacherError, code="non-finite-logits"):
     """A teacher's output holds NaN or Inf."""
+
+
+class TeacherChangedError(TeacherError, code="teacher-changed"):
+    """The teachers are not those of the committed shards: restore them, or start another store."""
 
 
 class EncodingError(SoftLabelsError, ValueError, code="encoding-range", status=422):
