@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from softlabels.row_sums import append_sum, crc32c, join_sums, masks, sum_of_array, sums_of_rows
+from softlabels.row_sums import (
+    append_arrays,
+    append_sum,
+    crc32c,
+    join_arrays,
+    join_sums,
+    masks,
+    sum_of_array,
+    sums_of_rows,
+)
 
 CHECK_VALUE = 0xE3069283
 """CRC-32C of b"123456789" in the catalogue of parametrised CRC algorithms."""
@@ -25,6 +34,23 @@ def test_sums_of_rows_join_to_the_sum_of_all_bytes(row_bytes: int, rows: int) ->
     sums = sums_of_rows(array)
     assert sums.tolist() == [crc32c(row.tobytes()) for row in array]
     assert join_sums(sums, row_bytes) == crc32c(array.tobytes())
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 256, 3000])
+def test_sums_of_several_arrays_join_in_the_order_of_their_bytes(rows: int) -> None:
+    """Some of the arrays, in any order; those that no sum was kept for are read."""
+    rng = np.random.default_rng(rows)
+    kept = {
+        name: rng.integers(0, 256, (rows, size), dtype=np.uint8) for name, size in zip("abc", (40, 8, 3), strict=True)
+    }
+    sums = np.stack([sums_of_rows(array) for array in kept.values()], axis=1)
+    assert join_arrays(sums, ((2, 3), (0, 40))) == crc32c(kept["c"].tobytes() + kept["a"].tobytes())
+    read = np.arange(7, dtype=">i4")
+    for names in ("cab", "crb", "r", "b"):
+        arrays = {name: read if name == "r" else kept[name] for name in names}
+        joined = b"".join(array.astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays.values())
+        for known in (sums, None):
+            assert append_arrays(crc32c(b"before"), arrays, known, "abc") == crc32c(b"before" + joined)
 
 
 def test_more_rows_than_two_levels_of_blocks_hold() -> None:
