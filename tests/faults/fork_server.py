@@ -30,7 +30,7 @@ from softlabels.encodings.hidden import hidden_encoding
 from softlabels.errors import SoftLabelsError
 from softlabels.manifest import ArraySpec, IdSpec, Manifest, RowLayout, TemperatureSpec, TransferSetSpec, ViewSpec
 from softlabels.store import SampleTable, StoreWriter, plan_store
-from softlabels.store.copies import merge
+from softlabels.store.copies import convert_store, merge
 from softlabels.store.repair import repair
 from softlabels.transfer_set import sample_fingerprints
 
@@ -207,7 +207,20 @@ class Kind:
         writer = self.writer(root)
         for shard in writer.missing_shards():
             self.commit(writer, shard)
+            acknowledge(f"shard/{shard}")
         writer.finish()
+        acknowledge("finished")
+
+
+def acknowledge(what: str) -> None:
+    """Say, to whoever traces this process, what it was told is done."""
+    os.access(f"/acknowledged/{what}", os.F_OK)
+
+
+def acknowledged(done: Callable[[], object]) -> None:
+    """Do something to its end, and say so."""
+    done()
+    acknowledge("finished")
 
 
 def prepared(task: dict[str, Any]) -> Callable[[], object]:
@@ -218,9 +231,11 @@ def prepared(task: dict[str, Any]) -> Callable[[], object]:
         assert kind.plan, "made before the tracer looks"
         return partial(kind.write, root) if what == "write" else partial(kind.race, root, task["shard"])
     if what == "repair":
-        return partial(repair, root)
+        return partial(acknowledged, partial(repair, root))
     if what == "merge":
-        return partial(merge, [Path(source) for source in task["sources"]], root)
+        return partial(acknowledged, partial(merge, [Path(source) for source in task["sources"]], root))
+    if what == "convert":
+        return partial(acknowledged, partial(convert_store, Path(task["source"]), root, container=task["container"]))
     from softlabels.precompute import load_job, precompute
 
     return partial(precompute, load_job(Path(task["job"])))
