@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from softlabels.cli.options import Wait
 from softlabels.extras import needs_extra
 from softlabels.progress import duration
 
@@ -28,7 +29,7 @@ try next
 """
 
 
-def run_job(job: Path, /, *, metrics: Path | None = None) -> None:
+def run_job(job: Path, /, *, metrics: Path | None = None, wait: Wait = None) -> None:
     """Run the teachers of a job file once over its transfer set and keep their soft targets in a store.
 
     Run it again after an interruption: committed shards are kept. Several processes may run the same job.
@@ -36,15 +37,16 @@ def run_job(job: Path, /, *, metrics: Path | None = None) -> None:
     Args:
         job: job file (TOML)
         metrics: file to add a JSON line to for every shard: rows, rate, time left, KL so far, device's idle share
+        wait: seconds to wait for another process that holds the store's lock, 600 if not given
     """
     from softlabels.precompute import load_job, precompute
 
     _interrupt_on_sigterm()
     loaded = load_job(job)
-    _run(lambda: precompute(loaded, metrics=metrics), loaded.store_path)
+    _run(lambda: precompute(loaded, metrics=metrics), loaded.store_path, wait)
 
 
-def resume_store(store: Path, /, *, metrics: Path | None = None) -> None:
+def resume_store(store: Path, /, *, metrics: Path | None = None, wait: Wait = None) -> None:
     """Continue a store that an interrupted or repaired precompute left unfinished.
 
     Committed shards stay, all others are computed. Nothing happens to a finished store.
@@ -52,11 +54,12 @@ def resume_store(store: Path, /, *, metrics: Path | None = None) -> None:
     Args:
         store: folder of the store
         metrics: file to add a JSON line to for every shard: rows, rate, time left, KL so far, device's idle share
+        wait: seconds to wait for another process that holds the store's lock, 600 if not given
     """
     from softlabels.precompute import resume
 
     _interrupt_on_sigterm()
-    _run(lambda: resume(store, metrics=metrics), store)
+    _run(lambda: resume(store, metrics=metrics), store, wait)
 
 
 def _interrupt_on_sigterm() -> None:
@@ -68,9 +71,12 @@ def _interrupt_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def _run(job: Callable[[], Manifest], where: Path) -> None:
+def _run(job: Callable[[], Manifest], where: Path, wait: float | None) -> None:
+    from softlabels.store.ledger import lock_wait
+
     try:
-        manifest = job()
+        with lock_wait(wait):
+            manifest = job()
     except KeyboardInterrupt:
         print(f"\nall committed shards are kept; continue with: softlabels resume {where}", file=sys.stderr)
         raise

@@ -8,8 +8,12 @@ from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Annotated, Any, get_origin, get_type_hints
 
 from cyclopts import Parameter, Token
+from cyclopts.validators import Number
 
 from softlabels.errors import RequestError
+
+Wait = Annotated[float | None, Parameter(metavar="S", validator=Number(gte=0))]
+"""Seconds to wait for a store's lock; None for `softlabels.store.ledger.LOCK_WAIT_S`."""
 
 
 def flags_of(kind: Any) -> Any:

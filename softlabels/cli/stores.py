@@ -13,6 +13,7 @@ import numpy as np
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
+from softlabels.cli.options import Wait
 from softlabels.manifest import INPUTS, Compression, Container, Manifest
 from softlabels.progress import duration, track
 
@@ -169,7 +170,7 @@ def _verified(report: Report, where: Path) -> list[str]:
     return lines
 
 
-def repair_store(store: Path, /) -> int:
+def repair_store(store: Path, /, *, wait: Wait = None) -> int:
     """Verify a store and move what is faulty into its folder damaged/.
 
     What follows from intact parts (id index, metadata, manifest) is written again. `softlabels resume` then computes
@@ -177,10 +178,13 @@ def repair_store(store: Path, /) -> int:
 
     Args:
         store: folder of the store
+        wait: seconds to wait for another process that holds the store's lock, 600 if not given
     """
+    from softlabels.store.ledger import lock_wait
     from softlabels.store.repair import repair
 
-    done = repair(store, show=track)
+    with lock_wait(wait):
+        done = repair(store, show=track)
     print("\n".join(_repaired(done, store)))
     return 0 if done.digest is not None else 1
 
@@ -204,7 +208,7 @@ def _repaired(done: Repair, where: Path) -> list[str]:
     return lines
 
 
-def merge_stores(source: Path, destination: Path, /, *more: Path) -> int:
+def merge_stores(source: Path, destination: Path, /, *more: Path, wait: Wait = None) -> int:
     """Unite the committed shards of stores that were begun from the very same plan.
 
     Takes SOURCE … DESTINATION: the last folder is the destination, all before it are sources. Every file is verified
@@ -214,12 +218,15 @@ def merge_stores(source: Path, destination: Path, /, *more: Path) -> int:
         source: folder of a store, finished or not
         destination: new folder, or a store of that plan
         more: further folders; the last one is the destination
+        wait: seconds to wait for another process that holds the destination's lock, 600 if not given
     """
     from softlabels.store.copies import merge
+    from softlabels.store.ledger import lock_wait
 
     folders = [source, destination, *more]
     sources, into = folders[:-1], folders[-1]
-    done = merge(sources, into, show=track)
+    with lock_wait(wait):
+        done = merge(sources, into, show=track)
     for folder in sources:
         print(f"  {folder}: {done.copied.get(str(folder), 0)} shards copied")
     for shard, message in sorted(done.damaged.items()):
@@ -238,6 +245,7 @@ def convert(
     *,
     container: Container | None = None,
     compress: Compression | None = None,
+    wait: Wait = None,
 ) -> None:
     """Copy a finished store into another container.
 
@@ -250,12 +258,14 @@ def convert(
         container: format of the new store; that of SRC if not given
         compress: compress chunks, for an archive: smaller, but each row costs its whole chunk (zarr: zstd, blosc;
             hdf5: gzip)
+        wait: seconds to wait for another process that holds DST's lock, 600 if not given
     """
     from softlabels.store.copies import convert_store
+    from softlabels.store.ledger import lock_wait
     from softlabels.store.store_documents import load_manifest
 
     total = load_manifest(source).rows
-    with track(total, f"convert {source}", "rows") as progress:
+    with lock_wait(wait), track(total, f"convert {source}", "rows") as progress:
         manifest = convert_store(source, target, container=container, compression=compress, advance=progress.advance)
     compressed = f", {manifest.shards.compression}" if manifest.shards.compression else ""
     print(f"{target}: {manifest.rows:,} rows in {manifest.container}{compressed}, digest {manifest.digest}")

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from softlabels.atomic_files import write_atomically
+from softlabels.documents import open_sealed
 from softlabels.errors import (
     ChecksumError,
     ConflictError,
@@ -124,8 +125,7 @@ def merge(sources: Sequence[Path], destination: Path, *, show: ShowProgress = si
     done = Merge()
     with show(plan.shards.count * len(sources), f"merge {plan.name}", "shards") as progress:
         for source in sources:
-            if (source / JOB).is_file() and not (destination / JOB).exists():
-                write_atomically(destination / JOB, [(source / JOB).read_bytes()])
+            _keep_job_of(source, writer)
             for shard in range(plan.shards.count):
                 _merge_shard(source, shard, writer, done)
                 progress.advance()
@@ -135,6 +135,16 @@ def merge(sources: Sequence[Path], destination: Path, *, show: ShowProgress = si
     if not done.missing:
         done.digest = writer.finish().digest
     return done
+
+
+def _keep_job_of(source: Path, writer: StoreWriter) -> None:
+    """Keep a source's job where the destination has none, so that it can be resumed."""
+    # Under the lock: a run of the job may write its own at the same time, under the same temporary name.
+    with writer.ledger.exclusive():
+        if (source / JOB).is_file() and not (writer.root / JOB).exists():
+            raw = (source / JOB).read_bytes()
+            open_sealed(raw, what=str(source / JOB))
+            write_atomically(writer.root / JOB, [raw])
 
 
 def _verified_arrays(rows: LocalRows, shard: int, receipt: Receipt) -> dict[str, NDArray[Any]]:

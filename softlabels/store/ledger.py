@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import math
+import json
+import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +33,9 @@ from softlabels.documents import (
     parse_document,
     seal,
 )
-from softlabels.errors import ManifestError, ShardClaimedError
+from softlabels.errors import ManifestError, ShardClaimedError, StoreLockedError
 from softlabels.manifest import Manifest, StorePath
+from softlabels.progress import duration
 from softlabels.store.chunks import Count, Part, shard_rows
 from softlabels.store.safe_open import safe_read
 from softlabels.store.store_documents import load_manifest, plan_digest
@@ -46,7 +50,17 @@ DAMAGED_FOLDER = "damaged"
 CLAIM_TIMEOUT_S = 0.25
 """`status` and a starting writer hold each claim for a moment, to see whether it is free: they are waited for."""
 
+LOCK_WAIT_S = 600.0
+"""Longest wait for a store's lock: a holder has it for seconds, or for as long as it reads the ids of 10⁹ rows."""
+
+_SILENT_WAIT_S = 2.0
+_REPEATED_S = 30.0
+"""A wait for the store's lock is reported after the first of these, then each time that the second has passed."""
+
 _POLL_S = 0.01
+_HOLDER_BYTES = 1024
+_log = logging.getLogger(__name__)
+_wait_s: ContextVar[float] = ContextVar("lock_wait_s", default=LOCK_WAIT_S)
 # Eight digits are enough for MAX_SHARDS, 2^24.
 _RECEIPT_NAME = re.compile(r"[0-9]{8}\.json")
 
@@ -145,43 +159,91 @@ class Ledger:
         Raises:
             ShardClaimedError: another writer holds it.
         """
-        with self._lock(f"{shard:08d}", timeout_s=CLAIM_TIMEOUT_S) as held:
-            if not held:
+        with self._lock(f"{shard:08d}") as lock:
+            if not lock.acquire(CLAIM_TIMEOUT_S):
                 raise ShardClaimedError(
-                    f"another process is writing shard {shard} of {self._root}: let it finish, or stop it and resume",
+                    f"another process is writing shard {shard} of {self._root} ({lock.holder()}): let it finish, or "
+                    "end it and resume",
                     shard=shard,
                 )
             yield
 
     def is_claimed(self, shard: int) -> bool:
         """Return whether a living process holds this shard."""
-        with self._lock(f"{shard:08d}", timeout_s=CLAIM_TIMEOUT_S) as held:
-            return not held
+        with self._lock(f"{shard:08d}") as lock:
+            return not lock.acquire(CLAIM_TIMEOUT_S, record=False)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the lock under which a store is created, finished or repaired; waits for it.
+        """Hold the lock under which a store is created, finished or repaired; wait for it, see `lock_wait`.
 
         Lock order: this one first, then a shard's claim; the other way round two processes could wait for each other.
+
+        Raises:
+            StoreLockedError: another process still holds it after the wait.
         """
-        with self._lock("store", timeout_s=math.inf):
+        began_s, longest_s, silent_s = time.monotonic(), _wait_s.get(), _SILENT_WAIT_S
+        with self._lock("store") as lock:
+            while not lock.acquire(min(silent_s, max(0.0, longest_s - (time.monotonic() - began_s)))):
+                waited_s, silent_s = time.monotonic() - began_s, _REPEATED_S
+                if waited_s >= longest_s:
+                    raise StoreLockedError(
+                        f"the lock of {self._root} is held by {lock.holder()}: let that process finish, or end it (one "
+                        f"that is stopped keeps its locks), and run this again; waited {duration(waited_s)} (--wait)"
+                    )
+                _log.warning("waiting for the lock of %s, held by %s", self._root, lock.holder())
             yield
 
     @contextlib.contextmanager
-    def _lock(self, name: str, *, timeout_s: float) -> Iterator[bool]:
+    def _lock(self, name: str) -> Iterator[_Lock]:
         folder = self._root / LOCK_FOLDER
         make_folder(folder)
         # The file is never removed: a second process could then lock a new file of that name beside the old one.
         descriptor = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            deadline_s = time.monotonic() + timeout_s
-            # Polled, since a blocking flock knows no timeout.
-            while not (held := _try_lock(descriptor)) and time.monotonic() < deadline_s:
-                time.sleep(_POLL_S)
-            yield held
+            yield _Lock(descriptor)
         finally:
             # This releases the lock, unless a child that was forked meanwhile still has its copy of the descriptor.
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock_wait(seconds: float | None) -> Iterator[None]:
+    """Wait at most this long for a store's lock inside this context; as long as before when None."""
+    before = _wait_s.set(_wait_s.get() if seconds is None else seconds)
+    try:
+        yield
+    finally:
+        _wait_s.reset(before)
+
+
+class _Lock:
+    """A lock on an open file, which also names its holder; what it names decides nothing."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def acquire(self, timeout_s: float, *, record: bool = True) -> bool:
+        """Return whether the lock could be taken in this time, and record this process as its holder."""
+        deadline_s = time.monotonic() + timeout_s
+        # Polled, since a blocking flock knows no timeout.
+        while not (held := _try_lock(self._descriptor)) and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        if held and record:
+            holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}).encode()
+            with contextlib.suppress(OSError):  # a full disk
+                os.pwrite(self._descriptor, holder, 0)
+                os.ftruncate(self._descriptor, len(holder))
+        return held
+
+    def holder(self) -> str:
+        """Return process, host and age of the holder, for messages."""
+        try:
+            found = json.loads(os.pread(self._descriptor, _HOLDER_BYTES, 0))
+            since = f"for {duration(time.time() - found['since'])}"
+            return f"process {int(found['pid'])} on {str(found['host'])!r}, {since}"
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            return "a process that did not record its number"
 
 
 class LedgerSummary(NamedTuple):
