@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import ChecksumError, ManifestError, RowsNotCommittedError, TruncatedError
+from softlabels.errors import ChecksumError, ManifestError
 from softlabels.manifest import Manifest
+from softlabels.row_sums import join_sums, sum_of_array, sums_of_rows
 from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride, chunks_in, decompress, shard_rows
 from softlabels.store.containers import container_of
-from softlabels.store.ledger import Ledger, Receipt
-from softlabels.store.memory_map import MappedArray
+from softlabels.store.ledger import Receipt
+from softlabels.store.memory_map import MappedArray, MappedSums
 from softlabels.store.safe_open import open_committed
+from softlabels.store.snapshot import Snapshot
+from softlabels.store.verified_table import MAX_ATTEMPTS, RETRY_S
 
 CACHED_BYTES = 64 << 20
 """Decoded chunks of a compressed array that are kept."""
 
 
 class ArrayReader:
-    """Every array of the store at `root`. Safe under threads and after fork.
+    """Every array of one version of a store. Safe under threads and after fork."""
 
-    Args:
-        plan_sha256: digest of the plan that the store's receipts name.
-    """
-
-    def __init__(self, root: Path, manifest: Manifest, *, plan_sha256: str) -> None:
-        self._root, self._manifest = root, manifest
-        self._ledger = Ledger(root, plan_sha256=plan_sha256)
-        self._container = container_of(manifest)
-        # No lock guards these tables: a lock held by another thread during a fork would stay locked in the child. Two
-        # threads may build the same array at once; `setdefault` keeps one.
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._manifest, self._folder = snapshot.manifest, snapshot.folder
+        self._container = container_of(snapshot.manifest)
+        # All arrays of a shard are first read together. No lock guards these tables: a lock held by another thread
+        # during a fork would stay locked in the child. Two threads may build the same array at once; `setdefault` keeps
+        # one.
+        self._receipt = lru_cache(maxsize=8)(snapshot.receipt)
+        self._parts: dict[tuple[str, int], Part] = {}
         self._mapped: dict[str, MappedArray] = {}
         self._decoded: dict[str, Callable[[int], NDArray[Any]]] = {}
+        self._sums: MappedSums | None = None
+        self._sum_columns = {name: column for column, name in enumerate(sorted(snapshot.manifest.arrays))}
 
     def gather(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
         """Copy rows of one array, in the order asked.
@@ -53,16 +56,66 @@ class ArrayReader:
             return self._gather_compressed(field, rows_B)
         array = self._mapped.get(field)
         if array is None:
-            made = MappedArray(self._manifest.arrays[field], self._manifest.shards)
-            array = self._mapped.setdefault(field, made)
-        found = array.gather(rows_B)
-        if found is None:
-            for chunk in array.unverified(rows_B):
-                if not array.verify(chunk, lambda shard: self._part(shard, field), self._root, self._container):
+            array = self._mapped.setdefault(field, MappedArray(self._manifest.arrays[field], self._manifest))
+        for attempt in range(MAX_ATTEMPTS):
+            found = array.rows(rows_B)
+            if found is not None:
+                return found
+            time.sleep(RETRY_S * attempt)
+            for chunk in array.unmarked(rows_B):
+                shard = chunk * self._manifest.shards.rows_per_chunk // self._manifest.shards.rows_per_shard
+                part = self._parts.get((field, shard))
+                if part is None:
+                    part = self._parts[field, shard] = checked_part(self._receipt(shard), field, self._manifest)
+                if not array.verify(chunk, part, self._folder, self._container):
                     raise self._damaged(field, chunk)
-            found = array.gather(rows_B)
-        assert found is not None, "every chunk was verified just now"
-        return found
+        raise self._restless(rows_B)
+
+    def row_sums(self, rows_B: NDArray[np.int64]) -> NDArray[np.uint32] | None:
+        """Return the CRC-32C of each array of each row, [B, arrays by name]; None in stores of format version 1."""
+        if self._manifest.format_version < 2:
+            return None
+        if self._sums is None:
+            self._sums = MappedSums(self._manifest)
+        for attempt in range(MAX_ATTEMPTS):
+            found = self._sums.sums(rows_B)
+            if found is not None:
+                return found
+            time.sleep(RETRY_S * attempt)
+            for shard in self._sums.unmarked(rows_B):
+                self._sums.open_shard(self._receipt(shard), self._folder)
+        raise self._restless(rows_B)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether writes to the files that rows were read from are noticed."""
+        return all(array.is_watched for array in self._mapped.values())
+
+    def verify_rows(self, rows_B: NDArray[np.int64], found: dict[str, NDArray[Any]]) -> None:
+        """Compare rows that were gathered with their kept sums; where there are none, verify their chunks again.
+
+        Args:
+            found: the rows by array name; those of a chunk that has changed are replaced by intact ones.
+        Raises:
+            ChecksumError: they are not what was written.
+        """
+        sums = self.row_sums(rows_B)
+        for field, rows in found.items():
+            kept_B = None if sums is None else sums[:, self._sum_columns[field]]
+            if kept_B is not None and join_sums(kept_B, rows[:1].nbytes) == sum_of_array(rows):
+                continue
+            # The chunk's own checksum says whether it is the rows that changed, or their sums.
+            if (array := self._mapped.get(field)) is not None:
+                array.unmark(rows_B)
+                found[field] = self.gather(field, rows_B)
+            if kept_B is not None and (wrong := sums_of_rows(found[field]) != kept_B).any():
+                row = int(rows_B[wrong][0])
+                raise ChecksumError(
+                    f"{self._manifest.name!r}: row {row} of array {field!r} does not have the sum that was kept when "
+                    "it was written; run `softlabels verify`, then `softlabels repair` and `softlabels resume`",
+                    field=field,
+                    rows=[row, row],
+                )
 
     def word_sum(self, field: str, rows_B: NDArray[np.int64]) -> int | None:
         """Return the sum of the 64-bit words of gathered rows, modulo 2⁶⁴; None where sums are not kept."""
@@ -70,9 +123,10 @@ class ArrayReader:
         return None if array is None else array.word_sum(rows_B)
 
     def close(self) -> None:
-        """Release the mapped files; arrays that views still refer to stay mapped."""
+        """Release the mapped files."""
         self._mapped.clear()
         self._decoded.clear()
+        self._sums = None
 
     def _gather_compressed(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
         """Copy rows from compressed chunks, which are read, verified and decoded whole; the latest ones are cached."""
@@ -81,7 +135,7 @@ class ArrayReader:
         if chunk_of is None:
             # lru_cache is safe under threads, and holds no lock of ours that a fork could leave locked.
             cached = lru_cache(maxsize=max(1, CACHED_BYTES // (spec.row_bytes * shards.rows_per_chunk)))
-            part_of = lru_cache(maxsize=256)(lambda shard: self._part(shard, field))
+            part_of = lru_cache(maxsize=256)(lambda shard: checked_part(self._receipt(shard), field, self._manifest))
             chunk_of = self._decoded.setdefault(field, cached(lambda number: self._decode(field, number, part_of)))
         out = np.empty((len(rows_B), *spec.row_shape), dtype=spec.dtype)
         chunk_B, within_B = np.divmod(rows_B, shards.rows_per_chunk)
@@ -100,7 +154,7 @@ class ArrayReader:
         part = part_of(shard)
         offset, size = part.span(chunk)
         # The file's size is checked before anything is allocated: these numbers come from a receipt, and may be wrong.
-        descriptor = open_committed(self._root, part.path, min_bytes=offset + size)
+        descriptor = open_committed(self._folder, part.path, min_bytes=offset + size)
         try:
             raw = os.pread(descriptor, size, offset)
         finally:
@@ -129,20 +183,10 @@ class ArrayReader:
             rows=[first, last],
         )
 
-    def _part(self, shard: int, field: str) -> Part:
-        receipt, name = self._ledger.read(shard), self._manifest.name
-        if receipt is not None:
-            return checked_part(receipt, field, self._manifest)
-        if self._manifest.finished:
-            raise TruncatedError(
-                f"{name!r}: the receipt of shard {shard} is missing from a finished store; run `softlabels repair`, "
-                "then `softlabels resume`",
-                shard=shard,
-            )
-        first = shard * self._manifest.shards.rows_per_shard
-        raise RowsNotCommittedError(
-            f"{name!r} is unfinished: shard {shard} (rows from {first} on) is not committed; run `softlabels resume`",
-            shard=shard,
+    def _restless(self, rows_B: NDArray[np.int64]) -> ChecksumError:
+        return ChecksumError(
+            f"{self._manifest.name!r}: files of rows {int(rows_B.min())} to {int(rows_B.max())} are written to all the "
+            "time, but a committed shard never changes: find out what writes there, then run `softlabels verify`"
         )
 
 

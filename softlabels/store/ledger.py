@@ -37,7 +37,7 @@ from softlabels.errors import ManifestError, ShardClaimedError, StoreLockedError
 from softlabels.manifest import Manifest, StorePath
 from softlabels.progress import duration
 from softlabels.store.chunks import Count, Part, shard_rows
-from softlabels.store.safe_open import safe_read
+from softlabels.store.safe_open import StoreRoot, safe_read
 from softlabels.store.store_documents import load_manifest, plan_digest
 from softlabels.transfer_set import FingerprintSum
 
@@ -105,7 +105,7 @@ class Receipt(Document, frozen=True):
 class Ledger:
     """The receipts of the store at `root`; receipts of another plan than `plan_sha256` are refused."""
 
-    def __init__(self, root: Path, *, plan_sha256: str) -> None:
+    def __init__(self, root: StoreRoot, *, plan_sha256: str) -> None:
         self._root = root
         self.plan_sha256 = plan_sha256
 

@@ -5,22 +5,47 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import tokenize
-import zipfile
+import weakref
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TypeAlias
 
 from softlabels.errors import ManifestError, TruncatedError
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-# What NumPy raises for a `.npy` file with flipped bits: it parses the header as Python.
-_BAD_HEADER = (ValueError, EOFError, SyntaxError, OverflowError, MemoryError, zipfile.BadZipFile, tokenize.TokenError)
 
 
-def safe_open(root: Path, path: str) -> int:
+class OpenFolder:
+    """A folder held open: what is opened through it is inside it, also after it was renamed or another took its path.
+
+    Attributes:
+        path: absolute path that it was opened by.
+        descriptor: closed when the object is gone.
+    Raises:
+        OSError: as the operating system reports it; FileNotFoundError or NotADirectoryError where there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def __truediv__(self, inside: str) -> Path:
+        """Return the path that a file in it had, for messages."""
+        return self.path / inside
+
+    def is_at_its_path(self) -> bool:
+        """Return whether its path still leads to it."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
+        except OSError:
+            return False
+
+
+StoreRoot: TypeAlias = Path | OpenFolder
+"""The folder of a store: by path, or as it was when it was opened."""
+
+
+def safe_open(root: StoreRoot, path: str) -> int:
     """Open a regular file of the store at `root` for reading. The store's own folder may be a link, nothing inside it.
 
     Args:
@@ -33,7 +58,10 @@ def safe_open(root: Path, path: str) -> int:
         OSError: as the operating system reports it.
     """
     *folders, name = path.split("/")
-    here = os.open(root, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    if isinstance(root, OpenFolder):
+        here = os.dup(root.descriptor)
+    else:
+        here = os.open(root, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     try:
         # O_NOFOLLOW looks at the last segment only, so each folder is opened by itself, relative to the one before.
         for folder in folders:
@@ -55,7 +83,7 @@ def safe_open(root: Path, path: str) -> int:
     return descriptor
 
 
-def open_committed(root: Path, path: str, *, min_bytes: int = 0) -> int:
+def open_committed(root: StoreRoot, path: str, *, min_bytes: int = 0) -> int:
     """Open a file of a committed shard, as `safe_open` does.
 
     Raises:
@@ -72,7 +100,7 @@ def open_committed(root: Path, path: str, *, min_bytes: int = 0) -> int:
     return descriptor
 
 
-def safe_read(root: Path, path: str, *, max_bytes: int) -> bytes:
+def safe_read(root: StoreRoot, path: str, *, max_bytes: int) -> bytes:
     """Return the contents of a file of the store.
 
     Raises:
@@ -85,22 +113,7 @@ def safe_read(root: Path, path: str, *, max_bytes: int) -> bytes:
         return file.read(size)
 
 
-def safe_load_npy(root: Path, path: str) -> NDArray[Any]:
-    """Return the array in a `.npy` file of the store, memory-mapped; raise ManifestError if missing or damaged."""
-    try:
-        # np.load maps only what it opens by path itself, so this refuses links beforehand; a file that is replaced by
-        # a link between the two calls is not noticed.
-        os.close(safe_open(root, path))
-        loaded = np.load(root / path, mmap_mode="r", allow_pickle=False)
-    except (FileNotFoundError, *_BAD_HEADER) as error:
-        raise ManifestError(f"{root / path} cannot be read ({error}): run `softlabels repair`") from error
-    if not isinstance(loaded, np.ndarray):
-        loaded.close()
-        raise ManifestError(f"{root / path} is an archive, not an array: run `softlabels repair`")
-    return loaded
-
-
-def _not_plain(root: Path, path: str) -> ManifestError:
+def _not_plain(root: StoreRoot, path: str) -> ManifestError:
     return ManifestError(
         f"{root / path} is not a plain file inside the store: links could lead anywhere on this machine, so they are "
         "not followed; copy what they point to (`cp -rL`), and delete the store if you did not make it"

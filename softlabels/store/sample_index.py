@@ -7,19 +7,18 @@ model, once per row would cost a quarter of the store.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.atomic_files import sha256_of
 from softlabels.errors import BadIdsError, ManifestError, RequestError, ShapeMismatchError, UnknownIdError
 from softlabels.ids import IdArray, from_fixed_bytes, id_kind, utf8
 from softlabels.manifest import Manifest
-from softlabels.store.safe_open import safe_load_npy
+from softlabels.store.safe_open import OpenFolder, StoreRoot
+from softlabels.store.store_documents import npy_bytes
+from softlabels.store.verified_table import VerifiedTable
 from softlabels.transfer_set import FINGERPRINT_BYTES, FingerprintSum
 
 SORTED_IDS = "index/sorted_ids.npy"
@@ -58,63 +57,68 @@ class DenseIdIndex:
 class SortedIdIndex:
     """Index of arbitrary ids: sorted ids and their positions, both memory-mapped.
 
+    Args:
+        every_read: see `VerifiedTable`.
     Raises:
         ManifestError: its files are missing, damaged or of another store.
     """
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        self._root, self._manifest = root, manifest
-        id_type = "|S" if manifest.ids.kind == "str" else "<i8"
-        self._sorted = _load_table(root, SORTED_IDS, (manifest.samples,), id_type)
-        self._positions = _load_table(root, POSITIONS, (manifest.samples,), "<i8")
+    def __init__(self, folder: OpenFolder, manifest: Manifest, *, every_read: bool = False) -> None:
+        self._folder, self._manifest = folder, manifest
         # Rows that carry their own id show whether the index led to the right ones. Those of sequences carry none, so
         # there the index itself is verified before its first use, at the cost of reading it once.
-        self._verified = "ids" in manifest.arrays
+        first = "ids" not in manifest.arrays
+
+        def table(path: str, dtype: str) -> VerifiedTable:
+            sha256, shape = manifest.metadata_sha256.get(path), (manifest.samples,)
+            return VerifiedTable(folder, path, shape, dtype, sha256=sha256, verify_first=first, every_read=every_read)
+
+        self._sorted = table(SORTED_IDS, "|S" if manifest.ids.kind == "str" else "<i8")
+        self._positions = table(POSITIONS, "<i8")
         self._slots: NDArray[np.int64] | None = None
 
     def positions(self, ids: IdArray) -> NDArray[np.int64]:
         """Return the position of each sample in the transfer set, [B]; raise UnknownIdError, BadIdsError."""
         _check_kind(ids, self._manifest.ids.kind, self._manifest.name)
-        if not self._verified:
-            self._verify()
         wanted: NDArray[Any] = ids if id_kind(ids) == "int" else utf8(ids)
-        slot = np.searchsorted(self._sorted, wanted)
         # The slot of an id beyond the last is one past the end; the entry before differs from it.
-        found = self._sorted[np.minimum(slot, len(self._sorted) - 1)] == wanted
+        slot = np.minimum(self._sorted.read(lambda ids: np.searchsorted(ids, wanted)), self._manifest.samples - 1)
+        found = self._sorted.take(slot) == wanted
         if not found.all():
             # A flipped bit in the index hides samples, so the index is verified before an id is called unknown.
             self._verify()
             raise _unknown(ids[~found], self._manifest.name, f"it holds {self._manifest.samples} samples")
-        positions = self._positions[slot].astype(np.int64, copy=False)
+        positions = self._positions.take(slot)
         if len(positions) and _largest(positions) >= self._manifest.samples:
-            raise ManifestError(f"{self._root / POSITIONS} points outside the store: run `softlabels repair`")
+            raise ManifestError(f"{self._folder / POSITIONS} points outside the store: run `softlabels repair`")
         return positions
 
     def ids_at(self, positions: NDArray[np.int64]) -> IdArray:
         """Return the ids of the samples at these positions; the first call takes 8 bytes of memory per sample."""
-        if not self._verified:
-            self._verify()
         if self._slots is None:
-            self._slots = np.argsort(self._positions, kind="stable")
-        found = self._sorted[self._slots[positions]]
+            self._verify()
+            self._slots = self._positions.read(lambda positions: np.argsort(positions, kind="stable"))
+        found = self._sorted.take(self._slots[positions])
         return np.char.decode(found, "utf-8") if found.dtype.kind == "S" else found
 
     def is_strictly_ascending(self) -> bool:
         """Return whether every id is larger than the one before, so that none is repeated."""
-        step = 1 << 20
-        starts = range(0, len(self._sorted) - 1, step)
+        step, last = 1 << 20, self._manifest.samples
         # `+ 1`: neighbouring pieces share an id, so that the pair across their border is compared too.
-        return all(bool((s[1:] > s[:-1]).all()) for s in (self._sorted[start : start + step + 1] for start in starts))
+        pieces = (np.arange(start, min(start + step + 1, last)) for start in range(0, last - 1, step))
+        return all(bool((ids[1:] > ids[:-1]).all()) for ids in map(self._sorted.take, pieces))
 
     def _verify(self) -> None:
-        for path in (SORTED_IDS, POSITIONS):
-            _check_digest(self._root, path, self._manifest)
-        self._verified = True
+        self._sorted.verify()
+        self._positions.verify()
 
 
-def make_index(root: Path, manifest: Manifest) -> DenseIdIndex | SortedIdIndex:
-    """Return the index for the ids of a store."""
-    return DenseIdIndex(manifest) if manifest.ids.dense_start is not None else SortedIdIndex(root, manifest)
+def make_index(root: StoreRoot, manifest: Manifest, *, every_read: bool = False) -> DenseIdIndex | SortedIdIndex:
+    """Return the index for the ids of a store; `every_read` as in `VerifiedTable`."""
+    if manifest.ids.dense_start is not None:
+        return DenseIdIndex(manifest)
+    folder = root if isinstance(root, OpenFolder) else OpenFolder(root)
+    return SortedIdIndex(folder, manifest, every_read=every_read)
 
 
 def index_files(ids: IdArray) -> dict[str, bytes]:
@@ -138,13 +142,6 @@ def index_files(ids: IdArray) -> dict[str, bytes]:
 def ids_of_rows(stored: NDArray[Any]) -> IdArray:
     """Return sample ids from rows of a store's array `ids`, where string ids are zero-padded UTF-8."""
     return from_fixed_bytes(stored) if stored.ndim == 2 else stored
-
-
-def npy_bytes(array: NDArray[Any]) -> bytes:
-    """Return an array as the contents of a `.npy` file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +191,9 @@ class SampleTable:
 class SequenceIndex:
     """Row offsets and fingerprints of a sequence store, by sample position; each file is verified before first use."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        self._root, self._manifest = root, manifest
-        self._loaded: dict[str, NDArray[Any]] = {}
+    def __init__(self, folder: OpenFolder, manifest: Manifest, *, every_read: bool = False) -> None:
+        self._folder, self._manifest, self._every_read = folder, manifest, every_read
+        self._tables: dict[str, VerifiedTable] = {}
 
     def rows(
         self, positions_B: NDArray[np.int64], spans_B2: NDArray[np.int64] | None
@@ -222,7 +219,7 @@ class SequenceIndex:
                 )
             begin, end = begin + spans_B2[:, 0], begin + spans_B2[:, 1]
         if len(begin) and (begin.min() < 0 or (end < begin).any() or end.max() > self._manifest.rows):
-            raise ManifestError(f"{self._root / SEQUENCE_OFFSETS} points outside the store: run `softlabels repair`")
+            raise ManifestError(f"{self._folder / SEQUENCE_OFFSETS} points outside the store: run `softlabels repair`")
         lengths = end - begin
         joined = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         within = np.arange(joined[-1]) - np.repeat(joined[:-1], lengths)
@@ -235,38 +232,20 @@ class SequenceIndex:
 
     def _bounds(self, positions_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the first row of each sample and the one after its last, [B] each."""
-        offsets = self._file(SEQUENCE_OFFSETS, (self._manifest.samples + 1,), "<i8")
-        return offsets[positions_B], offsets[positions_B + 1]
+        offsets = self._table(SEQUENCE_OFFSETS, (self._manifest.samples + 1,), "<i8")
+        return offsets.take(positions_B), offsets.take(positions_B + 1)
 
     def fingerprints(self, positions_B: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the content fingerprints of these samples, [B, 16]."""
-        shape = (self._manifest.samples, FINGERPRINT_BYTES)
-        found: NDArray[np.uint8] = self._file(SEQUENCE_FINGERPRINTS, shape, "|u1")[positions_B]
-        return found
+        return self._table(SEQUENCE_FINGERPRINTS, (self._manifest.samples, FINGERPRINT_BYTES), "|u1").take(positions_B)
 
-    def _file(self, path: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-        # No lock: two threads may both verify the file, with the same result; a lock held during a fork would stay
-        # locked in the child.
-        if (known := self._loaded.get(path)) is not None:
+    def _table(self, path: str, shape: tuple[int, ...], dtype: str) -> VerifiedTable:
+        if (known := self._tables.get(path)) is not None:
             return known
-        loaded = _load_table(self._root, path, shape, dtype)
-        _check_digest(self._root, path, self._manifest)
-        return self._loaded.setdefault(path, loaded)
-
-
-def _load_table(root: Path, path: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    loaded = safe_load_npy(root, path)
-    # Strings have the width of the longest one, which the manifest does not say.
-    if loaded.shape != shape or not loaded.dtype.str.startswith(dtype):
-        raise ManifestError(
-            f"{root / path} is {loaded.dtype}{loaded.shape}, the manifest says {dtype}{shape}: run `softlabels repair`"
-        )
-    return loaded
-
-
-def _check_digest(root: Path, path: str, manifest: Manifest) -> None:
-    if sha256_of(root / path) != manifest.metadata_sha256.get(path):
-        raise ManifestError(f"{root / path} is damaged, it could lead to wrong rows: run `softlabels repair`")
+        sha256 = self._manifest.metadata_sha256.get(path)
+        made = VerifiedTable(self._folder, path, shape, dtype, sha256=sha256, every_read=self._every_read)
+        # No lock: two threads may both make it; a lock held during a fork would stay locked in the child.
+        return self._tables.setdefault(path, made)
 
 
 def _largest(positions: NDArray[np.int64]) -> int:

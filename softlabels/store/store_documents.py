@@ -14,8 +14,7 @@ from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
 from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError, UnknownStoreError
 from softlabels.manifest import Manifest, check_encoding
-from softlabels.store.safe_open import safe_read
-from softlabels.store.sample_index import npy_bytes
+from softlabels.store.safe_open import OpenFolder, StoreRoot, safe_read
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -26,7 +25,7 @@ MAX_CONSTANT_BYTES = 1 << 32
 """A basis of 4,096 vectors over half a million classes."""
 
 
-def load_manifest(root: Path) -> Manifest:
+def load_manifest(root: StoreRoot) -> Manifest:
     """Return the manifest of a finished store, else its plan.
 
     Raises:
@@ -37,7 +36,8 @@ def load_manifest(root: Path) -> Manifest:
             return load_document(root, name)
         except (FileNotFoundError, NotADirectoryError):
             continue
-    raise UnknownStoreError(f"there is no store at {root}: it has neither {MANIFEST} nor {PLAN}", where=str(root))
+    where = root.path if isinstance(root, OpenFolder) else root
+    raise UnknownStoreError(f"there is no store at {where}: it has neither {MANIFEST} nor {PLAN}", where=str(where))
 
 
 def load_plan(root: Path) -> Manifest:
@@ -48,7 +48,7 @@ def load_plan(root: Path) -> Manifest:
         raise ManifestError(f"{root / PLAN} is missing: without it nothing can be added to the store") from error
 
 
-def load_document(root: Path, name: str) -> Manifest:
+def load_document(root: StoreRoot, name: str) -> Manifest:
     """Return the plan or manifest in the file of this name; raise FileNotFoundError, ManifestError, OSError."""
     raw = safe_read(root, name, max_bytes=MAX_DOCUMENT_BYTES)
     return Manifest.from_json(open_sealed(raw, what=str(root / name)))
@@ -67,12 +67,19 @@ def store_digest(manifest: Manifest) -> str:
     return hashlib.sha256(b"unfinished" + bytes.fromhex(manifest.digest)).hexdigest()
 
 
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """Return an array as the contents of a `.npy` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def constant_files(encoding: Encoding) -> dict[str, bytes]:
     """Return the files of an encoding's learnt arrays, by path; none for most encodings."""
     return {_constant_path(name): npy_bytes(array) for name, array in encoding.constants.items()}
 
 
-def load_encoding(root: Path, manifest: Manifest) -> Encoding:
+def load_encoding(root: StoreRoot, manifest: Manifest) -> Encoding:
     """Return the encoding of a store's rows, with its learnt arrays.
 
     Raises:
@@ -86,7 +93,7 @@ def _constant_path(name: str) -> str:
     return f"encoding/{name}.npy"
 
 
-def _load_constant(root: Path, manifest: Manifest, name: str) -> NDArray[Any]:
+def _load_constant(root: StoreRoot, manifest: Manifest, name: str) -> NDArray[Any]:
     path = _constant_path(name)
     try:
         raw = safe_read(root, path, max_bytes=MAX_CONSTANT_BYTES)

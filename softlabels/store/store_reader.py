@@ -3,51 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.encodings import Encoding
-from softlabels.errors import ManifestError, RequestError, RowsNotCommittedError, UnknownFieldError
+from softlabels.errors import (
+    ManifestError,
+    RequestError,
+    RowsNotCommittedError,
+    StoreChangedError,
+    UnknownFieldError,
+)
 from softlabels.ids import IdArray
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, Manifest
 from softlabels.order import EpochConfig
 from softlabels.store.array_reader import ArrayReader
 from softlabels.store.sample_index import SequenceIndex, ids_of_rows, make_index
-from softlabels.store.store_documents import load_encoding, load_manifest, plan_digest, store_digest
+from softlabels.store.snapshot import Snapshot, of_one_version
+from softlabels.store.store_documents import load_encoding, store_digest
 from softlabels.targets import EpochRows
+
+Verify: TypeAlias = Literal["first-read", "every-read"]
+"""How often rows are compared with what was written, see `LocalRows`."""
 
 
 class LocalRows:
     """The rows of a store in a folder. Opening takes constant time and memory, whatever the number of rows.
 
-    Safe under threads and after fork; unpickling opens the store again.
+    All rows are of the version that was opened, also if the folder is renamed, or another store takes its place: what
+    can no longer be read of this version is an error. Safe under threads and after fork; unpickling opens it again.
 
     Args:
         root: the store's folder.
         manifest: the store's manifest or plan; read from the folder when left out.
+        verify: "first-read" verifies each chunk when one of its rows is first read, and again after its file was
+            written to, as far as the operating system reports it. "every-read" also compares each row that is returned
+            with the checksum that was kept when it was written, and so notices what a disk or a network file system
+            changes in silence.
+        digest: digest that the store must have; None for any.
     Attributes:
         digest: digest of this version of the store; of an unfinished one, of its plan, since committed rows never
             change.
+        row_sum_names: arrays in the order of `row_sums`.
     Raises:
         UnknownStoreError: there is no store. ManifestError, FormatVersionError: its manifest is invalid or too new.
+        StoreChangedError: it has another digest.
     """
 
-    def __init__(self, root: Path, *, manifest: Manifest | None = None) -> None:
-        self._root = Path(root)
-        self.manifest = load_manifest(self._root) if manifest is None else manifest
-        self._index = make_index(self._root, self.manifest) if self.manifest.finished else None
-        self._sequences = SequenceIndex(self._root, self.manifest)
-        self._arrays = ArrayReader(self._root, self.manifest, plan_sha256=plan_digest(self.manifest))
+    def __init__(
+        self,
+        root: Path,
+        *,
+        manifest: Manifest | None = None,
+        verify: Verify = "first-read",
+        digest: str | None = None,
+    ) -> None:
+        if verify not in get_args(Verify):
+            raise RequestError(f"verify must be one of {', '.join(get_args(Verify))}, not {verify!r}")
+        self._snapshot = Snapshot(root, manifest)
+        self.manifest, self._verify = self._snapshot.manifest, verify
         self.digest = store_digest(self.manifest)
+        if digest not in (None, self.digest):
+            raise StoreChangedError(
+                f"the store at {root} has digest {self.digest[:12]}, not {str(digest)[:12]} as before: it was replaced "
+                "meanwhile; open it again"
+            )
+        folder, every_read = self._snapshot.folder, verify == "every-read"
+        self._open_index = partial(make_index, folder, self.manifest, every_read=every_read)
+        self._index = self._open_index() if self.manifest.finished else None
+        self._sequences = SequenceIndex(folder, self.manifest, every_read=every_read)
+        self._arrays = ArrayReader(self._snapshot)
+        self.row_sum_names = tuple(sorted(self.manifest.arrays))
 
     @cached_property
+    @of_one_version
     def encoding(self) -> Encoding:
         """The encoding of the rows, with its learnt arrays."""
-        return load_encoding(self._root, self.manifest)
+        return load_encoding(self._snapshot.folder, self.manifest)
 
     def fetch(
         self,
@@ -80,12 +116,14 @@ class LocalRows:
         """Return how many rows each of these samples has, [B], without reading them."""
         return self.row_counts_at(self.positions_of(ids))
 
+    @of_one_version
     def row_counts_at(self, positions_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many rows each of the samples at these positions has, [B]."""
         if self.manifest.layout.kind != "sequences":
             return np.full(len(positions_B), self.manifest.layout.views, dtype=np.int64)
         return self._sequences.lengths(positions_B)
 
+    @of_one_version
     def positions_of(self, ids: IdArray) -> NDArray[np.int64]:
         """Return the positions of these ids in the transfer set.
 
@@ -98,9 +136,10 @@ class LocalRows:
                     f"{self.manifest.name!r} is unfinished and its ids are not dense: they can be looked up when it "
                     "is finished; run `softlabels resume`"
                 )
-            self._index = make_index(self._root, self.manifest)
+            self._index = self._open_index()
         return self._index.positions(ids)
 
+    @of_one_version
     def _fetch_sequences(
         self, positions: NDArray[np.int64], fields: tuple[str, ...], spans: NDArray[np.int64] | None
     ) -> dict[str, NDArray[Any]]:
@@ -111,25 +150,44 @@ class LocalRows:
         found[ROW_OFFSETS] = row_offsets
         return found
 
+    @of_one_version
     def fetch_rows(
-        self, rows_B: NDArray[np.int64], fields: tuple[str, ...], *, ids: IdArray | None = None
+        self,
+        rows_B: NDArray[np.int64],
+        fields: tuple[str, ...],
+        *,
+        ids: IdArray | None = None,
+        verify: bool = False,
     ) -> dict[str, NDArray[Any]]:
-        """Return rows by number; raise as `fetch` does, and ManifestError unless they have these ids, [B]."""
+        """Return rows by number; raise as `fetch` does, and ManifestError unless they have these ids, [B].
+
+        Args:
+            verify: compare them with what was written, whatever `LocalRows` was opened with.
+        """
         for field in fields:
             if field not in self.manifest.arrays:
                 kept = ", ".join(self.manifest.arrays)
                 raise UnknownFieldError(f"{self.manifest.name!r} keeps no {field!r}; it keeps {kept}", field=field)
         found = {field: self._arrays.gather(field, rows_B) for field in fields}
-        if ids is not None and self.manifest.ids.dense_start is None:
-            # The index is not verified on opening; a flipped bit in it could lead to other rows, which carry their ids.
-            kept_ids = found[IDS] if IDS in found else self._arrays.gather(IDS, rows_B)
-            if not np.array_equal(ids_of_rows(kept_ids), ids):
-                raise ManifestError(
-                    f"the id index of {self.manifest.name!r} points to rows of other samples: run `softlabels repair`"
-                )
-        if IDS in found:
-            found[IDS] = ids_of_rows(found[IDS])
-        return found
+        wanted = ids if self.manifest.ids.dense_start is None else None
+        if wanted is not None and IDS not in found:
+            found[IDS] = self._arrays.gather(IDS, rows_B)
+        if verify or self._verify == "every-read" or not self._arrays.is_watched:
+            self._arrays.verify_rows(rows_B, found)
+        # The index is not verified on opening; a flipped bit in it could lead to other rows, which carry their ids.
+        if wanted is not None and not np.array_equal(ids_of_rows(found[IDS]), wanted):
+            raise ManifestError(
+                f"the id index of {self.manifest.name!r} points to rows of other samples: run `softlabels repair`"
+            )
+        return {field: ids_of_rows(found[field]) if field == IDS else found[field] for field in fields}
+
+    @of_one_version
+    def row_sums(self, rows_B: NDArray[np.int64]) -> NDArray[np.uint32] | None:
+        """Return the CRC-32C of each array of these rows, [B, `row_sum_names`], as it was when they were written.
+
+        Bytes that were read, and have another sum, changed since. None in stores of format version 1.
+        """
+        return self._arrays.row_sums(rows_B)
 
     def at_positions(
         self, positions_B: NDArray[np.int64], fields: tuple[str, ...], *, view: int | None = None
@@ -167,11 +225,15 @@ class LocalRows:
             yield EpochRows(ids=ids, arrays=arrays, repeated=step.repeated, cursor_after=step.cursor_after)
 
     def close(self) -> None:
-        """Release the mapped files; arrays that views still refer to stay mapped."""
+        """Release the mapped files."""
         self._arrays.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self._root,))
+        return (_reopen, (self._snapshot.folder.path, self._verify, self.digest))
+
+
+def _reopen(root: Path, verify: Verify, digest: str) -> LocalRows:
+    return LocalRows(root, verify=verify, digest=digest)
 
 
 def _checked_views(views: NDArray[np.int64] | None, count: int, manifest: Manifest) -> NDArray[np.int64]:

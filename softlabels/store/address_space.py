@@ -1,0 +1,168 @@
+"""Address space: files mapped into one reserved run of virtual addresses, each guarded against truncation and writes.
+
+Addresses for all files are reserved at once, which costs no memory; a file is mapped when it is first read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+import numpy as np
+
+from softlabels.errors import ManifestError
+from softlabels.store.mapping_guard import bus_errors, file_watch, libc
+from softlabels.store.safe_open import OpenFolder, open_committed
+
+MAX_RESERVED_BYTES = 1 << 45
+"""x86-64 and arm64 give a process 2^47 bytes of addresses; a quarter for one array leaves room for others."""
+
+ALIGNMENT_BYTES = 2 << 20
+"""Size of a huge page. Where the kernel keeps a file in huge pages, it maps them as such only if offset in the file and
+address are aligned alike; a random row then misses one level of the processor's address cache (TLB) and not four."""
+
+_PROT_NONE = 0
+# Neither flag is in the mmap module of Python 3.11. 0x4000 is Linux's value on x86-64 and arm64; 0x10 is macOS's too.
+_MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
+_MAP_FIXED = 0x10
+# mmap reports an error as MAP_FAILED, (void *) -1, which ctypes returns as an unsigned integer.
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class AddressSpace:
+    """A reserved run of addresses that files are mapped into, read-only, with a mark for each block that may be read.
+
+    Args:
+        slots: number of files that will be mapped.
+        slot_bytes: room for each; rounded up to the alignment.
+        blocks_per_slot: parts of a file that are marked one by one.
+    Attributes:
+        buffer: the whole run, for NumPy; only what is mapped may be read.
+        begin: [slots] position in `buffer` of each file's bytes; 0 where the file is not mapped.
+        base: [slots × blocks_per_slot] a number other than 0 for each block that may be read; the owner's.
+        generation: changes whenever marks are cleared. What was read while it changed may be wrong.
+        is_watched: whether writes to every mapped file are noticed.
+    Raises:
+        ManifestError: more addresses than a process has, or is allowed (a limit on address space).
+    """
+
+    def __init__(self, *, slots: int, slot_bytes: int, blocks_per_slot: int) -> None:
+        self._pitch = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES + ALIGNMENT_BYTES
+        # The addresses before the first slot stay empty: no file begins at 0, so that 0 can mean "not mapped".
+        self.size_bytes = ALIGNMENT_BYTES + self._pitch * slots
+        if self.size_bytes > MAX_RESERVED_BYTES:
+            raise ManifestError(f"{slots} files of {slot_bytes} bytes are more than a process can address")
+        self._blocks, self._reserved_bytes = blocks_per_slot, self.size_bytes + ALIGNMENT_BYTES
+        self.generation, self.is_watched = 0, True
+        self._replacing: list[int] = []
+        self._files: dict[int, tuple[OpenFolder, str, int]] = {}
+        self._is_guarded = bus_errors.install()
+        try:
+            # Zeros take no memory until they are written.
+            self.begin = np.zeros(slots, dtype=np.int64)
+            self.base = np.zeros(slots * blocks_per_slot, dtype=np.int64)
+            # Inaccessible and without swap space: only the addresses are taken.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+            reserved = libc.mmap(None, self._reserved_bytes, _PROT_NONE, flags, -1, 0)
+            if reserved == _FAILED:
+                raise MemoryError(os.strerror(ctypes.get_errno()))
+        except MemoryError as error:
+            raise ManifestError(
+                f"{slots} files of {slot_bytes} bytes in {blocks_per_slot} chunks each are more than this process may "
+                f"address ({error}): see `ulimit -v`, or give shards larger chunks"
+            ) from error
+        self._reserved = reserved
+        self._address = -(-reserved // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        buffer = (ctypes.c_char * self.size_bytes).from_address(self._address)
+        # Read-only for NumPy too: a write into these pages, mapped with PROT_READ, would kill the process (SIGSEGV).
+        self.buffer = memoryview(buffer).cast("B").toreadonly()
+        bus_errors.register(self)
+
+    def map(self, slot: int, folder: OpenFolder, inside: str, *, offset: int, length: int) -> int:
+        """Map `length` bytes of a file of a store, from `offset` on, and return their position in `buffer`.
+
+        Raises:
+            TruncatedError: the file is missing or too short. ManifestError: it is not a plain file.
+        """
+        # A multiple of the huge page's size: both ends of a mapping must be aligned alike, see ALIGNMENT_BYTES.
+        first = offset - offset % ALIGNMENT_BYTES
+        descriptor = open_committed(folder, inside, min_bytes=offset + length)
+        try:
+            assert offset + length - first <= self._pitch, "MAP_FIXED would replace the next slot's mapping"
+            begin = ALIGNMENT_BYTES + slot * self._pitch
+            # Before the file is read for the first time: a write after that is noticed.
+            self.is_watched = file_watch.add(descriptor, self, slot) and self.is_watched
+            self._files[slot] = (folder, inside, offset + length)
+            bus_errors.install()
+            if not self._replace(slot, begin, offset + length - first, mmap.MAP_SHARED, descriptor, first):
+                raise OSError(ctypes.get_errno(), f"mapping {folder / inside}: {os.strerror(ctypes.get_errno())}")
+        finally:
+            # The mapping itself keeps the file open.
+            os.close(descriptor)
+        position = begin + offset - first
+        self.begin[slot] = position
+        return position
+
+    def invalidate(self, slot: int) -> None:
+        """Clear the marks of a file, which has changed: it is opened, mapped and verified again before its next use."""
+        # Marks first: a reader that took the old ones finds another generation when it is done.
+        self.base[slot * self._blocks : (slot + 1) * self._blocks] = 0
+        self.begin[slot] = 0
+        self.generation += 1
+
+    def invalidate_all(self) -> None:
+        """Clear the marks of all files, without touching the memory of those that have none."""
+        self.base, self.begin = np.zeros_like(self.base), np.zeros_like(self.begin)
+        self.generation += 1
+
+    def begin_read(self) -> int:
+        """Return the generation, to pass to `is_unchanged` after reading."""
+        if not self._is_guarded:
+            self._check_sizes()
+        return self.generation
+
+    def is_unchanged(self, generation: int) -> bool:
+        """Return whether what was read since `generation` is what was verified; clear the marks of what is not."""
+        file_watch.look()
+        # In this order: a mapping that is replaced after the first look has another generation by the second.
+        return not self._replacing and self.generation == generation
+
+    def replace_lost_page(self, address: int) -> bool:
+        """Map a page of zeros at an address beyond the end of its file; return whether the address is in this space."""
+        inside = address - self._address
+        if not 0 <= inside < self.size_bytes:
+            return False
+        page, flags = inside - inside % mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        return self._replace((inside - ALIGNMENT_BYTES) // self._pitch, page, mmap.PAGESIZE, flags, -1, 0)
+
+    def _replace(self, slot: int, begin: int, size: int, flags: int, descriptor: int, offset: int) -> bool:
+        """Map a file, or zeros, over a part of a slot; return whether the system could."""
+        # No lock: this may run in the handler of a signal. Marks are cleared before and after, since another thread may
+        # verify a block in between and mark it; what is read meanwhile does not count, see `is_unchanged`.
+        self._replacing.append(slot)
+        try:
+            self.invalidate(slot)
+            where = self._address + begin
+            mapped: bool = libc.mmap(where, size, mmap.PROT_READ, flags | _MAP_FIXED, descriptor, offset) != _FAILED
+            self.invalidate(slot)
+            return mapped
+        finally:
+            self._replacing.pop()
+
+    def _check_sizes(self) -> None:
+        # Where no handler catches a read beyond the end of a file, files that became shorter are not read at all. One
+        # that is truncated between this look and the read still ends the process.
+        for slot in np.flatnonzero(self.begin).tolist():
+            folder, inside, size = self._files[slot]
+            try:
+                if os.stat(inside, dir_fd=folder.descriptor, follow_symlinks=False).st_size >= size:
+                    continue
+            except OSError:
+                pass
+            self.invalidate(slot)
+
+    def __del__(self) -> None:
+        # The attribute is missing where `__init__` raised before the reservation.
+        if hasattr(self, "_reserved"):
+            libc.munmap(self._reserved, self._reserved_bytes)
