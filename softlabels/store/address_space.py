@@ -8,11 +8,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 
 import numpy as np
 
 from softlabels.errors import ManifestError
-from softlabels.store.mapping_guard import bus_errors, file_watch, libc
+from softlabels.mapping_guard import MAP_FAILED, MAP_FIXED, bus_errors, file_watch, libc, map_zeros
 from softlabels.store.safe_open import OpenFolder, open_committed
 
 MAX_RESERVED_BYTES = 1 << 45
@@ -23,11 +24,8 @@ ALIGNMENT_BYTES = 2 << 20
 address are aligned alike; a random row then misses one level of the processor's address cache (TLB) and not four."""
 
 _PROT_NONE = 0
-# Neither flag is in the mmap module of Python 3.11. 0x4000 is Linux's value on x86-64 and arm64; 0x10 is macOS's too.
+# Not in the mmap module of Python 3.11; Linux's value on x86-64 and arm64.
 _MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
-_MAP_FIXED = 0x10
-# mmap reports an error as MAP_FAILED, (void *) -1, which ctypes returns as an unsigned integer.
-_FAILED = ctypes.c_void_p(-1).value
 
 
 class AddressSpace:
@@ -65,7 +63,7 @@ class AddressSpace:
             # Inaccessible and without swap space: only the addresses are taken.
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
             reserved = libc.mmap(None, self._reserved_bytes, _PROT_NONE, flags, -1, 0)
-            if reserved == _FAILED:
+            if reserved == MAP_FAILED:
                 raise MemoryError(os.strerror(ctypes.get_errno()))
         except MemoryError as error:
             raise ManifestError(
@@ -95,7 +93,14 @@ class AddressSpace:
             self.is_watched = file_watch.add(descriptor, self, slot) and self.is_watched
             self._files[slot] = (folder, inside, offset + length)
             bus_errors.install()
-            if not self._replace(slot, begin, offset + length - first, mmap.MAP_SHARED, descriptor, first):
+            size, flags = offset + length - first, mmap.MAP_SHARED | MAP_FIXED
+            where = self._address + begin
+
+            def map_file() -> bool:
+                mapped: bool = libc.mmap(where, size, mmap.PROT_READ, flags, descriptor, first) != MAP_FAILED
+                return mapped
+
+            if not self._replace(slot, map_file):
                 raise OSError(ctypes.get_errno(), f"mapping {folder / inside}: {os.strerror(ctypes.get_errno())}")
         finally:
             # The mapping itself keeps the file open.
@@ -133,21 +138,19 @@ class AddressSpace:
         inside = address - self._address
         if not 0 <= inside < self.size_bytes:
             return False
-        page, flags = inside - inside % mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        return self._replace((inside - ALIGNMENT_BYTES) // self._pitch, page, mmap.PAGESIZE, flags, -1, 0)
+        slot = (inside - ALIGNMENT_BYTES) // self._pitch
+        return self._replace(slot, lambda: map_zeros(address))
 
-    def _replace(self, slot: int, begin: int, size: int, flags: int, descriptor: int, offset: int) -> bool:
-        """Map a file, or zeros, over a part of a slot; return whether the system could."""
+    def _replace(self, slot: int, replace: Callable[[], bool]) -> bool:
+        """Replace a part of a slot's mapping; return whether the system could."""
         # No lock: this may run in the handler of a signal. Marks are cleared before and after, since another thread may
         # verify a block in between and mark it; what is read meanwhile does not count, see `is_unchanged`.
         self._replacing.append(slot)
         try:
             self.invalidate(slot)
-            where = self._address + begin
-            mapped: bool = libc.mmap(where, size, mmap.PROT_READ, flags | _MAP_FIXED, descriptor, offset) != _FAILED
-            self.invalidate(slot)
-            return mapped
+            return replace()
         finally:
+            self.invalidate(slot)
             self._replacing.pop()
 
     def _check_sizes(self) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import faulthandler
 import fcntl
+import mmap
 import os
 import platform
 import signal
@@ -21,10 +22,11 @@ import sys
 import threading
 import weakref
 from termios import FIONREAD
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from softlabels.store.address_space import AddressSpace
+MAP_FIXED = 0x10
+# mmap reports an error as MAP_FAILED, (void *) -1, which ctypes returns as an unsigned integer.
+MAP_FAILED = ctypes.c_void_p(-1).value
 
 _IS_LINUX = sys.platform == "linux" and sys.maxsize > 1 << 32 and platform.machine() in ("x86_64", "aarch64")
 
@@ -59,15 +61,67 @@ class _Action(ctypes.Structure):
     )
 
 
+class Guarded(Protocol):
+    """Mapped files, with marks of what was verified: the address space of a store's array, or one mapped file."""
+
+    def replace_lost_page(self, address: int) -> bool:
+        """Map zeros over the page at an address and clear its marks; return False where none of these files is."""
+
+    def invalidate(self, slot: int) -> None:
+        """Clear the marks of a file."""
+
+    def invalidate_all(self) -> None:
+        """Clear the marks of every file, in a child process that was forked."""
+
+
+def map_zeros(address: int) -> bool:
+    """Map zeros over the page of this address; return whether the system could."""
+    page, flags = address - address % mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+    # Writable: the file may have been mapped so, and a write into a read-only page is the next signal (SIGSEGV).
+    mapped: bool = libc.mmap(page, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != MAP_FAILED
+    return mapped
+
+
+class GuardedRange:
+    """The addresses of one mapped file, guarded while this object lives.
+
+    Args:
+        address, size_bytes: of the mapping.
+    Attributes:
+        lost_pages: number of pages that were read as zeros, because the file had become shorter. What was read while it
+            changed is not what was written; the file has to be mapped again, whole.
+    """
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self._address, self._size_bytes = address, size_bytes
+        self.lost_pages = 0
+        bus_errors.install()
+        bus_errors.register(self)
+
+    def replace_lost_page(self, address: int) -> bool:
+        """Do as `Guarded.replace_lost_page`."""
+        if not self._address <= address < self._address + self._size_bytes:
+            return False
+        # Before the page can be read by other threads, which look at the number when they are done.
+        self.lost_pages += 1
+        return map_zeros(address)
+
+    def invalidate(self, slot: int) -> None:
+        """Do nothing: the range has no marks."""
+
+    def invalidate_all(self) -> None:
+        """Do nothing: the range has no marks."""
+
+
 class BusErrorGuard:
-    """Handler of SIGBUS for the addresses of registered spaces; all others go to the handler that was there before.
+    """Handler of SIGBUS for the addresses of registered files; all others go to the handler that was there before.
 
     The signal is synchronous: it interrupts our own copy of rows, never malloc or the interpreter's own code, so Python
     may run in the handler.
     """
 
     def __init__(self) -> None:
-        self._spaces: list[weakref.ref[AddressSpace]] = []
+        self._spaces: list[weakref.ref[Guarded]] = []
         self._previous = _Action()
         # Kept for as long as the process runs: the kernel holds its address.
         self._callback = _HANDLER_TYPE(self._handle)
@@ -96,7 +150,7 @@ class BusErrorGuard:
         if current.handler == self._own_address:
             libc.sigaction(signal.SIGBUS, ctypes.byref(self._previous), None)
 
-    def register(self, space: AddressSpace) -> None:
+    def register(self, space: Guarded) -> None:
         """Guard the addresses of this space while it lives."""
         # A new list, since the handler may be going through the old one in another thread.
         self._spaces = [*(ref for ref in self._spaces if ref() is not None), weakref.ref(space)]
@@ -131,11 +185,11 @@ class FileWatch:
 
     def _reset(self) -> None:
         self._descriptor = -1
-        self._slots: dict[int, list[tuple[weakref.ref[AddressSpace], int]]] = {}
+        self._slots: dict[int, list[tuple[weakref.ref[Guarded], int]]] = {}
         self._purge_at = 64
         self._lock = threading.Lock()
 
-    def add(self, descriptor: int, space: AddressSpace, slot: int) -> bool:
+    def add(self, descriptor: int, space: Guarded, slot: int) -> bool:
         """Watch an open file that is mapped into a slot of a space; return whether the system can."""
         if not _IS_LINUX:
             return False
@@ -196,7 +250,7 @@ def _after_fork_in_child() -> None:
     # The child's mappings are watched by nobody: its files are opened, mapped and watched again at their first use.
     file_watch.after_fork()
     for ref in bus_errors._spaces:
-        space: Any = ref()
+        space = ref()
         if space is not None:
             space.invalidate_all()
 
