@@ -1,7 +1,8 @@
-"""The sums of rows that a reply's checksum is made of: kept since the rows were verified, not taken of what is sent."""
+"""Mapped arrays: sums of rows as they were verified, and files that change under a mapping."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from softlabels import wire
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
+from softlabels.errors import ChecksumError, TruncatedError
 from softlabels.manifest import IdSpec, RowLayout, TemperatureSpec, TransferSetSpec
 from softlabels.store import LocalRows, StoreWriter, plan_store
 
@@ -65,17 +67,78 @@ class TestWordSums:
             rows.at_positions(np.arange(10), ("targets",))
             assert rows.word_sum_at(np.arange(10), "targets") is None
 
-    def test_a_byte_that_changes_after_it_was_verified_no_longer_adds_up(self, tmp_path: Path) -> None:
-        """So a reader of the reply sees it, although the chunk is not looked at again."""
+
+def shard_files(root: Path, field: str = "targets") -> list[Path]:
+    """The files of an array's shards, in order."""
+    return sorted((root / field / "c").glob("*/0"), key=lambda path: int(path.parent.name))
+
+
+def flip(path: Path, at: int) -> None:
+    """Flip a bit of a file in place; its size and times stay what they were."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 4]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+class TestFilesThatChange:
+    """Under an open reader, after every chunk was verified."""
+
+    def test_a_bit_that_flips_in_a_verified_chunk_is_refused(self, tmp_path: Path) -> None:
+        """The file is watched: its chunks are verified again; other shards are served."""
         rows = made(tmp_path / "store", classes=128)
-        positions = np.arange(64)
-        before = rows.at_positions(positions, ("targets",))["targets"]
-        path = sorted(p for p in (tmp_path / "store" / "targets" / "c").rglob("*") if p.is_file())[0]
-        with path.open("r+b") as file:
-            file.seek(100)
-            byte = file.read(1)
-            file.seek(100)
-            file.write(bytes([byte[0] ^ 4]))
-        after = rows.at_positions(positions, ("targets",))["targets"]
-        assert not np.array_equal(before.view(np.uint16), after.view(np.uint16))
-        assert rows.word_sum_at(positions, "targets") == wire.word_sum(before) != wire.word_sum(after)
+        whole = rows.at_positions(np.arange(200), ("targets",))["targets"]
+        flip(shard_files(tmp_path / "store")[0], 100)
+        with pytest.raises(ChecksumError, match="shard 0, chunk 0"):
+            rows.at_positions(np.arange(200), ("targets",))
+        left = rows.at_positions(np.arange(32, 200), ("targets",))["targets"]
+        assert np.array_equal(left.view(np.uint16), whole[32:].view(np.uint16))
+
+    def test_a_write_of_the_same_bytes_is_no_change(self, tmp_path: Path) -> None:
+        """What is read is what was written."""
+        rows = made(tmp_path / "store", classes=128)
+        whole = rows.at_positions(np.arange(200), ("targets",))["targets"]
+        for path in shard_files(tmp_path / "store"):
+            flip(path, 100)
+            flip(path, 100)
+        again = rows.at_positions(np.arange(200), ("targets",))["targets"]
+        assert np.array_equal(again.view(np.uint16), whole.view(np.uint16))
+
+    def test_a_truncated_file_is_an_error_and_not_a_signal(self, tmp_path: Path) -> None:
+        """TruncatedError, again and again; whole again, the file is read again."""
+        rows = made(tmp_path / "store", classes=4096)
+        whole = rows.at_positions(np.arange(200), ("targets",))["targets"]
+        path = shard_files(tmp_path / "store")[1]
+        contents = path.read_bytes()
+        os.truncate(path, 5000)
+        for _ in range(3):
+            with pytest.raises(TruncatedError, match="has 5000 bytes"):
+                rows.at_positions(np.arange(200), ("targets",))
+        path.write_bytes(contents)
+        again = rows.at_positions(np.arange(200), ("targets",))["targets"]
+        assert np.array_equal(again.view(np.uint16), whole.view(np.uint16))
+
+    def test_a_fork_has_its_own_watch(self, tmp_path: Path) -> None:
+        """Parent and child each notice the same write."""
+        rows = made(tmp_path / "store", classes=128)
+        rows.at_positions(np.arange(200), ("targets",))
+        ready, done = os.pipe(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            rows.at_positions(np.arange(200), ("targets",))
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+            try:
+                rows.at_positions(np.arange(200), ("targets",))
+            except ChecksumError:
+                os._exit(7)
+            os._exit(1)
+        os.read(ready[0], 1)
+        flip(shard_files(tmp_path / "store")[0], 100)
+        with pytest.raises(ChecksumError):
+            rows.at_positions(np.arange(200), ("targets",))
+        os.write(done[1], b"x")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
