@@ -1,9 +1,9 @@
 """The cache folder on a trainer's disk: one table per store version, within a size limit.
 
-FOLDER/rows-v1/lock                      held while tables are created or removed
-FOLDER/rows-v1/DIGEST/table.json         description of the table; its modification time is when it was last opened
-FOLDER/rows-v1/DIGEST/in-use             locked, shared, by every process that reads or fills the table
-FOLDER/rows-v1/DIGEST/{index,rows,ids}   see `softlabels_client.cache.row_table`
+FOLDER/rows-v2/lock                      held while tables are created or removed
+FOLDER/rows-v2/DIGEST/table.json         description of the table; its modification time is when it was last opened
+FOLDER/rows-v2/DIGEST/in-use             locked, shared, by every process that reads or fills the table
+FOLDER/rows-v2/DIGEST/{index,rows,ids}   see `softlabels_client.cache.row_table`
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 from softlabels.documents import Document, as_json, parse_document
 from softlabels.errors import ManifestError
 from softlabels.manifest import ArraySpec, Manifest
-from softlabels_client.cache.row_records import WORD
+from softlabels_client.cache.row_records import WORD, allocate
 from softlabels_client.cache.row_table import (
     IDS_FILE,
     IN_USE_FILE,
@@ -36,7 +36,7 @@ from softlabels_client.cache.row_table import (
     shape_within,
 )
 
-LAYOUT = "rows-v1"
+LAYOUT = "rows-v2"
 """Subfolder of this file format; another format gets another name and never reads these files."""
 
 DEFAULT_BYTES = 16 << 30
@@ -172,7 +172,8 @@ class CacheFolder:
         new.mkdir(mode=0o700)
         for name, size_bytes in {**shape.sizes, WRITING_FILE: 0, IN_USE_FILE: 0}.items():
             with (new / name).open("wb") as file:
-                file.truncate(size_bytes)  # sparse: disk is used as rows arrive
+                if size_bytes and name != ROWS_FILE:  # which grows as rows arrive
+                    allocate(file.fileno(), 0, size_bytes)
         (new / _TABLE).write_text(json.dumps(as_json(TableDescription.of(shape, digest))))
         # Named once it is complete. There is no fsync: after a power failure the files' sizes, the description and the
         # checksums of rows tell what is usable.
@@ -186,7 +187,12 @@ class CacheFolder:
         shape = TableShape(manifest, description.slots)
         if description != TableDescription.of(shape, digest):
             return None
-        return shape if shape.sizes.items() <= _sizes(self._root / digest).items() else None
+        sizes, found, folder = shape.sizes, _sizes(self._root / digest), self._root / digest
+        # Of records there are at least as many as were assigned.
+        least = _taken_slots(folder / INDEX_FILE) * (sizes[ROWS_FILE] // shape.slots)
+        if not min(least, sizes[ROWS_FILE]) <= found.get(ROWS_FILE, -1) <= sizes.pop(ROWS_FILE):
+            return None
+        return shape if sizes.items() <= found.items() else None
 
     def _opened(self, digest: str, shape: TableShape | None) -> RowTable | None:
         return None if shape is None else RowTable(self._root / digest, shape, digest=digest, read_only=self._read_only)

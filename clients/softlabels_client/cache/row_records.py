@@ -2,8 +2,8 @@
 
     record    key, 8 bytes │ field, zero-padded to whole words │ its checksum, 8 bytes │ next field │ …
 
-A checksum of 0 means that the field is not stored. Records are written by `pwrite` and read through a memory map: a
-full disk is then an error, where a write through the map would kill the process.
+A checksum of 0 means that the field is not stored. Records are written by `pwrite` and read through a memory map, of
+blocks that were allocated before: a full disk is then an error, where a hole in the map could kill the process.
 
 Legend: B rows, W little-endian 64-bit words of a row.
 """
@@ -21,17 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.manifest import ArraySpec
-from softlabels.splitmix64 import finalise, sequence
+from softlabels.row_sums import sums_of_rows
+from softlabels.splitmix64 import finalise
 
 Words: TypeAlias = NDArray[np.uint64]
 
 WORD = 8
 """Bytes per word."""
 
-_FOLD = np.uint64(32)
-
-_WORDS_AT_ONCE = 8192
-"""Words per step of a checksum: 64 KiB, which the allocator also keeps for the next time."""
+_GROWTH_BYTES = 4 << 20
+"""Least growth of a file of records; a larger one grows by an eighth, so that it is seldom mapped anew."""
 
 
 def derive_seed(*parts: str) -> int:
@@ -39,28 +38,13 @@ def derive_seed(*parts: str) -> int:
     return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
 
 
-class RowChecks:
-    """Checksums of one field's rows of W words: detect every single changed word, and other damage but once in 2⁶⁴."""
+def row_checks(words_BW: Words, keys_B: Words, seed: int) -> Words:
+    """Return 64-bit checksums of one field's rows, [B]: of their bytes (CRC-32C), of their keys and of a seed; never 0.
 
-    def __init__(self, words: int, seed: int) -> None:
-        # Odd factors: no single changed word leaves the sum unchanged.
-        self._factors = sequence(seed, words) | np.uint64(1)
-        self._seed = np.uint64(seed)
-
-    def of(self, words_BW: Words, keys_B: Words) -> Words:
-        """Return the checksums of these rows, [B]; never 0."""
-        sums = finalise(keys_B ^ self._seed)
-        # A few rows at a time, so that folded words are still in the CPU's cache when they are summed.
-        at_once = max(1, _WORDS_AT_ONCE // len(self._factors))
-        folded = np.empty((min(at_once, len(sums)), len(self._factors)), dtype=np.uint64)
-        for begin in range(0, len(sums), at_once):
-            part_BW = words_BW[begin : begin + at_once]
-            # Folded, because the highest bit of a word survives any odd factor: two such flips would cancel out.
-            folded_BW = np.right_shift(part_BW, _FOLD, out=folded[: len(part_BW)])
-            folded_BW ^= part_BW
-            sums[begin : begin + at_once] += np.einsum("bw,w->b", folded_BW, self._factors)
-        checks: Words = np.maximum(sums, np.uint64(1))
-        return checks
+    A row so belongs to one sample and view, and, by the seed, to one field of one store version.
+    """
+    checks: Words = np.maximum(finalise(keys_B ^ np.uint64(seed)) ^ sums_of_rows(words_BW), np.uint64(1))
+    return checks
 
 
 def record_type(fields: Mapping[str, ArraySpec]) -> np.dtype[Any]:
@@ -78,27 +62,63 @@ def runs(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         yield from zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)], strict=True)
 
 
-class MappedFile:
-    """An existing file of fixed size, read through a memory map and written by `pwrite`; usable after fork.
+def allocate(fd: int, begin: int, end: int) -> None:
+    """Give a file blocks of zeros from `begin` to `end`. Raises OSError: the disk is full.
 
+    A file made longer without blocks would have holes. On tmpfs, reading one through a map takes a block, and kills
+    the process (SIGBUS) where there is none.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, begin, end - begin)
+        return
+    while begin < end:  # macOS
+        begin += os.pwrite(fd, bytes(min(end - begin, _GROWTH_BYTES)), begin)
+
+
+class MappedFile:
+    """An existing file, read through a memory map and written by `pwrite`; usable after fork.
+
+    Args:
+        path: path of the file.
+        size_bytes: its size, or its size when full.
+        read_only: never write to it.
+        grows: whether it may be smaller.
     Raises:
         OSError: it cannot be opened, or has a different size.
     """
 
     fd = -1
 
-    def __init__(self, path: Path, size_bytes: int, *, read_only: bool) -> None:
+    def __init__(self, path: Path, size_bytes: int, *, read_only: bool, grows: bool = False) -> None:
         self.fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
-        self.size_bytes = size_bytes
+        self.size_bytes, self._least_bytes = size_bytes, 0 if grows else size_bytes
+        self.map: mmap.mmap | bytes = b""
         self.check_size()
-        # A shared map, which is mmap's default: it shows what other processes write.
-        self.map = mmap.mmap(self.fd, size_bytes, prot=mmap.PROT_READ)
 
     def check_size(self) -> None:
-        """Raise OSError if the file was cut: reading a map past the end of its file kills the process (SIGBUS)."""
+        """Map what was added to the file. Raises OSError if it was cut: reading a map past its file's end kills."""
         found = os.fstat(self.fd).st_size
-        if found != self.size_bytes:
-            raise OSError(f"a cache file has {found} bytes where it should have {self.size_bytes}")
+        if not max(self._least_bytes, len(self.map)) <= found <= self.size_bytes:
+            expected = max(self._least_bytes, len(self.map))
+            raise OSError(f"a cache file has {found} bytes where it should have {expected}")
+        if found > len(self.map):
+            # A shared map, which is mmap's default: it shows what other processes write.
+            self.map = mmap.mmap(self.fd, found, prot=mmap.PROT_READ)
+            self.map_changed()
+
+    def map_changed(self) -> None:
+        """Make the views of `map` that a subclass keeps."""
+
+    def reserve(self, end: int) -> None:
+        """Have blocks allocated up to this byte, and more if the disk has room. Raises OSError: it has not."""
+        size = os.fstat(self.fd).st_size
+        if end <= size:
+            return
+        try:
+            allocate(self.fd, size, min(self.size_bytes, max(end, size + max(size // 8, _GROWTH_BYTES))))
+        except OSError:
+            allocate(self.fd, size, end)
+        self.check_size()
 
     def write(self, offset: int, data: NDArray[np.uint8]) -> None:
         """Write all of `data`. Raises OSError."""
@@ -119,20 +139,27 @@ class RecordFile(MappedFile):
     """A file of records, addressed by slot number.
 
     Args:
-        path, read_only: as in `MappedFile`.
+        path, read_only, grows: as in `MappedFile`.
         fields: fields of a record.
-        capacity: number of records.
+        capacity: number of records when full.
         digest: digest of the store, which enters every checksum.
     """
 
     def __init__(
-        self, path: Path, fields: Mapping[str, ArraySpec], capacity: int, *, digest: str, read_only: bool
+        self,
+        path: Path,
+        fields: Mapping[str, ArraySpec],
+        capacity: int,
+        *,
+        digest: str,
+        read_only: bool,
+        grows: bool = False,
     ) -> None:
         self._type = record_type(fields)
-        super().__init__(path, capacity * self._type.itemsize, read_only=read_only)
-        self._records = np.frombuffer(self.map, dtype=self._type)
+        self._records = np.empty(0, self._type)
+        super().__init__(path, capacity * self._type.itemsize, read_only=read_only, grows=grows)
         self._specs = fields
-        self._checks = {name: RowChecks(_words(spec), derive_seed(digest, name)) for name, spec in fields.items()}
+        self._seeds = {name: derive_seed(digest, name) for name in fields}
 
     def read(
         self, slots: NDArray[np.int64], names: tuple[str, ...], keys: Words, checks: Words
@@ -154,11 +181,19 @@ class RecordFile(MappedFile):
             # Gathered as opaque bytes: NumPy then copies each row at once.
             # The copy is both verified and returned: another process may write to the map in between.
             words_BW = self._records[f"field {name}"][slots].view("<u8").reshape(len(slots), _words(spec))
-            right = sums == self._checks[name].of(words_BW, checks)
+            right = sums == row_checks(words_BW, checks, self._seeds[name])
             damaged |= ~right & (sums != 0)
             valid &= right
             arrays[name] = _shaped(words_BW, spec)
         return arrays, valid, damaged & ~valid
+
+    def map_changed(self) -> None:
+        """Make the view of all whole records."""
+        self._records = np.frombuffer(self.map, self._type, len(self.map) // self._type.itemsize)
+
+    def __len__(self) -> int:
+        """Number of records there is room for so far."""
+        return len(self._records)
 
     def keys_at(self, slots: NDArray[np.int64]) -> Words:
         """Return the keys of the records in these slots, [B]."""
@@ -172,11 +207,12 @@ class RecordFile(MappedFile):
         for name, array in arrays.items():
             words_BW = _padded(array, self._specs[name])
             records[f"field {name}"] = words_BW.view(self._type[f"field {name}"])[:, 0]
-            records[f"check {name}"] = self._checks[name].of(words_BW, checks)
+            records[f"check {name}"] = row_checks(words_BW, checks, self._seeds[name])
         return records.view(np.uint8).reshape(len(keys), self._type.itemsize)
 
     def write_records(self, slots: NDArray[np.int64], block: NDArray[np.uint8]) -> None:
         """Write packed records into ascending slots, consecutive ones with one call. Raises OSError."""
+        self.reserve((int(slots[-1]) + 1) * self._type.itemsize)
         for begin, end in runs(slots):
             self.write(int(slots[begin]) * self._type.itemsize, block[begin:end])
 

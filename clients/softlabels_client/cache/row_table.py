@@ -85,7 +85,7 @@ class TableShape:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file; sparse files take less disk until they are full."""
+        """Bytes of each file when full; records are added as rows arrive."""
         records = self.slots * record_type(self.fields).itemsize
         sizes = {INDEX_FILE: index_bytes(self.keys, dense=self.dense), ROWS_FILE: records}
         if self.id_fields:
@@ -119,7 +119,9 @@ class RowTable:
         self.keys = RowKeys(shape.manifest)
         self._in_use = FileLock(folder / IN_USE_FILE, fcntl.LOCK_SH)  # held until the table is closed: never removed
         self._index = SlotIndex(folder / INDEX_FILE, shape.keys, dense=shape.dense, read_only=read_only)
-        self._rows = RecordFile(folder / ROWS_FILE, self.fields, shape.slots, digest=digest, read_only=read_only)
+        self._rows = RecordFile(
+            folder / ROWS_FILE, self.fields, shape.slots, digest=digest, read_only=read_only, grows=True
+        )
         self._files: list[MappedFile] = [self._index, self._rows]
         self._id_file: RecordFile | None = None
         if id_fields := shape.id_fields:
@@ -144,7 +146,7 @@ class RowTable:
         self._check_sizes()
         slots = self._index.find(keys)
         # The index has no checksum: a damaged one may return any number, which must not be used as a slot.
-        cached = (slots >= 0) & (slots < self.shape.slots)
+        cached = (slots >= 0) & (slots < len(self._rows))
         if not cached.any():  # in a first epoch, nothing is read in vain
             specs = {name: self.fields[name] for name in names}
             return {n: np.zeros((len(keys), *s.row_shape), s.dtype) for n, s in specs.items()}, cached, 0
@@ -171,7 +173,7 @@ class RowTable:
         with FileLock(self._folder / WRITING_FILE, fcntl.LOCK_EX, create=True):
             self._check_sizes()
             slots = self._index.find(keys)
-            known = (slots >= 0) & (slots < self.shape.slots)
+            known = (slots >= 0) & (slots < len(self._rows))
             # A damaged index may lead to another row's record: this row then gets a new slot, the other keeps its own.
             known[known] = self._rows.keys_at(slots[known]) == keys[known]
             if known.any():

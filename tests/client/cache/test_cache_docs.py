@@ -32,7 +32,7 @@ def test_every_block_runs(served_store: str, tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((tmp_path / "kept").glob("rows-v1/*/table.json"))) == 1
+    assert len(list((tmp_path / "kept").glob("rows-v2/*/table.json"))) == 1
 
 
 @pytest.mark.parametrize("kind", ["dense", "strings"])

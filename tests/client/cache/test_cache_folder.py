@@ -45,7 +45,7 @@ def age(folder: Path, name: str, seconds: float) -> None:
     for kept in CacheFolder(folder).stores():
         if kept.name == name:
             moment = kept.last_opened_s - seconds
-            os.utime(folder / "rows-v1" / kept.digest / "table.json", (moment, moment))
+            os.utime(folder / "rows-v2" / kept.digest / "table.json", (moment, moment))
 
 
 class TestBound:
@@ -163,13 +163,13 @@ class TestCommand:
     def test_other_files_stay(self, stores: dict[str, Path], tmp_path: Path) -> None:
         """A folder may hold other things; they are neither counted nor removed."""
         (tmp_path / "precious").write_text("mine")
-        (tmp_path / "rows-v1" / "precious").mkdir(parents=True)
-        (tmp_path / "rows-v1" / "precious" / "file").write_text("mine")
+        (tmp_path / "rows-v2" / "precious").mkdir(parents=True)
+        (tmp_path / "rows-v2" / "precious" / "file").write_text("mine")
         filled(stores["dense"], tmp_path).close()
         assert names(tmp_path) == {"dense"}
         assert main(["cache", "clear", "--folder", str(tmp_path)]) == 0
         assert (tmp_path / "precious").read_text() == "mine"
-        assert (tmp_path / "rows-v1" / "precious" / "file").read_text() == "mine"
+        assert (tmp_path / "rows-v2" / "precious" / "file").read_text() == "mine"
 
 
 class TestDefaultFolder:

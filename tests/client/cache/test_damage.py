@@ -19,11 +19,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from softlabels.manifest import Manifest
 from softlabels.store import LocalRows
 from softlabels.target_store import TargetStore
 from softlabels_client.cache import CachedRows, CacheFolder
 
 Same = Callable[[Any, Any], None]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same random numbers at each run."""
+    return np.random.default_rng(3)
+
+
 FILES = {"dense": ("rows", "index"), "strings": ("rows", "index", "ids"), "views": ("rows", "index")}
 PLACES = [(kind, name) for kind, names in FILES.items() for name in names]
 PLAN: dict[str, Any] = {"seed": 1, "epoch": 0, "batch_size": 9}
@@ -189,13 +198,104 @@ class TestForeignFiles:
         refuse_wrong_rows(setting, refuse_difference)
         with TargetStore(CachedRows(LocalRows(other_version), folder=setting.folder), where="other") as store:
             store.batch(store.ids())
-            theirs = setting.folder / "rows-v1" / store.digest
+            theirs = setting.folder / "rows-v2" / store.digest
         setting.cached.close()
         for name in ("rows", "index"):
             shutil.copyfile(theirs / name, setting.file(name))
         setting.far.forget()
         refuse_wrong_rows(setting, refuse_difference)
         assert setting.far.fetched == [120]
+
+
+class TestExchanged:
+    """Whole pieces of valid bytes in the place of others, and changes that a sum of words does not see."""
+
+    @pytest.mark.parametrize("kind", ["dense", "strings", "views"])
+    def test_two_records(
+        self, kind: str, stores: dict[str, Path], make_setting: Any, refuse_difference: Same, rng: np.random.Generator
+    ) -> None:
+        """Each has its own row's key: neither is used for the other row."""
+        setting = make_setting(stores[kind])
+        refuse_wrong_rows(setting, refuse_difference)
+        for name in ("rows", "ids") if kind == "strings" else ("rows",):
+            size = json.loads(setting.file("table.json").read_text())["files"][name]
+            count = 3 * 120 if kind == "views" else 120
+            records = np.fromfile(setting.file(name), np.uint8).reshape(-1, size // count)
+            for _ in range(20):
+                one, other = rng.choice(len(records), 2, replace=False)
+                records[[one, other]] = records[[other, one]]
+                overwrite(setting.file(name), records.tobytes())
+                refuse_wrong_rows(setting, refuse_difference)
+
+    def test_one_record_for_all(self, stores: dict[str, Path], make_setting: Any, refuse_difference: Same) -> None:
+        """A record repeated in every slot is right for one row."""
+        setting = make_setting(stores["dense"])
+        refuse_wrong_rows(setting, refuse_difference)
+        records = np.fromfile(setting.file("rows"), np.uint8).reshape(120, -1)
+        overwrite(setting.file("rows"), np.repeat(records[7:8], 120, axis=0).tobytes())
+        setting.far.forget()
+        refuse_difference(setting.cached.batch(setting.near.ids()), setting.near.batch(setting.near.ids()))
+        assert setting.far.fetched == [119]
+
+    def test_two_fields_of_a_record(self, stores: dict[str, Path], make_setting: Any, refuse_difference: Same) -> None:
+        """With their checksums: a field's name is part of its sum."""
+        setting = make_setting(stores["views"])  # parameters and fingerprints both take two words
+        ids = setting.near.ids()
+        fields = {"views": 1, "fingerprints": True, "view_parameters": True}
+        setting.cached.batch(ids, **fields)
+        places = words_of_fields(setting.near.manifest)
+        one, other = places["fingerprints"], places["view_parameters"]
+        records = np.fromfile(setting.file("rows"), "<u8").reshape(3 * 120, -1)
+        records[:, one], records[:, other] = records[:, other].copy(), records[:, one].copy()
+        overwrite(setting.file("rows"), records.tobytes())
+        refuse_difference(setting.cached.batch(ids, **fields), setting.near.batch(ids, **fields))
+
+    def test_words_and_high_bits_of_a_row(
+        self, stores: dict[str, Path], make_setting: Any, refuse_difference: Same
+    ) -> None:
+        """Two words exchanged, and the signs of two pairs of numbers turned over, which leave many sums as they are."""
+        setting = make_setting(stores["dense"])
+        ids = setting.near.ids()
+        setting.cached.batch(ids)
+        whole = np.fromfile(setting.file("rows"), "<u8").reshape(120, -1)
+        signs = np.uint64(1 << 63 | 1 << 31)
+        first = words_of_fields(setting.near.manifest)["targets"].start
+        for one, other in ((first, first + 1), (first, first + 2), (first + 1, first + 2)):  # six f32 are three words
+            swapped, negated = whole.copy(), whole.copy()
+            swapped[:, [one, other]] = swapped[:, [other, one]]
+            negated[:, [one, other]] ^= signs
+            for changed in (swapped, negated):
+                overwrite(setting.file("rows"), changed.tobytes())
+                refuse_difference(setting.cached.batch(ids), setting.near.batch(ids))
+
+    def test_two_files(self, stores: dict[str, Path], make_setting: Any, refuse_difference: Same) -> None:
+        """Of one table, while it is open and before it is opened."""
+        setting = make_setting(stores["strings"])
+        for opened in (True, False):
+            refuse_wrong_rows(setting, refuse_difference)
+            if not opened:
+                setting.cached.close()
+            for one, other in (("rows", "ids"), ("index", "rows")):
+                first, second = setting.file(one).read_bytes(), setting.file(other).read_bytes()
+                overwrite(setting.file(one), second[: len(first)].ljust(len(first), b"\0"))
+                overwrite(setting.file(other), first[: len(second)].ljust(len(second), b"\0"))
+                refuse_wrong_rows(setting, refuse_difference)
+
+
+def words_of_fields(manifest: Manifest) -> dict[str, slice]:
+    """Where each field and its checksum are in a record."""
+    begin, places = 1, {}
+    for name, spec in manifest.arrays.items():
+        if name != "ids":
+            places[name] = slice(begin, begin + -(-spec.row_bytes // 8) + 1)
+            begin = places[name].stop
+    return places
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Change a file's bytes in place, as an open map sees them."""
+    with path.open("r+b") as file:
+        file.write(content)
 
 
 class TestFullDisk:
@@ -255,7 +355,7 @@ FILLING = textwrap.dedent(
             pass
         store.batch(rng.permutation(ids)[:7], fingerprints=True)
         store.close()
-        for path in folder.glob("rows-v1/*/table.json"):
+        for path in folder.glob("rows-v2/*/table.json"):
             if rng.random() < 0.3:
                 path.unlink()
     """
@@ -290,6 +390,6 @@ def test_killed_writers(
         kill_while_it_fills(stores[kind], setting.folder, rng)
         refuse_wrong_rows(setting, refuse_difference)
         setting.cached.close()
-    assert [path.name for path in (setting.folder / "rows-v1").iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in (setting.folder / "rows-v2").iterdir() if path.name.startswith(".")] == []
     kept = CacheFolder(setting.folder).stores()
     assert [(store.cached_rows, store.in_use) for store in kept] == [(120, False)]

@@ -48,5 +48,5 @@ def test_distill_takes_a_cache(
     assert asked[0] == 2  # one stream an epoch
     assert asked[1] == asked[3] == 1
     assert asked[2] == 0
-    assert len(list(tmp_path.glob("*/rows-v1/*/rows"))) == 2
+    assert len(list(tmp_path.glob("*/rows-v2/*/rows"))) == 2
     assert "200 samples" in capsys.readouterr().out
