@@ -10,10 +10,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from softlabels.encodings import Encoding
 from softlabels.errors import DamageError, ManifestError, SoftLabelsError, UnknownStoreError
-from softlabels.manifest import FINGERPRINTS, IDS, STORE_NAME, ArraySpec, Manifest
-from softlabels.store.store_documents import MANIFEST, PLAN
+from softlabels.manifest import FINGERPRINTS, IDS, STORE_NAME, ArraySpec
+from softlabels.store.store_documents import MANIFEST, PLAN, load_manifest
 from softlabels.store.store_reader import LocalRows
 from softlabels_server.fast_path.executor_policy import ExecutorPolicy
 
@@ -21,28 +20,25 @@ Signature: TypeAlias = tuple[str, int, int, int]
 """Name, inode, size and modification time (ns) of a store's manifest file; a new version has another."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class ServedStore:
     """One open version of a store.
 
     Attributes:
         name: name in URLs, which is the name of its folder.
-        path: its folder.
-        digest: identifies this version.
         signature: signature of the manifest file that it was opened from.
-        executor_policy: decides where its gathers run.
         layouts: cache of `fast_path.response_plan.layout_for`.
     """
 
     name: str
     path: Path
     rows: LocalRows
-    manifest: Manifest
-    encoding: Encoding
-    digest: str
     signature: Signature
     executor_policy: ExecutorPolicy = field(default_factory=ExecutorPolicy)
     layouts: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.manifest, self.digest, self.encoding = self.rows.manifest, self.rows.digest, self.rows.encoding
 
     @property
     def has_row_offsets(self) -> bool:
@@ -75,10 +71,8 @@ class StoreFolder:
     A store is named after its folder, so that copying or renaming a folder publishes it. Links that lead out of the
     root are not followed.
 
-    Args:
-        root: the folder.
     Raises:
-        UnknownStoreError: no such folder.
+        UnknownStoreError: there is no such folder.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -92,7 +86,11 @@ class StoreFolder:
             )
         self._opened: dict[str, ServedStore] = {}
         self._lock = threading.Lock()
-        self._own_name = self._root_name() if _signature(self.root) is not None else None
+        self._own_name = None
+        if _signature(self.root) is not None:
+            # A folder name such as `/` or `my store` cannot be a URL segment; the name in the manifest can.
+            name = self.root.name
+            self._own_name = name if STORE_NAME.fullmatch(name) else load_manifest(self.root).name
 
     def names(self) -> list[str]:
         """Return the sorted names of all existing stores, unreadable ones too. Raises DamageError."""
@@ -151,20 +149,11 @@ class StoreFolder:
             raise UnknownStoreError(f"there is no store {name[:128]!r} on this server{hint}", name=name[:128])
         path = self.root if self._own_name is not None else self.root / name
         try:
-            rows = LocalRows(path)
+            return ServedStore(name=name, path=path, rows=LocalRows(path), signature=signature)
         except SoftLabelsError:
             raise
         except OSError as error:
             raise ManifestError(f"store {name!r} exists but cannot be read: {error.strerror}") from error
-        return ServedStore(
-            name=name,
-            path=path,
-            rows=rows,
-            manifest=rows.manifest,
-            encoding=rows.encoding,
-            digest=rows.digest,
-            signature=signature,
-        )
 
     def _signature_of(self, name: str) -> Signature | None:
         if self._own_name is not None:
@@ -181,11 +170,6 @@ class StoreFolder:
             return self._signature_of(name) is not None
         except ManifestError:
             return True  # listed as unreadable: an I/O failure must not look like a missing store
-
-    def _root_name(self) -> str:
-        name = self.root.name
-        # A folder name such as `/` or `my store` cannot be a URL segment; the name in the manifest can.
-        return name if STORE_NAME.fullmatch(name) else LocalRows(self.root).manifest.name
 
 
 def _signature(folder: Path) -> Signature | None:

@@ -27,7 +27,7 @@ from softlabels_server.api.replies import accepted_format
 from softlabels_server.api.requests import RowOptions, parse_query, read_query, too_large
 from softlabels_server.catalog import ServedStore, StoreFolder
 from softlabels_server.fast_path.response_plan import metadata_of, reply_headers
-from softlabels_server.fast_path.socket_writer import AdaptiveChunkSize, Chunk, writer_for
+from softlabels_server.fast_path.socket_writer import AdaptiveChunkSize, Chunk, send_chunks
 from softlabels_server.settings import Settings
 
 FRAME_FORMAT = "softlabels-epoch/1"
@@ -63,8 +63,8 @@ class EpochEndpoint:
             await send({"type": "http.response.body", "body": b""})
             return
         size = AdaptiveChunkSize()
-        stall_timeout_s = self.settings.stall_timeout_s
-        if await writer_for(scope, send).send_all(stream.chunks(size), size, stall_timeout_s=stall_timeout_s):
+        timeout_s = self.settings.stall_timeout_s
+        if await send_chunks(scope, send, stream.chunks(size), size, stall_timeout_s=timeout_s):
             # The writer has accounted for every byte of the body, so uvicorn takes an empty message as its end.
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

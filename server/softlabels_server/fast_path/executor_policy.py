@@ -35,12 +35,8 @@ def disk_read_count() -> int:
 class ExecutorPolicy:
     """Decides where gathers of one store run, by how long recent ones took.
 
-    A store just opened counts as slow, since its chunks are not verified yet.
-
-    Args:
-        clock: monotonic time, seconds.
-        cpu_time_s: CPU time of the calling thread, seconds.
-        disk_reads: number that rises when this process reads from a disk.
+    A store just opened counts as slow, since its chunks are not verified yet. Tests pass their own clock (seconds),
+    CPU time of the calling thread and number that rises with reads from disks.
     """
 
     def __init__(

@@ -6,7 +6,6 @@ import asyncio
 import os
 import select
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -41,18 +40,8 @@ class SocketAccess:
     """
 
     def __init__(self, cycle: Any, descriptor: int) -> None:
-        self._cycle, self._descriptor = cycle, descriptor
-        self._transport: asyncio.Transport = cycle.transport
-
-    @contextmanager
-    def duplicate_descriptor(self) -> Iterator[int]:
-        """Yield a descriptor of the socket for another thread."""
-        # A copy, because the number may name another file as soon as the transport closes its own descriptor.
-        descriptor = os.dup(self._descriptor)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+        self.descriptor = descriptor
+        self._cycle, self._transport = cycle, cycle.transport
 
     def account(self, size_bytes: int) -> None:
         """Subtract body bytes that bypassed uvicorn, which compares what it sent with the announced length."""
@@ -101,86 +90,78 @@ class AdaptiveChunkSize:
         return LARGE_CHUNK_BYTES if self.taken_bytes >= FAST_READER_BYTES else SMALL_CHUNK_BYTES
 
 
-class ThreadedWriter:
-    """Writes a stream to the socket from a thread, and through the event loop while the reader is slow."""
+async def send_chunks(
+    scope: Scope, send: Send, chunks: Iterator[Chunk], size: AdaptiveChunkSize, *, stall_timeout_s: float
+) -> bool:
+    """Send the body of a reply; close the connection and return False if the client is gone or stalls.
 
-    def __init__(self, access: SocketAccess) -> None:
-        self._access = access
-        self._written = 0
+    Without `SocketAccess` (TLS, h11, test clients), as ASGI messages, which do not say whether the client is there.
 
-    async def send_all(self, chunks: Iterator[Chunk], size: AdaptiveChunkSize, *, stall_timeout_s: float) -> bool:
-        """Send all chunks; close the connection and return False if the client is gone or stalls.
-
-        Args:
-            chunks: buffers to send; each chunk is gathered by `next`, whose errors are raised.
-            size: updated with the bytes that the reader took.
-            stall_timeout_s: how long the reader may take for the rest of a chunk.
-        """
-        access = self._access
+    Args:
+        chunks: buffers to send; each chunk is gathered by `next`, whose errors are raised.
+        size: updated with the bytes that the reader took.
+        stall_timeout_s: how long the reader may take for the rest of a chunk.
+    """
+    access: SocketAccess | None = scope.get("extensions", {}).get(SOCKET_EXTENSION)
+    if access is not None:
         try:
-            await access.drain()  # the reply's head is still in the transport
-            with access.duplicate_descriptor() as descriptor:
-                while (left := await run_in_threadpool(self._write_chunks, descriptor, chunks, size)) is not None:
-                    self._account()
-                    async with asyncio.timeout(stall_timeout_s):
-                        await access.write(left)
-                self._account()
-            return True
+            await _send_from_thread(access, chunks, size, stall_timeout_s)
         except (ClientDisconnect, TimeoutError):  # a reader that stopped can resume at its cursor
             access.abort()
             return False
-
-    def _account(self) -> None:
-        # In the event loop, since uvicorn's cycle is not thread-safe.
-        count, self._written = self._written, 0
-        self._access.account(count)
-
-    def _write_chunks(
-        self, descriptor: int, chunks: Iterator[Chunk], size: AdaptiveChunkSize
-    ) -> list[memoryview] | None:
-        """Write chunks; return None at the end, or the rest of a chunk for which the socket had no room."""
-        # `select` cannot wait for descriptors above 1,023, and a server may have thousands of streams open.
-        poll = select.poll()
-        poll.register(descriptor, select.POLLOUT)
-        for chunk in chunks:
-            left = [as_view(buffer) for buffer in chunk]
-            while left:
-                try:
-                    count = os.writev(descriptor, left)
-                except BlockingIOError:
-                    if self._access.is_closed() or not poll.poll(WRITABLE_TIMEOUT_MS):
-                        size.taken_bytes = 0
-                        # Copied, so that a waiting reader holds only what it has not read, not whole arrays.
-                        return [memoryview(bytes(buffer)) for buffer in left]
-                    continue
-                except OSError:
-                    return left  # the client is gone, as the event loop will find
-                self._written += count
-                size.taken_bytes += count
-                left = _skip(left, count)
-        return None
-
-
-class AsgiWriter:
-    """Sends a stream as ASGI messages, for servers without `SocketAccess` (TLS, h11, test clients)."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-
-    async def send_all(self, chunks: Iterator[Chunk], size: AdaptiveChunkSize, *, stall_timeout_s: float) -> bool:
-        """Send all chunks, as `ThreadedWriter.send_all`; ASGI does not say whether the client is still there."""
-        # With a default, because a StopIteration that is raised in a coroutine becomes a RuntimeError.
-        while (chunk := await run_in_threadpool(next, chunks, None)) is not None:
-            async with asyncio.timeout(stall_timeout_s):
-                for buffer in chunk:
-                    await self._send({"type": "http.response.body", "body": as_view(buffer), "more_body": True})
         return True
+    # With a default, because a StopIteration that is raised in a coroutine becomes a RuntimeError.
+    while (chunk := await run_in_threadpool(next, chunks, None)) is not None:
+        async with asyncio.timeout(stall_timeout_s):
+            for buffer in chunk:
+                await send({"type": "http.response.body", "body": as_view(buffer), "more_body": True})
+    return True
 
 
-def writer_for(scope: Scope, send: Send) -> ThreadedWriter | AsgiWriter:
-    """Return the fastest writer for a reply to this request."""
-    access: SocketAccess | None = scope.get("extensions", {}).get(SOCKET_EXTENSION)
-    return AsgiWriter(send) if access is None else ThreadedWriter(access)
+async def _send_from_thread(
+    access: SocketAccess, chunks: Iterator[Chunk], size: AdaptiveChunkSize, stall_timeout_s: float
+) -> None:
+    """Write from a thread while the socket takes the chunks, and through the event loop while the reader is slow."""
+    await access.drain()  # the reply's head is still in the transport
+    # A copy, because the number may name another file as soon as the transport closes its own descriptor.
+    descriptor = os.dup(access.descriptor)
+    try:
+        left: list[memoryview] | None = []
+        while left is not None:
+            written, left = await run_in_threadpool(_write_chunks, access, descriptor, chunks, size)
+            access.account(written)  # in the event loop, since uvicorn's cycle is not thread-safe
+            if left is not None:
+                async with asyncio.timeout(stall_timeout_s):
+                    await access.write(left)
+    finally:
+        os.close(descriptor)
+
+
+def _write_chunks(
+    access: SocketAccess, descriptor: int, chunks: Iterator[Chunk], size: AdaptiveChunkSize
+) -> tuple[int, list[memoryview] | None]:
+    """Write chunks; return the bytes written and None at the end, or the rest of a chunk that found no room."""
+    # `select` cannot wait for descriptors above 1,023, and a server may have thousands of streams open.
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    written = 0
+    for chunk in chunks:
+        left = [as_view(buffer) for buffer in chunk]
+        while left:
+            try:
+                count = os.writev(descriptor, left)
+            except BlockingIOError:
+                if access.is_closed() or not poll.poll(WRITABLE_TIMEOUT_MS):
+                    size.taken_bytes = 0
+                    # Copied, so that a waiting reader holds only what it has not read, not whole arrays.
+                    return written, [memoryview(bytes(buffer)) for buffer in left]
+                continue
+            except OSError:
+                return written, left  # the client is gone, as the event loop will find
+            written += count
+            size.taken_bytes += count
+            left = _skip(left, count)
+    return written, None
 
 
 def as_buffer(array: NDArray[Any]) -> memoryview:

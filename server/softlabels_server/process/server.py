@@ -36,6 +36,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h: parameters of `mallop
 MAX_HEAP_BLOCK_BYTES = 16 << 20
 """Blocks up to this size come from the heap; glibc accepts no more than 32 MiB."""
 
+_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
+
 
 def listen(settings: Settings) -> socket.socket:
     """Return a socket that listens on the address in the settings.
@@ -67,10 +69,7 @@ def url_of(listener: socket.socket) -> str:
 def make_server(app: FastAPI, settings: Settings, *, announce: Callable[[], None] = lambda: None) -> StoppableServer:
     """Return a server of this application; `run(sockets=[listener])` runs it until SIGTERM or Ctrl-C.
 
-    Args:
-        app: the application.
-        settings: limits of connections; its address is not used.
-        announce: called once, when requests are being answered.
+    `announce` is called once, when requests are being answered.
     """
     config = uvicorn.Config(
         app,
@@ -97,10 +96,8 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def raise_open_file_limit() -> None:
-    """Allow this process as many open files, and so connections, as the system's hard limit.
-
-    Shells start with a soft limit of 1,024, for programs that still use `select`; a stream needs two descriptors.
-    """
+    """Allow this process as many open files, and so connections, as the system's hard limit."""
+    # Shells start with a soft limit of 1,024, for programs that still use `select`; a stream needs two descriptors.
     if sys.platform == "win32":
         return
     import resource
@@ -159,17 +156,15 @@ def configure_malloc() -> bool:
     By default glibc returns a large block to the system as soon as it is freed. A server that gathers half a megabyte a
     hundred times a second then has every page of it mapped and zeroed each time: half of a batch's cost, measured.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = getattr(_C_LIBRARY, "mallopt", None)
     if mallopt is None:
         return False  # a C library other than glibc
     return bool(mallopt(_M_MMAP_THRESHOLD, MAX_HEAP_BLOCK_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
-_MALLINFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-
-
 class _Mallinfo(ctypes.Structure):  # malloc.h: `struct mallinfo2`
-    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLINFO.split())
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names.split())
 
 
 class HeapTrimmer:
@@ -179,18 +174,15 @@ class HeapTrimmer:
     """
 
     def __init__(self) -> None:
-        library = ctypes.CDLL(None) if sys.platform == "linux" else None
-        self._describe = getattr(library, "mallinfo2", None)  # glibc 2.33
-        self._trim = getattr(library, "malloc_trim", None)
         self._was_large = False
         self._stuck_bytes = 0
+        self._describe = getattr(_C_LIBRARY, "mallinfo2", None)  # glibc 2.33
         if self._describe is not None:
             self._describe.restype = _Mallinfo
-            self._describe.argtypes = ()
 
     def trim_if_idle(self) -> bool:
         """Trim if more than `KEPT_BYTES` are free now and were at the last call; return whether it trimmed."""
-        if self._describe is None or self._trim is None:
+        if self._describe is None or _C_LIBRARY is None:
             return False
         found = self._describe()
         # mallinfo counts pages already returned as free, so resident memory has to be compared too. Holes smaller than
@@ -203,7 +195,7 @@ class HeapTrimmer:
         must_trim, self._was_large = is_large and self._was_large, is_large
         if not must_trim:
             return False
-        self._trim(ctypes.c_size_t(0))
+        _C_LIBRARY.malloc_trim(ctypes.c_size_t(0))
         self._stuck_bytes = max(0, _resident_bytes() - used_bytes)
         return True
 

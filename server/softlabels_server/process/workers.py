@@ -38,8 +38,10 @@ RESTART_DELAY_S = 1.0
 POLL_S = 0.1
 """Interval between checks of the workers: that of uvicorn's main loop."""
 
+_SIGNALS = {number.value: number.name for number in signal.Signals}
 
-@dataclass(kw_only=True)
+
+@dataclass
 class _Worker:
     """One worker: its process and readiness pipe, or the time of its restart while `process` is None."""
 
@@ -79,7 +81,7 @@ class WorkerSupervisor:
         self._announce, self._say = announce, say
         # Spawned, not forked: the caller may have threads and mapped stores, whose locks do not survive a fork.
         self._context = multiprocessing.get_context("spawn")
-        self._workers = [_Worker(number=number + 1) for number in range(settings.workers)]
+        self._workers = [_Worker(number + 1) for number in range(settings.workers)]
         self._is_announced = False
         self._signal_count = 0
 
@@ -139,7 +141,8 @@ class WorkerSupervisor:
         worker.process, worker.ready, worker.started_s = process, reader, time.monotonic()
 
     def _reap(self, worker: _Worker, process: SpawnProcess) -> None:
-        how = _describe_exit(process.exitcode or 0)
+        code = process.exitcode or 0
+        how = f"ended with exit code {code}" if code >= 0 else f"was ended by {_SIGNALS.get(-code, f'signal {-code}')}"
         if not self._is_announced:
             raise WorkerDiedError(
                 f"worker {worker.number} of {len(self._workers)} {how} before it answered: its output above says why; "
@@ -192,12 +195,3 @@ def _serve(root: Path, settings: Settings, listener: socket.socket, ready: Conne
     # A daemon: it waits for as long as the parent lives, and must not keep a stopped worker from exiting.
     threading.Thread(target=follow_parent, daemon=True, name="follow-parent").start()
     server.run(sockets=[listener])
-
-
-def _describe_exit(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"ended with exit code {exit_code}"
-    try:
-        return f"was ended by {signal.Signals(-exit_code).name}"
-    except ValueError:
-        return f"was ended by signal {-exit_code}"
