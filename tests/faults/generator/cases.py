@@ -23,6 +23,7 @@ from tests.faults.generator.layers import (
     pairs,
     right_codes,
 )
+from tests.faults.generator.raw_cases import TokenServer, run_raw_case
 from tests.faults.generator.readers import Place, Server
 from tests.faults.generator.trainer_cases import (
     CACHE_OBSERVERS,
@@ -33,6 +34,11 @@ from tests.faults.generator.trainer_cases import (
 )
 
 RESUME_JOB = "resume job"
+
+RAW = "raw socket"
+
+OFTEN = {"reader": 5, "verify": 3, "server": 2, "client": 2, "cache": 1}
+"""How often more a combination is tried whose observer is quick."""
 
 Combination = tuple[str, str, str]
 """Layer, operation, observer."""
@@ -49,6 +55,7 @@ class Bench:
         self.folder = folder
         self._server: Server | None = None
         self._network: Network | None = None
+        self._token_server: TokenServer | None = None
 
     def make_all(self) -> None:
         """Write every kind of store, before workers are forked."""
@@ -73,8 +80,16 @@ class Bench:
             self._network = Network(self.folder / "versions", self.shelf)
         return self._network
 
+    def token_server(self) -> TokenServer:
+        """Return the server that asks for a token, started when it is first needed."""
+        if self._token_server is None:
+            self._token_server = TokenServer(self.folder / "with-token", self.shelf)
+        return self._token_server
+
     def close(self) -> None:
         """End the servers."""
+        if self._token_server is not None:
+            self._token_server.server.close()
         if self._server is not None:
             self._server.close()
         if self._network is not None:
@@ -98,11 +113,15 @@ def combinations(only: str = "") -> list[Combination]:
         elif layer == CHECKPOINT:
             found += [(layer, operation, who) for who in CHECKPOINT_OBSERVERS]
         else:
+            if layer == "request: batch":
+                found.append((layer, operation, RAW))
             # Training asks for batches by id, never for an epoch's stream.
             found += [(layer, operation, who) for who in HTTP_OBSERVERS if not (who == "distill" and "epoch" in layer)]
     chosen = [entry for entry in found if re.search(only, " / ".join(entry))]
-    # Shuffled the same each time, so that any stretch of numbers has something of everything.
-    return [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]
+    # Shuffled the same each time, so that any stretch of numbers has something of everything; first each one once.
+    order, rng = [*range(len(chosen))], np.random.default_rng(0)
+    again = [i for i in order for _ in range(OFTEN.get(chosen[i][2], 0))]
+    return [chosen[i] for i in (*rng.permutation(order), *rng.permutation(again))]
 
 
 def run_case(bench: Bench, seed: int, number: int, layer: str, operation: str, observer: str) -> tuple[Verdict, str]:
@@ -111,7 +130,9 @@ def run_case(bench: Bench, seed: int, number: int, layer: str, operation: str, o
     verdict = Verdict()
     place = bench.place(number)
     try:
-        if layer in HTTP_LAYERS:
+        if observer == RAW:
+            told = run_raw_case(bench.token_server(), rng, operation, verdict)
+        elif layer in HTTP_LAYERS:
             network = bench.network()
             told = run_http_case(network, bench.shelf, place.cache, rng, layer, operation, observer, verdict)
         elif observer == RESUME_JOB:
@@ -124,5 +145,5 @@ def run_case(bench: Bench, seed: int, number: int, layer: str, operation: str, o
             told = run_disk_case(bench.shelf, place, rng, layer, operation, observer, verdict)
     finally:
         place.clear()
-    verdict.refuse_other_codes(right_codes(layer, operation, observer) | {"reported"})
+    verdict.refuse_other_codes(right_codes(layer, operation, observer) | {"reported", "answered", "closed"})
     return verdict, told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -57,7 +58,11 @@ def exchange_rows(rng: Rng, raw: bytearray, row_bytes: int) -> None:
 
 
 def zero(rng: Rng, raw: bytearray, row_bytes: int) -> None:
-    """Zeros, as a hole in a file has them: a word, a cache line, a sector, a page, all."""
+    """Zeros, as a hole in a file has them: a word, a cache line, a sector, a page, all; or where all bits were set."""
+    if rng.random() < 0.3 and (runs := [found.span() for found in re.finditer(rb"\xff{4,}", bytes(raw))]):
+        begin, end = runs[int(rng.integers(len(runs)))]
+        raw[begin:end] = bytes(end - begin)
+        return
     size = min(len(raw), int((WORD, BLOCK, 512, PAGE, len(raw))[rng.integers(5)]))
     begin = int(rng.integers(max(1, len(raw) - size + 1)))
     begin -= begin % min(size, PAGE) if size < len(raw) else begin

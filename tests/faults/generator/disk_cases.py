@@ -201,7 +201,7 @@ def run_disk_case(
     stores = shelf.stores(kind)
     fault = DiskFault(rng, stores, place.root, layer, operation)
     questions = Questions(rng, stores.models[stores.digests["current"]])
-    fault.unites = observer in ("merge", "resume")
+    fault.unites = observer in ("merge", "resume", "repair", "verify")
     if observer == "resume":
         # A shard is still to be computed.
         fault.base = {path: raw for path, raw in stores.trees["begun"].items() if layer_of(path) in shelf.kinds_with}

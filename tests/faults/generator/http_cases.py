@@ -29,6 +29,9 @@ KINDS = (
     *("zarr-views", "zarr-sequences", "zarr-inputs"),
 )
 WITH_CONSTANTS = ("zarr-hidden", "hdf5-hidden")
+UNFINISHED = ("zarr", "zarr-wide", "zarr-topk")
+"""Kinds that are also served before their last shard; their ids count up, so that they can be looked up."""
+
 TRAINED = ("zarr", "zarr-wide", "hdf5-int", "zarr-str", "zarr-topk", "zarr-inputs", *WITH_CONSTANTS)
 
 OBSERVERS = ("client", "cache", "distill")
@@ -47,6 +50,8 @@ class Network:
             root = folder / version
             for kind in (*KINDS, *WITH_CONSTANTS):
                 write_tree(root / kind, shelf.stores(kind).trees[version])
+            for kind in UNFINISHED if version == "current" else ():
+                write_tree(root / f"{kind}-begun", shelf.stores(kind).trees["begun"])
             self.servers[version] = Server(root)
         self.proxy = Proxy()
 
@@ -75,8 +80,11 @@ class NetworkFault:
         layer, operation: the pair to try.
     """
 
-    def __init__(self, rng: Rng, network: Network, stores: Stores, layer: str, operation: str) -> None:
+    def __init__(
+        self, rng: Rng, network: Network, stores: Stores, layer: str, operation: str, version: str = "current"
+    ) -> None:
         self.rng, self.network, self.stores, self.layer, self.operation = rng, network, stores, layer, operation
+        self.version = version
         self.told = operation
 
     def tampering(self) -> Tampering:
@@ -159,7 +167,7 @@ class NetworkFault:
         forged = self.rng.random() < 0.5
 
         def change(message: Message) -> list[bytes] | None:
-            mine, theirs = digests["current"].encode(), digests[version].encode()
+            mine, theirs = digests[self.version].encode(), digests[version].encode()
             asked = self._last_request(self.layer.partition(": ")[2])
             if asked is None:
                 return [message.raw]
@@ -273,13 +281,17 @@ def run_http_case(
         choices = tuple(kind for kind in choices if kind in TRAINED)
     kind = str(rng.choice(choices))
     stores = shelf.stores(kind)
-    fault = NetworkFault(rng, network, stores, layer, operation)
-    questions = Questions(rng, stores.models[stores.digests["current"]])
+    begun = layer.endswith("description") and observer == "client" and rng.random() < 0.4
+    if begun:
+        kind = str(rng.choice(UNFINISHED))
+        stores = shelf.stores(kind)
+    fault = NetworkFault(rng, network, stores, layer, operation, version="begun" if begun else "current")
+    questions = Questions(rng, stores.models[stores.digests["current"]], only_first=60 if begun else None)
     # A description of another store, whole, opens that store: what it says is then right of that one.
     models = {
         digest: model for name in (*KINDS, *WITH_CONSTANTS) for digest, model in shelf.stores(name).models.items()
     }
-    reader = HttpReader(network.url(kind), cache, stores, questions, observer, models)
+    reader = HttpReader(network.url(f"{kind}-begun" if begun else kind), cache, stores, questions, observer, models)
     proxy = network.proxy
     proxy.tampering = fault.honest()
     with contextlib.closing(reader):
@@ -312,7 +324,7 @@ def _read_honestly(proxy: Proxy, fault: NetworkFault, reader: HttpReader, verdic
     """Read without a fault: whatever happened before, honest replies are taken again."""
     proxy.tampering = fault.honest()
     again = Verdict()
-    if not reader.is_of(fault.stores.digests["current"]):
+    if not reader.is_of(fault.stores.digests[fault.version]):
         reader.close()
     reader.open(again)
     reader.read(again)

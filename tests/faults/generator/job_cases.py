@@ -29,10 +29,19 @@ SAMPLES, FEATURES, CLASSES = 96, 6, 5
 TIME_NS = 1_700_000_000_000_000_000
 
 MODULE = """
+from pathlib import Path
+
+import numpy as np
 import torch
 
 def teacher():
     return torch.nn.Linear(6, 5, bias=False)
+
+def loaded(path):
+    net = teacher()
+    with torch.no_grad():
+        net.weight.copy_(torch.from_numpy(np.load(Path(__file__).parent / path)))
+    return net
 """
 
 JOB = """
@@ -51,13 +60,18 @@ arguments = {{ inputs = "inputs.npy" }}
 temperature = {temperature}
 
 [[teachers]]
-model = "parts.py:teacher"
-weights = "weights.safetensors"
+{teacher}
 
 [run]
 batch_size = 16
 device = "cpu"
 """
+
+TEACHERS = {
+    "weights": 'model = "parts.py:teacher"\nweights = "weights.safetensors"',
+    "file": 'model = "parts.py:loaded"\narguments = {{ path = "net.npy" }}'.replace("{{", "{").replace("}}", "}"),
+}
+"""A teacher whose weights softlabels loads, and one that loads a file of its own that an argument names."""
 
 VERSIONS = {"current": (0, 4.0), "rival": (1, 4.0), "older": (2, 2.0)}
 """Seed of data and weights, and default temperature."""
@@ -78,21 +92,22 @@ class JobShelf:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._made: dict[tuple[str, str], Tree] = {}
+        self._made: dict[tuple[str, str, str], Tree] = {}
 
-    def tree(self, container: str, version: str) -> Tree:
+    def tree(self, container: str, teacher: str, version: str) -> Tree:
         """Return every file of a job's folder; the store is in `store/`."""
-        key = container, version
+        key = container, teacher, version
         if key not in self._made:
-            self._made[key] = self._run(container, *VERSIONS[version])
+            self._made[key] = self._run(container, TEACHERS[teacher], *VERSIONS[version])
         return self._made[key]
 
-    def _run(self, container: str, seed: int, temperature: float) -> Tree:
+    def _run(self, container: str, teacher: str, seed: int, temperature: float) -> Tree:
         root = write_tree(self._folder / "job", {})
         np.save(root / "inputs.npy", data_of(seed))
         save_file({"weight": weights_of(seed)}, root / "weights.safetensors")
         (root / "parts.py").write_text(MODULE)
-        (root / "job.toml").write_text(JOB.format(container=container, temperature=temperature))
+        np.save(root / "net.npy", weights_of(seed))
+        (root / "job.toml").write_text(JOB.format(container=container, temperature=temperature, teacher=teacher))
         keep_time(root)
         run_job(root)
         tree = read_tree(root)
@@ -123,7 +138,8 @@ def run_job_case(shelf: JobShelf, root: Path, rng: Rng, layer: str, operation: s
     """Run one case: the job is continued; a store that it finishes holds no row of other data or another teacher."""
     container = "hdf5" if layer.startswith("hdf5") else "zarr" if layer.startswith("zarr") else ""
     container = container or str(rng.choice(["zarr", "hdf5"]))
-    base = shelf.tree(container, "current")
+    teacher = "file" if layer == "teacher file" else "weights"
+    base = shelf.tree(container, teacher, "current")
     files = [path for path in base if job_layer_of(path) == layer]
     path = files[int(rng.integers(len(files)))]
     tree, told = dict(base), operation
@@ -137,7 +153,7 @@ def run_job_case(shelf: JobShelf, root: Path, rng: Rng, layer: str, operation: s
         told = f"{path} and {other} change places"
     else:
         version = "older" if primary == "replay an older version" else "rival"
-        theirs = shelf.tree(container, version)
+        theirs = shelf.tree(container, teacher, version)
         # Data and weights are replaced whole; of the store one file, as a receipt's shard belongs to its own data.
         tree[path] = theirs[path]
         told = f"{path} of the {version} version"

@@ -31,6 +31,7 @@ DISK_PATTERNS = {
 JOB_LAYERS = {
     "transfer set file": "inputs.npy",
     "teacher weights": "weights.safetensors",
+    "teacher file": "net.npy",
 }
 """Files beside a store that a continued job reads again."""
 
@@ -162,6 +163,13 @@ ASKING_CODES = frozenset(
 """What a server says to a request that was changed on the way."""
 
 
+ROW_LAYERS = frozenset(layer for layer in DISK_PATTERNS if layer.startswith(("zarr ", "hdf5 shard"))) - {
+    "zarr metadata"
+}
+OTHER_BYTES = ("flip one bit", "flip several bits", "exchange words", "exchange blocks", "exchange rows", "zero")
+"""Operations that leave a file its length: only a checksum tells."""
+
+
 def right_codes(layer: str, operation: str, observer: str) -> frozenset[str]:
     """Return the codes that a refusal may have: those that name the layer, and `store-changed` for late changes."""
     if layer in HTTP_LAYERS:
@@ -169,6 +177,8 @@ def right_codes(layer: str, operation: str, observer: str) -> frozenset[str]:
     if layer in JOB_LAYERS or observer == "resume job":
         return DAMAGE | JOB_CODES
     codes = RIGHT_CODES.get(layer, DAMAGE)
+    if operation in OTHER_BYTES and layer in ROW_LAYERS and observer in ("reader", "server", "client", "cache"):
+        return frozenset({"checksum-mismatch"})
     if operation in LATE:
         codes |= CHANGED | DAMAGE
     if operation in ("replay an older version", "replace by another run's") and layer not in CACHE_PATTERNS:
