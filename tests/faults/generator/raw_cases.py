@@ -1,4 +1,4 @@
-"""Raw requests to a server with a token: whatever is sent, rows go to who has the token, and are those that were asked for.
+"""Raw requests to a server with a token: rows go only to who has the token, and are those that were asked for.
 
 What a request asks for is read by h11, a strict parser of HTTP/1.1 that the server does not use. A reply with rows is
 right if h11 reads one request with the token, one content type and one body of ids, and the rows are those ids'.
@@ -43,14 +43,14 @@ class TokenServer:
         """Send bytes on a connection of their own; return all that is answered until the server is silent."""
         host, _, port = self.server.address().rpartition("://")[2].rpartition(":")
         found = b""
-        with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as connection:
-            with contextlib.suppress(OSError):
-                for piece in pieces:
-                    connection.sendall(piece)
-                while piece := connection.recv(1 << 16):
-                    found += piece
-                    if _is_whole(found):
-                        break
+        connection = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
+        with connection, contextlib.suppress(OSError):
+            for piece in pieces:
+                connection.sendall(piece)
+            while piece := connection.recv(1 << 16):
+                found += piece
+                if _is_whole(found):
+                    break
         return found
 
 
