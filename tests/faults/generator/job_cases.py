@@ -40,7 +40,8 @@ def teacher():
 def loaded(path):
     net = teacher()
     with torch.no_grad():
-        net.weight.copy_(torch.from_numpy(np.load(Path(__file__).parent / path)))
+        raw = (Path(__file__).parent / path).read_bytes()
+        net.weight.copy_(torch.from_numpy(np.frombuffer(raw[:120].ljust(120, b"?"), "<f4").reshape(5, 6).copy()))
     return net
 """
 
@@ -69,7 +70,7 @@ device = "cpu"
 
 TEACHERS = {
     "weights": 'model = "parts.py:teacher"\nweights = "weights.safetensors"',
-    "file": 'model = "parts.py:loaded"\narguments = {{ path = "net.npy" }}'.replace("{{", "{").replace("}}", "}"),
+    "file": 'model = "parts.py:loaded"\narguments = {{ path = "net.bin" }}'.replace("{{", "{").replace("}}", "}"),
 }
 """A teacher whose weights softlabels loads, and one that loads a file of its own that an argument names."""
 
@@ -106,7 +107,7 @@ class JobShelf:
         np.save(root / "inputs.npy", data_of(seed))
         save_file({"weight": weights_of(seed)}, root / "weights.safetensors")
         (root / "parts.py").write_text(MODULE)
-        np.save(root / "net.npy", weights_of(seed))
+        (root / "net.bin").write_bytes(weights_of(seed).astype("<f4").tobytes())
         (root / "job.toml").write_text(JOB.format(container=container, temperature=temperature, teacher=teacher))
         keep_time(root)
         run_job(root)

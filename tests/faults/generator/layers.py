@@ -31,7 +31,7 @@ DISK_PATTERNS = {
 JOB_LAYERS = {
     "transfer set file": "inputs.npy",
     "teacher weights": "weights.safetensors",
-    "teacher file": "net.npy",
+    "teacher file": "net.bin",
 }
 """Files beside a store that a continued job reads again."""
 
