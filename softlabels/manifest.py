@@ -23,7 +23,8 @@ from softlabels.softmath import Mean
 from softlabels.transfer_set import FINGERPRINT_BYTES
 
 FORMAT = "softlabels-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 2 has a CRC-32C of every row and chunk, and a digest of every receipt; docs/format.md."""
 
 # Bounds that no real store reaches: they keep sizes computed from a hostile manifest within 64-bit integers.
 MAX_ROWS = 1 << 48
@@ -127,6 +128,7 @@ class TeacherSpec(Document, frozen=True):
         code_sha256, preprocess_sha256: digests of the source files that define model and preprocessing.
         kind: where the model came from: `python`, `torchscript`, `export`, `onnx`, `transformers`, ...
         revision: version that a model hub resolved the name to.
+        state_sha256: digest of what the model computes with: its loaded state, and files named in `arguments`.
         libraries: versions of the libraries that ran it, beyond those of the whole store.
         class_list_sha256: digest of the teacher's class list; its columns were reordered to the store's.
     """
@@ -145,16 +147,23 @@ class TeacherSpec(Document, frozen=True):
     revision: str | None = None
     libraries: Mapping[str, str] | None = None
     class_list_sha256: str | None = None
+    state_sha256: Sha256 | None = None
 
 
 class TransferSetSpec(Document, frozen=True):
-    """What the targets were computed for; `fingerprint` is None until every shard is committed."""
+    """What the targets were computed for.
+
+    Attributes:
+        fingerprint: of all samples; None until every shard is committed.
+        planned_sha256: digest of all ids and of some samples when the store was planned; None in version 1.
+    """
 
     name: str
     source: str
     arguments: Mapping[str, Any]
     fingerprint: str | None = None
     labelled: bool = False
+    planned_sha256: Sha256 | None = None
 
 
 class ShardSpec(Document, frozen=True):
@@ -260,6 +269,11 @@ class Manifest(Document, frozen=True):
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
     @property
+    def row_sum_names(self) -> tuple[str, ...]:
+        """Arrays whose rows have a stored CRC-32C, in the order of the stored sums; none in format version 1."""
+        return tuple(sorted(self.arrays)) if self.format_version >= 2 else ()
+
+    @property
     def target_row_bytes(self) -> int:
         """Bytes of targets a row: what the encoding writes, without ids, labels, fingerprints and inputs."""
         return sum(spec.row_bytes for name, spec in self.arrays.items() if name not in SAMPLE_ARRAYS)
@@ -280,6 +294,17 @@ class Manifest(Document, frozen=True):
             audit=audit,
             metadata_sha256=metadata_sha256,
             plan_sha256=self.digest,
+        )
+
+    def as_version(self, version: int) -> Manifest:
+        """Return the same plan in an older format version, to continue a store that was begun in it."""
+        if version >= self.format_version:
+            return self
+        return msgspec.structs.replace(
+            self,
+            format_version=version,
+            transfer_set=msgspec.structs.replace(self.transfer_set, planned_sha256=None),
+            teachers=tuple(msgspec.structs.replace(teacher, state_sha256=None) for teacher in self.teachers),
         )
 
     def to_json(self) -> dict[str, Any]:

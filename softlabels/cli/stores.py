@@ -201,7 +201,9 @@ def _repaired(done: Repair, where: Path) -> list[str]:
         lines.append(f"dropped shards: {', '.join(map(str, done.dropped))}")
     if done.busy:
         lines.append(f"left to the process that is writing them: shards {', '.join(map(str, done.busy))}")
-    if done.digest is None:
+    if done.mixed:
+        lines.append("which shards were replaced is not known: restore the store from a copy, or compute it again")
+    elif done.digest is None:
         lines.append(f"the store is unfinished; continue with: softlabels resume {where}")
     else:
         lines.append(f"the store is complete, digest {done.digest}")

@@ -7,6 +7,7 @@ ImageNet logits as f16: zstd 0.76 of the size; blosc and gzip, which shuffle byt
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from softlabels.atomic_files import Buffer
 from softlabels.documents import Document
 from softlabels.manifest import ArraySpec, Manifest, StorePath
+from softlabels.row_sums import crc32c, masks, sums_of_rows
 
 CHECKSUM_BYTES = 4
 """Both crc32c (Zarr) and fletcher32 (HDF5) append four bytes to a chunk."""
@@ -43,6 +45,10 @@ GZIP_LEVEL = 4
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
+Checksums: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]*\Z")]
+"""Four bytes of each chunk, as eight hex digits each, joined."""
+
+
 class Part(Document, frozen=True):
     """Location of one array of one shard: its chunks, one after the other, in one file.
 
@@ -53,18 +59,26 @@ class Part(Document, frozen=True):
         checksums: the four bytes at the end of each chunk, as eight hex digits each. They tie a chunk to its position:
             an intact chunk of another position is noticed, and so is a hole in the file: its zeros have Fletcher-32 0.
         sizes: bytes of each chunk, checksum included, where chunks are compressed; None elsewhere.
+        crc32c: CRC-32C of each chunk without those four bytes, in the same form, where the container's own checksum is
+            another; None elsewhere, and in format version 1.
     """
 
     path: StorePath
     offset: Count
     stride: Count
     rows: Count
-    checksums: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]*\Z")]
+    checksums: Checksums
     sizes: tuple[Count, ...] | None = None
+    crc32c: Checksums | None = None
 
-    def checksum(self, chunk: int) -> bytes:
-        """Return the last four bytes of a chunk, as they were written."""
-        return bytes.fromhex(self.checksums[2 * CHECKSUM_BYTES * chunk : 2 * CHECKSUM_BYTES * (chunk + 1)])
+    def ends_as_written(self, number: int, chunk: NDArray[np.uint8]) -> bool:
+        """Return whether the last four bytes of a chunk are those that were written: it is no copy of another one."""
+        return chunk[-CHECKSUM_BYTES:].tobytes() == _entry(self.checksums, number)
+
+    def has_crc32c(self, number: int, chunk: NDArray[np.uint8]) -> bool:
+        """Return whether a chunk without its last four bytes has the recorded CRC-32C."""
+        recorded = _entry(self.crc32c or self.checksums, number)
+        return crc32c(chunk[:-CHECKSUM_BYTES].data).to_bytes(CHECKSUM_BYTES, "little") == recorded
 
     def span(self, chunk: int) -> tuple[int, int]:
         """Return byte offset and length of a chunk in its file, checksum included."""
@@ -84,6 +98,11 @@ class ShardFile:
     path: str
     buffers: list[Buffer]
     parts: Mapping[str, Part]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return sum(memoryview(buffer).nbytes for buffer in self.buffers)
 
 
 def choose_rows_per_chunk(row_bytes: int) -> int:
@@ -146,8 +165,13 @@ def with_checksums(
     path: str,
     offset: int,
     rows: int,
+    crc32c_too: bool = False,
 ) -> tuple[list[Buffer], Part]:
-    """Return chunks, each followed by its checksum, as contents of a file; and their location from `offset` on."""
+    """Return chunks, each followed by its checksum, as contents of a file; and their location from `offset` on.
+
+    Args:
+        crc32c_too: whether the location has a CRC-32C of each chunk beside its checksum.
+    """
     # Little-endian in both formats: in Zarr's crc32c codec and in HDF5's Fletcher-32 filter.
     checksums = [checksum(body).to_bytes(CHECKSUM_BYTES, "little") for body in bodies]
     sizes = tuple(body.size + CHECKSUM_BYTES for body in bodies)
@@ -158,8 +182,37 @@ def with_checksums(
         rows=rows,
         checksums=b"".join(checksums).hex(),
         sizes=sizes if compressed else None,
+        crc32c=b"".join(crc32c(body.data).to_bytes(CHECKSUM_BYTES, "little") for body in bodies).hex()
+        if crc32c_too
+        else None,
     )
     return [buffer for body, end in zip(bodies, checksums, strict=True) for buffer in (body.data, end)], part
+
+
+def sums_path(shard: int) -> str:
+    """Return the path of a shard's row sums in the store."""
+    return f"sums/{shard:08d}.u4"
+
+
+def sums_of_shard(plan: Manifest, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint32]:
+    """Return the CRC-32C of each row of each array, [rows, arrays], in the order of `Manifest.row_sum_names`."""
+    return np.stack([sums_of_rows(arrays[name]) for name in plan.row_sum_names], axis=1)
+
+
+def salt_of(sums_RA: NDArray[np.uint32]) -> int:
+    """Return the salt of a shard, from its row sums: the same for the same contents, in every run and container."""
+    return int.from_bytes(hashlib.sha256(sums_RA.astype("<u4").tobytes()).digest()[:4], "little")
+
+
+def masked(sums_RA: NDArray[np.uint32], rows: NDArray[np.int64], salt: int) -> NDArray[np.uint32]:
+    """Return row sums as they are stored, or stored ones as they were computed.
+
+    Args:
+        sums_RA: [rows, arrays].
+        rows: [rows] row numbers of the store.
+        salt: of their shard, see `salt_of`.
+    """
+    return sums_RA ^ masks(np.uint32(salt), rows)[:, None]
 
 
 def fill_value(dtype: np.dtype[Any]) -> float | int:
@@ -203,6 +256,10 @@ def decompress(body: bytes, compression: str, *, dtype: np.dtype[Any], size_byte
     except (RuntimeError, zlib.error) as error:
         raise ValueError(f"a compressed chunk cannot be decoded: {error}") from error
     raise ValueError(f"a compressed chunk does not hold {size_bytes} bytes")
+
+
+def _entry(joined: str, number: int) -> bytes:
+    return bytes.fromhex(joined[2 * CHECKSUM_BYTES * number : 2 * CHECKSUM_BYTES * (number + 1)])
 
 
 def _codec(compression: str) -> Any:

@@ -21,6 +21,7 @@ from softlabels.store.chunks import (
     BLOSC_LEVEL,
     CHECKSUM_BYTES,
     ZSTD_LEVEL,
+    Part,
     ShardFile,
     chunk_bodies,
     dimension_names,
@@ -65,9 +66,9 @@ class ZarrContainer:
         """Return one file per array, at the path of Zarr's default chunk key."""
         return [_shard_file(plan, shard, name, arrays[name]) for name in plan.arrays]
 
-    def is_chunk_intact(self, chunk: NDArray[Any]) -> bool:
-        """Return whether the last four bytes are the CRC-32C of the others."""
-        return int.from_bytes(chunk[-4:].tobytes(), "little") == crc32c(chunk[:-4].data)
+    def is_as_written(self, chunk: NDArray[np.uint8], part: Part, number: int) -> bool:
+        """Return whether bytes read are chunk `number` of a part, its checksum included."""
+        return part.ends_as_written(number, chunk) and part.has_crc32c(number, chunk)
 
 
 StoreContainer: TypeAlias = ZarrContainer | Hdf5Container

@@ -25,7 +25,7 @@ from softlabels.errors import (
     ShardConflictError,
 )
 from softlabels.ids import to_fixed_bytes
-from softlabels.manifest import COMPRESSIONS, Container, Manifest
+from softlabels.manifest import COMPRESSIONS, FORMAT_VERSION, Container, Manifest
 from softlabels.progress import ShowProgress, silent
 from softlabels.store.chunks import shard_rows
 from softlabels.store.ledger import Ledger, Receipt
@@ -51,8 +51,9 @@ def convert_store(
 ) -> Manifest:
     """Copy a finished store into another container, verifying every chunk; continue where it was interrupted.
 
-    The plan stays the same except for container and compression. The library versions in it stay too, since they made
-    the targets. So a store that is converted there and back is the same store again, digest included.
+    The plan stays the same except for container, compression and format version, which is the newest. The library
+    versions in it stay too, since they made the targets. So a store that is converted there and back is the same store
+    again, digest included.
 
     Args:
         container: container of the new store; the source's when left out.
@@ -72,8 +73,11 @@ def convert_store(
             f"{chosen} chunks cannot be compressed with {compression}: every reader of {chosen} supports "
             f"{' and '.join(COMPRESSIONS[chosen])}, others would need plugins"
         )
-    plan = replace(before, container=chosen, shards=replace(before.shards, compression=compression))
-    ledger = Ledger(source, plan_sha256=before.digest)
+    shards = replace(before.shards, compression=compression)
+    plan = replace(before, container=chosen, shards=shards, format_version=FORMAT_VERSION)
+    if rows.manifest.plan_sha256 != before.digest:
+        raise ManifestError(f"plan and manifest of {source} do not belong together: run `softlabels verify {source}`")
+    ledger = Ledger(source, rows.manifest)
     writer = StoreWriter.create_with_files(target, plan, _metadata_files([source], plan))
     missing = writer.missing_shards()
     advance(plan.rows - sum(len(shard_rows(plan, shard)) for shard in missing))
@@ -83,7 +87,7 @@ def convert_store(
             if receipt is None:
                 raise ManifestError(f"the receipt of shard {shard} of {source} is missing: run `softlabels repair`")
             arrays = _verified_arrays(rows, shard, receipt)
-            writer.commit(shard, arrays, fingerprint=receipt.fingerprint, audit=receipt.audit)
+            writer.commit(shard, arrays, fingerprint=receipt.fingerprint, audit=receipt.audit, salt=receipt.salt)
         advance(len(shard_rows(plan, shard)))
     return writer.finish()
 
@@ -120,14 +124,14 @@ def merge(sources: Sequence[Path], destination: Path, *, show: ShowProgress = si
         UnknownStoreError, ManifestError: a source is not a store, or its plan is invalid.
         StoreExistsError: the destination holds something else.
     """
-    plan = _common_plan(sources, destination)
+    ledgers, plan = _common_plan(sources, destination)
     writer = StoreWriter.create_with_files(destination, plan, _metadata_files(sources, plan))
     done = Merge()
     with show(plan.shards.count * len(sources), f"merge {plan.name}", "shards") as progress:
         for source in sources:
             _keep_job_of(source, writer)
             for shard in range(plan.shards.count):
-                _merge_shard(source, shard, writer, done)
+                _merge_shard(source, ledgers[source], shard, writer, done)
                 progress.advance()
     done.missing = writer.missing_shards()
     # A shard that is damaged in one source may have been copied from another.
@@ -162,13 +166,16 @@ def _verified_arrays(rows: LocalRows, shard: int, receipt: Receipt) -> dict[str,
     return arrays
 
 
-def _common_plan(sources: Sequence[Path], destination: Path) -> Manifest:
+def _common_plan(sources: Sequence[Path], destination: Path) -> tuple[dict[Path, Ledger], Manifest]:
+    """Return the receipts of each store, and the plan that all of them have."""
     plans: list[tuple[Path, Manifest]] = []
+    ledgers = {}
     for where in [*sources, *([destination] if (destination / PLAN).exists() else [])]:
         documents = inspect_documents(where)
         if documents.plan is None:
             raise ManifestError(f"{where} cannot be merged: {'; '.join(map(str, documents.faults))}")
         plans.append((where, documents.plan))
+        ledgers[where] = Ledger(where, documents.manifest or documents.plan)
     first, plan = plans[0]
     for where, other in plans[1:]:
         # By digest: 4 and 4.0 are equal in Python, but not in a plan.
@@ -180,7 +187,7 @@ def _common_plan(sources: Sequence[Path], destination: Path) -> Manifest:
                 f"{'; '.join(found[:_SHOWN])}{more}. Run both with one job, the same weights and library versions",
                 differs=[text.partition(":")[0] for text in found],
             )
-    return plan
+    return ledgers, plan
 
 
 def _differences(ours: Any, theirs: Any, where: str) -> Iterator[str]:
@@ -210,10 +217,10 @@ def _metadata_files(sources: Sequence[Path], plan: Manifest) -> dict[str, bytes]
     return found
 
 
-def _merge_shard(source: Path, shard: int, writer: StoreWriter, done: Merge) -> None:
+def _merge_shard(source: Path, theirs: Ledger, shard: int, writer: StoreWriter, done: Merge) -> None:
     ledger, root = writer.ledger, writer.root
     try:
-        receipt = Ledger(source, plan_sha256=writer.plan.digest).read(shard)
+        receipt = theirs.read(shard)
         if receipt is None:
             return
         with ledger.claim(shard):
@@ -231,7 +238,7 @@ def _merge_shard(source: Path, shard: int, writer: StoreWriter, done: Merge) -> 
                 # Raises after the last block where the digest differs: the file is then removed before it has its name.
                 blocks = _verified(source, path, record.sha256)
                 write_atomically(root / path, blocks, staging=ledger.staging(shard, path))
-            ledger.write(receipt)
+            writer.add(receipt)
     except DamageError as error:
         done.damaged[shard] = f"{source}: {error}"
         return

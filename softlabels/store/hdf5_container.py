@@ -22,6 +22,7 @@ from softlabels.manifest import FORMAT, ArraySpec, Manifest, ShardSpec
 from softlabels.store.chunks import (
     CHECKSUM_BYTES,
     GZIP_LEVEL,
+    Part,
     ShardFile,
     chunk_bodies,
     dimension_names,
@@ -53,14 +54,27 @@ class Hdf5Container:
         parts = {}
         for name, before, offset in zip(bodies, between, offsets, strict=True):
             chunks, parts[name] = with_checksums(
-                bodies[name], fletcher32, compressed=compressed, path=path, offset=offset, rows=rows
+                bodies[name],
+                fletcher32,
+                compressed=compressed,
+                path=path,
+                offset=offset,
+                rows=rows,
+                crc32c_too=plan.format_version >= 2,
             )
             buffers += [before, *chunks]
         return [ShardFile(path=path, buffers=[*buffers, after], parts=parts)]
 
-    def is_chunk_intact(self, chunk: NDArray[Any]) -> bool:
-        """Return whether the last four bytes are the Fletcher-32 of the others."""
-        return int.from_bytes(chunk[-4:].tobytes(), "little") == fletcher32(chunk[:-4])
+    def is_as_written(self, chunk: NDArray[np.uint8], part: Part, number: int) -> bool:
+        """Return whether bytes read are chunk `number` of a part, its checksum included.
+
+        By CRC-32C, since Fletcher-32 takes 0x0000 for 0xFFFF; by Fletcher-32 alone in stores of format version 1.
+        """
+        if not part.ends_as_written(number, chunk):
+            return False
+        if part.crc32c is not None:
+            return part.has_crc32c(number, chunk)
+        return int.from_bytes(chunk[-CHECKSUM_BYTES:].tobytes(), "little") == fletcher32(chunk[:-CHECKSUM_BYTES])
 
 
 def shard_path(shard: int) -> str:

@@ -19,7 +19,11 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
 
 from softlabels.atomic_files import TEMPORARY, make_folder, write_atomically
 from softlabels.audit import Audit
@@ -36,9 +40,9 @@ from softlabels.documents import (
 from softlabels.errors import ManifestError, ShardClaimedError, StoreLockedError
 from softlabels.manifest import Manifest, StorePath
 from softlabels.progress import duration
-from softlabels.store.chunks import Count, Part, shard_rows
+from softlabels.store.chunks import Count, Part, shard_rows, sums_path
 from softlabels.store.safe_open import StoreRoot, safe_read
-from softlabels.store.store_documents import load_manifest, plan_digest
+from softlabels.store.store_documents import RECEIPTS, load_listed_npy, load_manifest, npy_bytes, plan_digest
 from softlabels.transfer_set import FingerprintSum
 
 LEDGER_FOLDER = "ledger"
@@ -81,6 +85,8 @@ class Receipt(Document, frozen=True):
         parts: location of each array, by name.
         fingerprint: fingerprint of the shard's samples, see `softlabels.transfer_set.FingerprintSum`.
         audit: mergeable error statistics of the encoding over these rows, see `softlabels.audit.Audit`.
+        salt: what the stored sums of its rows are masked with, see `softlabels.row_sums.masks`; None in format
+            version 1, which has no sums.
     """
 
     shard: Count
@@ -90,6 +96,7 @@ class Receipt(Document, frozen=True):
     parts: dict[str, Part]
     fingerprint: str
     audit: dict[str, Any]
+    salt: Annotated[int, Meta(ge=0, lt=1 << 32)] | None = None
 
     def __post_init__(self) -> None:
         for name, part in self.parts.items():
@@ -103,11 +110,17 @@ class Receipt(Document, frozen=True):
 
 
 class Ledger:
-    """The receipts of the store at `root`; receipts of another plan than `plan_sha256` are refused."""
+    """The receipts of the store at `root`.
 
-    def __init__(self, root: StoreRoot, *, plan_sha256: str) -> None:
-        self._root = root
-        self.plan_sha256 = plan_sha256
+    Args:
+        manifest: the store's plan: receipts of another plan are refused. Or the manifest of the finished store: then,
+            from format version 2 on, every receipt but those that it was published with is refused.
+    """
+
+    def __init__(self, root: StoreRoot, manifest: Manifest) -> None:
+        self._root, self._manifest = root, manifest
+        self.plan_sha256 = plan_digest(manifest)
+        self._published: NDArray[np.uint8] | None = None
 
     def path_of(self, shard: int) -> str:
         """Return the path of a shard's receipt, relative to the store."""
@@ -117,7 +130,7 @@ class Ledger:
         """Return the receipt of a shard, None where it is not committed.
 
         Raises:
-            ManifestError: there is one, but it is damaged, or belongs to another shard or plan.
+            ManifestError: there is one, but it is damaged, belongs to another shard or plan, or to another run of it.
         """
         path = self.path_of(shard)
         what = f"receipt {self._root / path}"
@@ -128,7 +141,28 @@ class Ledger:
             return None
         if receipt.shard != shard or receipt.plan_sha256 != self.plan_sha256:
             raise ManifestError(f"{what} belongs to another shard or another store: do not mix stores' files")
+        sums, names = receipt.files.get(sums_path(shard)), self._manifest.row_sum_names
+        expected = 4 * len(names) * len(shard_rows(self._manifest, shard)) if names else None
+        # A receipt without sums would have a reader accept what an older format could not check.
+        if (None if sums is None else sums.size) != expected or (receipt.salt is None) != (expected is None):
+            raise ManifestError(f"{what} does not list the row sums of its format version: run `softlabels repair`")
+        if receipt.sha256 != (self.published_sha256(shard) or receipt.sha256):
+            raise ManifestError(
+                f"{what} is not the one that the store was published with: the shard comes from another run of the "
+                "job; run `softlabels repair`, which drops it, then `softlabels resume`"
+            )
         return receipt
+
+    def published_sha256(self, shard: int) -> str | None:
+        """Return the digest of the receipt that a finished store was published with; None in format version 1."""
+        if not self._manifest.finished or self._manifest.format_version < 2:
+            return None
+        if self._published is None:
+            found = load_listed_npy(self._root, RECEIPTS, self._manifest)
+            if found.dtype != np.uint8 or found.shape != (self._manifest.shards.count, hashlib.sha256().digest_size):
+                raise ManifestError(f"{self._root / RECEIPTS} has not one digest a shard: run `softlabels repair`")
+            self._published = found
+        return bytes(self._published[shard]).hex()
 
     def receipts(self, shards: Iterable[int]) -> Iterator[Receipt]:
         """Yield the receipts of the committed ones of these shards, one at a time, since many take much memory."""
@@ -247,24 +281,27 @@ class _Lock:
 
 
 class LedgerSummary(NamedTuple):
-    """What a manifest records of all receipts: digest over them in order, transfer set's fingerprint, error sums."""
+    """What a manifest records of all receipts: their digests, transfer set's fingerprint, error sums."""
 
-    shards: int
-    sha256: str
+    digests: bytes
     fingerprint: str
     audit: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """Digest over all receipts."""
+        return hashlib.sha256(self.digests).hexdigest()
 
 
 def summarize(receipts: Iterable[Receipt]) -> LedgerSummary:
     """Return the summary of a store's receipts, given in the order of their shards."""
-    shards, digest, fingerprint, audit = 0, hashlib.sha256(), FingerprintSum(), Audit()
+    digests, fingerprint, audit = bytearray(), FingerprintSum(), Audit()
     for receipt in receipts:
-        shards += 1
-        digest.update(bytes.fromhex(receipt.sha256))
+        digests += bytes.fromhex(receipt.sha256)
         fingerprint.merge(FingerprintSum.from_hexdigest(receipt.fingerprint))
         # In the order of the shards: a floating-point sum depends on it, and `verify` requires the same audit exactly.
         audit.merge(Audit.from_json(receipt.audit))
-    return LedgerSummary(shards, digest.hexdigest(), fingerprint.hexdigest(), audit.summary())
+    return LedgerSummary(bytes(digests), fingerprint.hexdigest(), audit.summary())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,11 +326,19 @@ class Status:
     audit: dict[str, Any]
 
 
-def read_receipt(root: Path, path: str, *, what: str) -> Receipt:
-    """Return the receipt in a file; raise FileNotFoundError, ManifestError, which says that `what` is damaged."""
-    return parse_document(
-        open_sealed(safe_read(root, path, max_bytes=MAX_DOCUMENT_BYTES), what=what), Receipt, what=what
-    )
+def receipts_file(summary: LedgerSummary) -> bytes:
+    """Return the contents of `RECEIPTS`."""
+    return npy_bytes(np.frombuffer(summary.digests, dtype=np.uint8).reshape(-1, hashlib.sha256().digest_size))
+
+
+def parse_receipt(raw: bytes, *, what: str) -> Receipt:
+    """Return the receipt in the contents of file `what`; raise ManifestError if it is damaged or not a receipt."""
+    return parse_document(open_sealed(raw, what=what), Receipt, what=what)
+
+
+def read_receipt(root: StoreRoot, path: str, *, what: str) -> Receipt:
+    """Return the receipt in a file of the store; raise FileNotFoundError, ManifestError, which names `what`."""
+    return parse_receipt(safe_read(root, path, max_bytes=MAX_DOCUMENT_BYTES), what=what)
 
 
 def read_status(root: Path) -> Status:
@@ -303,7 +348,7 @@ def read_status(root: Path) -> Status:
         UnknownStoreError: there is no store. ManifestError: a receipt is damaged.
     """
     manifest = load_manifest(root)
-    ledger = Ledger(root, plan_sha256=plan_digest(manifest))
+    ledger = Ledger(root, manifest)
     committed = tuple(shard for shard in ledger.committed() if shard < manifest.shards.count)
     audit, commits, rows = Audit(), [], 0
     for shard in committed:

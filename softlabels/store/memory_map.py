@@ -117,8 +117,7 @@ class MappedArray(MappedRows):
             return True
         begin += local * self._block_bytes
         found = np.frombuffer(self._space.buffer[begin : begin + self._block_bytes], dtype=np.uint8)
-        # Against the receipt as well as against itself: a sound chunk may be a copy of another one.
-        intact = found[-CHECKSUM_BYTES:].tobytes() == part.checksum(local) and container.is_chunk_intact(found)
+        intact = container.is_as_written(found, part, local)
         if not self._space.is_unchanged(generation):
             return True
         if intact:
@@ -161,7 +160,7 @@ class MappedSums(MappedRows):
 
     def open_shard(self, receipt: Receipt, folder: OpenFolder) -> None:
         """Map the sums of a shard; raise ManifestError, TruncatedError."""
-        shard, path = receipt.shard, f"sums/{receipt.shard:08d}.u4"
+        shard, path = receipt.shard, sums_path(receipt.shard)
         size, record = self._row_bytes * len(shard_rows(self._manifest, shard)), receipt.files.get(path)
         if record is None or record.size != size or receipt.salt is None:
             raise ManifestError(

@@ -14,10 +14,10 @@ from softlabels.errors import DamageError, ShardClaimedError
 from softlabels.manifest import Manifest
 from softlabels.progress import ShowProgress, silent
 from softlabels.store.containers import container_of
-from softlabels.store.ledger import DAMAGED_FOLDER, Ledger
+from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, Ledger, receipts_file, summarize
 from softlabels.store.sample_index import POSITIONS, SORTED_IDS, index_files
 from softlabels.store.shard_checks import Fault, Report
-from softlabels.store.store_documents import MANIFEST, PLAN
+from softlabels.store.store_documents import MANIFEST, PLAN, RECEIPTS
 from softlabels.store.store_plan import has_file
 from softlabels.store.verify import StoreDocuments, find_faults, inspect_documents
 from softlabels.store.writer import StoreWriter, stored_ids
@@ -32,6 +32,7 @@ class Repair:
         busy: faulty shards that a living writer holds; these were left alone.
         moved: new path of each file that was moved out, by its old path, both relative to the store.
         rebuilt: files that were written again, from what is intact.
+        mixed: whether shards were replaced, and which ones is not known: nothing is published then.
         plan_lost: whether the plan is lost; run `precompute` with the same job to restore it.
         digest: digest of the published store; None while it is unfinished.
     """
@@ -41,6 +42,7 @@ class Repair:
     busy: list[int] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
     rebuilt: list[str] = field(default_factory=list)
+    mixed: bool = False
     plan_lost: bool = False
     digest: str | None = None
 
@@ -63,7 +65,7 @@ def repair(root: Path, *, show: ShowProgress = silent) -> Repair:
         for path in (PLAN, MANIFEST):
             _move_out(root, path, done.moved)
         return done
-    ledger = Ledger(root, plan_sha256=documents.plan.digest)
+    ledger = Ledger(root, documents.plan)
     with ledger.exclusive():
         ready = _move_out_and_rebuild(root, documents, documents.plan, ledger, done, show)
     # After the lock is released, since `finish` takes it too.
@@ -88,11 +90,14 @@ def _move_out_and_rebuild(
     files = _drop_shards(root, ledger, done)
     manifest = documents.manifest
     wrong = {fault.path for fault in done.faults if fault.path is not None and fault.shard is None} - {PLAN}
+    done.mixed = LEDGER_FOLDER in wrong
+    wrong.discard(LEDGER_FOLDER)
     metadata = _rebuilt_metadata(root, manifest, plan, wrong) if manifest is not None and not done.dropped else {}
     # A file that is not rebuilt to the same bytes changes the store's digest, so a new manifest has to be published.
     listed = wrong & set(manifest.metadata_sha256 if manifest is not None else ())
     keep_manifest = manifest is not None and not done.dropped and not done.busy and MANIFEST not in wrong
-    keep_manifest = keep_manifest and listed <= set(metadata)
+    # A new manifest would declare a mixture of two runs whole.
+    keep_manifest = done.mixed or (keep_manifest and listed <= set(metadata))
     if not keep_manifest:
         _move_out(root, MANIFEST, done.moved)
     for path in [*files, *sorted(wrong - {MANIFEST})]:
@@ -102,7 +107,9 @@ def _move_out_and_rebuild(
         done.rebuilt.append(path)
     for folder in {root, *((root / path).parent for path in metadata)}:
         purge(folder)
-    return not done.busy and all(has_file(root / path, digest) for path, digest in plan.metadata_sha256.items())
+    return not (done.busy or done.mixed) and all(
+        has_file(root / path, digest) for path, digest in plan.metadata_sha256.items()
+    )
 
 
 def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
@@ -130,6 +137,8 @@ def _rebuilt_metadata(root: Path, manifest: Manifest, plan: Manifest, wrong: set
     made = container_of(manifest).metadata(manifest)
     if {SORTED_IDS, POSITIONS} & set(expected) and "ids" in manifest.arrays:
         made |= index_files(stored_ids(root, plan))
+    if RECEIPTS in expected:
+        made[RECEIPTS] = receipts_file(summarize(Ledger(root, plan).receipts(range(plan.shards.count))))
     return {path: raw for path, raw in made.items() if hashlib.sha256(raw).hexdigest() == expected.get(path)}
 
 

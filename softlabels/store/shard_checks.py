@@ -6,6 +6,7 @@ find, are defined here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,16 @@ from softlabels.errors import DamageError, ManifestError, UnknownIdError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
 from softlabels.store.array_reader import checked_part
-from softlabels.store.chunks import CHECKSUM_BYTES, chunks_in, decompress, shard_rows
+from softlabels.store.chunks import (
+    CHECKSUM_BYTES,
+    chunks_in,
+    decompress,
+    masked,
+    salt_of,
+    shard_rows,
+    sums_of_shard,
+    sums_path,
+)
 from softlabels.store.containers import container_of
 from softlabels.store.ledger import FileRecord, Receipt
 from softlabels.store.safe_open import open_committed, safe_open
@@ -36,6 +46,9 @@ written, but a job's data or teachers are not those of the store."""
 
 ROW_MAX_TOLERANCE = 0.1
 """Nats. Rows are stored with their largest logit at 0, and no encoding that can be re-tempered moves it further."""
+
+READ_BACK_CHUNKS = 8
+"""Chunks, evenly spaced, of which every row's sum is compared when a shard is committed."""
 
 _BLOCK_BYTES = 4 << 20
 """Files are read, and rows decoded, in blocks of about this size."""
@@ -182,6 +195,32 @@ class ShardChecks:
         if not broken:
             yield from self._row_faults(receipt, read, numbers, whole=whole)
 
+    def read_back(self, receipt: Receipt) -> Iterator[Fault]:
+        """Yield what a reader would refuse in a shard that was written just now.
+
+        Sizes, every chunk, and the sums of rows in a few chunks: the sums are of the arrays that were in memory.
+        """
+        numbers = range(chunks_in(receipt.rows[1] - receipt.rows[0], self._plan.shards.rows_per_chunk))
+        few = sorted({number * (len(numbers) - 1) // (READ_BACK_CHUNKS - 1) for number in range(READ_BACK_CHUNKS)})
+        for path, record in receipt.files.items():
+            fault = self._size_fault(path, record, receipt.shard)
+            if fault is not None:
+                yield fault
+                return
+        with contextlib.ExitStack() as opened:
+            files = {
+                path: opened.enter_context(os.fdopen(safe_open(self._root, path), "rb", buffering=0))
+                for path in receipt.files
+            }
+
+            def read(path: str, offset: int, length: int) -> _Bytes:
+                return np.frombuffer(os.pread(files[path].fileno(), length, offset), dtype=np.uint8)
+
+            for name in self._plan.arrays:
+                yield from self._chunk_faults(receipt, name, read, numbers)
+            for rows, arrays in self._row_blocks(receipt, read, few) if self._plan.row_sum_names else ():
+                yield from self._changed(receipt, arrays, rows, self._stored_sums(receipt, read))
+
     def fault(self, kind: FaultKind, message: str, shard: int, **where: Any) -> Fault:
         """Return a fault of a shard, of all its rows unless `where` says otherwise."""
         rows = shard_rows(self._plan, shard)
@@ -202,10 +241,9 @@ class ShardChecks:
         for number in numbers:
             chunk = read(part.path, *part.span(number))
             self._report.chunks += 1
-            intact = len(chunk) > CHECKSUM_BYTES and self._container.is_chunk_intact(chunk)
-            if not intact or chunk[-CHECKSUM_BYTES:].tobytes() != part.checksum(number):
+            if not self._container.is_as_written(chunk, part, number):
                 where = {"path": part.path, "array": name, "chunk": number, "rows": self._rows(receipt, number)}
-                message = "its checksum is not the receipt's: it is another chunk" if intact else "its checksum fails"
+                message = "its checksum fails, or it is another chunk than the receipt's"
                 yield self.fault("checksum", message, receipt.shard, **where)
 
     def _rows(self, receipt: Receipt, number: int) -> tuple[int, int]:
@@ -216,26 +254,57 @@ class ShardChecks:
         """Yield faults of the rows in these intact chunks; `whole` where these are all chunks of the shard."""
         fingerprint = FingerprintSum()
         keyed = {"ids", "fingerprints"} <= set(self._plan.arrays)
-        for block in _blocks(numbers, self._plan):
-            rows = np.concatenate([np.arange(a, b + 1) for a, b in (self._rows(receipt, number) for number in block)])
-            try:
-                arrays = {name: self._decoded(receipt, name, read, block)[: len(rows)] for name in self._plan.arrays}
-            except ValueError as error:
-                yield self.fault("contents", str(error), receipt.shard)
-                return
-            self._report.rows += len(rows)
-            for name, bad, message in self._checked(arrays, rows):
-                if not bad.any():
-                    continue
-                first, last = (int(row) for row in rows[bad][[0, -1]])
-                chunk = (first - receipt.rows[0]) // self._plan.shards.rows_per_chunk
-                where = {"array": name, "chunk": chunk, "rows": (first, last)}
-                yield self.fault("contents", f"{message} ({int(bad.sum())} rows)", receipt.shard, **where)
-            if keyed and whole:
-                fingerprint.add(ids_of_rows(arrays["ids"]), arrays["fingerprints"])
+        stored_RA = self._stored_sums(receipt, read) if self._plan.row_sum_names else None
+        if whole and stored_RA is not None and salt_of(stored_RA) != receipt.salt:
+            path = sums_path(receipt.shard)
+            yield self.fault("checksum", "the receipt's salt is not that of the row sums", receipt.shard, path=path)
+        try:
+            for rows, arrays in self._row_blocks(receipt, read, numbers):
+                self._report.rows += len(rows)
+                if stored_RA is not None:
+                    yield from self._changed(receipt, arrays, rows, stored_RA)
+                for name, bad, message in self._checked(arrays, rows):
+                    yield from self._fault_of_rows("contents", receipt, name, rows[bad], message)
+                if keyed and whole:
+                    fingerprint.add(ids_of_rows(arrays["ids"]), arrays["fingerprints"])
+        except ValueError as error:
+            yield self.fault("contents", str(error), receipt.shard)
+            return
         if whole and keyed and fingerprint.hexdigest() != receipt.fingerprint:
             message = "ids and fingerprints do not add up to the receipt's fingerprint"
             yield self.fault("contents", message, receipt.shard)
+
+    def _row_blocks(
+        self, receipt: Receipt, read: _Read, numbers: Sequence[int]
+    ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
+        """Yield row numbers and arrays of these chunks, several at a time; ValueError where one cannot be decoded."""
+        for block in _blocks(numbers, self._plan):
+            rows = np.concatenate([np.arange(a, b + 1) for a, b in (self._rows(receipt, number) for number in block)])
+            yield rows, {name: self._decoded(receipt, name, read, block)[: len(rows)] for name in self._plan.arrays}
+
+    def _stored_sums(self, receipt: Receipt, read: _Read) -> NDArray[np.uint32]:
+        """Return the sums that were kept when the rows were written, [rows of the shard, arrays]."""
+        path, rows = sums_path(receipt.shard), np.arange(*receipt.rows)
+        stored_RA = read(path, 0, receipt.files[path].size).view("<u4").reshape(len(rows), -1)
+        assert receipt.salt is not None, "the ledger refuses receipts without"
+        return masked(stored_RA, rows, receipt.salt)
+
+    def _changed(
+        self, receipt: Receipt, arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64], stored_RA: NDArray[Any]
+    ) -> Iterator[Fault]:
+        """Yield a fault for each array of which some rows do not have the sums that were kept of them."""
+        differs_RA = sums_of_shard(self._plan, arrays) != stored_RA[rows - receipt.rows[0]]
+        for name, differs_R in zip(self._plan.row_sum_names, differs_RA.T, strict=True):
+            yield from self._fault_of_rows("checksum", receipt, name, rows[differs_R], "rows without their stored sums")
+
+    def _fault_of_rows(
+        self, kind: FaultKind, receipt: Receipt, name: str, bad_rows: NDArray[np.int64], message: str
+    ) -> Iterator[Fault]:
+        if len(bad_rows):
+            first, last = int(bad_rows[0]), int(bad_rows[-1])
+            chunk = (first - receipt.rows[0]) // self._plan.shards.rows_per_chunk
+            where = {"array": name, "chunk": chunk, "rows": (first, last)}
+            yield self.fault(kind, f"{message} ({len(bad_rows)} rows)", receipt.shard, **where)
 
     def _decoded(self, receipt: Receipt, name: str, read: _Read, numbers: Sequence[int]) -> NDArray[Any]:
         """Return the rows of these chunks, [rows, *row_shape], with the padding of the shard's last chunk."""

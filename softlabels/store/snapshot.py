@@ -22,7 +22,7 @@ from softlabels.errors import (
 from softlabels.manifest import Manifest
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.safe_open import OpenFolder
-from softlabels.store.store_documents import MANIFEST, PLAN, load_document, load_manifest, plan_digest
+from softlabels.store.store_documents import MANIFEST, PLAN, load_document, load_manifest
 
 
 class Snapshot:
@@ -41,7 +41,7 @@ class Snapshot:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UnknownStoreError(f"there is no store at {path}: there is no such folder", where=str(path)) from error
         self.manifest = load_manifest(self.folder) if manifest is None else manifest
-        self._ledger = Ledger(self.folder, plan_sha256=plan_digest(self.manifest))
+        self._ledger = Ledger(self.folder, self.manifest)
 
     def receipt(self, shard: int) -> Receipt:
         """Return the receipt of a shard.

@@ -18,10 +18,13 @@ from softlabels.store.safe_open import OpenFolder, StoreRoot, safe_read
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+RECEIPTS = "index/receipts.npy"
+"""SHA-256 of each shard's receipt, uint8 [shards, 32], in a finished store of format version 2."""
+
 JOB = "job.json"
 """The job that a store was started with; `softlabels resume STORE` reads it."""
 
-MAX_CONSTANT_BYTES = 1 << 32
+MAX_ARRAY_BYTES = 1 << 32
 """A basis of 4,096 vectors over half a million classes."""
 
 
@@ -85,7 +88,8 @@ def load_encoding(root: StoreRoot, manifest: Manifest) -> Encoding:
     Raises:
         ManifestError: a learnt array is missing or damaged, or the store's arrays are not of this encoding.
     """
-    constants = {name: _load_constant(root, manifest, name) for name in manifest.encoding.constants}
+    paths = {name: _constant_path(name) for name in manifest.encoding.constants}
+    constants = {name: load_listed_npy(root, path, manifest) for name, path in paths.items()}
     return check_encoding(manifest, manifest.make_encoding(constants))
 
 
@@ -93,10 +97,10 @@ def _constant_path(name: str) -> str:
     return f"encoding/{name}.npy"
 
 
-def _load_constant(root: StoreRoot, manifest: Manifest, name: str) -> NDArray[Any]:
-    path = _constant_path(name)
+def load_listed_npy(root: StoreRoot, path: str, manifest: Manifest) -> NDArray[Any]:
+    """Return the array in a file that the manifest lists; raise ManifestError unless it is the file that was listed."""
     try:
-        raw = safe_read(root, path, max_bytes=MAX_CONSTANT_BYTES)
+        raw = safe_read(root, path, max_bytes=MAX_ARRAY_BYTES)
         # Before np.load, which then parses only bytes that are what was written.
         if hashlib.sha256(raw).hexdigest() == manifest.metadata_sha256.get(path):
             loaded: NDArray[Any] = np.load(io.BytesIO(raw), allow_pickle=False)
@@ -104,5 +108,5 @@ def _load_constant(root: StoreRoot, manifest: Manifest, name: str) -> NDArray[An
     except ManifestError:
         raise
     except (OSError, ValueError, EOFError) as error:
-        raise ManifestError(f"{root / path} cannot be read ({error}): restore it from a copy of the store") from error
-    raise ManifestError(f"{root / path} is not what was written: no row of this store can be decoded without it")
+        raise ManifestError(f"{root / path} cannot be read ({error}): run `softlabels repair`") from error
+    raise ManifestError(f"{root / path} is not what was written: run `softlabels repair`, or restore it from a copy")

@@ -171,18 +171,21 @@ def _chunk_for(row_bytes: int, input_bytes: int, rows_per_shard: int | None) -> 
     return max(1, chosen)
 
 
-def initialize_store(root: Path, plan: Manifest, files: Mapping[str, bytes]) -> None:
+def initialize_store(root: Path, plan: Manifest, files: Mapping[str, bytes]) -> Manifest:
     """Create a store's folder with its plan; do nothing more where a store of the very same plan exists.
 
     Args:
         files: contents by path of the metadata files that the plan lists.
+    Returns:
+        The plan, in the format version that the store was begun in.
     Raises:
         StoreExistsError: the folder holds a store of another plan, or files that are not a store.
         ManifestError: the existing plan is invalid.
     """
     make_folder(root)
-    with Ledger(root, plan_sha256=plan.digest).exclusive():
+    with Ledger(root, plan).exclusive():
         exists = (root / PLAN).exists()
+        plan = plan.as_version(load_plan(root).format_version if exists else _version_of_receipts(root, plan))
         if exists and (existing := load_plan(root)).digest != plan.digest:
             old, new = existing.to_json(), plan.to_json()
             differs = sorted(key for key in old | new if old.get(key) != new.get(key))
@@ -199,6 +202,7 @@ def initialize_store(root: Path, plan: Manifest, files: Mapping[str, bytes]) -> 
         # The plan is written last: where it exists, everything that it lists does.
         if not exists:
             write_atomically(root / PLAN, [seal(plan.to_json())])
+    return plan
 
 
 def has_file(path: Path, sha256: str) -> bool:
@@ -221,6 +225,17 @@ def _holds_other_files(root: Path, files: Mapping[str, bytes]) -> bool:
         if any(here / name not in known for name in names):
             return True
     return False
+
+
+def _version_of_receipts(root: Path, plan: Manifest) -> int:
+    """Return the format version in which this plan has the digest that a receipt names, where the plan was lost."""
+    for path in (root / LEDGER_FOLDER).glob("*.json"):
+        with contextlib.suppress(ManifestError):
+            named = read_receipt(root, f"{LEDGER_FOLDER}/{path.name}", what=str(path)).plan_sha256
+            for version in range(1, plan.format_version):
+                if plan.as_version(version).digest == named:
+                    return version
+    return plan.format_version
 
 
 def _check_receipts(root: Path, plan: Manifest) -> None:

@@ -18,11 +18,11 @@ from softlabels.manifest import Manifest
 from softlabels.progress import ShowProgress, silent
 from softlabels.store.chunks import chunks_in, shard_rows
 from softlabels.store.containers import container_of
-from softlabels.store.ledger import DAMAGED_FOLDER, LOCK_FOLDER, STAGING_FOLDER, Ledger, summarize
+from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, LOCK_FOLDER, STAGING_FOLDER, Ledger, summarize
 from softlabels.store.safe_open import safe_open, safe_read
 from softlabels.store.sample_index import POSITIONS, SORTED_IDS, DenseIdIndex, SortedIdIndex, make_index
 from softlabels.store.shard_checks import Fault, Report, ShardChecks
-from softlabels.store.store_documents import JOB, MANIFEST, PLAN, load_document, load_encoding
+from softlabels.store.store_documents import JOB, MANIFEST, PLAN, RECEIPTS, load_document, load_encoding
 
 _NOT_CONTENTS = (LOCK_FOLDER, STAGING_FOLDER, DAMAGED_FOLDER)
 
@@ -110,9 +110,11 @@ def find_faults(
     if plan is None:
         return
     report.finished, report.shards = manifest is not None, plan.shards.count
-    ledger = Ledger(root, plan_sha256=plan.digest)
     metadata_faults = list(_metadata_faults(root, manifest or plan, planned=set(plan.metadata_sha256)))
-    index, index_faults = _index(root, manifest, plan, {fault.path for fault in metadata_faults})
+    damaged = {fault.path for fault in metadata_faults}
+    # Without the digests of the single receipts, `_ledger_faults` compares the digest over all of them.
+    ledger = Ledger(root, plan if manifest is None or RECEIPTS in damaged else manifest)
+    index, index_faults = _index(root, manifest, plan, damaged)
     encoding = None
     # Damaged files of the encoding are reported above, by their SHA-256.
     with contextlib.suppress(ManifestError):
@@ -163,8 +165,11 @@ def _ledger_faults(
         return
     summary = summarize(ledger.receipts(valid))
     if summary.sha256 != manifest.ledger:
-        message = "the receipts are not those that the manifest was published with: a shard was replaced afterwards"
-        yield _document_fault(MANIFEST, message)
+        message = (
+            "the receipts are not those that the manifest was published with: a shard was replaced afterwards, which "
+            "one is not known; restore the store from a copy, or compute it again in an empty folder"
+        )
+        yield _document_fault(LEDGER_FOLDER, message)
     if manifest.transfer_set.fingerprint != (plan.transfer_set.fingerprint or summary.fingerprint):
         yield _document_fault(MANIFEST, "the transfer set's fingerprint is not the receipts' sum")
     if canonical_json(manifest.audit) != canonical_json(summary.audit):
@@ -280,7 +285,7 @@ def _load_or_report(root: Path, name: str, faults: list[Fault]) -> Manifest | No
 
 def _plan_of(manifest: Manifest) -> Manifest | None:
     """Return the plan that a manifest was made from; None where no guess has its digest."""
-    written_later = set(container_of(manifest).metadata(manifest))
+    written_later = {*container_of(manifest).metadata(manifest), RECEIPTS}
     before = {path: digest for path, digest in manifest.metadata_sha256.items() if path not in written_later}
     without_index = {path: digest for path, digest in before.items() if path not in (SORTED_IDS, POSITIONS)}
     # Sequences know fingerprint and index before the first shard, other layouts after the last: try both.

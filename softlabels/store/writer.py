@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from softlabels.atomic_files import TEMPORARY, make_folder, sync_folder, write_atomically
-from softlabels.documents import seal
+from softlabels.audit import Audit
+from softlabels.documents import as_json, open_sealed, seal
 from softlabels.encodings import Encoding
 from softlabels.errors import (
+    ChecksumError,
     ManifestError,
     ShapeMismatchError,
     ShardClaimedError,
@@ -27,11 +30,22 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray, to_fixed_bytes
 from softlabels.manifest import Manifest
-from softlabels.store.chunks import ShardFile, shard_rows
+from softlabels.store.array_reader import checked_part
+from softlabels.store.chunks import ShardFile, masked, salt_of, shard_rows, sums_of_shard, sums_path
 from softlabels.store.containers import container_of
-from softlabels.store.ledger import LEDGER_FOLDER, STAGING_FOLDER, FileRecord, Ledger, Receipt, summarize
-from softlabels.store.sample_index import SampleTable, index_files
-from softlabels.store.store_documents import JOB, MANIFEST, constant_files, load_manifest, load_plan
+from softlabels.store.ledger import (
+    LEDGER_FOLDER,
+    STAGING_FOLDER,
+    FileRecord,
+    Ledger,
+    Receipt,
+    parse_receipt,
+    receipts_file,
+    summarize,
+)
+from softlabels.store.sample_index import SampleTable, index_files, make_index
+from softlabels.store.shard_checks import Report, ShardChecks
+from softlabels.store.store_documents import JOB, MANIFEST, RECEIPTS, constant_files, load_manifest, load_plan
 from softlabels.store.store_plan import has_file, initialize_store
 from softlabels.store.store_reader import LocalRows
 from softlabels.transfer_set import UNLABELLED, FingerprintSum
@@ -43,7 +57,7 @@ class StoreWriter:
     def __init__(self, root: Path, plan: Manifest) -> None:
         self.root = root
         self.plan = plan
-        self.ledger = Ledger(root, plan_sha256=plan.digest)
+        self.ledger = Ledger(root, plan)
         self._container = container_of(plan)
         make_folder(root / STAGING_FOLDER)
         self._purge()
@@ -69,8 +83,7 @@ class StoreWriter:
         """Do as `create`, with the contents by path of the metadata files that the plan lists."""
         if {path: hashlib.sha256(contents).hexdigest() for path, contents in files.items()} != plan.metadata_sha256:
             raise ManifestError("the plan was made with another sample table or encoding: pass the same to `create`")
-        initialize_store(root, plan, files)
-        return cls(root, plan)
+        return cls(root, initialize_store(root, plan, files))
 
     @classmethod
     def resume(cls, root: Path) -> StoreWriter:
@@ -133,11 +146,13 @@ class StoreWriter:
             # not durable.
             sync_folder(self.root / LEDGER_FOLDER)
             summary = summarize(self.ledger.receipts(range(plan.shards.count)))
-            if summary.shards < plan.shards.count:
+            if len(summary.digests) < plan.shards.count * hashlib.sha256().digest_size:
                 raise TruncatedError(f"a receipt of {self.root} was removed meanwhile: run `softlabels resume`")
             files = self._container.metadata(plan)
             if plan.ids.dense_start is None and plan.layout.kind != "sequences":
                 files |= index_files(stored_ids(self.root, plan))
+            if plan.format_version >= 2:
+                files[RECEIPTS] = receipts_file(summary)
             written = {path: write_atomically(self.root / path, [contents])[1] for path, contents in files.items()}
             manifest = plan.finish(
                 ledger=summary.sha256,
@@ -145,15 +160,47 @@ class StoreWriter:
                 audit=summary.audit,
                 metadata_sha256=written | dict(plan.metadata_sha256),
             )
+            raw = seal(manifest.to_json())
+            _check_publishable(self.root, manifest, raw)
             # Last of all: where the manifest exists, everything that it covers is durable.
-            write_atomically(self.root / MANIFEST, [seal(manifest.to_json())])
+            write_atomically(self.root / MANIFEST, [raw])
             return manifest
 
     def commit(
-        self, shard: int, arrays: Mapping[str, NDArray[Any]], *, fingerprint: str, audit: Mapping[str, Any]
+        self,
+        shard: int,
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        fingerprint: str,
+        audit: dict[str, Any],
+        salt: int | None = None,
     ) -> Receipt:
-        """Write and commit a shard whose claim the caller holds; see `ShardClaim.commit`."""
-        files = self._container.shard_files(self.plan, shard, arrays)
+        """Write and commit a shard whose claim the caller holds; see `ShardClaim.commit`.
+
+        Args:
+            salt: salt that the rows must have, where they are copied from a store that has one.
+        """
+        files, rows = self._container.shard_files(self.plan, shard, arrays), shard_rows(self.plan, shard)
+        expected, salt = salt, None
+        if self.plan.row_sum_names:
+            # Of the arrays in memory, before anything is written: what is read later is compared with these.
+            sums_RA = sums_of_shard(self.plan, arrays)
+            salt = salt_of(sums_RA)
+            if expected not in (None, salt):
+                raise ChecksumError(f"shard {shard}: the rows are not those whose sums were kept when they were made")
+            stored = masked(sums_RA, np.asarray(rows), salt).astype("<u4", copy=False)
+            files.append(ShardFile(path=sums_path(shard), buffers=[stored.tobytes()], parts={}))
+        receipt = Receipt(
+            shard=shard,
+            plan_sha256=self.ledger.plan_sha256,
+            rows=(rows.start, rows.stop),
+            files={file.path: FileRecord(size=file.size_bytes, sha256="0" * 64) for file in files},
+            parts={name: part for file in files for name, part in file.parts.items()},
+            fingerprint=fingerprint,
+            audit=audit,
+            salt=salt,
+        )
+        _check_readable(receipt, self.plan)
         # Another process may have committed the shard after it was listed as missing and before it was claimed here.
         existing = self.ledger.read(shard)
         if existing is not None:
@@ -164,19 +211,33 @@ class StoreWriter:
             staging = self.ledger.staging(shard, file.path)
             size, sha256 = write_atomically(self.root / file.path, file.buffers, staging=staging)
             records[file.path] = FileRecord(size=size, sha256=sha256)
-        rows = shard_rows(self.plan, shard)
-        receipt = Receipt(
-            shard=shard,
-            plan_sha256=self.ledger.plan_sha256,
-            rows=(rows.start, rows.stop),
-            files=records,
-            parts={name: part for file in files for name, part in file.parts.items()},
-            fingerprint=fingerprint,
-            audit=dict(audit),
-        )
+        receipt = replace(receipt, files=records)
+        self.add(receipt)
+        return receipt
+
+    def add(self, receipt: Receipt) -> None:
+        """Read a shard's files back as a reader would, and write its receipt: from now on its rows exist.
+
+        Raises:
+            ChecksumError: a file is not what was written. ShardConflictError: the store is published with other rows.
+        """
+        shard = receipt.shard
+        for fault in ShardChecks(self.root, self.plan, None, index=None, report=Report(root="")).read_back(receipt):
+            raise ChecksumError(
+                f"shard {shard} of {self.root} was not committed: what was read back is not what was written "
+                f"({fault}); check the disk and the memory of this machine, then run `softlabels resume`",
+                shard=shard,
+            )
+        if self.finished:
+            published = Ledger(self.root, load_manifest(self.root)).published_sha256(shard)
+            if published not in (None, receipt.sha256):
+                raise ShardConflictError(
+                    f"{self.root} is published with another shard {shard} than this one: run `softlabels repair`, "
+                    "which unpublishes it, then `softlabels resume`",
+                    shard=shard,
+                )
         # After the files: a receipt must never list bytes that a power failure could take away.
         self.ledger.write(receipt)
-        return receipt
 
     def _purge(self) -> None:
         """Remove the temporary files of writers that died."""
@@ -204,7 +265,7 @@ class ShardClaim:
         labels: NDArray[np.int64] | None = None,
         view_parameters: NDArray[np.float64] | None = None,
         inputs: NDArray[Any] | None = None,
-        audit: Mapping[str, Any],
+        audit: dict[str, Any],
     ) -> Receipt:
         """Write the shard's files and, once all of them are durable, its receipt.
 
@@ -273,6 +334,36 @@ def stored_ids(root: Path, manifest: Manifest) -> IdArray:
     joined: IdArray = np.concatenate([rows.fetch_rows(numbers, ("ids",))["ids"] for numbers in shards])
     # With views an id is repeated once per view; the index is of samples.
     return joined[:: manifest.layout.views]
+
+
+def _check_publishable(root: Path, manifest: Manifest, raw: bytes) -> None:
+    """Raise unless a reader will open the store once its manifest exists, and find what was written."""
+    damaged = [path for path, digest in manifest.metadata_sha256.items() if not has_file(root / path, digest)]
+    if damaged:
+        raise ChecksumError(
+            f"{root / damaged[0]} was written and cannot be read back: the store is not published; check the disk and "
+            "the memory of this machine, then run `softlabels resume`"
+        )
+    read = Manifest.from_json(open_sealed(raw, what=str(root / MANIFEST)))
+    assert read.digest == manifest.digest, "the manifest as it is read is the one that was made"
+    make_index(root, read)
+    Ledger(root, read).read(read.shards.count - 1)
+
+
+def _check_readable(receipt: Receipt, plan: Manifest) -> None:
+    """Raise unless every reader will accept a receipt; called before anything of the shard is on disk."""
+    what = f"the receipt of shard {receipt.shard}"
+    try:
+        parsed = parse_receipt(seal(as_json(receipt)), what=what)
+        Audit.from_json(parsed.audit)
+        FingerprintSum.from_hexdigest(parsed.fingerprint)
+        for name in plan.arrays:
+            checked_part(parsed, name, plan)
+    except (TypeError, ValueError, KeyError, AttributeError, ManifestError) as error:
+        raise ShapeMismatchError(
+            f"{what} could not be read again ({type(error).__name__}: {error}), so nothing was written: `audit` must "
+            "be what `Audit.to_json()` returned, and `fingerprint` what `FingerprintSum.hexdigest()` did"
+        ) from error
 
 
 def _check_same_contents(root: Path, existing: Receipt, files: list[ShardFile]) -> None:

@@ -18,7 +18,7 @@ from softlabels.encodings.basis_learning import learn_basis
 from softlabels.manifest import Container, IdSpec, Manifest, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
 from softlabels.store.ledger import Ledger
-from softlabels.store.store_documents import load_plan, plan_digest
+from softlabels.store.store_documents import load_plan
 from softlabels.store.store_reader import LocalRows
 from softlabels.transfer_set import sample_fingerprints
 
@@ -179,7 +179,7 @@ def place() -> Callable[[Path, str, int, int], tuple[Path, int, int]]:
 def chunk_place(root: Path, field: str, shard: int, chunk: int) -> tuple[Path, int, int]:
     """The location of a chunk: file, offset, bytes."""
     plan = load_plan(root)
-    receipt = Ledger(root, plan_sha256=plan_digest(plan)).read(shard)
+    receipt = Ledger(root, plan).read(shard)
     assert receipt is not None
     part = receipt.parts[field]
     sizes = part.sizes or (part.stride,) * (chunk + 1)

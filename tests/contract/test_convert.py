@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,18 @@ class TestRefused:
             convert_store(made.root, tmp_path / "there", container=OTHER[kind.container])
         assert StoreWriter.resume(tmp_path / "there").missing_shards() == [1, 2, 3]
 
-    def test_a_receipt_of_other_samples(self, made: Any, kind: Any, tmp_path: Path) -> None:
-        """Intact chunks of other samples than the receipt's are refused."""
+    @pytest.mark.parametrize(("version", "message"), [(1, "other samples"), (2, "was published with")])
+    def test_a_receipt_of_other_samples(
+        self, make_store: Any, kind: Any, tmp_path: Path, version: int, message: str
+    ) -> None:
+        """Intact chunks of other samples than the receipt's are refused; by the receipt's own digest since version 2."""
+        made = make_store(kind)
+        made = replace(made, plan=made.plan.as_version(version))
+        made.write()
         path = made.root / "ledger" / "00000001.json"
         receipt = open_sealed(path.read_bytes(), what="receipt")
         path.write_bytes(seal({**receipt, "fingerprint": "0" * 32 + "-64"}))
-        with pytest.raises(ManifestError, match="other samples"):
+        with pytest.raises(ManifestError, match=message):
             convert_store(made.root, tmp_path / "there", container=OTHER[kind.container])
 
     def test_a_place_that_is_taken(self, made: Any, kind: Any, tmp_path: Path) -> None:

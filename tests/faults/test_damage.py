@@ -15,7 +15,7 @@ from softlabels.documents import canonical_json
 from softlabels.errors import SoftLabelsError
 from softlabels.store.ledger import Ledger
 from softlabels.store.repair import repair
-from softlabels.store.store_documents import load_manifest, plan_digest
+from softlabels.store.store_documents import load_manifest
 from softlabels.store.store_reader import LocalRows
 from softlabels.store.verify import verify
 
@@ -34,7 +34,7 @@ def files_of(root: Path) -> list[Path]:
 def chunk_place(root: Path, array: str, shard: int, chunk: int) -> tuple[Path, int, int]:
     """The file, byte offset and size of a chunk."""
     manifest = load_manifest(root)
-    receipt = Ledger(root, plan_sha256=plan_digest(manifest)).read(shard)
+    receipt = Ledger(root, manifest).read(shard)
     assert receipt is not None
     part = receipt.parts[array]
     sizes = part.sizes or (part.stride,) * (chunk + 1)

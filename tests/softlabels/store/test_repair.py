@@ -99,7 +99,7 @@ class TestDamagedShard:
     def test_a_shard_that_a_writer_holds_is_left_to_it(self, store: Path, source: Any, flip: Flip) -> None:
         """Its receipt stays; the store is not published."""
         flip(shard_file(store, 0), byte=400)
-        with Ledger(store, plan_sha256=source.plan().digest).claim(0):
+        with Ledger(store, source.plan()).claim(0):
             done = repair(store)
         assert (done.dropped, done.busy, done.digest) == ([], [0], None)
         assert repair(store).dropped == [0]

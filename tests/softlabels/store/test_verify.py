@@ -15,7 +15,7 @@ from softlabels.cli import main
 from softlabels.errors import UnknownStoreError
 from softlabels.store import StoreWriter
 from softlabels.store.ledger import Ledger
-from softlabels.store.store_documents import load_manifest, plan_digest
+from softlabels.store.store_documents import load_manifest
 from softlabels.store.verify import verify
 
 Flip = Callable[..., None]
@@ -24,7 +24,7 @@ Flip = Callable[..., None]
 def chunk_place(root: Path, array: str, shard: int, chunk: int) -> tuple[Path, int]:
     """The file and byte offset of a chunk."""
     manifest = load_manifest(root)
-    receipt = Ledger(root, plan_sha256=plan_digest(manifest)).read(shard)
+    receipt = Ledger(root, manifest).read(shard)
     assert receipt is not None
     part = receipt.parts[array]
     return root / part.path, part.offset + chunk * part.stride
