@@ -104,6 +104,13 @@ class ShardFile:
         """Bytes of the whole file."""
         return sum(memoryview(buffer).nbytes for buffer in self.buffers)
 
+    def crc32c(self) -> int:
+        """Return the CRC-32C of the whole file."""
+        found = 0
+        for buffer in self.buffers:
+            found = crc32c(buffer, found)
+        return found
+
 
 def choose_rows_per_chunk(row_bytes: int) -> int:
     """Return the largest power of two rows that fit in 128 KiB, at least 1."""

@@ -15,7 +15,7 @@ from softlabels.errors import ManifestError
 from softlabels.manifest import ArraySpec, Manifest
 from softlabels.row_sums import masks
 from softlabels.store.address_space import ALIGNMENT_BYTES, AddressSpace
-from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride, shard_rows
+from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride, shard_rows, sums_path
 from softlabels.store.containers import StoreContainer
 from softlabels.store.ledger import Receipt
 from softlabels.store.safe_open import OpenFolder

@@ -21,6 +21,7 @@ from softlabels.encodings import Encoding
 from softlabels.errors import DamageError, ManifestError, UnknownIdError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
+from softlabels.row_sums import crc32c
 from softlabels.store.array_reader import checked_part
 from softlabels.store.chunks import (
     CHECKSUM_BYTES,
@@ -195,10 +196,13 @@ class ShardChecks:
         if not broken:
             yield from self._row_faults(receipt, read, numbers, whole=whole)
 
-    def read_back(self, receipt: Receipt) -> Iterator[Fault]:
-        """Yield what a reader would refuse in a shard that was written just now.
+    def read_back(self, receipt: Receipt, crc32c_of: Mapping[str, int]) -> Iterator[Fault]:
+        """Yield what a reader would refuse in a shard that was written just now, and what differs from `crc32c_of`.
 
         Sizes, every chunk, and the sums of rows in a few chunks: the sums are of the arrays that were in memory.
+
+        Args:
+            crc32c_of: CRC-32C of the whole contents of files, by path, so that their metadata is compared too.
         """
         numbers = range(chunks_in(receipt.rows[1] - receipt.rows[0], self._plan.shards.rows_per_chunk))
         few = sorted({number * (len(numbers) - 1) // (READ_BACK_CHUNKS - 1) for number in range(READ_BACK_CHUNKS)})
@@ -218,6 +222,12 @@ class ShardChecks:
 
             for name in self._plan.arrays:
                 yield from self._chunk_faults(receipt, name, read, numbers)
+            for path, expected in crc32c_of.items():
+                found = 0
+                for offset in range(0, receipt.files[path].size, _BLOCK_BYTES):
+                    found = crc32c(read(path, offset, _BLOCK_BYTES).data, found)
+                if found != expected:
+                    yield self.fault("checksum", "its metadata is not what was written", receipt.shard, path=path)
             for rows, arrays in self._row_blocks(receipt, read, few) if self._plan.row_sum_names else ():
                 yield from self._changed(receipt, arrays, rows, self._stored_sums(receipt, read))
 

@@ -212,17 +212,20 @@ class StoreWriter:
             size, sha256 = write_atomically(self.root / file.path, file.buffers, staging=staging)
             records[file.path] = FileRecord(size=size, sha256=sha256)
         receipt = replace(receipt, files=records)
-        self.add(receipt)
+        self.add(receipt, crc32c_of={file.path: file.crc32c() for file in files})
         return receipt
 
-    def add(self, receipt: Receipt) -> None:
+    def add(self, receipt: Receipt, *, crc32c_of: Mapping[str, int]) -> None:
         """Read a shard's files back as a reader would, and write its receipt: from now on its rows exist.
 
+        Args:
+            crc32c_of: CRC-32C of what was written, by file; a file may be missing where its SHA-256 was compared.
         Raises:
             ChecksumError: a file is not what was written. ShardConflictError: the store is published with other rows.
         """
         shard = receipt.shard
-        for fault in ShardChecks(self.root, self.plan, None, index=None, report=Report(root="")).read_back(receipt):
+        checks = ShardChecks(self.root, self.plan, None, index=None, report=Report(root=str(self.root)))
+        for fault in checks.read_back(receipt, crc32c_of):
             raise ChecksumError(
                 f"shard {shard} of {self.root} was not committed: what was read back is not what was written "
                 f"({fault}); check the disk and the memory of this machine, then run `softlabels resume`",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,9 @@ class TestRefused:
     def test_a_receipt_of_other_samples(
         self, make_store: Any, kind: Any, tmp_path: Path, version: int, message: str
     ) -> None:
-        """Intact chunks of other samples than the receipt's are refused; by the receipt's own digest since version 2."""
+        """Intact chunks of other samples than the receipt's are refused; since version 2 by the receipt's digest."""
         made = make_store(kind)
-        made = replace(made, plan=made.plan.as_version(version))
+        made = dataclasses.replace(made, plan=made.plan.as_version(version))
         made.write()
         path = made.root / "ledger" / "00000001.json"
         receipt = open_sealed(path.read_bytes(), what="receipt")

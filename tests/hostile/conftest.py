@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,10 +14,12 @@ import pytest
 from msgspec.structs import replace
 
 from softlabels.audit import Audit
-from softlabels.documents import open_sealed, seal
+from softlabels.documents import canonical_json, open_sealed, seal
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
+from softlabels.store.sample_index import npy_bytes
+from softlabels.store.store_documents import RECEIPTS
 from softlabels.transfer_set import sample_fingerprints
 
 SAMPLES, CLASSES = 100, 4
@@ -72,14 +75,27 @@ def store(request: pytest.FixtureRequest, make_store: Callable[..., Path]) -> Pa
     return make_store(request.param)
 
 
+def publish(root: Path, shard: int, receipt: dict[str, Any]) -> None:
+    """Have the manifest list the digest of a changed receipt."""
+    table = np.load(root / RECEIPTS)
+    table[shard] = list(hashlib.sha256(canonical_json(receipt)).digest())
+    (root / RECEIPTS).write_bytes(npy_bytes(table))
+    manifest = open_sealed((root / "manifest.json").read_bytes(), what="manifest")
+    manifest["metadata_sha256"][RECEIPTS] = hashlib.sha256(npy_bytes(table)).hexdigest()
+    manifest["ledger"] = hashlib.sha256(table.tobytes()).hexdigest()
+    (root / "manifest.json").write_bytes(seal(manifest))
+
+
 @pytest.fixture
 def rewrite() -> Callable[[Path, Change], None]:
-    """Changes a document and its digest: anybody who makes a store can do that."""
+    """Changes a document and the digests of it: anybody who makes a store can do that."""
 
     def rewrite(path: Path, change: Change) -> None:
         body = open_sealed(path.read_bytes(), what=str(path))
         change(body)
         path.write_bytes(seal(body))
+        if path.parent.name == "ledger":
+            publish(path.parents[1], int(path.stem), body)
 
     return rewrite
 

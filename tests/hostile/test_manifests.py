@@ -18,7 +18,7 @@ import softlabels
 from softlabels.documents import open_sealed, seal
 from softlabels.encodings import ENCODING_NAMES
 from softlabels.errors import FormatVersionError, ManifestError, SoftLabelsError, UnknownEncodingError
-from softlabels.manifest import Manifest
+from softlabels.manifest import FORMAT_VERSION, Manifest
 
 Path_ = tuple[str | int, ...]
 HUGE = 1 << 62
@@ -143,7 +143,7 @@ class TestLies:
 
     def test_a_newer_format(self, store: Path) -> None:
         """A store from the future says that an upgrade is needed, not that it is damaged."""
-        (store / "manifest.json").write_bytes(seal(put(body_of(store), ("format_version",), 2)))
+        (store / "manifest.json").write_bytes(seal(put(body_of(store), ("format_version",), FORMAT_VERSION + 1)))
         with pytest.raises(FormatVersionError, match="upgrade"):
             softlabels.open(store)
 

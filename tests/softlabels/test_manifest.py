@@ -13,7 +13,15 @@ from softlabels.class_list import make_class_list
 from softlabels.documents import canonical_json
 from softlabels.encodings import make_encoding
 from softlabels.errors import FormatVersionError, ManifestError
-from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec, check_encoding, check_store_name
+from softlabels.manifest import (
+    FORMAT_VERSION,
+    IdSpec,
+    Manifest,
+    TemperatureSpec,
+    TransferSetSpec,
+    check_encoding,
+    check_store_name,
+)
 from softlabels.store import plan_store
 
 
@@ -87,7 +95,7 @@ class TestMessages:
     def test_a_newer_format_asks_for_an_upgrade(self, plan: Manifest) -> None:
         """Whatever else is in it: its fields may mean something else."""
         with pytest.raises(FormatVersionError, match="upgrade"):
-            Manifest.from_json({**plan.to_json(), "format_version": 2, "more": 1})
+            Manifest.from_json({**plan.to_json(), "format_version": FORMAT_VERSION + 1, "more": 1})
 
     def test_an_encoding_of_other_arrays(self, plan: Manifest) -> None:
         """Rows of another width would be decoded as other classes."""

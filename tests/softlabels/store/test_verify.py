@@ -37,7 +37,7 @@ class TestSoundStore:
         assert report.sound
         assert (report.rows, report.committed, report.shards) == (200, 4, 4)
         assert report.chunks == 4 * 13
-        assert report.files == (16 if (store / "zarr.json").exists() else 4)
+        assert report.files == 4 + (16 if (store / "zarr.json").exists() else 4)
 
     def test_a_sample_of_it_passes(self, store: Path) -> None:
         """A few random chunks, every array of each."""
