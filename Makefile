@@ -57,14 +57,14 @@ test: install ## the whole test suite, without what is marked slow or faults
 test-quick: install ## the tests that need no server process, no wheel and no training
 	$(TOGETHER) -q --ignore=tests/e2e --ignore=tests/packaging
 
-faults: install ## kill writers, fail system calls, flip bits: some thousand faults, minutes (needs strace for some)
+faults: install ## kill writers, fail system calls, lose power, try every pair of layer and operation; minutes (needs strace)
 	.venv/bin/python -m pytest -m faults tests/faults -q -rs
 
 slow: install ## the exactness suites at full size: ranks, workers, kills of trainers, slow links; minutes
 	.venv/bin/python -m pytest -m slow -q -rs --ignore=tests/soak --timeout=3000
 
-soak: install ## a million requests, a thousand slow readers, a network that cuts and corrupts: tens of minutes
-	.venv/bin/python -m pytest -m slow tests/soak tests/e2e/test_faulty_network.py -q -rs --timeout=7200
+soak: install ## a million requests, a million generated faults, a thousand slow readers, a bad network; hours
+	.venv/bin/python -m pytest -m slow tests/soak tests/e2e/test_faulty_network.py -q -rs --timeout=28800
 
 check: install ## everything that must hold: format, lint, types, import directions, tests
 	@$(MAKE) --no-print-directory lint types imports test
