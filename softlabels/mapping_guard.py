@@ -20,9 +20,19 @@ import signal
 import struct
 import sys
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from termios import FIONREAD
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+from softlabels.errors import ChecksumError
+
+MAX_ATTEMPTS = 16
+"""Times that a read is repeated because a file was written to meanwhile; more is a file that never rests."""
+
+RETRY_S = 0.002
+"""Pause after an attempt, times the number of those before it: a quarter of a second in all."""
 
 MAP_FIXED = 0x10
 # mmap reports an error as MAP_FAILED, (void *) -1, which ctypes returns as an unsigned integer.
@@ -58,6 +68,43 @@ class _Action(ctypes.Structure):
         ("mask", ctypes.c_ulong * 16),
         ("flags", ctypes.c_int),
         ("restorer", ctypes.c_void_p),
+    )
+
+
+class MappingChanges:
+    """All changes of mapped files in this process: what was read while one happened may not be what was verified.
+
+    Attributes:
+        count: grows whenever marks are cleared.
+        replacing: an entry for each mapping that is being replaced right now.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.replacing: list[int] = []
+
+
+changes = MappingChanges()
+_T = TypeVar("_T")
+
+
+def stable_read(read: Callable[[], _T]) -> _T:
+    """Return what `read` returns, once no mapped file changed while it ran.
+
+    Raises:
+        ChecksumError: one changes every time; and whatever `read` raises.
+    """
+    for attempt in range(MAX_ATTEMPTS):
+        before = changes.count
+        found = read()
+        file_watch.look()
+        # In this order: a mapping that is replaced after the first question is counted by the second.
+        if not changes.replacing and changes.count == before:
+            return found
+        time.sleep(RETRY_S * attempt)
+    raise ChecksumError(
+        "files of the store are written to all the time, but what is committed never changes: find out what writes "
+        "there, then run `softlabels verify`"
     )
 
 
@@ -122,6 +169,7 @@ class BusErrorGuard:
 
     def __init__(self) -> None:
         self._spaces: list[weakref.ref[Guarded]] = []
+        self._lock = threading.Lock()
         self._previous = _Action()
         # Kept for as long as the process runs: the kernel holds its address.
         self._callback = _HANDLER_TYPE(self._handle)
@@ -152,8 +200,17 @@ class BusErrorGuard:
 
     def register(self, space: Guarded) -> None:
         """Guard the addresses of this space while it lives."""
-        # A new list, since the handler may be going through the old one in another thread.
-        self._spaces = [*(ref for ref in self._spaces if ref() is not None), weakref.ref(space)]
+        with self._lock:
+            # A new list, since the handler may be going through the old one in another thread.
+            self._spaces = [*(ref for ref in self._spaces if ref() is not None), weakref.ref(space)]
+
+    def after_fork(self) -> None:
+        """Clear the marks of all mappings in a child process: it opens and watches the files itself."""
+        self._lock = threading.Lock()
+        for ref in self._spaces:
+            space = ref()
+            if space is not None:
+                space.invalidate_all()
 
     def _handle(self, number: int, info: int, context: int) -> None:
         # An exception must not leave a handler: the faulting instruction would run again, and so for ever.
@@ -178,35 +235,38 @@ class BusErrorGuard:
 
 
 class FileWatch:
-    """Watch of mapped files for writes, by inotify: one instance a process, since a user may have 128 of them."""
+    """Watch of mapped files for writes, by inotify: one instance a process, since a user may have 128 of them.
+
+    Attributes:
+        is_complete: whether every file that was added is watched.
+    """
 
     def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
-        self._descriptor = -1
+        self._descriptor, self.is_complete = -1, True
         self._slots: dict[int, list[tuple[weakref.ref[Guarded], int]]] = {}
         self._purge_at = 64
         self._lock = threading.Lock()
 
-    def add(self, descriptor: int, space: Guarded, slot: int) -> bool:
-        """Watch an open file that is mapped into a slot of a space; return whether the system can."""
-        if not _IS_LINUX:
-            return False
+    def add(self, descriptor: int, space: Guarded, slot: int) -> None:
+        """Watch an open file that is mapped into a slot of a space."""
         with self._lock:
-            if self._descriptor < 0:
+            if self._descriptor < 0 and _IS_LINUX:
                 self._descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-                if self._descriptor < 0:
-                    return False
-            # By the open file itself: its path may lead to another one by now.
-            number = libc.inotify_add_watch(self._descriptor, f"/proc/self/fd/{descriptor}".encode(), _IN_MODIFY)
+            number = -1
+            if self._descriptor >= 0:
+                # By the open file itself: its path may lead to another one by now.
+                path = f"/proc/self/fd/{descriptor}".encode()
+                number = libc.inotify_add_watch(self._descriptor, path, _IN_MODIFY)
             if number < 0:
-                return False
+                self.is_complete = False
+                return
             watched = self._slots.setdefault(number, [])
             watched[:] = [(ref, at) for ref, at in watched if ref() not in (None, space)] + [(weakref.ref(space), slot)]
             if len(self._slots) >= self._purge_at:
                 self._purge()
-            return True
 
     def look(self) -> None:
         """Clear the marks of all mapped files that were written to since the last look."""
@@ -247,12 +307,9 @@ file_watch = FileWatch()
 
 
 def _after_fork_in_child() -> None:
-    # The child's mappings are watched by nobody: its files are opened, mapped and watched again at their first use.
     file_watch.after_fork()
-    for ref in bus_errors._spaces:
-        space = ref()
-        if space is not None:
-            space.invalidate_all()
+    bus_errors.after_fork()
+    changes.replacing.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

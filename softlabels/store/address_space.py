@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from softlabels.errors import ManifestError
-from softlabels.mapping_guard import MAP_FAILED, MAP_FIXED, bus_errors, file_watch, libc, map_zeros
+from softlabels.mapping_guard import MAP_FAILED, MAP_FIXED, bus_errors, changes, file_watch, libc, map_zeros
 from softlabels.store.safe_open import OpenFolder, open_committed
 
 MAX_RESERVED_BYTES = 1 << 45
@@ -39,8 +39,7 @@ class AddressSpace:
         buffer: the whole run, for NumPy; only what is mapped may be read.
         begin: [slots] position in `buffer` of each file's bytes; 0 where the file is not mapped.
         base: [slots × blocks_per_slot] a number other than 0 for each block that may be read; the owner's.
-        generation: changes whenever marks are cleared. What was read while it changed may be wrong.
-        is_watched: whether writes to every mapped file are noticed.
+        generation: grows whenever marks of this space are cleared: what was verified meanwhile may have changed.
     Raises:
         ManifestError: more addresses than a process has, or is allowed (a limit on address space).
     """
@@ -52,8 +51,7 @@ class AddressSpace:
         if self.size_bytes > MAX_RESERVED_BYTES:
             raise ManifestError(f"{slots} files of {slot_bytes} bytes are more than a process can address")
         self._blocks, self._reserved_bytes = blocks_per_slot, self.size_bytes + ALIGNMENT_BYTES
-        self.generation, self.is_watched = 0, True
-        self._replacing: list[int] = []
+        self.generation, self._libc = 0, libc
         self._files: dict[int, tuple[OpenFolder, str, int]] = {}
         self._is_guarded = bus_errors.install()
         try:
@@ -90,7 +88,7 @@ class AddressSpace:
             assert offset + length - first <= self._pitch, "MAP_FIXED would replace the next slot's mapping"
             begin = ALIGNMENT_BYTES + slot * self._pitch
             # Before the file is read for the first time: a write after that is noticed.
-            self.is_watched = file_watch.add(descriptor, self, slot) and self.is_watched
+            file_watch.add(descriptor, self, slot)
             self._files[slot] = (folder, inside, offset + length)
             bus_errors.install()
             size, flags = offset + length - first, mmap.MAP_SHARED | MAP_FIXED
@@ -111,27 +109,39 @@ class AddressSpace:
 
     def invalidate(self, slot: int) -> None:
         """Clear the marks of a file, which has changed: it is opened, mapped and verified again before its next use."""
-        # Marks first: a reader that took the old ones finds another generation when it is done.
+        # Marks first: a reader that took the old ones finds another count when it is done.
         self.base[slot * self._blocks : (slot + 1) * self._blocks] = 0
         self.begin[slot] = 0
         self.generation += 1
+        changes.count += 1
 
     def invalidate_all(self) -> None:
         """Clear the marks of all files, without touching the memory of those that have none."""
         self.base, self.begin = np.zeros_like(self.base), np.zeros_like(self.begin)
         self.generation += 1
+        changes.count += 1
 
-    def begin_read(self) -> int:
-        """Return the generation, to pass to `is_unchanged` after reading."""
-        if not self._is_guarded:
-            self._check_sizes()
-        return self.generation
+    def mark(self, block: int, base: int, generation: int) -> bool:
+        """Mark a block as readable, unless marks were cleared since `generation`; return whether it is."""
+        # No call between the two lines: no other thread, nor a handler of a signal, clears the mark in between.
+        if self.generation == generation and not changes.replacing:
+            self.base[block] = base
+            return True
+        return False
 
-    def is_unchanged(self, generation: int) -> bool:
-        """Return whether what was read since `generation` is what was verified; clear the marks of what is not."""
-        file_watch.look()
-        # In this order: a mapping that is replaced after the first look has another generation by the second.
-        return not self._replacing and self.generation == generation
+    def check_sizes(self) -> None:
+        """Clear the marks of files that became shorter, where no handler catches a read beyond the end of a file."""
+        # One that is truncated between this look and the read still ends the process.
+        if self._is_guarded:
+            return
+        for slot in np.flatnonzero(self.begin).tolist():
+            folder, inside, size = self._files[slot]
+            try:
+                if os.stat(inside, dir_fd=folder.descriptor, follow_symlinks=False).st_size >= size:
+                    continue
+            except OSError:
+                pass
+            self.invalidate(slot)
 
     def replace_lost_page(self, address: int) -> bool:
         """Map a page of zeros at an address beyond the end of its file; return whether the address is in this space."""
@@ -144,28 +154,16 @@ class AddressSpace:
     def _replace(self, slot: int, replace: Callable[[], bool]) -> bool:
         """Replace a part of a slot's mapping; return whether the system could."""
         # No lock: this may run in the handler of a signal. Marks are cleared before and after, since another thread may
-        # verify a block in between and mark it; what is read meanwhile does not count, see `is_unchanged`.
-        self._replacing.append(slot)
+        # verify a block in between and mark it; what is read meanwhile does not count, see `stable_read`.
         try:
+            changes.replacing.append(slot)
             self.invalidate(slot)
             return replace()
         finally:
             self.invalidate(slot)
-            self._replacing.pop()
-
-    def _check_sizes(self) -> None:
-        # Where no handler catches a read beyond the end of a file, files that became shorter are not read at all. One
-        # that is truncated between this look and the read still ends the process.
-        for slot in np.flatnonzero(self.begin).tolist():
-            folder, inside, size = self._files[slot]
-            try:
-                if os.stat(inside, dir_fd=folder.descriptor, follow_symlinks=False).st_size >= size:
-                    continue
-            except OSError:
-                pass
-            self.invalidate(slot)
+            changes.replacing.pop()
 
     def __del__(self) -> None:
         # The attribute is missing where `__init__` raised before the reservation.
         if hasattr(self, "_reserved"):
-            libc.munmap(self._reserved, self._reserved_bytes)
+            self._libc.munmap(self._reserved, self._reserved_bytes)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from softlabels.errors import ChecksumError, ManifestError
 from softlabels.manifest import Manifest
+from softlabels.mapping_guard import stable_read
 from softlabels.row_sums import join_sums, sum_of_array, sums_of_rows
 from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride, chunks_in, decompress, shard_rows
 from softlabels.store.containers import container_of
@@ -21,7 +21,6 @@ from softlabels.store.ledger import Receipt
 from softlabels.store.memory_map import MappedArray, MappedSums
 from softlabels.store.safe_open import open_committed
 from softlabels.store.snapshot import Snapshot
-from softlabels.store.verified_table import MAX_ATTEMPTS, RETRY_S
 
 CACHED_BYTES = 64 << 20
 """Decoded chunks of a compressed array that are kept."""
@@ -43,25 +42,24 @@ class ArrayReader:
         self._sums: MappedSums | None = None
         self._sum_columns = {name: column for column, name in enumerate(sorted(snapshot.manifest.arrays))}
 
-    def gather(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
-        """Copy rows of one array, in the order asked.
+    def gather(self, fields: Iterable[str], rows_B: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Copy rows of arrays, in the order asked.
 
         Args:
-            field: array name, one that the store has.
+            fields: names of arrays that the store has.
             rows_B: row numbers, each inside the store.
         Raises:
             RowsNotCommittedError, ChecksumError, TruncatedError, ManifestError.
         """
         if self._manifest.shards.compression is not None:
-            return self._gather_compressed(field, rows_B)
+            return {field: self._gather_compressed(field, rows_B) for field in fields}
+        return stable_read(lambda: {field: self._gather_mapped(field, rows_B) for field in fields})
+
+    def _gather_mapped(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
         array = self._mapped.get(field)
         if array is None:
             array = self._mapped.setdefault(field, MappedArray(self._manifest.arrays[field], self._manifest))
-        for attempt in range(MAX_ATTEMPTS):
-            found = array.rows(rows_B)
-            if found is not None:
-                return found
-            time.sleep(RETRY_S * attempt)
+        while (found := array.rows(rows_B)) is None:
             for chunk in array.unmarked(rows_B):
                 shard = chunk * self._manifest.shards.rows_per_chunk // self._manifest.shards.rows_per_shard
                 part = self._parts.get((field, shard))
@@ -69,7 +67,7 @@ class ArrayReader:
                     part = self._parts[field, shard] = checked_part(self._receipt(shard), field, self._manifest)
                 if not array.verify(chunk, part, self._folder, self._container):
                     raise self._damaged(field, chunk)
-        raise self._restless(rows_B)
+        return found
 
     def row_sums(self, rows_B: NDArray[np.int64]) -> NDArray[np.uint32] | None:
         """Return the CRC-32C of each array of each row, [B, arrays by name]; None in stores of format version 1."""
@@ -77,19 +75,15 @@ class ArrayReader:
             return None
         if self._sums is None:
             self._sums = MappedSums(self._manifest)
-        for attempt in range(MAX_ATTEMPTS):
-            found = self._sums.sums(rows_B)
-            if found is not None:
-                return found
-            time.sleep(RETRY_S * attempt)
-            for shard in self._sums.unmarked(rows_B):
-                self._sums.open_shard(self._receipt(shard), self._folder)
-        raise self._restless(rows_B)
+        sums = self._sums
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether writes to the files that rows were read from are noticed."""
-        return all(array.is_watched for array in self._mapped.values())
+        def found() -> NDArray[np.uint32]:
+            while (found := sums.sums(rows_B)) is None:
+                for shard in sums.unmarked(rows_B):
+                    sums.open_shard(self._receipt(shard), self._folder)
+            return found
+
+        return stable_read(found)
 
     def verify_rows(self, rows_B: NDArray[np.int64], found: dict[str, NDArray[Any]]) -> None:
         """Compare rows that were gathered with their kept sums; where there are none, verify their chunks again.
@@ -107,7 +101,7 @@ class ArrayReader:
             # The chunk's own checksum says whether it is the rows that changed, or their sums.
             if (array := self._mapped.get(field)) is not None:
                 array.unmark(rows_B)
-                found[field] = self.gather(field, rows_B)
+                found[field] = self.gather((field,), rows_B)[field]
             if kept_B is not None and (wrong := sums_of_rows(found[field]) != kept_B).any():
                 row = int(rows_B[wrong][0])
                 raise ChecksumError(
@@ -180,12 +174,6 @@ class ArrayReader:
             shard=shard,
             chunk=chunk,
             rows=[first, last],
-        )
-
-    def _restless(self, rows_B: NDArray[np.int64]) -> ChecksumError:
-        return ChecksumError(
-            f"{self._manifest.name!r}: files of rows {int(rows_B.min())} to {int(rows_B.max())} are written to all the "
-            "time, but a committed shard never changes: find out what writes there, then run `softlabels verify`"
         )
 
 

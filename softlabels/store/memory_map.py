@@ -47,11 +47,6 @@ class MappedRows:
         count, item = self._space.size_bytes - row_bytes + 1, np.dtype((np.void, row_bytes))
         self._items: NDArray[Any] = np.ndarray((count,), dtype=item, buffer=self._space.buffer, strides=(1,))
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether writes to every file that was read are noticed."""
-        return self._space.is_watched
-
     def unmarked(self, rows_B: NDArray[np.int64]) -> list[int]:
         """Return the blocks of these rows that may not be read yet, in order, each once."""
         blocks = np.unique(rows_B // self._rows_per_block)
@@ -62,26 +57,22 @@ class MappedRows:
         self._space.base[rows_B // self._rows_per_block] = 0
 
     def gather(self, rows_B: NDArray[np.int64]) -> NDArray[np.void] | None:
-        """Copy rows, [B], in the order asked; None when one of them may not be read, or changed meanwhile.
+        """Copy rows, [B], in the order asked; None when one of them may not be read. To be called by `stable_read`.
 
         Args:
             rows_B: row numbers of the store, none below zero.
         """
-        generation = self._space.begin_read()
+        self._space.check_sizes()
         # `take` copies, so that adding in place below does not change the table.
         address_B = self._space.base.take(rows_B // self._rows_per_block)
         if not address_B.all():
             return None
         address_B += rows_B * self._row_bytes
-        found = self._items[address_B]
-        return found if self._space.is_unchanged(generation) else None
+        return self._items[address_B]
 
-    def _mark(self, block: int, begin: int, generation: int) -> None:
+    def _mark(self, block: int, begin: int, generation: int) -> bool:
         # Less the bytes of all rows before the block, so that a row's address is `base[block] + row * row_bytes`.
-        base = begin - block * self._rows_per_block * self._row_bytes
-        # No call between the two lines: no other thread, nor a handler of a signal, clears the mark in between.
-        if self._space.generation == generation:
-            self._space.base[block] = base
+        return self._space.mark(block, begin - block * self._rows_per_block * self._row_bytes, generation)
 
 
 class MappedArray(MappedRows):
@@ -110,7 +101,7 @@ class MappedArray(MappedRows):
             # Two threads may do this at once, with the same result. A lock that is held while another thread forks
             # would stay locked in the child.
             self._space.map(shard, folder, part.path, offset=part.offset, length=part.size_bytes(self._rows_per_block))
-        generation = self._space.begin_read()
+        generation = self._space.generation
         # After the generation: a file that is invalidated in between is not mapped.
         begin = int(self._space.begin[shard])
         if not begin:
@@ -118,8 +109,6 @@ class MappedArray(MappedRows):
         begin += local * self._block_bytes
         found = np.frombuffer(self._space.buffer[begin : begin + self._block_bytes], dtype=np.uint8)
         intact = container.is_as_written(found, part, local)
-        if not self._space.is_unchanged(generation):
-            return True
         if intact:
             if self._sums is not None:
                 # Sums of the bytes that were verified just now: what is sent later must still add up to them.
@@ -128,7 +117,7 @@ class MappedArray(MappedRows):
                 first = chunk * self._rows_per_block
                 self._sums[first : first + self._rows_per_block] = words.sum(axis=1, dtype=np.uint64)
             self._mark(chunk, begin, generation)
-        return intact
+        return intact or self._space.generation != generation
 
     def rows(self, rows_B: NDArray[np.int64]) -> NDArray[Any] | None:
         """Copy rows, [B, *row_shape]; None as in `gather`."""
@@ -168,7 +157,7 @@ class MappedSums(MappedRows):
             )
         self._salts[shard] = receipt.salt
         begin = self._space.map(shard, folder, path, offset=0, length=size)
-        self._mark(shard, begin, self._space.begin_read())
+        self._mark(shard, begin, self._space.generation)
 
     def sums(self, rows_B: NDArray[np.int64]) -> NDArray[np.uint32] | None:
         """Return the CRC-32C of each array of each row, [B, arrays by name]; None as in `gather`."""

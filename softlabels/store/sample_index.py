@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from softlabels.errors import BadIdsError, ManifestError, RequestError, ShapeMismatchError, UnknownIdError
 from softlabels.ids import IdArray, from_fixed_bytes, id_kind, utf8
 from softlabels.manifest import Manifest
+from softlabels.mapping_guard import stable_read
 from softlabels.store.safe_open import OpenFolder, StoreRoot
 from softlabels.store.store_documents import npy_bytes
 from softlabels.store.verified_table import VerifiedTable
@@ -81,14 +82,17 @@ class SortedIdIndex:
         """Return the position of each sample in the transfer set, [B]; raise UnknownIdError, BadIdsError."""
         _check_kind(ids, self._manifest.ids.kind, self._manifest.name)
         wanted: NDArray[Any] = ids if id_kind(ids) == "int" else utf8(ids)
-        # The slot of an id beyond the last is one past the end; the entry before differs from it.
-        slot = np.minimum(self._sorted.read(lambda ids: np.searchsorted(ids, wanted)), self._manifest.samples - 1)
-        found = self._sorted.take(slot) == wanted
+
+        def look_up() -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+            # The slot of an id beyond the last is one past the end; the entry before differs from it.
+            slot = np.minimum(np.searchsorted(self._sorted.array(), wanted), self._manifest.samples - 1)
+            return self._sorted.take_once(slot) == wanted, self._positions.take_once(slot)
+
+        found, positions = stable_read(look_up)
         if not found.all():
             # A flipped bit in the index hides samples, so the index is verified before an id is called unknown.
             self._verify()
             raise _unknown(ids[~found], self._manifest.name, f"it holds {self._manifest.samples} samples")
-        positions = self._positions.take(slot)
         if len(positions) and _largest(positions) >= self._manifest.samples:
             raise ManifestError(f"{self._folder / POSITIONS} points outside the store: run `softlabels repair`")
         return positions
@@ -97,7 +101,7 @@ class SortedIdIndex:
         """Return the ids of the samples at these positions; the first call takes 8 bytes of memory per sample."""
         if self._slots is None:
             self._verify()
-            self._slots = self._positions.read(lambda positions: np.argsort(positions, kind="stable"))
+            self._slots = stable_read(lambda: np.argsort(self._positions.array(), kind="stable"))
         found = self._sorted.take(self._slots[positions])
         return np.char.decode(found, "utf-8") if found.dtype.kind == "S" else found
 

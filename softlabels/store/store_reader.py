@@ -20,6 +20,7 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, Manifest
+from softlabels.mapping_guard import file_watch
 from softlabels.order import EpochConfig
 from softlabels.store.array_reader import ArrayReader
 from softlabels.store.sample_index import SequenceIndex, ids_of_rows, make_index
@@ -168,11 +169,9 @@ class LocalRows:
             if field not in self.manifest.arrays:
                 kept = ", ".join(self.manifest.arrays)
                 raise UnknownFieldError(f"{self.manifest.name!r} keeps no {field!r}; it keeps {kept}", field=field)
-        found = {field: self._arrays.gather(field, rows_B) for field in fields}
         wanted = ids if self.manifest.ids.dense_start is None else None
-        if wanted is not None and IDS not in found:
-            found[IDS] = self._arrays.gather(IDS, rows_B)
-        if verify or self._verify == "every-read" or not self._arrays.is_watched:
+        found = self._arrays.gather(fields if wanted is None else {*fields, IDS}, rows_B)
+        if verify or self._verify == "every-read" or not file_watch.is_complete:
             self._arrays.verify_rows(rows_B, found)
         # The index is not verified on opening; a flipped bit in it could lead to other rows, which carry their ids.
         if wanted is not None and not np.array_equal(ids_of_rows(found[IDS]), wanted):

@@ -5,31 +5,22 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import time
 import tokenize
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import ManifestError
+from softlabels.mapping_guard import stable_read
 from softlabels.row_sums import crc32c
-from softlabels.store.address_space import AddressSpace
+from softlabels.store.address_space import ALIGNMENT_BYTES, AddressSpace
 from softlabels.store.safe_open import OpenFolder, safe_open
-
-MAX_ATTEMPTS = 16
-"""Times that a read is repeated because a file was written to meanwhile; more is a file that never rests."""
-
-RETRY_S = 0.002
-"""Pause before an attempt, times the number of those before it: a quarter of a second in all."""
 
 _PAGE_BYTES = 4096
 _MAX_HEADER_BYTES = 1 << 16
 # What NumPy raises for a `.npy` file with flipped bits: it parses the header as Python.
 _BAD_HEADER = (ValueError, EOFError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
-
-_T = TypeVar("_T")
 
 
 class VerifiedTable:
@@ -77,32 +68,27 @@ class VerifiedTable:
         if size != self._size:
             raise ManifestError(f"{folder / path} has {size} bytes, {self._size} were written: run `softlabels repair`")
         self._space = AddressSpace(slots=1, slot_bytes=self._size, blocks_per_slot=1)
+        # The position of a slot never changes.
+        self._array: NDArray[Any] = np.ndarray(shape, self._dtype, self._space.buffer, ALIGNMENT_BYTES + self._offset)
         self._page_sums: list[int] = []
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return rows of the array, copied."""
+        return stable_read(lambda: self.take_once(rows))
 
-        def taken(array: NDArray[Any]) -> NDArray[Any]:
-            found: NDArray[Any] = array[rows]
-            if self._every_read and self._page_sums:
-                self._check_pages(rows)
-            return found
+    def take_once(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Do as `take`; to be called by `stable_read`."""
+        found: NDArray[Any] = self.array()[rows]
+        if self._every_read and self._page_sums:
+            self._check_pages(rows)
+        return found
 
-        return self.read(taken)
-
-    def read(self, select: Callable[[NDArray[Any]], _T]) -> _T:
-        """Return what `select` makes of the mapped array; it must not keep a view of it, and may be called again."""
-        for attempt in range(MAX_ATTEMPTS):
-            if not self._space.base[0]:
-                self._open()
-            generation = self._space.begin_read()
-            begin = int(self._space.base[0])
-            if begin:
-                found = select(np.ndarray(self._shape, self._dtype, self._space.buffer, begin + self._offset))
-                if self._space.is_unchanged(generation):
-                    return found
-            time.sleep(RETRY_S * attempt)
-        raise ManifestError(f"{self._folder / self._path} is written to all the time: a store never changes")
+    def array(self) -> NDArray[Any]:
+        """Return the mapped array, verified; to be called by `stable_read`, and copied from at once."""
+        self._space.check_sizes()
+        while not self._space.base[0]:
+            self._open()
+        return self._array
 
     def verify(self) -> None:
         """Compare the file with its SHA-256, now and whenever it was written to."""
@@ -113,7 +99,7 @@ class VerifiedTable:
         """Map the file and mark it as readable; it stays unmarked if it changes meanwhile."""
         if not self._space.begin[0]:
             self._space.map(0, self._folder, self._path, offset=0, length=self._size)
-        generation = self._space.begin_read()
+        generation = self._space.generation
         # After the generation: a file that is invalidated in between is not mapped.
         begin = int(self._space.begin[0])
         if not begin:
@@ -122,7 +108,7 @@ class VerifiedTable:
         if self._verify_first:
             # Of the bytes that are read later, and not of a second look at the file.
             sha256 = hashlib.sha256(contents).hexdigest()
-            if not self._space.is_unchanged(generation):
+            if self._space.generation != generation:
                 return
             if sha256 != self._sha256:
                 raise ManifestError(
@@ -131,9 +117,7 @@ class VerifiedTable:
             if self._every_read:
                 pages = range(0, self._size, _PAGE_BYTES)
                 self._page_sums = [crc32c(contents[page : page + _PAGE_BYTES]) for page in pages]
-        # No call between the two lines: no other thread, nor a handler of a signal, clears the mark in between.
-        if self._space.generation == generation:
-            self._space.base[0] = begin
+        self._space.mark(0, begin, generation)
 
     def _check_pages(self, rows: NDArray[np.int64]) -> None:
         row_bytes = (self._size - self._offset) // self._shape[0]
