@@ -40,7 +40,7 @@ class ArrayReader:
         self._mapped: dict[str, MappedArray] = {}
         self._decoded: dict[str, Callable[[int], NDArray[Any]]] = {}
         self._sums: MappedSums | None = None
-        self._sum_columns = {name: column for column, name in enumerate(sorted(snapshot.manifest.arrays))}
+        self._sum_columns = {name: column for column, name in enumerate(snapshot.manifest.row_sum_names)}
 
     def gather(self, fields: Iterable[str], rows_B: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Copy rows of arrays, in the order asked.
@@ -71,7 +71,7 @@ class ArrayReader:
 
     def row_sums(self, rows_B: NDArray[np.int64]) -> NDArray[np.uint32] | None:
         """Return the CRC-32C of each array of each row, [B, arrays by name]; None in stores of format version 1."""
-        if self._manifest.format_version < 2:
+        if not self._manifest.row_sum_names:
             return None
         if self._sums is None:
             self._sums = MappedSums(self._manifest)

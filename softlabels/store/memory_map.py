@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.errors import ManifestError
 from softlabels.manifest import ArraySpec, Manifest
 from softlabels.row_sums import masks
 from softlabels.store.address_space import ALIGNMENT_BYTES, AddressSpace
-from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride, shard_rows, sums_path
+from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride, sums_path
 from softlabels.store.containers import StoreContainer
 from softlabels.store.ledger import Receipt
 from softlabels.store.safe_open import OpenFolder
@@ -136,9 +135,9 @@ class MappedSums(MappedRows):
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        self._manifest, shards = manifest, manifest.shards
+        shards = manifest.shards
         self._salts = np.zeros(shards.count, dtype=np.uint32)
-        row_bytes = _SUM_BYTES * len(manifest.arrays)
+        row_bytes = _SUM_BYTES * len(manifest.row_sum_names)
         super().__init__(
             shards.count,
             row_bytes=row_bytes,
@@ -150,13 +149,9 @@ class MappedSums(MappedRows):
     def open_shard(self, receipt: Receipt, folder: OpenFolder) -> None:
         """Map the sums of a shard; raise ManifestError, TruncatedError."""
         shard, path = receipt.shard, sums_path(receipt.shard)
-        size, record = self._row_bytes * len(shard_rows(self._manifest, shard)), receipt.files.get(path)
-        if record is None or record.size != size or receipt.salt is None:
-            raise ManifestError(
-                f"the receipt of shard {shard} of {self._manifest.name!r} does not list the sums of its rows"
-            )
+        assert receipt.salt is not None, "the ledger refuses receipts without sums"
         self._salts[shard] = receipt.salt
-        begin = self._space.map(shard, folder, path, offset=0, length=size)
+        begin = self._space.map(shard, folder, path, offset=0, length=receipt.files[path].size)
         self._mark(shard, begin, self._space.generation)
 
     def sums(self, rows_B: NDArray[np.int64]) -> NDArray[np.uint32] | None:

@@ -49,7 +49,6 @@ class LocalRows:
     Attributes:
         digest: digest of this version of the store; of an unfinished one, of its plan, since committed rows never
             change.
-        row_sum_names: arrays in the order of `row_sums`.
     Raises:
         UnknownStoreError: there is no store. ManifestError, FormatVersionError: its manifest is invalid or too new.
         StoreChangedError: it has another digest.
@@ -78,7 +77,6 @@ class LocalRows:
         self._index = self._open_index() if self.manifest.finished else None
         self._sequences = SequenceIndex(folder, self.manifest, every_read=every_read)
         self._arrays = ArrayReader(self._snapshot)
-        self.row_sum_names = tuple(sorted(self.manifest.arrays))
 
     @cached_property
     @of_one_version
@@ -182,7 +180,7 @@ class LocalRows:
 
     @of_one_version
     def row_sums(self, rows_B: NDArray[np.int64]) -> NDArray[np.uint32] | None:
-        """Return the CRC-32C of each array of these rows, [B, `row_sum_names`], as it was when they were written.
+        """Return the CRC-32C of each array of these rows, [B, `Manifest.row_sum_names`], as they were written.
 
         Bytes that were read, and have another sum, changed since. None in stores of format version 1.
         """
