@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from softlabels.ids import IdArray, to_fixed_bytes, utf8
 from softlabels.manifest import Manifest
 from softlabels.splitmix64 import finalise, sequence
-from softlabels_client.cache.row_records import WORD, MappedFile, Words, derive_seed, runs
+from softlabels_client.cache.row_records import WORD, GuardedMap, MappedFile, Words, derive_seed, runs
 
 PROBES = 32
 """Consecutive entries of the hash table in which a key may be."""
@@ -41,11 +41,14 @@ class SlotIndex(MappedFile):
     """
 
     def __init__(self, path: Path, keys: int, *, dense: bool, read_only: bool) -> None:
-        super().__init__(path, index_bytes(keys, dense=dense), read_only=read_only)
         self._dense = dense
-        self._words: Words = np.frombuffer(self.map, dtype="<u8")
+        super().__init__(path, index_bytes(keys, dense=dense), read_only=read_only)
+
+    def map_changed(self, new: GuardedMap) -> None:
+        """Make the views of the words."""
+        self._words: Words = np.frombuffer(new, dtype="<u8")
         entries = self._words[1:]
-        self._keys, self._slots = (entries, entries) if dense else (entries[::2], entries[1::2])
+        self._keys, self._slots = (entries, entries) if self._dense else (entries[::2], entries[1::2])
 
     @property
     def taken(self) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.manifest import ArraySpec
+from softlabels.mapping_guard import GuardedRange
 from softlabels.row_sums import sums_of_rows
 from softlabels.splitmix64 import finalise
 
@@ -75,6 +76,20 @@ def allocate(fd: int, begin: int, end: int) -> None:
         begin += os.pwrite(fd, bytes(min(end - begin, _GROWTH_BYTES)), begin)
 
 
+class GuardedMap(mmap.mmap):
+    """A shared, read-only map; where its file was cut, zeros are read, and counted by its guard."""
+
+    guard: GuardedRange
+
+    @classmethod
+    def of(cls, fd: int, size_bytes: int) -> GuardedMap:
+        """Return a map of the first bytes of a file."""
+        made = cls(fd, size_bytes, prot=mmap.PROT_READ)
+        # Held by the map: its addresses may be another's as soon as it is gone.
+        made.guard = GuardedRange(np.frombuffer(made, np.uint8).ctypes.data, size_bytes)
+        return made
+
+
 class MappedFile:
     """An existing file, read through a memory map and written by `pwrite`; usable after fork.
 
@@ -92,22 +107,22 @@ class MappedFile:
     def __init__(self, path: Path, size_bytes: int, *, read_only: bool, grows: bool = False) -> None:
         self.fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
         self.size_bytes, self._least_bytes = size_bytes, 0 if grows else size_bytes
-        self.map: mmap.mmap | bytes = b""
+        self.map: GuardedMap | None = None
         self.check_size()
 
     def check_size(self) -> None:
-        """Map what was added to the file. Raises OSError if it was cut: reading a map past its file's end kills."""
-        found = os.fstat(self.fd).st_size
-        if not max(self._least_bytes, len(self.map)) <= found <= self.size_bytes:
-            expected = max(self._least_bytes, len(self.map))
-            raise OSError(f"a cache file has {found} bytes where it should have {expected}")
-        if found > len(self.map):
-            # A shared map, which is mmap's default: it shows what other processes write.
-            self.map = mmap.mmap(self.fd, found, prot=mmap.PROT_READ)
-            self.map_changed()
+        """Map what was added to the file. Raises OSError: it was cut, also if it has its size again."""
+        found, mapped = os.fstat(self.fd).st_size, 0 if self.map is None else len(self.map)
+        if not max(self._least_bytes, mapped) <= found <= self.size_bytes:
+            raise OSError(f"a cache file has {found} bytes where it should have {max(self._least_bytes, mapped)}")
+        if self.map is not None and self.map.guard.lost_pages:
+            raise OSError("a cache file was cut while it was read")
+        if found > mapped:
+            self.map = GuardedMap.of(self.fd, found)
+            self.map_changed(self.map)
 
-    def map_changed(self) -> None:
-        """Make the views of `map` that a subclass keeps."""
+    def map_changed(self, new: GuardedMap) -> None:
+        """Make the views of the map that a subclass keeps."""
 
     def reserve(self, end: int) -> None:
         """Have blocks allocated up to this byte, and more if the disk has room. Raises OSError: it has not."""
@@ -187,9 +202,9 @@ class RecordFile(MappedFile):
             arrays[name] = _shaped(words_BW, spec)
         return arrays, valid, damaged & ~valid
 
-    def map_changed(self) -> None:
+    def map_changed(self, new: GuardedMap) -> None:
         """Make the view of all whole records."""
-        self._records = np.frombuffer(self.map, self._type, len(self.map) // self._type.itemsize)
+        self._records = np.frombuffer(new, self._type, len(new) // self._type.itemsize)
 
     def __len__(self) -> int:
         """Number of records there is room for so far."""

@@ -1,4 +1,4 @@
-"""Full disks that are real: a small tmpfs and a file-size limit stop caching, and never the trainer."""
+"""Full disks and files that are cut while they are read: the signal SIGBUS, which says nothing, ends no trainer."""
 
 from __future__ import annotations
 
@@ -67,3 +67,61 @@ def test_a_limit_on_the_size_of_files(kind: str, limit: int, stores: dict[str, P
     said = train(stores[kind], tmp_path / "cache", limit=limit)
     assert ("File too large" in said) is (limit < 100_000)
     assert said.count("WARNING") <= 2  # once each time that the cache is opened
+
+
+CUTTER = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+
+    while True:
+        try:
+            for path in Path(sys.argv[1]).glob("rows-v2/*/*"):
+                if path.name in ("rows", "index", "ids"):
+                    content = path.read_bytes()
+                    with path.open("r+b") as file:
+                        file.truncate(0)
+                        file.write(content)
+        except FileNotFoundError:  # the table is made anew
+            pass
+    """
+)
+
+READER = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    import numpy as np
+    from softlabels.store import LocalRows
+    from softlabels.target_store import TargetStore
+    from softlabels_client.cache import CachedRows
+
+    root, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    near = TargetStore(LocalRows(root), where="near")
+    ids = near.ids()
+    expected = near.batch(ids)
+    for _ in range(int(sys.argv[3])):
+        with TargetStore(CachedRows(LocalRows(root), folder=folder), where="cached") as cached:
+            for _ in range(12):
+                found = cached.batch(ids)
+                assert np.array_equal(found.encoded["targets"], expected.encoded["targets"])
+            for step in cached.epoch(seed=1, epoch=0, batch_size=40):
+                assert np.array_equal(step.encoded["targets"], near.batch(step.ids).encoded["targets"])
+    print("read on")
+    """
+)
+
+
+@pytest.mark.parametrize("kind", ["dense", "strings"])
+def test_files_that_are_cut_while_they_are_read(kind: str, stores: dict[str, Path], tmp_path: Path) -> None:
+    """By another process, again and again, in the moment between the check of a size and the read: rows stay right."""
+    cutter = subprocess.Popen([sys.executable, "-c", CUTTER, str(tmp_path / "cache")])
+    try:
+        command = [sys.executable, "-c", READER, str(stores[kind]), str(tmp_path / "cache"), "50"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert cutter.poll() is None, "the process that cuts files ended"
+    finally:
+        cutter.kill()
+        cutter.wait()
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-2000:])
+    assert done.stdout == "read on\n"
