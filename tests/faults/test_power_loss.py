@@ -15,7 +15,6 @@ import pytest
 
 from softlabels.errors import SoftLabelsError
 from softlabels.store.copies import convert_store, merge
-from softlabels.store.ledger import Ledger
 from softlabels.store.repair import repair
 from softlabels.store.store_documents import load_manifest
 from softlabels.store.store_reader import LocalRows
@@ -123,7 +122,7 @@ def expect_acknowledged(
             return
         faults = verify(root, every_fault=True).faults
         assert {fault.kind for fault in faults} <= {"unfinished"}, f"{moment}: {faults}"
-        committed = Ledger(root, manifest).committed() if TAKES_MANIFEST else _committed(root)
+        committed = _committed(root)
         rows = LocalRows(root)
         for word in acknowledged:
             if word == "finished":
@@ -137,9 +136,6 @@ def expect_acknowledged(
             rows.fetch_rows(first, tuple(manifest.arrays))
 
     return check
-
-
-TAKES_MANIFEST = False
 
 
 def _committed(root: Path) -> list[int]:

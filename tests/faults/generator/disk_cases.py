@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -72,7 +73,7 @@ class DiskFault:
     def __init__(self, rng: Rng, stores: Stores, root: Path, layer: str, operation: str) -> None:
         self.rng, self.stores, self.root, self.layer, self.operation = rng, stores, root, layer, operation
         self.base: Tree = stores.trees["current"]
-        self.unites = False
+        self.unites = self.silent = False
         self.told = ""
 
     def tree_after(self, operation: str) -> Tree:
@@ -152,10 +153,19 @@ class DiskFault:
         return [name for name in names if name in theirs]
 
     def _in_place(self, tree: Tree) -> Damage:
+        # As a disk does it, or a network file system: without a write of this machine that anybody could be told of.
+        self.silent = self.rng.random() < 0.5 and all(len(raw) == len(self.base[path]) for path, raw in tree.items())
+        self.told += ", in silence" if self.silent else ""
+
         def do() -> None:
             for path, raw in tree.items():
-                if raw != self.base[path]:
-                    with open(self.root / path, "r+b") as file:
+                if raw == self.base[path]:
+                    continue
+                with open(self.root / path, "r+b") as file:
+                    if self.silent:
+                        with mmap.mmap(file.fileno(), 0) as pages:
+                            pages[:] = raw
+                    else:
                         file.write(raw)
                         file.truncate(len(raw))
 
@@ -211,6 +221,7 @@ def run_disk_case(
             fault.base = stores.trees["current"]
     if operation in LATE:
         late = fault.late()
+        place.every_read = fault.silent
         write_tree(place.root, fault.base)
         _look_late(place, stores, questions, observer, late, verdict)
     else:

@@ -61,7 +61,7 @@ class TargetReader:
 
     def make(self) -> TargetStore:
         """Open the store."""
-        return TargetStore(LocalRows(self.place.root), where="here")
+        return TargetStore(self.place.rows(), where="here")
 
     def open(self, verdict: Verdict) -> None:
         """Open the store; a refusal is noted."""
@@ -101,7 +101,7 @@ class CacheReader(TargetReader):
     def make(self) -> TargetStore:
         """Open the store, cached."""
         url = self.place.url() if self.over_http else ""
-        source: Any = HttpRows(url, timeout_s=TIMEOUT_S, retry=QUICK) if self.over_http else LocalRows(self.place.root)
+        source: Any = HttpRows(url, timeout_s=TIMEOUT_S, retry=QUICK) if self.over_http else self.place.rows()
         return TargetStore(CachedRows(source, folder=self.place.cache), where="cached")
 
     def read(self, verdict: Verdict) -> None:
@@ -199,7 +199,7 @@ class TrainingReader:
     def open(self, verdict: Verdict) -> None:
         """Open the store."""
         with verdict.part("open"):
-            self._store = TargetStore(LocalRows(self.place.root), where="here")
+            self._store = TargetStore(self.place.rows(), where="here")
 
     def read(self, verdict: Verdict) -> None:
         """Train for two epochs."""
@@ -242,6 +242,11 @@ class Place:
         self.aside = folder / "aside"
         self.cache = folder / f"cache{number}"
         self.server = server
+        self.every_read = False
+
+    def rows(self) -> LocalRows:
+        """Open the store as a folder; where the fault is one that no process reports, comparing every row."""
+        return LocalRows(self.root, verify="every-read" if self.every_read else "first-read")
 
     def url(self) -> str:
         """Address of the store, for our client."""
