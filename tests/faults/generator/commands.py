@@ -78,14 +78,18 @@ class Commands:
 
     def repair(self, verdict: Verdict) -> None:
         """Repaired, nothing wrong is read; resumed, the store is what it was, byte by byte, or the writer refuses."""
+        mixed = False
         with verdict.part("repair"):
-            repair(self.place.root, show=show_with(self._late))
+            mixed = repair(self.place.root, show=show_with(self._late)).mixed
             if self._late is not None:
-                repair(self.place.root)
+                mixed = repair(self.place.root).mixed
         self._judge_reading(self.place.root, verdict, "read after repair")
         with verdict.part("resume after repair"):
             self.kind.write(self.place.root)
-            self._judge_made(verdict, self.place.root, "resumed after repair")
+            if mixed:  # which of its parts is the foreign one cannot be told, and the command says so
+                verdict.codes.append("reported")
+            else:
+                self._judge_made(verdict, self.place.root, "resumed after repair")
         self._judge_reading(self.place.root, verdict, "read after resume")
 
     def resume(self, verdict: Verdict) -> None:

@@ -118,7 +118,9 @@ class DiskFault:
         # Another run of the same plan is as good a source of shards, to a command that unites or adds to them.
         version = "older" if self.unites and whole else str(self.rng.choice(["older", "rival"]))
         if whole:
-            tree, scope = self.stores.trees[version], "the whole store"
+            # An unfinished store is replaced by one that is at the same point.
+            theirs = self.stores.trees[version]
+            tree, scope = {path: theirs[path] for path in self.base if path in theirs}, "the whole store"
         else:
             tree = dict(self.base)
             names = [path for path in tree if layer_of(path) == self.layer and path in self.stores.trees[version]]
