@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,6 +16,7 @@ from softlabels_server.api import openapi, problems, stores
 from softlabels_server.api.batch import BatchEndpoint
 from softlabels_server.api.epochs import EpochEndpoint
 from softlabels_server.catalog import StoreFolder
+from softlabels_server.fast_path.request_head import refusal_of
 from softlabels_server.settings import Settings
 
 OPEN_PATHS = frozenset({"/health"})
@@ -57,33 +56,28 @@ def create_app(store_folder: StoreFolder, settings: Settings) -> FastAPI:
 
     app.openapi = describe_all  # type: ignore[method-assign]
     problems.install(app)
-    if settings.token is not None:
-        # Added last, so it is the outermost middleware: the token is checked before a route sees the request.
-        app.add_middleware(BearerToken, token=settings.token)
+    # Added last, so it is the outermost middleware: refused before a route sees the request.
+    app.add_middleware(RequestGuard, token=settings.token)
     return app
 
 
-class BearerToken:
-    """ASGI middleware that answers 401 to requests without the bearer token (RFC 6750)."""
+class RequestGuard:
+    """ASGI middleware that answers 400 to ambiguous requests, and 401 to those without the bearer token (RFC 6750)."""
 
-    def __init__(self, app: ASGIApp, *, token: str) -> None:
+    def __init__(self, app: ASGIApp, *, token: str | None) -> None:
         self._app = app
-        self._token = token.encode("ascii")
+        self._token = None if token is None else token.encode("ascii")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 401."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._has_token(Headers(scope=scope)):
+        """Pass the request on, or refuse it."""
+        refusal = None
+        if scope["type"] == "http":
+            refusal = refusal_of(scope["headers"], None if scope["path"] in OPEN_PATHS else self._token)
+        if refusal is None:
             await self._app(scope, receive, send)
             return
-        refusal = UnauthorizedError(
-            "this server requires a bearer token, and the request has none or a wrong one: pass it to "
-            "softlabels.open(..., token=...), or send the header `Authorization: Bearer TOKEN`"
-        )
-        reply = problems.reply_to(refusal, headers={"WWW-Authenticate": 'Bearer realm="softlabels"'})
+        if isinstance(refusal, UnauthorizedError):
+            reply = problems.reply_to(refusal, headers={"WWW-Authenticate": 'Bearer realm="softlabels"'})
+        else:  # closed, since where an ambiguous request ends is ambiguous too
+            reply = problems.reply_to(refusal, status=400, headers={"Connection": "close"})
         await reply(scope, receive, send)
-
-    def _has_token(self, headers: Headers) -> bool:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        # In constant time, so that the duration of a refusal reveals nothing about the secret.
-        # Compared as bytes: `compare_digest` raises TypeError for text outside ASCII, which a header may contain.
-        return scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode("latin-1"), self._token)

@@ -2,7 +2,8 @@
 
 A request whose head equals, byte for byte, one with a response plan is answered here, straight to the socket, without
 a task or the ASGI application. Every other request, and any that a plan cannot answer, goes to the application; so does
-the first request with a given head, in which everything is checked, including the token.
+the first request with a given head, in which everything is checked. Token and version of the store are checked each
+time.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from typing import Any
 from numpy.typing import NDArray
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from softlabels_server.fast_path.request_head import credentials_in, has_token, is_unambiguous
 from softlabels_server.fast_path.response_plan import MAX_HEAD_BYTES, MAX_RESPONSE_PLANS, PLANS_EXTENSION, ResponsePlan
 from softlabels_server.fast_path.socket_writer import SOCKET_EXTENSION, SocketAccess, as_view
 
 MAX_HEADER_BYTES = 64 << 10
 """The limit of h11, uvicorn's other parser; real request headers are far smaller."""
+
+
+_NO_PLAN = (None, slice(0, 0))
 
 
 class FastPathProtocol(asyncio.Protocol):
@@ -33,20 +38,24 @@ class FastPathProtocol(asyncio.Protocol):
     """
 
     header_timeout_s: float
-    response_plans: dict[bytes, ResponsePlan]  # by the head of a request, from its first byte to the empty line
+    token: bytes | None
+    # By the head of a request, from its first byte to the empty line; with where in it the credentials are.
+    response_plans: dict[bytes, tuple[ResponsePlan, slice]]
     # Attributes of uvicorn's protocol. `cycle` is the request under way or just answered, None before the first.
     transport: asyncio.Transport
     cycle: Any
     scope: Any
     server_state: Any
+    parser: Any
+    headers: list[tuple[bytes, bytes]]
     loop: asyncio.AbstractEventLoop
     timeout_keep_alive: float
     timeout_keep_alive_task: asyncio.TimerHandle | None
-    expect_100_continue: bool
     _header_deadline: asyncio.TimerHandle | None = None
     _header_bytes = 0
     _head: bytes | None = None
     _in_message = False
+    _is_upgrading = False
     _answered_s = 0.0
     _descriptor = -1
 
@@ -71,12 +80,18 @@ class FastPathProtocol(asyncio.Protocol):
             if end > 4:
                 head = data[:end]
                 # Only for a complete request alone: a partial body, or another request behind it, goes to uvicorn.
-                plan = self.response_plans.get(head)
-                if plan is not None and len(data) == end + plan.body_bytes and self._answer(plan, data, end):
+                plan, credentials = self.response_plans.get(head, _NO_PLAN)
+                if (
+                    plan is not None
+                    and len(data) == end + plan.body_bytes
+                    and (self.token is None or has_token(data[credentials], self.token))
+                    and self._answer(plan, data, end)
+                ):
                     return
                 # For `on_message_begin`, which uvicorn's parser calls from within `data_received`.
                 self._head = head
         super().data_received(data)
+        self._head = None
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting_for_header()
             return
@@ -91,6 +106,13 @@ class FastPathProtocol(asyncio.Protocol):
         self._in_message = True
         head, self._head = self._head, None
         self.scope["extensions"] = {} if head is None else {PLANS_EXTENSION: partial(self._keep, head, self.scope)}
+
+    def on_headers_complete(self) -> None:
+        """Keep trailers of a chunked body out of the headers, and the fast path away from a connection that changes."""
+        self._is_upgrading |= self.parser.should_upgrade()
+        super().on_headers_complete()  # type: ignore[misc]
+        # uvicorn's parser reports trailers as it does headers, and uvicorn would append them to those of the scope.
+        self.headers = []
 
     def on_message_complete(self) -> None:
         """Note that the next bytes belong to another request."""
@@ -116,7 +138,7 @@ class FastPathProtocol(asyncio.Protocol):
         # sends requests without reading replies must be paused, which uvicorn does.
         cycle, transport = self.cycle, self.transport
         return (
-            not self._in_message
+            not (self._in_message or self._is_upgrading)
             and (cycle is None or cycle.response_complete)
             and not transport.get_write_buffer_size()
             and not transport.is_closing()
@@ -137,11 +159,14 @@ class FastPathProtocol(asyncio.Protocol):
     def _keep(self, head: bytes, scope: Any, make: Callable[[], ResponsePlan]) -> None:
         cycle = self.cycle
         # Only for the request that the head belongs to, and if a repeat leaves the connection as it is now.
-        if cycle.scope is not scope or not cycle.keep_alive or self.expect_100_continue:
+        if cycle.scope is not scope or not cycle.keep_alive or self._is_upgrading:
+            return
+        plan = make()
+        if not is_unambiguous(head, scope, body_bytes=plan.body_bytes):
             return
         if len(self.response_plans) >= MAX_RESPONSE_PLANS:
             self.response_plans.clear()
-        self.response_plans[head] = make()
+        self.response_plans[head] = plan, credentials_in(head)
 
     def _answer(self, plan: ResponsePlan, data: bytes, body_begin: int) -> bool:
         arrays = plan.answer(memoryview(data)[body_begin:])
@@ -176,11 +201,12 @@ class FastPathProtocol(asyncio.Protocol):
             sent = max(0, sent - size)
 
 
-def make_protocol(*, header_timeout_s: float) -> type[asyncio.Protocol]:
+def make_protocol(*, header_timeout_s: float, token: str | None) -> type[asyncio.Protocol]:
     """Return uvicorn's HTTP protocol with header limits and, where httptools is installed, the fast path.
 
     With h11, the parser that uvicorn falls back to, `on_message_begin` is never called, so that no plan is kept.
     """
     # Plans are an attribute of the class, so that all connections of this process share them.
-    attributes = {"header_timeout_s": header_timeout_s, "response_plans": {}}
+    secret = None if token is None else token.encode("ascii")
+    attributes: dict[str, Any] = {"header_timeout_s": header_timeout_s, "token": secret, "response_plans": {}}
     return type("SoftLabelsProtocol", (FastPathProtocol, AutoHTTPProtocol), attributes)

@@ -73,7 +73,7 @@ def make_server(app: FastAPI, settings: Settings, *, announce: Callable[[], None
     """
     config = uvicorn.Config(
         app,
-        http=make_protocol(header_timeout_s=settings.header_timeout_s),
+        http=make_protocol(header_timeout_s=settings.header_timeout_s, token=settings.token),
         ws="none",
         lifespan="on",
         log_config=None,  # logging is configured by the caller

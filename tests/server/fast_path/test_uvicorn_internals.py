@@ -24,13 +24,14 @@ HOOKS = {
     "connection_lost": ["self", "exc"],
     "data_received": ["self", "data"],
     "on_message_begin": ["self"],
+    "on_headers_complete": ["self"],
     "on_message_complete": ["self"],
     "timeout_keep_alive_handler": ["self"],
     "_start_asgi_task": ["self", "cycle", "app"],
 }
 
 PROTOCOL_ATTRIBUTES = (
-    *("cycle", "scope", "transport", "loop", "flow", "server_state", "expect_100_continue"),
+    *("cycle", "scope", "headers", "parser", "transport", "loop", "flow", "server_state"),
     *("timeout_keep_alive", "timeout_keep_alive_task"),
 )
 
