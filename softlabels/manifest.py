@@ -125,7 +125,6 @@ class TeacherSpec(Document, frozen=True):
     Attributes:
         weights, weights_sha256: name and SHA-256 of the file; without a file, the digest of the weights in memory.
         preprocess, preprocess_table: reference to, or table of, what turned samples into the model's inputs.
-        code_sha256, preprocess_sha256: digests of the source files that define model and preprocessing.
         kind: where the model came from: `python`, `torchscript`, `export`, `onnx`, `transformers`, ...
         revision: version that a model hub resolved the name to.
         state_sha256: digest of what the model computes with: its loaded state, and files named in `arguments`.
@@ -151,11 +150,9 @@ class TeacherSpec(Document, frozen=True):
 
 
 class TransferSetSpec(Document, frozen=True):
-    """What the targets were computed for.
+    """What the targets were computed for; `fingerprint`, of all samples, is None until every shard is committed.
 
-    Attributes:
-        fingerprint: of all samples; None until every shard is committed.
-        planned_sha256: digest of all ids and of some samples when the store was planned; None in version 1.
+    `planned_sha256` is of all ids and of some samples when the store was planned; None in version 1.
     """
 
     name: str
@@ -270,7 +267,7 @@ class Manifest(Document, frozen=True):
 
     @property
     def row_sum_names(self) -> tuple[str, ...]:
-        """Arrays whose rows have a stored CRC-32C, in the order of the stored sums; none in format version 1."""
+        """Arrays in the order in which their rows' CRC-32C are stored; none in format version 1."""
         return tuple(sorted(self.arrays)) if self.format_version >= 2 else ()
 
     @property
@@ -321,8 +318,7 @@ class Manifest(Document, frozen=True):
         """
         # Before parsing, which would reject a newer version for a field that is unknown here.
         _check_version(document)
-        body = {key: value for key, value in document.items() if key != "format"}
-        manifest = parse_document(body, cls, what="the manifest")
+        manifest = parse_document({k: v for k, v in document.items() if k != "format"}, cls, what="the manifest")
         try:
             _check_parts(manifest)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
@@ -379,11 +375,9 @@ def encoded_arrays(encoding: Encoding, members: int | None) -> dict[str, ArraySp
 
 def check_store_name(name: str) -> str:
     """Return the name; raise ManifestError unless it can name a store."""
-    if not STORE_NAME.fullmatch(name):
-        raise ManifestError(
-            f"{name!r} cannot name a store: use letters, digits, '.', '_' and '-', starting with a letter or digit"
-        )
-    return name
+    if STORE_NAME.fullmatch(name):
+        return name
+    raise ManifestError(f"{name!r} cannot name a store: use letters, digits, '.', '_' and '-', a letter or digit first")
 
 
 def _check_version(document: Mapping[str, Any]) -> None:

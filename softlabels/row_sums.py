@@ -105,12 +105,11 @@ def sums_of_rows(rows: NDArray[Any]) -> NDArray[np.uint32]:
     """Return the CRC-32C of each row of an array [R, ...], as [R], over the row's little-endian bytes in C order."""
     packed = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
     flat = packed.reshape(len(packed), -1).view(np.uint8) if packed.size else np.empty((len(packed), 0), np.uint8)
-    row_bytes = flat.shape[1]
-    if row_bytes <= _SHORT_ROW_BYTES:
+    if flat.shape[1] <= _SHORT_ROW_BYTES:
         return _sums_of_columns(flat)
-    view = flat.reshape(-1).data
-    starts = range(0, len(flat) * row_bytes, row_bytes)
-    return np.fromiter((crc32c(view[at : at + row_bytes]) for at in starts), np.uint32, len(flat))
+    # An array yields its rows faster than slices of a view are made, a third of the time of short rows.
+    rows_of: Any = flat
+    return np.fromiter(map(crc32c, rows_of), np.uint32, len(flat))
 
 
 def sum_of_array(array: NDArray[Any]) -> int:

@@ -238,7 +238,7 @@ def _merge_shard(source: Path, theirs: Ledger, shard: int, writer: StoreWriter, 
                 # Raises after the last block where the digest differs: the file is then removed before it has its name.
                 blocks = _verified(source, path, record.sha256)
                 write_atomically(root / path, blocks, staging=ledger.staging(shard, path))
-            writer.add(receipt, crc32c_of={})
+            writer.add(receipt)
     except DamageError as error:
         done.damaged[shard] = f"{source}: {error}"
         return

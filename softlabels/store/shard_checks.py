@@ -21,10 +21,10 @@ from softlabels.encodings import Encoding
 from softlabels.errors import DamageError, ManifestError, UnknownIdError
 from softlabels.ids import IdArray
 from softlabels.manifest import Manifest
-from softlabels.row_sums import crc32c
 from softlabels.store.array_reader import checked_part
 from softlabels.store.chunks import (
     CHECKSUM_BYTES,
+    ShardFile,
     chunks_in,
     decompress,
     masked,
@@ -196,13 +196,11 @@ class ShardChecks:
         if not broken:
             yield from self._row_faults(receipt, read, numbers, whole=whole)
 
-    def read_back(self, receipt: Receipt, crc32c_of: Mapping[str, int]) -> Iterator[Fault]:
-        """Yield what a reader would refuse in a shard that was written just now, and what differs from `crc32c_of`.
+    def read_back(self, receipt: Receipt, written: Sequence[ShardFile]) -> Iterator[Fault]:
+        """Yield what a reader would refuse in a shard that was written just now, and what differs from `written`.
 
-        Sizes, every chunk, and the sums of rows in a few chunks: the sums are of the arrays that were in memory.
-
-        Args:
-            crc32c_of: CRC-32C of the whole contents of files, by path, so that their metadata is compared too.
+        Each byte is compared with what was written. A few chunks are read as readers do, from their place in the
+        receipt, and their rows compared with their sums; all chunks, where what was written is no longer in memory.
         """
         numbers = range(chunks_in(receipt.rows[1] - receipt.rows[0], self._plan.shards.rows_per_chunk))
         few = sorted({number * (len(numbers) - 1) // (READ_BACK_CHUNKS - 1) for number in range(READ_BACK_CHUNKS)})
@@ -220,14 +218,17 @@ class ShardChecks:
             def read(path: str, offset: int, length: int) -> _Bytes:
                 return np.frombuffer(os.pread(files[path].fileno(), length, offset), dtype=np.uint8)
 
+            for file in written:
+                offset = 0
+                for buffer in file.buffers:
+                    # As arrays: Python compares views one item at a time.
+                    if not np.array_equal(read(file.path, offset, len(buffer)), np.frombuffer(buffer, dtype=np.uint8)):
+                        message = f"bytes from {offset} on are not what was written"
+                        yield self.fault("checksum", message, receipt.shard, path=file.path)
+                        return
+                    offset += len(buffer)
             for name in self._plan.arrays:
-                yield from self._chunk_faults(receipt, name, read, numbers)
-            for path, expected in crc32c_of.items():
-                found = 0
-                for offset in range(0, receipt.files[path].size, _BLOCK_BYTES):
-                    found = crc32c(read(path, offset, _BLOCK_BYTES).data, found)
-                if found != expected:
-                    yield self.fault("checksum", "its metadata is not what was written", receipt.shard, path=path)
+                yield from self._chunk_faults(receipt, name, read, few if written else numbers)
             for rows, arrays in self._row_blocks(receipt, read, few) if self._plan.row_sum_names else ():
                 yield from self._changed(receipt, arrays, rows, self._stored_sums(receipt, read))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,20 +212,20 @@ class StoreWriter:
             size, sha256 = write_atomically(self.root / file.path, file.buffers, staging=staging)
             records[file.path] = FileRecord(size=size, sha256=sha256)
         receipt = replace(receipt, files=records)
-        self.add(receipt, crc32c_of={file.path: file.crc32c() for file in files})
+        self.add(receipt, files)
         return receipt
 
-    def add(self, receipt: Receipt, *, crc32c_of: Mapping[str, int]) -> None:
+    def add(self, receipt: Receipt, written: Sequence[ShardFile] = ()) -> None:
         """Read a shard's files back as a reader would, and write its receipt: from now on its rows exist.
 
         Args:
-            crc32c_of: CRC-32C of what was written, by file; a file may be missing where its SHA-256 was compared.
+            written: what was written, where it is in memory.
         Raises:
             ChecksumError: a file is not what was written. ShardConflictError: the store is published with other rows.
         """
         shard = receipt.shard
         checks = ShardChecks(self.root, self.plan, None, index=None, report=Report(root=str(self.root)))
-        for fault in checks.read_back(receipt, crc32c_of):
+        for fault in checks.read_back(receipt, written):
             raise ChecksumError(
                 f"shard {shard} of {self.root} was not committed: what was read back is not what was written "
                 f"({fault}); check the disk and the memory of this machine, then run `softlabels resume`",

@@ -1,4 +1,4 @@
-"""docs/format.md suffices to write a reader: the function on the page reads stores of both containers."""
+"""docs/format.md suffices to write a reader: the functions on the page read and check stores of both containers."""
 
 from __future__ import annotations
 
@@ -15,25 +15,40 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(en
 
 
 @pytest.fixture(scope="module")
-def read_rows() -> Any:
-    """The function on the page."""
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+def page() -> dict[str, Any]:
+    """The functions on the page, by name."""
     names: dict[str, Any] = {}
-    exec(block, names)
-    return names["read_rows"]
+    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
+        exec(block, names)
+    return names
 
 
 class TestPage:
     @pytest.mark.parametrize("kind", ["zarr", "hdf5"], indirect=True)
     @pytest.mark.parametrize("ids", ["dense", "strings"])
-    def test_its_reader_reads(self, make_store: Any, kind: Any, ids: str, read_rows: Any) -> None:
+    def test_its_reader_reads(self, make_store: Any, kind: Any, ids: str, page: dict[str, Any]) -> None:
         """Every array of rows from all shards, bit by bit, without softlabels."""
         made = make_store(kind, ids=ids)
         made.write()
+        read_rows = page["read_rows"]
         rows = [0, 199, 64, 63, 17, 17]
         assert read_rows(made.root, "targets", rows).tobytes() == made.encoded["targets"][rows].tobytes()
         assert np.array_equal(read_rows(made.root, "labels", rows), made.labels[rows])
         assert np.array_equal(read_rows(made.root, "fingerprints", rows), made.fingerprints[rows])
+
+    @pytest.mark.parametrize("kind", ["zarr", "hdf5"], indirect=True)
+    def test_its_checker_checks(self, make_store: Any, kind: Any, place: Any, page: dict[str, Any]) -> None:
+        """The sums of every shard are right, and a bit that is flipped in a row is found, without softlabels."""
+        made = make_store(kind, ids="strings")
+        made.write()
+        for shard in range(4):
+            page["check_sums"](made.root, shard)
+        path, offset, _ = place(made.root, "labels", 2, 1)
+        contents = bytearray(path.read_bytes())
+        contents[offset + 4 * 5] ^= 1
+        path.write_bytes(contents)
+        with pytest.raises(AssertionError, match="row 149 of labels"):
+            page["check_sums"](made.root, 2)
 
     def test_it_names_every_file(self, make_store: Any, kind: Any) -> None:
         """No file or folder of a finished store goes unmentioned."""
