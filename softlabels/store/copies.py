@@ -27,7 +27,7 @@ from softlabels.errors import (
 from softlabels.ids import to_fixed_bytes
 from softlabels.manifest import COMPRESSIONS, FORMAT_VERSION, Container, Manifest
 from softlabels.progress import ShowProgress, silent
-from softlabels.store.chunks import shard_rows
+from softlabels.store.chunks import shard_rows, sums_path
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.safe_open import open_committed
 from softlabels.store.store_documents import JOB, PLAN, load_plan
@@ -61,6 +61,7 @@ def convert_store(
         advance: called with the number of rows of each shard that is done.
     Raises:
         RowsNotCommittedError: the source is unfinished. JobError: the container has no such compression.
+        ShardConflictError: the target holds rows of another run of the same plan.
         ChecksumError, TruncatedError, ManifestError: the source is damaged. StoreExistsError, ShardClaimedError.
     """
     rows = LocalRows(source)
@@ -79,17 +80,34 @@ def convert_store(
         raise ManifestError(f"plan and manifest of {source} do not belong together: run `softlabels verify {source}`")
     ledger = Ledger(source, rows.manifest)
     writer = StoreWriter.create_with_files(target, plan, _metadata_files([source], plan))
-    missing = writer.missing_shards()
-    advance(plan.rows - sum(len(shard_rows(plan, shard)) for shard in missing))
-    for shard in missing:
+    for shard in range(plan.shards.count):
         with writer.claim(shard):
             receipt = ledger.read(shard)
             if receipt is None:
                 raise ManifestError(f"the receipt of shard {shard} of {source} is missing: run `softlabels repair`")
-            arrays = _verified_arrays(rows, shard, receipt)
-            writer.commit(shard, arrays, fingerprint=receipt.fingerprint, audit=receipt.audit, salt=receipt.salt)
+            if not _has_same_rows(writer.ledger.read(shard), receipt):
+                # Of a shard that is committed there, `commit` compares the contents and raises where they differ.
+                arrays = _verified_arrays(rows, shard, receipt)
+                try:
+                    writer.commit(
+                        shard, arrays, fingerprint=receipt.fingerprint, audit=receipt.audit, salt=receipt.salt
+                    )
+                except ShardConflictError as error:
+                    raise ShardConflictError(
+                        f"{target} holds another shard {shard} than {source}, of another run of the same job: convert "
+                        "into another folder, or remove that one first",
+                        shard=shard,
+                    ) from error
         advance(len(shard_rows(plan, shard)))
     return writer.finish()
+
+
+def _has_same_rows(existing: Receipt | None, receipt: Receipt) -> bool:
+    """Return whether a shard is committed with this receipt's rows, by the sums of its rows; False without sums."""
+    path = sums_path(receipt.shard)
+    if existing is None or path not in receipt.files or existing.files.get(path) != receipt.files[path]:
+        return False
+    return (existing.fingerprint, existing.salt) == (receipt.fingerprint, receipt.salt)
 
 
 @dataclass(kw_only=True)

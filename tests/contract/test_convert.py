@@ -232,4 +232,6 @@ def _softlabels(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _files(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    # Locks say who held them last; they are not part of a store.
+    found = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(root)): path.read_bytes() for path in found}

@@ -1,7 +1,8 @@
-"""`merge`: shards from several places become one store, verified on the way, one owner a shard."""
+"""`merge` and `convert`: shards of one run become one store, verified on the way, one owner a shard."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 
 from softlabels.cli import main
 from softlabels.errors import ConflictError, ShardConflictError, StoreExistsError, UnknownStoreError
-from softlabels.store.copies import merge
+from softlabels.manifest import Container
+from softlabels.store.copies import convert_store, merge
 from softlabels.store.verify import verify
+from tests.softlabels.store.conftest import tree_of
 
 Tree = Callable[[Path], dict[str, str]]
 
@@ -100,6 +103,34 @@ class TestRefused:
         """A source that is none is named."""
         with pytest.raises(UnknownStoreError):
             merge([tmp_path], tmp_path / "all")
+
+
+class TestConvert:
+    @pytest.mark.parametrize("container", ["zarr", "hdf5"])
+    @pytest.mark.parametrize("done", [2, 4])
+    def test_the_copy_of_another_run_is_not_continued(
+        self, source: Any, tmp_path: Path, container: Container, done: int
+    ) -> None:
+        """Neither united with it, where that copy is unfinished, nor taken for this one's, where it is finished."""
+        source.write(tmp_path / "s")
+        copied = 0
+
+        def stop(rows: int) -> None:
+            nonlocal copied
+            copied += 1
+            if copied == done:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            convert_store(tmp_path / "s", tmp_path / "copy", container=container, advance=stop)
+        other = type(source)(ids=source.ids, container=source.container, seed=1)
+        other.write(tmp_path / "other")
+        before = tree_of(tmp_path / "copy")
+        with pytest.raises(ShardConflictError, match="another run of the same job"):
+            convert_store(tmp_path / "other", tmp_path / "copy", container=container)
+        assert tree_of(tmp_path / "copy") == before
+        converted = convert_store(tmp_path / "s", tmp_path / "copy", container=container)
+        assert converted.digest == convert_store(tmp_path / "s", tmp_path / "again", container=container).digest
 
 
 class TestCommand:
