@@ -333,6 +333,7 @@ def open_store(
     cache: bool | str | Path | None = None,
     cache_bytes: int | None = None,
     cache_read_only: bool = False,
+    verify: Literal["first-read", "every-read"] = "first-read",
 ) -> TargetStore:
     """Open a store of soft targets. Exported as `softlabels.open`.
 
@@ -344,6 +345,10 @@ def open_store(
             ~/.cache/softlabels. Ignored for a local store.
         cache_bytes: size limit of that folder, over all stores in it; None for 16 GiB.
         cache_read_only: use the rows in the cache, but add none.
+        verify: how often a local store's rows are compared with what was written. "first-read": each chunk at its first
+            read, and again after a program on this machine wrote to its file. "every-read": each row each time, by its
+            own checksum, which also notices what a disk, another machine or a write through shared memory changes; a
+            batch of 256 × 2 KB then takes twice as long. Rows from a server are compared each time in any case.
     Raises:
         UnknownStoreError: nothing there; MissingExtraError: a local store, and `softlabels[store]` is not installed;
         RequestError, FormatVersionError, ManifestError, ServerUnreachableError.
@@ -368,4 +373,4 @@ def open_store(
     if "://" in text:
         raise UnknownStoreError(f"{text!r}: this softlabels opens folders and http(s) addresses")
     store = importlib.import_module("softlabels.store")
-    return TargetStore(store.LocalRows(Path(text)), where=text)
+    return TargetStore(store.LocalRows(Path(text), verify=verify), where=text)

@@ -17,7 +17,7 @@ from softlabels.store.store_reader import LocalRows
 from softlabels_server.fast_path.executor_policy import ExecutorPolicy
 
 Signature: TypeAlias = tuple[str, int, int, int]
-"""Name, inode, size and modification time (ns) of a store's manifest file; a new version has another."""
+"""Name, inode, size and change time (ns) of a store's manifest file; a new version has another."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -181,5 +181,6 @@ def _signature(folder: Path) -> Signature | None:
             continue
         except OSError as error:
             raise ManifestError(f"folder {folder.name!r} cannot be read: {error.strerror}") from error
-        return file, status.st_ino, status.st_size, status.st_mtime_ns
+        # The time of the last change, and not of the last write: that one can be set, as `cp -p` and `rsync -t` do.
+        return file, status.st_ino, status.st_size, status.st_ctime_ns
     return None

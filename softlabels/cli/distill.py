@@ -112,7 +112,8 @@ def distill_student(
     from softlabels_client.training.step import measure_errors
 
     cache = True if run.cache == "" else run.cache
-    with open_store(store, token=run.token, timeout_s=run.timeout, cache=cache) as targets:
+    # Every row each time it is read: training takes long enough for a disk to fail, and reading is a small part of it.
+    with open_store(store, token=run.token, timeout_s=run.timeout, cache=cache, verify="every-read") as targets:
         inputs = _transfer_set("--inputs", run.inputs, run.inputs_args) if run.inputs else None
         test = _transfer_set("--test", run.test, run.test_args) if run.test else None
         # Before the student is made, so that its initial weights follow from the seed too.

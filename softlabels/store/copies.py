@@ -64,7 +64,7 @@ def convert_store(
         ShardConflictError: the target holds rows of another run of the same plan.
         ChecksumError, TruncatedError, ManifestError: the source is damaged. StoreExistsError, ShardClaimedError.
     """
-    rows = LocalRows(source)
+    rows = LocalRows(source, verify="every-read")
     if not rows.manifest.finished:
         raise RowsNotCommittedError(f"{source} is unfinished: run `softlabels resume {source}`, then convert it")
     before = load_plan(source)

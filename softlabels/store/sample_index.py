@@ -58,13 +58,11 @@ class DenseIdIndex:
 class SortedIdIndex:
     """Index of arbitrary ids: sorted ids and their positions, both memory-mapped.
 
-    Args:
-        every_read: see `VerifiedTable`.
     Raises:
         ManifestError: its files are missing, damaged or of another store.
     """
 
-    def __init__(self, folder: OpenFolder, manifest: Manifest, *, every_read: bool = False) -> None:
+    def __init__(self, folder: OpenFolder, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
         # Rows that carry their own id show whether the index led to the right ones. Those of sequences carry none, so
         # there the index itself is verified before its first use, at the cost of reading it once.
@@ -72,7 +70,7 @@ class SortedIdIndex:
 
         def table(path: str, dtype: str) -> VerifiedTable:
             sha256, shape = manifest.metadata_sha256.get(path), (manifest.samples,)
-            return VerifiedTable(folder, path, shape, dtype, sha256=sha256, verify_first=first, every_read=every_read)
+            return VerifiedTable(folder, path, shape, dtype, sha256=sha256, verify_first=first)
 
         self._sorted = table(SORTED_IDS, "|S" if manifest.ids.kind == "str" else "<i8")
         self._positions = table(POSITIONS, "<i8")
@@ -117,12 +115,12 @@ class SortedIdIndex:
         self._positions.verify()
 
 
-def make_index(root: StoreRoot, manifest: Manifest, *, every_read: bool = False) -> DenseIdIndex | SortedIdIndex:
-    """Return the index for the ids of a store; `every_read` as in `VerifiedTable`."""
+def make_index(root: StoreRoot, manifest: Manifest) -> DenseIdIndex | SortedIdIndex:
+    """Return the index for the ids of a store."""
     if manifest.ids.dense_start is not None:
         return DenseIdIndex(manifest)
     folder = root if isinstance(root, OpenFolder) else OpenFolder(root)
-    return SortedIdIndex(folder, manifest, every_read=every_read)
+    return SortedIdIndex(folder, manifest)
 
 
 def index_files(ids: IdArray) -> dict[str, bytes]:
@@ -195,8 +193,8 @@ class SampleTable:
 class SequenceIndex:
     """Row offsets and fingerprints of a sequence store, by sample position; each file is verified before first use."""
 
-    def __init__(self, folder: OpenFolder, manifest: Manifest, *, every_read: bool = False) -> None:
-        self._folder, self._manifest, self._every_read = folder, manifest, every_read
+    def __init__(self, folder: OpenFolder, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
         self._tables: dict[str, VerifiedTable] = {}
 
     def rows(
@@ -231,13 +229,16 @@ class SequenceIndex:
 
     def lengths(self, positions_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many rows these samples have, [B]."""
-        begin, end = self._bounds(positions_B)
-        return end - begin
+        offsets = self._offsets()
+        # Without a look at each page: the numbers of a whole epoch are added up, and lead to no row.
+        return stable_read(lambda: offsets.array()[positions_B + 1] - offsets.array()[positions_B])
 
     def _bounds(self, positions_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the first row of each sample and the one after its last, [B] each."""
-        offsets = self._table(SEQUENCE_OFFSETS, (self._manifest.samples + 1,), "<i8")
-        return offsets.take(positions_B), offsets.take(positions_B + 1)
+        return self._offsets().take(positions_B), self._offsets().take(positions_B + 1)
+
+    def _offsets(self) -> VerifiedTable:
+        return self._table(SEQUENCE_OFFSETS, (self._manifest.samples + 1,), "<i8")
 
     def fingerprints(self, positions_B: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the content fingerprints of these samples, [B, 16]."""
@@ -247,7 +248,7 @@ class SequenceIndex:
         if (known := self._tables.get(path)) is not None:
             return known
         sha256 = self._manifest.metadata_sha256.get(path)
-        made = VerifiedTable(self._folder, path, shape, dtype, sha256=sha256, every_read=self._every_read)
+        made = VerifiedTable(self._folder, path, shape, dtype, sha256=sha256)
         # No lock: two threads may both make it; a lock held during a fork would stay locked in the child.
         return self._tables.setdefault(path, made)
 

@@ -72,10 +72,10 @@ class LocalRows:
                 f"the store at {root} has digest {self.digest[:12]}, not {str(digest)[:12]} as before: it was replaced "
                 "meanwhile; open it again"
             )
-        folder, every_read = self._snapshot.folder, verify == "every-read"
-        self._open_index = partial(make_index, folder, self.manifest, every_read=every_read)
+        folder = self._snapshot.folder
+        self._open_index = partial(make_index, folder, self.manifest)
         self._index = self._open_index() if self.manifest.finished else None
-        self._sequences = SequenceIndex(folder, self.manifest, every_read=every_read)
+        self._sequences = SequenceIndex(folder, self.manifest)
         self._arrays = ArrayReader(self._snapshot)
 
     @cached_property

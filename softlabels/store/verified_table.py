@@ -31,8 +31,8 @@ class VerifiedTable:
         path: of the file, relative to the folder.
         shape, dtype: what it must hold; strings (`|S`) may have any width.
         sha256: digest of the file, None where the manifest gives none: nothing is read then.
-        verify_first: compare it before the first read; otherwise only `verify` does.
-        every_read: compare the pages that `take` reads with sums of theirs, kept since the SHA-256 was compared.
+        verify_first: compare it before the first read, and compare the pages that `take` reads with sums of theirs that
+            were kept then; otherwise only `verify` compares it.
     Raises:
         ManifestError: the file is missing or holds something else; from every method also: it is damaged.
     """
@@ -46,10 +46,9 @@ class VerifiedTable:
         *,
         sha256: str | None,
         verify_first: bool = True,
-        every_read: bool = False,
     ) -> None:
         self._folder, self._path, self._shape, self._sha256 = folder, path, shape, sha256
-        self._verify_first, self._every_read = verify_first, every_read
+        self._verify_first = self._checks_pages = verify_first
         try:
             descriptor = safe_open(folder, path)
             try:
@@ -79,7 +78,7 @@ class VerifiedTable:
     def take_once(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Do as `take`; to be called by `stable_read`."""
         found: NDArray[Any] = self.array()[rows]
-        if self._every_read and self._page_sums:
+        if self._checks_pages:
             self._check_pages(rows)
         return found
 
@@ -114,7 +113,7 @@ class VerifiedTable:
                 raise ManifestError(
                     f"{self._folder / self._path} is damaged, it could lead to wrong rows: run `softlabels repair`"
                 )
-            if self._every_read:
+            if self._checks_pages:
                 pages = range(0, self._size, _PAGE_BYTES)
                 self._page_sums = [crc32c(contents[page : page + _PAGE_BYTES]) for page in pages]
         self._space.mark(0, begin, generation)

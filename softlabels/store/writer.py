@@ -332,7 +332,7 @@ def stored_ids(root: Path, manifest: Manifest) -> IdArray:
     """
     # By row number, since the id index may be what is missing; a shard at a time, since row numbers and addresses of
     # the whole store would take more memory than its ids.
-    rows = LocalRows(root, manifest=manifest)
+    rows = LocalRows(root, manifest=manifest, verify="every-read")
     shards = (np.asarray(shard_rows(manifest, shard)) for shard in range(manifest.shards.count))
     joined: IdArray = np.concatenate([rows.fetch_rows(numbers, ("ids",))["ids"] for numbers in shards])
     # With views an id is repeated once per view; the index is of samples.

@@ -87,7 +87,7 @@ def verify_against_teachers(
     Raises:
         JobError: the job has another layout, number of teachers, or samples than the store.
     """
-    stored = LocalRows(where)
+    stored = LocalRows(where, verify="every-read")
     manifest = stored.manifest
     # Random draws of views and tokens depend on the store's name.
     named = structs.replace(job, store=structs.replace(job.store, name=manifest.name))
