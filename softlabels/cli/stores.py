@@ -14,6 +14,7 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from softlabels.cli.options import Wait
+from softlabels.errors import JobError, MissingExtraError
 from softlabels.manifest import INPUTS, Compression, Container, Manifest
 from softlabels.progress import duration, track
 
@@ -210,16 +211,20 @@ def _repaired(done: Repair, where: Path) -> list[str]:
     return lines
 
 
-def merge_stores(source: Path, destination: Path, /, *more: Path, wait: Wait = None) -> int:
+def merge_stores(
+    source: Path, destination: Path, /, *more: Path, without_teachers: bool = False, wait: Wait = None
+) -> int:
     """Unite the committed shards of stores that were begun from the very same plan.
 
     Takes SOURCE … DESTINATION: the last folder is the destination, all before it are sources. Every file is verified
-    while it is copied; the sources stay as they are. The destination is published when no shard is missing.
+    while it is copied; the sources stay as they are. The destination is published when no shard is missing. First, the
+    job that the sources keep is loaded, and its data and teachers are compared with a few rows of each source.
 
     Args:
         source: folder of a store, finished or not
         destination: new folder, or a store of that plan
         more: further folders; the last one is the destination
+        without_teachers: do not ask the teachers, where they or the data are not on this machine
         wait: seconds to wait for another process that holds the destination's lock, 600 if not given
     """
     from softlabels.store.copies import merge
@@ -227,6 +232,8 @@ def merge_stores(source: Path, destination: Path, /, *more: Path, wait: Wait = N
 
     folders = [source, destination, *more]
     sources, into = folders[:-1], folders[-1]
+    if not without_teachers:
+        _ask_teachers(sources)
     with lock_wait(wait):
         done = merge(sources, into, show=track)
     for folder in sources:
@@ -238,6 +245,21 @@ def merge_stores(source: Path, destination: Path, /, *more: Path, wait: Wait = N
         return 1
     print(f"{into}: complete, digest {done.digest}")
     return 0
+
+
+def _ask_teachers(stores: Sequence[Path]) -> None:
+    """Compare data and teachers of the kept job with rows of each store; raise JobError where they cannot be loaded."""
+    from softlabels.store.store_documents import JOB
+
+    if not any((store / JOB).is_file() for store in stores):
+        return  # not made by a job: there is nobody to ask
+    try:
+        from softlabels.precompute.checks.committed_rows import ask_about_stores
+    except MissingExtraError as error:
+        raise JobError(
+            f"the teachers cannot be asked ({error}); merge elsewhere, or pass --without-teachers"
+        ) from error
+    ask_about_stores(stores)
 
 
 def convert(

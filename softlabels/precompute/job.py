@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, field
 
-from softlabels.documents import Document, parse_document
+from softlabels.documents import Document, open_sealed, parse_document
 from softlabels.encodings.selection import parse_encoding
 from softlabels.errors import JobError
+from softlabels.store.store_documents import JOB
 from softlabels.transfer_sets import check_source
 
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
@@ -203,6 +204,9 @@ class Job(JobTables, frozen=True):
         return {**{name: msgspec.to_builtins(getattr(self, name)) for name in _TABLES}, "base": str(self.base)}
 
 
+FOUND = "found"
+"""Key of a kept job for what a run found out that its job file does not say: `batch_size`."""
+
 _TABLES = JobTables.__struct_fields__
 
 
@@ -221,6 +225,20 @@ def load_job(path: Path) -> Job:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise JobError(f"job file {path} cannot be read: {error}") from error
     return job_from_json(document, base=path.resolve().parent, what=str(path))
+
+
+def load_kept_job(store: Path) -> Job:
+    """Return the job that a store keeps, for the folder where it is now, under the name that its rows were drawn with.
+
+    Raises:
+        FileNotFoundError: it keeps none. ManifestError: it is damaged. JobError: as `load_job`.
+    """
+    path = store / JOB
+    document = open_sealed(path.read_bytes(), what=str(path))
+    document.pop(FOUND, None)
+    job = job_from_json(document, base=Path(document.pop("base")), what=str(path))
+    kept = msgspec.structs.replace(job.store, path=str(store.resolve()), name=job.store_name)
+    return msgspec.structs.replace(job, store=kept)
 
 
 def job_from_json(document: Mapping[str, Any], *, base: Path, what: str = "the job") -> Job:

@@ -14,8 +14,9 @@ from softlabels.documents import open_sealed
 from softlabels.encodings import Encoding
 from softlabels.errors import UnknownStoreError
 from softlabels.manifest import Manifest
-from softlabels.precompute.checks.data_snapshot import check_unchanged, write_snapshot
-from softlabels.precompute.job import Job, job_from_json
+from softlabels.precompute.checks.committed_rows import ask_teachers_again, check_origin
+from softlabels.precompute.checks.data_snapshot import check_planned, check_unchanged, planned_sha256, write_snapshot
+from softlabels.precompute.job import FOUND, Job, load_kept_job
 from softlabels.precompute.pipeline.device import DeviceStreams
 from softlabels.precompute.pipeline.device_step import DeviceStep
 from softlabels.precompute.pipeline.inference import with_compile
@@ -28,9 +29,6 @@ from softlabels.store.chunks import shard_rows
 from softlabels.store.store_documents import JOB, MANIFEST, PLAN, load_encoding, load_plan
 from softlabels.store.writer import StoreWriter
 from softlabels.transfer_set import TransferSet
-
-FOUND = "found"
-"""Key of the kept job for what a run found out that its job file does not say: `batch_size`."""
 
 ShowProgress = Callable[..., AbstractContextManager[Progress]]
 
@@ -57,22 +55,25 @@ def precompute(
         StoreExistsError: a store of another job is there.
     """
     data = load_transfer_set(job) if transfer_set is None else transfer_set
-    kept = _KeptJob(job)
+    kept, root = _KeptJob(job), job.store_path
     if kept.continues_with_its_data():
-        check_unchanged(job.store_path, data)
-    planned = plan_job(prepare_job(job, transfer_set=data, teachers=teachers), encoding=kept.encoding())
-    writer = StoreWriter.create(
-        job.store_path, planned.plan, table=planned.prepared.rows.table, encoding=planned.encoding
-    )
-    write_snapshot(job.store_path, data)
+        check_unchanged(root, data)
+    prepared = prepare_job(job, transfer_set=data, teachers=teachers)
+    planned = kept.continued(plan_job(prepared, encoding=kept.encoding()))
+    writer = StoreWriter.create(root, planned.plan, table=prepared.rows.table, encoding=planned.encoding)
+    write_snapshot(root, data)
     kept.write(writer)
+    batch_size = kept.batch_size or job.run.pilot_batch_size
     if writer.missing_shards():
+        ask_teachers_again(root, prepared.ensemble, batch_size=batch_size)
         _compute(planned, writer, kept, show=show, metrics=metrics)
     if writer.missing_shards():
         return planned.plan
     if not writer.finished:
-        # Again, because the data may have changed while the shards were computed.
-        check_unchanged(job.store_path, data)
+        # Again, because data and teachers may have changed while the shards were computed, here or elsewhere.
+        check_unchanged(root, data)
+        check_planned(planned.plan.transfer_set, planned_sha256(data, prepared.ids, prepared.rows.table))
+        ask_teachers_again(root, prepared.ensemble, batch_size=kept.batch_size or batch_size)
     return writer.finish()
 
 
@@ -83,16 +84,9 @@ def resume(where: Path, *, show: ShowProgress = track, metrics: Path | None = No
         UnknownStoreError: no job was begun there; and all that `precompute` raises.
     """
     where = Path(where)
-    path = where / JOB
-    if not path.is_file():
+    if not (where / JOB).is_file():
         raise UnknownStoreError(f"nothing to resume at {where}: it has no {JOB}; start with `softlabels precompute`")
-    document = open_sealed(path.read_bytes(), what=str(path))
-    document.pop(FOUND, None)
-    base = Path(document.pop("base"))
-    job = job_from_json(document, base=base, what=str(path))
-    # The store may have been moved since: it is resumed where it is, under the name that its rows were drawn with.
-    store = structs.replace(job.store, path=str(where.resolve()), name=job.store_name)
-    return precompute(structs.replace(job, store=store), show=show, metrics=metrics)
+    return precompute(load_kept_job(where), show=show, metrics=metrics)
 
 
 def _compute(
@@ -141,8 +135,9 @@ class _KeptJob:
     def __init__(self, job: Job) -> None:
         self._job = job
         path = job.store_path / JOB
-        begun = path.is_file() and (job.store_path / PLAN).is_file()
-        self._before: dict[str, Any] = open_sealed(path.read_bytes(), what=str(path)) if begun else {}
+        self._begun = load_plan(job.store_path) if (job.store_path / PLAN).is_file() else None
+        kept = path.is_file() and self._begun is not None
+        self._before: dict[str, Any] = open_sealed(path.read_bytes(), what=str(path)) if kept else {}
         asked = job.run.batch_size
         self.batch_size = asked if isinstance(asked, int) else None
         if self._before.get("run", {}).get("batch_size") == asked:
@@ -156,9 +151,24 @@ class _KeptJob:
 
     def encoding(self) -> Encoding | None:
         """Return the encoding of the store that this very job began, so that nothing is learnt again; else None."""
-        if self._before.get("targets") != self._job.to_json()["targets"]:
+        if self._begun is None or self._before.get("targets") != self._job.to_json()["targets"]:
             return None
-        return load_encoding(self._job.store_path, load_plan(self._job.store_path))
+        return load_encoding(self._job.store_path, self._begun)
+
+    def continued(self, planned: PlannedJob) -> PlannedJob:
+        """Return the plan in the format version of the store that was begun; raise as `check_origin` if it differs.
+
+        Once a store is published its data may change: running its job again changes nothing.
+        """
+        if self._begun is None:
+            return planned
+        plan = planned.plan.as_version(self._begun.format_version)
+        if (self._job.store_path / MANIFEST).exists():
+            data = structs.replace(plan.transfer_set, planned_sha256=self._begun.transfer_set.planned_sha256)
+            plan = structs.replace(plan, transfer_set=data)
+        else:
+            check_origin(self._begun, plan)
+        return replace(planned, plan=plan)
 
     def write(self, writer: StoreWriter) -> None:
         """Write the job and what was found out beside the plan."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from softlabels.transfer_sets.sample_ids import examine_ids
+from softlabels.transfer_sets.sample_ids import examine_ids, ids_sha256
 from softlabels.transfer_sets.sources import (
     KINDS,
+    SupportsAllIds,
     SupportsIdentity,
     SupportsIdSpec,
     SupportsLengths,
@@ -14,10 +15,12 @@ from softlabels.transfer_sets.sources import (
 
 __all__ = [
     "KINDS",
+    "SupportsAllIds",
     "SupportsIdSpec",
     "SupportsIdentity",
     "SupportsLengths",
     "check_source",
     "examine_ids",
+    "ids_sha256",
     "load_transfer_set",
 ]

@@ -6,7 +6,7 @@ Shapes: N samples, B of them in a batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,9 @@ from softlabels.extras import needs_extra
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
 from softlabels.transfer_set import Samples
-from softlabels.transfer_sets.sample_ids import examine_ids
+from softlabels.transfer_sets.sample_ids import IDS_PER_BLOCK, examine_ids
 from softlabels.transfer_sets.source_files import FileTransferSet, existing_path
 from softlabels.transfer_sets.sources import Source
-
-_IDS_PER_BLOCK = 1 << 16
-"""Ids that are read at a time when a job begins: 512 KiB of integers."""
 
 OpenArrays = Callable[[], dict[str, Any]]
 ReadRows = Callable[[Any, NDArray[np.int64]], NDArray[Any]]
@@ -53,7 +50,9 @@ class StoredArrays(FileTransferSet):
         self._count = lengths["inputs"]
         if len(set(lengths.values())) > 1:
             raise ShapeMismatchError(f"the arrays of {name!r} differ in length: {lengths}")
-        super().__init__(name, files, spec or self._examine(name))
+        if spec is None and "ids" in self._opened:
+            spec = examine_ids(self.all_ids(), self._count, name)
+        super().__init__(name, files, spec or IdSpec(kind="int", dense_start=0))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, self._open, self._read, self._files, self._spec)
@@ -87,14 +86,10 @@ class StoredArrays(FileTransferSet):
             self._opened, self._pid = self._open(), os.getpid()
         return self._opened
 
-    def _examine(self, name: str) -> IdSpec:
-        if "ids" not in self._opened:
-            return IdSpec(kind="int", dense_start=0)
-        blocks = (
-            _as_ids(self._read(self._opened["ids"], np.arange(start, min(start + _IDS_PER_BLOCK, self._count))))
-            for start in range(0, self._count, _IDS_PER_BLOCK)
-        )
-        return examine_ids(blocks, self._count, name)
+    def all_ids(self) -> Iterator[IdArray]:
+        """Yield the ids of the array of ids."""
+        for start in range(0, self._count, IDS_PER_BLOCK):
+            yield _as_ids(self._read(self._arrays()["ids"], np.arange(start, min(start + IDS_PER_BLOCK, self._count))))
 
 
 class NpySource(Source, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ Shapes: B rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,18 @@ class ArrowRows(FileTransferSet):
         parts = [_numbers(column, name) for name, column in zip(self._columns.inputs, columns, strict=True)]
         return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
 
-    def _examine(self, blocks: Iterable[Any]) -> None:
+    def all_ids(self) -> Iterator[IdArray]:
+        """Yield the ids of the column of ids."""
+        return (as_ids(block.to_pylist()) for block in self._id_blocks())
+
+    def _id_blocks(self) -> Iterator[Any]:
+        """Yield the column of ids as Arrow arrays."""
+        raise NotImplementedError
+
+    def _examine(self) -> None:
         """Set how a store keeps the ids. Raises BadIdsError: an id occurs twice."""
-        self._spec = examine_ids((as_ids(block.to_pylist()) for block in blocks), len(self), self.name)
+        if self._columns.id is not None:
+            self._spec = examine_ids(self.all_ids(), len(self), self.name)
 
 
 def _numbers(column: Any, name: str) -> NDArray[Any]:

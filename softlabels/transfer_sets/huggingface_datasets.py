@@ -13,9 +13,8 @@ from softlabels.errors import DataUnavailableError, JobError
 from softlabels.extras import needs_extra
 from softlabels.transfer_sets.arrow_rows import ArrowColumns, ArrowRows
 from softlabels.transfer_sets.images import ImageDecoder, ImageSource
+from softlabels.transfer_sets.sample_ids import IDS_PER_BLOCK
 from softlabels.transfer_sets.source_files import file_state, resolve_path
-
-_IDS_PER_BLOCK = 1 << 14
 
 
 class HuggingFaceRows(ArrowRows):
@@ -28,10 +27,7 @@ class HuggingFaceRows(ArrowRows):
     def __init__(self, rows: Any, columns: ArrowColumns, decoder: ImageDecoder | None, name: str) -> None:
         super().__init__(columns, decoder, name)
         self._data = rows.select_columns(columns.names()).with_format("arrow")
-        if columns.id is not None:
-            ids, count = self._data.select_columns([columns.id]), len(rows)
-            starts = range(0, count, _IDS_PER_BLOCK)
-            self._examine(ids[start : start + _IDS_PER_BLOCK].column(columns.id) for start in starts)
+        self._examine()
 
     def __len__(self) -> int:
         return len(self._data)
@@ -42,6 +38,11 @@ class HuggingFaceRows(ArrowRows):
         for file in self._data.cache_files:
             path = Path(file["filename"])
             yield path.name, file_state(path)
+
+    def _id_blocks(self) -> Iterator[Any]:
+        ids = self._data.select_columns([self._columns.id])
+        starts = range(0, len(self), IDS_PER_BLOCK)
+        return (ids[start : start + IDS_PER_BLOCK].column(self._columns.id) for start in starts)
 
     def _rows(self, positions: NDArray[np.int64]) -> Any:
         return self._data[positions.tolist()]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import DataUnavailableError, JobError
+from softlabels.ids import IdArray
 from softlabels.transfer_set import UNLABELLED, Samples
 from softlabels.transfer_sets.images import EXTENSIONS, ImageDecoder, ImageSource
 from softlabels.transfer_sets.sample_ids import PackedStrings
@@ -34,6 +35,10 @@ class ImageFolder(FileTransferSet):
         names = ids.tolist()
         inputs = self._decoder.decode_batch([self._folder / name for name in names], names)
         return Samples(ids=ids, inputs=inputs, labels=None if self._labels is None else self._labels[positions])
+
+    def all_ids(self) -> Iterator[IdArray]:
+        """Yield the paths of the images that there were when the folder was listed."""
+        return self._paths.blocks()
 
     def identity(self) -> Iterator[tuple[str, str]]:
         """Yield path, size and modification time of each image as they are now."""

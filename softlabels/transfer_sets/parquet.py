@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,19 @@ class ParquetRows(ArrowRows):
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
-        if spec is not None:
+        if spec is None:
+            self._examine()
+        else:
             self._spec = spec
-        elif columns.id is not None:
-            self._examine(
-                batch.column(0) for file in self._readers for batch in file.iter_batches(columns=[columns.id])
-            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._files, self._source, self.name, self._spec)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _id_blocks(self) -> Iterator[Any]:
+        return (batch.column(0) for file in self._readers for batch in file.iter_batches(columns=[self._columns.id]))
 
     def _rows(self, positions: NDArray[np.int64]) -> Any:
         import pyarrow as pa

@@ -18,6 +18,10 @@ MAX_CHECKED_IDS = 1 << 24
 store finds duplicates when it is finished."""
 
 
+IDS_PER_BLOCK = 1 << 14
+"""Ids that are read at a time where all of them are: 128 KiB of integers."""
+
+
 class PackedStrings:
     """Strings by position: all UTF-8 bytes in one buffer beside their offsets, a third of the memory of a list.
 
@@ -45,6 +49,11 @@ class PackedStrings:
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.str_]:
         """Return the strings at these positions, [B]."""
         return np.array([self[position] for position in positions.tolist()], dtype=np.str_)
+
+    def blocks(self) -> Iterator[NDArray[np.str_]]:
+        """Yield all strings in order, in blocks of bounded memory."""
+        for start in range(0, len(self), IDS_PER_BLOCK):
+            yield self.take(np.arange(start, min(start + IDS_PER_BLOCK, len(self))))
 
     def id_spec(self) -> IdSpec:
         """Return how a store keeps these strings as ids."""
@@ -95,6 +104,19 @@ def examine_ids(blocks: Iterable[IdArray], count: int, name: str) -> IdSpec:
     if "U" in kinds:
         return IdSpec(kind="str", width_bytes=width)
     return IdSpec(kind="int", dense_start=start if dense else None)
+
+
+def ids_sha256(blocks: Iterable[IdArray]) -> str:
+    """Return the SHA-256 over all ids in order, however they are cut into blocks."""
+    contents, lengths = hashlib.sha256(), hashlib.sha256()
+    for block in blocks:
+        if block.dtype.kind == "U":
+            encoded = [text.encode() for text in block.tolist()]
+            contents.update(b"".join(encoded))
+            lengths.update(np.array([len(text) for text in encoded], dtype="<i8").tobytes())
+        else:
+            contents.update(block.astype("<i8").tobytes())
+    return hashlib.sha256(contents.digest() + lengths.digest()).hexdigest()
 
 
 def _refuse_duplicates(pieces: list[IdArray], name: str) -> None:

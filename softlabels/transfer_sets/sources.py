@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from softlabels.documents import Document, did_you_mean, parse_document
 from softlabels.errors import JobError
+from softlabels.ids import IdArray
 from softlabels.manifest import IdSpec
 from softlabels.references import load_reference
 from softlabels.transfer_set import TransferSet
@@ -56,6 +57,15 @@ class SupportsIdSpec(Protocol):
 
     def id_spec(self) -> IdSpec:
         """Return how a store keeps the ids."""
+        ...
+
+
+@runtime_checkable
+class SupportsAllIds(Protocol):
+    """A transfer set that knows all ids without reading the samples."""
+
+    def all_ids(self) -> Iterator[IdArray]:
+        """Yield the ids in order, in blocks of any size."""
         ...
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from softlabels.errors import JobError
 from softlabels.extras import needs_extra
+from softlabels.ids import IdArray
 from softlabels.transfer_set import Samples
 from softlabels.transfer_sets.ragged import pad_sequences
 from softlabels.transfer_sets.sample_ids import PackedStrings
@@ -77,6 +78,10 @@ class TokenWindows(FileTransferSet):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
+
+    def all_ids(self) -> Iterator[IdArray]:
+        """Yield the ids of all windows."""
+        return self._ids.blocks()
 
     def lengths(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of tokens of each of these windows, [B]."""

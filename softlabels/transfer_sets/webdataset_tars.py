@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import JobError, ShapeMismatchError, UnreadableSampleError
+from softlabels.ids import IdArray
 from softlabels.transfer_set import UNLABELLED, Samples
 from softlabels.transfer_sets.images import EXTENSIONS, ImageDecoder, ImageSource
 from softlabels.transfer_sets.sample_ids import PackedStrings
@@ -86,6 +87,10 @@ class WebDataset(FileTransferSet):
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def all_ids(self) -> Iterator[IdArray]:
+        """Yield the ids of all samples."""
+        return self._ids.blocks()
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
         """Return the samples at these positions."""

@@ -1,23 +1,84 @@
-"""Data-set snapshot: the files of a transfer set as they were when a job began, to compare when it is resumed."""
+"""What a job's data were when it began, to compare when it goes on: files with size and time, ids, some contents.
+
+The snapshot of files lies beside the plan and names what changed. The digest of ids and contents is in the plan itself,
+so that data of the same size and time, or those of another machine, are not taken for the ones that a store was begun
+with; what it misses, row by row, `committed_rows` looks for.
+"""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from softlabels.atomic_files import write_atomically
+from softlabels.documents import as_json, canonical_json
 from softlabels.errors import TransferSetChangedError
-from softlabels.transfer_set import TransferSet
-from softlabels.transfer_sets import SupportsIdentity
+from softlabels.manifest import IdSpec, TransferSetSpec
+from softlabels.store.sample_index import SampleTable
+from softlabels.transfer_set import TransferSet, sample_fingerprints
+from softlabels.transfer_sets import SupportsAllIds, SupportsIdentity, ids_sha256
 
 SNAPSHOT = "transfer_set.tsv.gz"
 """File beside a store's plan: a line per file of the transfer set, with its size and time. No part of the store."""
 
+PLANNED_SAMPLES = 64
+"""Samples that the digest in the plan is of, evenly spaced: other data under the same names differ in nearly all."""
+
 Fact = tuple[str, str]
 """Name of a file, and a text that changes whenever its contents do."""
+
+
+def planned_sha256(data: TransferSet, ids: IdSpec, table: SampleTable | None) -> str:
+    """Return the digest of a transfer set that its plan holds.
+
+    It is of the number of samples, all ids (of a source that lists them without reading the samples), and ids, labels
+    and content fingerprints of `PLANNED_SAMPLES` samples, the first and the last among them; for sequences, of the
+    fingerprints of all.
+
+    Args:
+        ids: how the store keeps the ids.
+        table: the samples, for a layout of sequences.
+    """
+    found: dict[str, Any] = {"samples": len(data), "ids": as_json(ids)}
+    blocks = None if table is None else iter([table.ids])
+    if blocks is None and ids.dense_start is None:
+        own = getattr(data, "ids", None)
+        blocks = data.all_ids() if isinstance(data, SupportsAllIds) else None
+        blocks = iter([own]) if isinstance(own, np.ndarray) else blocks
+    found["ids_sha256"] = None if blocks is None else ids_sha256(blocks)
+    total = hashlib.sha256(canonical_json(found))
+    if table is not None:
+        total.update(table.fingerprints.tobytes())
+        return total.hexdigest()
+    positions = np.unique(np.linspace(0, len(data) - 1, PLANNED_SAMPLES).astype(np.int64))
+    for position in positions:
+        # One at a time: a job with batches of one may have samples of different shapes.
+        taken = data.take(position[None])
+        total.update(canonical_json(taken.ids.tolist()))
+        total.update(sample_fingerprints(taken.inputs).tobytes())
+        total.update(b"" if taken.labels is None else taken.labels.astype("<i8").tobytes())
+    return total.hexdigest()
+
+
+def check_planned(planned: TransferSetSpec, found_sha256: str | None) -> None:
+    """Raise unless a transfer set has the digest in the plan; one of format version 1 has none.
+
+    Raises:
+        TransferSetChangedError: it is another transfer set, whatever names, sizes and times of its files are.
+    """
+    if planned.planned_sha256 not in (None, found_sha256):
+        raise TransferSetChangedError(
+            f"transfer set {planned.name!r} is not the one that the store was begun with: ids, labels or contents "
+            "differ, even where files have the same names, sizes and times. Targets computed so far are of other "
+            "samples than those still to compute: put the data back as they were and resume, or begin another store"
+        )
 
 
 def write_snapshot(store: Path, data: TransferSet) -> None:

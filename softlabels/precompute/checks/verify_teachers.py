@@ -27,7 +27,7 @@ from softlabels.precompute.teachers import Teacher
 from softlabels.progress import ShowProgress, silent
 from softlabels.store.shard_checks import Fault, Report
 from softlabels.store.store_reader import LocalRows
-from softlabels.transfer_set import TransferSet
+from softlabels.transfer_set import UNLABELLED, TransferSet
 
 SAMPLED_ROWS = 256
 LEAST_COSINE = 0.9999
@@ -101,7 +101,7 @@ def verify_against_teachers(
     if len(ensemble.teachers) != len(manifest.teachers):
         raise JobError(f"the job has {len(ensemble.teachers)} teachers, the store was made by {len(manifest.teachers)}")
     positions = _draw_positions(ensemble.rows, min(manifest.samples, layout.samples), samples, seed)
-    comparison = _Comparison(stored, ensemble)
+    comparison = Comparison(stored, ensemble)
     lengths = layout.views if ensemble.rows.table is None else ensemble.rows.table.lengths[positions]
     with show(int(np.broadcast_to(lengths, positions.shape).sum()), "run the teachers again", "rows") as progress:
         for batch in ensemble.rows.samples(positions, job.run.pilot_batch_size):
@@ -119,31 +119,55 @@ def verify_against_teachers(
     )
 
 
-class _Comparison:
-    """Compares batches of fresh rows with stored ones.
+class Comparison:
+    """Compares batches of fresh rows with stored ones; each attribute has one array a batch.
 
     Attributes:
-        cosines: similarity of each row, one array a batch.
-        other_inputs, other_targets: numbers of the rows that differ, one array a batch; a row of another input is not
-            counted among the targets, since what the teachers make of it says nothing about them.
+        numbers: row numbers.
+        cosines: similarity of each row.
+        soft_cosines: the same, softened until the standard deviation of a row's logits is at most 1.
+        other_inputs, other_targets: numbers of the rows that differ; a row of another input is not counted among the
+            targets, since what the teachers make of it says nothing about them.
     """
 
     def __init__(self, stored: LocalRows, ensemble: TeacherEnsemble) -> None:
         self._stored, self._ensemble, self._rows = stored, ensemble, ensemble.rows
+        self.teachers = ensemble.teachers
+        self.numbers: list[NDArray[np.int64]] = []
         self.cosines: list[NDArray[np.float64]] = []
+        self.soft_cosines: list[NDArray[np.float64]] = []
         self.other_inputs: list[NDArray[np.int64]] = []
         self.other_targets: list[NDArray[np.int64]] = []
 
     def add(self, batch: RowBatch) -> None:
-        """Run the teachers on a batch and record how it differs from the store."""
-        stored, other_R = self._stored_rows(batch)
+        """Run the teachers on a batch and record how it differs from the rows that the store has for its ids."""
+        self._compare(batch, *self._stored_rows(batch), with_head=True)
+
+    def add_numbered(self, batch: RowBatch) -> None:
+        """Do the same by row number: ids and labels must be those of the rows, too; a head is not run."""
+        facts = {"ids": batch.ids, "fingerprints": batch.fingerprints, "labels": batch.labels}
+        kept = [name for name in facts if name in self._stored.manifest.arrays]
+        stored = self._stored.fetch_rows(batch.numbers, (*self._stored.encoding.fields, *kept))
+        other_R = np.zeros(batch.rows, dtype=np.bool_)
+        for name in kept:
+            fact = facts[name]
+            now = np.full(batch.rows, UNLABELLED) if fact is None else fact
+            other_R |= (stored[name] != now).reshape(batch.rows, -1).any(axis=1)
+        self._compare(batch, stored, other_R, with_head=False)
+
+    def _compare(
+        self, batch: RowBatch, stored: dict[str, NDArray[Any]], other_R: NDArray[np.bool_], *, with_head: bool
+    ) -> None:
         kind = self._stored.encoding.row_kind
         outputs = self._ensemble.run(batch, row_kind=kind)
         fresh = self._ensemble.rows_to_store(outputs, self._stored.manifest, row_kind=kind)
-        cosine_R = np.concatenate([self._cosines(stored, fresh, batch, part) for part in self._parts(batch)])
-        if kind == "hidden_states":
+        pairs = [self._cosines(stored, fresh, batch, part) for part in self._parts(batch)]
+        cosine_R, soft_R = (np.concatenate(each) for each in zip(*pairs, strict=True))
+        if kind == "hidden_states" and with_head:
             cosine_R = np.minimum(cosine_R, self._head_cosines(fresh, batch))
+        self.numbers.append(batch.numbers)
         self.cosines.append(cosine_R)
+        self.soft_cosines.append(soft_R)
         self.other_inputs.append(batch.numbers[other_R])
         self.other_targets.append(batch.numbers[~(cosine_R >= LEAST_COSINE) & ~other_R])  # NaN is a fault too
 
@@ -155,7 +179,7 @@ class _Comparison:
             "of the store; give the job that the store was made with, and its data"
         )
         targets = (
-            f"the teachers give another target now (lowest cosine {lowest:.6f}): {self._changed_teachers()}; give the "
+            f"the teachers give another target now (lowest cosine {lowest:.6f}): {self.changed_teachers()}; give the "
             "teachers that the store was made with, or precompute another store with these"
         )
         found = []
@@ -167,7 +191,7 @@ class _Comparison:
                 found.append(Fault(kind="agreement", message=message, rows=(int(rows[0]), int(rows[-1]))))
         return found
 
-    def _changed_teachers(self) -> str:
+    def changed_teachers(self) -> str:
         """Return what the manifest records of the teachers and these do not have."""
         pairs = enumerate(zip(self._stored.manifest.teachers, self._ensemble.teachers, strict=True))
         changed = [
@@ -203,8 +227,11 @@ class _Comparison:
 
     def _cosines(
         self, stored: dict[str, NDArray[Any]], fresh: Tensor, batch: RowBatch, part: slice
-    ) -> NDArray[np.float64]:
-        """Return the cosine of stored and fresh targets per row; fresh ones pass the same encoding, with its error."""
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the cosines, plain and softened, of stored and fresh targets per row.
+
+        Fresh rows pass the same encoding, with its error.
+        """
         encoding, members = self._stored.encoding, self._stored.manifest.members
         several = members or 1
         keys = batch.keys[part] if members is None else None
@@ -213,7 +240,15 @@ class _Comparison:
         axes = 1 if members is None else 2
         flat = {name: stored[name][part].reshape(-1, *stored[name].shape[axes:]) for name in encoding.fields}
         before = torch.from_numpy(encoding.decode(flat)).to(again.device)
-        return _cosine(before, again).reshape(-1, several).amin(dim=1).cpu().numpy()
+        present = before.isfinite()
+        mean = before.where(present, 0.0).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+        spread = (before - mean).where(present, 0.0).square().sum(1, keepdim=True) / present.sum(1, keepdim=True)
+        width = spread.sqrt().clamp(min=1.0)
+        plain, soft = (
+            found.reshape(-1, several).amin(dim=1).cpu().numpy()
+            for found in (_cosine(before, again), _cosine(before / width, again / width))
+        )
+        return plain, soft
 
     def _head_cosines(self, hidden_RD: Tensor, batch: RowBatch) -> NDArray[np.float64]:
         """Return the cosine of the distributions that the store's head and the teacher make of the hidden states."""

@@ -20,6 +20,7 @@ from softlabels.encodings import Encoding
 from softlabels.encodings.selection import EncodingRequest, parse_encoding
 from softlabels.errors import JobError
 from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec
+from softlabels.precompute.checks.data_snapshot import planned_sha256
 from softlabels.precompute.checks.teacher_checks import checked_logits, encoding_of_head
 from softlabels.precompute.job import Job
 from softlabels.precompute.pipeline.device import choose_device
@@ -72,6 +73,31 @@ class PreparedJob:
     def first_logits(self) -> list[Tensor]:
         """Each teacher's logits of the first batch, [R, C], checked. Raises as `checked_logits` does."""
         return checked_logits(self.ensemble, self.first_batch)
+
+    @cached_property
+    def ids(self) -> IdSpec:
+        """How the store keeps the ids: dense where they count up by one, else through an index."""
+        data, table = self.data, self.rows.table
+        if table is not None:
+            return examine_ids([table.ids], len(data), data.name)
+        if isinstance(data, SupportsIdSpec):
+            return data.id_spec()
+        if isinstance(data, ArrayTransferSet):
+            return examine_ids([data.ids], len(data), data.name)
+        first = data.take(np.zeros(1, dtype=np.int64)).ids
+        return IdSpec(kind="str", width_bytes=255) if first.dtype.kind == "U" else IdSpec(kind="int")
+
+    @cached_property
+    def transfer_set(self) -> TransferSetSpec:
+        """What the plan says of the transfer set as it is now."""
+        source = self.job.transfer_set
+        return TransferSetSpec(
+            name=self.data.name,
+            source=source.source,
+            arguments=dict(source.arguments),
+            labelled=self.first_batch.labels is not None,
+            planned_sha256=planned_sha256(self.data, self.ids, self.rows.table),
+        )
 
     def pilot(self, spec: TemperatureSpec, *, rows: int = PILOT_ROWS) -> NDArray[np.float32]:
         """Return mean logits from all over the transfer set, [at most `rows`, C], tempered as they will be captured."""
@@ -166,23 +192,18 @@ def plan_job(
 
 
 def _plan_of(prepared: PreparedJob, encoding: Encoding, temperature: TemperatureSpec) -> Manifest:
-    job, data, rows, first = prepared.job, prepared.data, prepared.rows, prepared.first_batch
+    job, rows, first = prepared.job, prepared.rows, prepared.first_batch
     teachers = prepared.ensemble.teachers
     inputs = first.inputs if first.kept_inputs is None else first.kept_inputs
     plan = plan_store(
         name=job.store_name,
-        samples=len(data),
-        ids=_id_spec(data) if rows.table is None else examine_ids([rows.table.ids], len(data), data.name),
+        samples=len(prepared.data),
+        ids=prepared.ids,
         encoding=encoding,
         temperature=temperature,
         mean=prepared.mean,
         teachers=tuple(teacher.spec for teacher in teachers),
-        transfer_set=TransferSetSpec(
-            name=data.name,
-            source=job.transfer_set.source,
-            arguments=dict(job.transfer_set.arguments),
-            labelled=first.labels is not None,
-        ),
+        transfer_set=prepared.transfer_set,
         container=job.store.format,
         rows_per_shard=job.store.rows_per_shard,
         rows_per_chunk=job.store.rows_per_chunk,
@@ -215,13 +236,3 @@ def _hidden_encoding(prepared: PreparedJob, request: EncodingRequest) -> Encodin
     (hidden_RD,) = prepared.ensemble.run(prepared.first_batch, row_kind="hidden_states")
     (teacher,), (logits_RC,) = prepared.ensemble.teachers, prepared.first_logits
     return encoding_of_head(teacher, request.params, logits_RC=logits_RC, hidden_RD=hidden_RD)
-
-
-def _id_spec(data: TransferSet) -> IdSpec:
-    """Return how the store keeps the ids: dense where they count up by one, else through an index."""
-    if isinstance(data, SupportsIdSpec):
-        return data.id_spec()
-    if isinstance(data, ArrayTransferSet):
-        return examine_ids([data.ids], len(data), data.name)
-    ids = data.take(np.zeros(1, dtype=np.int64)).ids
-    return IdSpec(kind="str", width_bytes=255) if ids.dtype.kind == "U" else IdSpec(kind="int")

@@ -25,6 +25,8 @@ from softlabels.precompute.teachers.teacher import (
     LoadedModel,
     ModelRequest,
     Teacher,
+    computed_sha256,
+    files_named_in,
     frozen,
     layer_named,
     state_sha256,
@@ -56,12 +58,15 @@ def load_teacher(table: TeacherTable, *, number: int, base: Path, device: torch.
     loaded = _load_python(request) if kind == PYTHON else KINDS[kind](request)
     preprocess, preprocess_facts = _preprocessing(request)
     names = _class_names(request, loaded)
+    weights_sha256 = state_sha256(loaded.model)
+    files = [*files_named_in(table.arguments, base), *((path.name, path) for path in loaded.files)]
     spec = TeacherSpec(
         name=label,
         model=table.model,
         arguments=dict(table.arguments),
         weights=loaded.weights,
-        weights_sha256=loaded.sha256 or state_sha256(loaded.model),
+        weights_sha256=loaded.sha256 or weights_sha256,
+        state_sha256=computed_sha256((loaded.model, preprocess), weights_sha256, files),
         weight=table.weight,
         code_sha256=None if loaded.code is None else code_sha256(loaded.code),
         kind=kind,

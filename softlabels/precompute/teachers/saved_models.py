@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,9 @@ _RANDOM = ("dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "
 
 _PICKLED = ("custom_obj", "opaque_obj", "aotinductor")
 """Parts of the names of pickles and machine code in a .pt2 archive."""
+
+_LOCATION = re.compile(rb"\x0a\x08location\x12")
+"""Start of a protobuf key-value pair: field 1, eight bytes, `location`; field 2, whose length byte follows."""
 
 _FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """PyTorch's own switch: `torch.export.load` falls back to full pickles unless it is set."""
@@ -111,10 +115,11 @@ def load_onnx(request: ModelRequest) -> LoadedModel:
     """Return an ONNX graph, run by onnxruntime; see `OnnxModel`."""
     path, output = request.path, request.settings(OnnxSettings).output
     model = OnnxModel(path, device=request.device, label=request.label, output=output)
-    # Tensors outside the graph are in files named after it: net.onnx.data, net.onnx_data.
+    # Tensors outside the graph are mostly in files named after it: net.onnx.data, net.onnx_data.
     external = sorted(file for file in path.parent.glob(f"{path.name}[._]*") if file.is_file())
     sha256 = files_sha256([path, *external]) if external else sha256_of(path)
-    return LoadedModel(model=model, sha256=sha256, weights=path.name, libraries=("onnxruntime",))
+    others = tuple(file for file in _external_files(path) if file not in external)
+    return LoadedModel(model=model, sha256=sha256, weights=path.name, libraries=("onnxruntime",), files=others)
 
 
 class ExportedModel(nn.Module):
@@ -200,6 +205,14 @@ def _onnx_session(path: Path, device: torch.device, label: str) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its own classes derive from Exception alone
         raise JobError(f"{label}: {path.name} is no ONNX graph that onnxruntime can run: {error}") from error
+
+
+def _external_files(path: Path) -> list[Path]:
+    """Return the files that the graph says its tensors are in: `location` entries of `external_data` (onnx.proto)."""
+    raw = path.read_bytes()
+    ends = [(found.end(), raw[found.end()]) for found in _LOCATION.finditer(raw) if found.end() < len(raw)]
+    names = {raw[start + 1 : start + 1 + length].decode(errors="replace") for start, length in ends}
+    return sorted(file for name in names if (file := path.parent / name).is_file())
 
 
 def _only_input(session: Any, label: str) -> Any:

@@ -5,16 +5,19 @@ Shapes: B samples, L positions of a sample, C classes, D features of the last hi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from softlabels.atomic_files import sha256_of
 from softlabels.documents import Document, parse_document
 from softlabels.errors import JobError, SoftLabelsError, TeacherError, TeacherShapeError
 from softlabels.manifest import TeacherSpec
@@ -177,6 +180,7 @@ class LoadedModel:
         revision: commit that a name on a hub was resolved to.
         class_names, last_layer, gives: as in `Teacher`.
         libraries: names of the libraries whose versions the manifest records.
+        files: files whose bytes it computes with and which are in neither `sha256` nor the model's state.
     """
 
     model: nn.Module
@@ -188,6 +192,7 @@ class LoadedModel:
     last_layer: nn.Module | None = None
     gives: Gives = "rows"
     libraries: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,13 +256,14 @@ def teacher_from_module(
     Raises:
         TeacherError: there is no layer of that name.
     """
-    cls = type(model)
+    cls, weights_sha256 = type(model), state_sha256(model)
     spec = TeacherSpec(
         name=name,
         model=f"{cls.__module__}:{cls.__qualname__}",
         arguments={},
         weights=None,
-        weights_sha256=state_sha256(model),
+        weights_sha256=weights_sha256,
+        state_sha256=computed_sha256((model, preprocess), weights_sha256),
         weight=weight,
         preprocess=None if preprocess is None else getattr(preprocess, "__qualname__", repr(preprocess)),
         code_sha256=code_sha256(cls),
@@ -290,9 +296,59 @@ def frozen(model: nn.Module, device: torch.device) -> nn.Module:
 
 def state_sha256(model: nn.Module) -> str:
     """Return the SHA-256 of a model's weights: names, types, shapes and bytes, sorted by name."""
+    return _sha256_of(model.state_dict())
+
+
+def computed_sha256(parts: Sequence[object], weights_sha256: str, files: Sequence[tuple[str, Path]] = ()) -> str:
+    """Return the digest of what a teacher computes with, whatever made it.
+
+    Args:
+        parts: model and preprocessing, of which modules count: their weights, and the tensors and arrays that their
+            submodules hold as plain attributes. Buffers that are not persistent follow from these and from the code.
+        weights_sha256: SHA-256 of the weights of the first part, see `state_sha256`.
+        files: further files that the teacher reads, by the names that it knows them by.
+    """
+    total = hashlib.sha256(weights_sha256.encode())
+    for number, part in enumerate(parts):
+        if isinstance(part, nn.Module):
+            total.update((_sha256_of(part.state_dict()) if number else "").encode())
+            total.update(_sha256_of(_plain_tensors(part)).encode())
+    for name, path in files:
+        total.update(f"{name}|{sha256_of(path)}|".encode())
+    return total.hexdigest()
+
+
+def files_named_in(value: object, base: Path) -> Iterator[tuple[str, Path]]:
+    """Yield (text, file) for every text in nested arguments that names a file, from `base` or the working folder."""
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from files_named_in(value[key], base)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from files_named_in(entry, base)
+    elif isinstance(value, str) and value:
+        with contextlib.suppress(OSError, ValueError):  # a text that no file system takes for a path
+            found = dict.fromkeys(path.resolve() for path in (base / value, Path(value)) if path.is_file())
+            yield from ((value, path) for path in found)
+
+
+def _plain_tensors(model: nn.Module) -> dict[str, Any]:
+    return {
+        f"{prefix}.{name}": value
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
+    }
+
+
+def _sha256_of(arrays: Mapping[str, Any]) -> str:
     total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        array = tensor.detach().cpu().contiguous()
+    for name, array in sorted(arrays.items()):
+        if isinstance(array, Tensor):
+            array = array.detach().cpu().contiguous()
+            raw: Any = array.reshape(-1).view(torch.uint8).numpy()
+        else:
+            raw = array.tobytes()
         total.update(f"{name}|{array.dtype}|{tuple(array.shape)}|".encode())
-        total.update(array.reshape(-1).view(torch.uint8).numpy())
+        total.update(raw)
     return total.hexdigest()
