@@ -17,7 +17,7 @@ from tests.faults.generator.run import report, run, untried
 from tests.faults.generator.trainer_cases import unlisted
 
 COUNT = 6_000
-"""Every combination of layer, operation and observer twice or more: some minutes on two cores."""
+"""Every combination of layer, operation and observer once, and those with a quick observer more often: minutes."""
 
 
 @pytest.fixture(scope="module")
