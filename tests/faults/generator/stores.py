@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from softlabels.documents import seal
-from softlabels.store.store_documents import load_manifest, store_digest
+from softlabels.store.store_documents import load_manifest, load_plan, store_digest
 from softlabels.transfer_set import ArrayTransferSet
 from tests.faults.fork_server import KINDS, MORE_KINDS, SAMPLES, Kind
 
@@ -169,6 +169,8 @@ class Stores:
             root = folder / name / version
             kind.write(root)
             made._add(version, root, kind)
+            # An unfinished store has the digest of its plan, which two runs of one plan share: the first one's counts.
+            made.models.setdefault(store_digest(load_plan(root)), Model.of(kind))
             if name in WITH_JOB:
                 made.trees[version] |= job_files(seed)
         begun, kind = folder / name / "begun", Kind(name)
