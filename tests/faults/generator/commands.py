@@ -81,7 +81,8 @@ class Commands:
         mixed = False
         with verdict.part("repair"):
             mixed = repair(self.place.root, show=show_with(self._late)).mixed
-            if self._late is not None:
+        if self._late is not None:
+            with verdict.part("repair again"):
                 mixed = repair(self.place.root).mixed
         self._judge_reading(self.place.root, verdict, "read after repair")
         with verdict.part("resume after repair"):
