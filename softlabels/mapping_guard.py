@@ -12,10 +12,10 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
-import fcntl
 import mmap
 import os
 import platform
+import select
 import signal
 import struct
 import sys
@@ -23,7 +23,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from termios import FIONREAD
 from typing import Protocol, TypeVar
 
 from softlabels.errors import ChecksumError
@@ -48,8 +47,6 @@ _ADDRESS_OFFSET, _CODE_OFFSET, _PID_OFFSET = 16, 8, 16
 _IN_MODIFY, _IN_Q_OVERFLOW, _IN_IGNORED = 0x2, 0x4000, 0x8000
 _EVENT = struct.Struct("iIII")
 """inotify_event: watch, mask, cookie, and the length of a name, which events of files do not have."""
-
-_ZERO = bytes(4)
 
 libc = ctypes.CDLL(None, use_errno=True)
 # Types are declared, since ctypes takes others for C ints: addresses and offsets would be cut to 32 bits.
@@ -246,6 +243,7 @@ class FileWatch:
 
     def _reset(self) -> None:
         self._descriptor, self.is_complete = -1, True
+        self._epoll: select.epoll | None = None
         self._slots: dict[int, list[tuple[weakref.ref[Guarded], int]]] = {}
         self._purge_at = 64
         self._lock = threading.Lock()
@@ -255,6 +253,9 @@ class FileWatch:
         with self._lock:
             if self._descriptor < 0 and _IS_LINUX:
                 self._descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+                if self._descriptor >= 0:
+                    self._epoll = select.epoll()
+                    self._epoll.register(self._descriptor, select.EPOLLIN)
             number = -1
             if self._descriptor >= 0:
                 # By the open file itself: its path may lead to another one by now.
@@ -271,15 +272,17 @@ class FileWatch:
     def look(self) -> None:
         """Clear the marks of all mapped files that were written to since the last look."""
         # Locked: another thread has taken the events out of the queue, and may not have cleared the marks yet.
-        # FIONREAD is the cheapest question that threads may ask at the same time: 1 µs.
-        if self._descriptor >= 0 and (self._lock.locked() or fcntl.ioctl(self._descriptor, FIONREAD, _ZERO) != _ZERO):
+        # epoll is the cheapest question that threads may ask at the same time: it adds 1 µs to a gather of 115 µs.
+        # FIONREAD, which takes the lock of the queue, adds 6.
+        if self._epoll is not None and (self._lock.locked() or self._epoll.poll(0)):
             with self._lock, contextlib.suppress(BlockingIOError):
                 while events := os.read(self._descriptor, 1 << 16):
                     self._clear(events)
 
     def after_fork(self) -> None:
         """Start anew in a child process, which shares the queue of its parent and would take events from it."""
-        if self._descriptor >= 0:
+        if self._epoll is not None:
+            self._epoll.close()
             os.close(self._descriptor)
         self._reset()
 
