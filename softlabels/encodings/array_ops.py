@@ -73,6 +73,10 @@ class Ops:
         """Join columns."""
         return self.xp.concatenate(parts, axis=-1)
 
+    def exact_product(self, x: Array, y: Array) -> Array:
+        """Return the matrix product of float32 arrays of whole numbers whose sums are below 2²⁴, without rounding."""
+        return x @ y
+
     def gather(self, x: Array, ids_BK: Array) -> Array:
         """Return x[b, ids[b, k]]."""
         return np.take_along_axis(x, ids_BK, axis=-1)
@@ -157,6 +161,19 @@ class _TorchOps(Ops):
 
     def round(self, x: Array) -> Array:
         return x.round()
+
+    def exact_product(self, x: Array, y: Array) -> Array:
+        if self._rounds_products(x.device.type):
+            # Neither TF32 (11 significant bits) nor autocast applies to float64.
+            return (x.double() @ y.double()).float()
+        return x @ y
+
+    def _rounds_products(self, device: str) -> bool:
+        """Return whether a setting of the process, or of this block, lets float32 products be rounded to fewer bits."""
+        try:
+            return bool(self.xp.is_autocast_enabled(device)) or self.xp.get_float32_matmul_precision() != "highest"
+        except RuntimeError:  # the precision was set for one backend alone, by torch's newer interface
+            return True
 
     def gather(self, x: Array, ids_BK: Array) -> Array:
         return x.gather(-1, ids_BK)

@@ -242,9 +242,7 @@ class Basis(PackedRows):
         first_R = (1 << self.widths_R.astype(np.int64)) - 2
         cells = ops.cast(codes_BR, "i8") + ops.constant(first_R, "i8", codes_BR)
         q_BR = ops.constant(level_table(), "f4", codes_BR)[cells]
-        # Exact only in full float32: TF32 (off by default in torch for matrix products) keeps 11 significant bits,
-        # int16 needs 15.
-        total = q_BR @ self._constant_on(ops, "basis", codes_BR)
+        total = ops.exact_product(q_BR, self._constant_on(ops, "basis", codes_BR))
         total += self._constant_on(ops, "mean", codes_BR)
         total *= 2.0**self.unit_log2  # a power of two: exact
         return total

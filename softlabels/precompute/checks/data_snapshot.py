@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import zlib
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 
 from softlabels.atomic_files import write_atomically
 from softlabels.documents import as_json, canonical_json
-from softlabels.errors import TransferSetChangedError
+from softlabels.errors import ManifestError, TransferSetChangedError
 from softlabels.manifest import IdSpec, TransferSetSpec
 from softlabels.store.sample_index import SampleTable
 from softlabels.transfer_set import TransferSet, sample_fingerprints
@@ -96,21 +97,28 @@ def check_unchanged(store: Path, data: TransferSet) -> None:
         data: transfer set; one without `identity` always passes, since only fingerprints tell it from another.
     Raises:
         TransferSetChangedError: files were added or removed, or changed size or time; the first one is named.
+        ManifestError: the snapshot is damaged.
     """
     path = Path(store) / SNAPSHOT
     if not isinstance(data, SupportsIdentity) or not path.is_file():
         return
     now = map(_escape, data.identity())
-    with gzip.open(path, "rt", encoding="ascii", newline="\n") as file:
-        before = map(_parse, file)
-        for old, new in zip_longest(before, now):
-            if old != new:
-                raise TransferSetChangedError(
-                    f"transfer set {data.name!r} changed under the job: {_difference(old, new, before, now)}. Targets "
-                    "computed so far are of other samples than those still to compute: put the data back as they were "
-                    "and resume, or begin another store. Where the contents are certainly the same (copied, with other "
-                    f"times), delete {path} and resume"
-                )
+    try:
+        with gzip.open(path, "rt", encoding="ascii", newline="\n") as file:
+            before = map(_parse, file)
+            different = next(((old, new) for old, new in zip_longest(before, now) if old != new), None)
+            told = None if different is None else _difference(*different, before, now)
+    except (EOFError, zlib.error, UnicodeError, gzip.BadGzipFile) as error:
+        raise ManifestError(
+            f"{path} is damaged ({error}), so it cannot say whether the data are those that the job began with: delete "
+            "it and resume; the plan's digest of the data and committed rows are compared all the same"
+        ) from error
+    if told is not None:
+        raise TransferSetChangedError(
+            f"transfer set {data.name!r} changed under the job: {told}. Targets computed so far are of other samples than "
+            "those still to compute: put the data back as they were and resume, or begin another store. Where the "
+            f"contents are certainly the same (copied, with other times), delete {path} and resume"
+        )
 
 
 def _difference(old: Fact | None, new: Fact | None, before: Iterator[Fact], now: Iterator[Fact]) -> str:

@@ -68,6 +68,25 @@ class TestBasis:
         torch_bytes = encoding.encode_torch(torch.from_numpy(rows))["targets"].numpy()
         assert (torch_bytes != encoded).mean() < 0.01
 
+    @pytest.mark.parametrize("setting", ["autocast", "high", "medium", "one backend"])
+    def test_settings_that_round_products_change_no_bit(self, learnt: Basis, setting: str) -> None:
+        """Trainers decode under autocast and with TF32: their rows are those that NumPy decodes."""
+        encoded = learnt.encode(low_rank(50, 2))
+        expected = learnt.decode(encoded)
+        given = {name: torch.from_numpy(array) for name, array in encoded.items()}
+        before = torch.get_float32_matmul_precision()
+        try:
+            if setting == "one backend":
+                torch.backends.cuda.matmul.fp32_precision = "tf32"
+            elif setting != "autocast":
+                torch.set_float32_matmul_precision(setting)
+            with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+                decoded = learnt.decode_torch(given)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            torch.set_float32_matmul_precision(before)
+        assert decoded.numpy().tobytes() == expected.tobytes()
+
     def test_the_largest_class_stays_the_largest(self, learnt: Basis) -> None:
         """It is in the head, and no other class reaches it."""
         rows = low_rank(300, 4)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import softlabels
-from softlabels.errors import SoftLabelsError, TransferSetChangedError, UnreadableSampleError
+from softlabels.errors import ManifestError, SoftLabelsError, TransferSetChangedError, UnreadableSampleError
 from softlabels.precompute import load_job, precompute, resume
 from softlabels.precompute.checks.data_snapshot import SNAPSHOT
 from softlabels.store.verify import verify
@@ -153,6 +153,18 @@ class TestFinish:
         digest = precompute(load_job(folder / "job.toml")).digest
         rewritten(folder)
         assert precompute(load_job(folder / "job.toml")).digest == digest
+
+    @pytest.mark.parametrize(
+        "damage", [lambda raw: raw[:-9], lambda raw: b"x" + raw, lambda raw: raw[:40] + b"\xff" * 40]
+    )
+    def test_a_damaged_note_is_refused_by_name(self, stopped: Path, damage: Callable[[bytes], bytes]) -> None:
+        """With what to do; without it the job goes on, and the digest in the plan is compared."""
+        note = stopped / "store" / SNAPSHOT
+        note.write_bytes(damage(note.read_bytes()))
+        with pytest.raises(ManifestError, match="is damaged"):
+            resume(stopped / "store")
+        note.unlink()
+        assert resume(stopped / "store").finished
 
     def test_the_note_is_no_part_of_the_store(self, folder: Path) -> None:
         """`verify` passes with it, without it, and with another one."""
