@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 import numpy as np
 
-from softlabels.documents import Document, parse_document
-from softlabels.errors import ConflictError, FingerprintMismatchError, RequestError, StoreChangedError
+from softlabels.documents import Document, canonical_json, parse_document
+from softlabels.errors import ChecksumError, ConflictError, FingerprintMismatchError, RequestError, StoreChangedError
 from softlabels.extras import needs_extra
 from softlabels.order import EpochConfig, EpochOrder, RankBatches, Remainder
+from softlabels.row_sums import crc32c
 
 with needs_extra("torch", "training a student"):
     import torch.distributed
@@ -46,7 +47,8 @@ class EpochProgress:
 class SavedState(Document, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """A sampler state as checkpoints store it: the progress, and everything that the epoch order depends on.
 
-    Unknown keys are ignored, since workers of a loader add some.
+    A worker of a stream adds its number, their count, and the batches it took. `sum` is the CRC-32C of all other fields
+    as canonical JSON; states of earlier versions have none. Unknown keys are ignored.
     """
 
     format: Literal["softlabels-place/1"]
@@ -59,6 +61,10 @@ class SavedState(Document, frozen=True, kw_only=True, forbid_unknown_fields=Fals
     shuffle: bool
     block: int | None = None
     data: str = ""
+    worker: _Count = 0
+    workers: Annotated[int, msgspec.Meta(ge=1)] = 1
+    taken: _Count | None = None
+    sum: int | None = None
 
 
 class SamplerState:
@@ -78,13 +84,7 @@ class SamplerState:
     """
 
     def __init__(
-        self,
-        config: EpochConfig,
-        *,
-        digest: str,
-        samples: int,
-        data: str = "",
-        ranks: tuple[int, int] | None = None,
+        self, config: EpochConfig, *, digest: str, samples: int, data: str = "", ranks: tuple[int, int] | None = None
     ) -> None:
         self.config, self.digest, self.samples, self.data = config, digest, samples, data
         self._ranks = ranks
@@ -164,27 +164,26 @@ class SamplerState:
         self._in_pass = False
         self._loaded, self._pinned = True, False
 
-    def state_at(self, progress: EpochProgress) -> dict[str, Any]:
+    def state_at(self, progress: EpochProgress, **worker: int) -> dict[str, Any]:
         """Return a saved state with this progress, ready for JSON; the fields of `SavedState`."""
-        config = self.config
-        return {
-            "format": "softlabels-place/1",
-            **asdict(progress),
-            "digest": self.digest,
-            "samples": self.samples,
-            "seed": config.seed,
-            "shuffle": config.shuffle,
-            "block": config.block,
-            "data": self.data,
-        }
+        own = {"digest": self.digest, "samples": self.samples, "data": self.data}
+        order = {name: getattr(self.config, name) for name in ("seed", "shuffle", "block")}
+        fields = {"format": "softlabels-place/1", **asdict(progress), **own, **order, **worker}
+        return {**fields, "sum": crc32c(canonical_json(fields))}
 
     def progress_in(self, state: Mapping[str, Any]) -> EpochProgress:
-        """Return the progress in a saved state.
+        """Return the progress in a saved state; raises as `check`."""
+        saved = self.check(state)
+        return EpochProgress(epoch=saved.epoch, cursor=saved.cursor, batches=saved.batches)
+
+    def check(self, state: Mapping[str, Any]) -> SavedState:
+        """Return a saved state of this training run.
 
         Raises:
             RequestError: not a sampler state.
             StoreChangedError, FingerprintMismatchError, ConflictError: the state of another training run; the message
                 names what differs.
+            ChecksumError: a field was changed after the state was saved.
         """
         saved = parse_document(dict(state), SavedState, what="sampler state", error=RequestError)
         own = self.state_at(self.progress)
@@ -193,7 +192,13 @@ class SamplerState:
                 raise _mismatch(name, getattr(saved, name), own[name])
         if saved.cursor > self.samples:
             raise RequestError(f"the saved cursor is {saved.cursor}, in an epoch of {self.samples} samples")
-        return EpochProgress(epoch=saved.epoch, cursor=saved.cursor, batches=saved.batches)
+        summed = {name: state[name] for name in SavedState.__struct_fields__ if name in state and name != "sum"}
+        if saved.sum not in (None, crc32c(canonical_json(summed))):
+            raise ChecksumError(
+                "the sampler state was changed after it was saved: samples would be repeated or skipped; load another "
+                "checkpoint, or, if you changed it on purpose, leave `sum` out"
+            )
+        return saved
 
     def _advance(self, progress: EpochProgress, *, last: bool) -> None:
         self.progress, self._in_pass = progress, not last
@@ -201,7 +206,10 @@ class SamplerState:
 
 
 class ResumableEpochs:
-    """Epochs whose progress can be saved and resumed; the base of samplers, streams and loaders."""
+    """Epochs whose progress can be saved and resumed; the base of samplers, streams and loaders.
+
+    Without `set_epoch`, a completed pass is followed by the next epoch, and an interrupted one starts over.
+    """
 
     state: SamplerState
 
@@ -211,10 +219,7 @@ class ResumableEpochs:
         return self.state.upcoming.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass; if a state in it was loaded, the pass continues from there.
-
-        Without a call, a completed pass is followed by the next epoch, and an interrupted one starts over.
-        """
+        """Choose the epoch of the next pass; if a state in it was loaded, the pass continues from there."""
         self.state.set_epoch(epoch)
 
     def begin_at(self, progress: EpochProgress) -> None:
@@ -227,12 +232,7 @@ class ResumableEpochs:
         return self.state.state_at(self.state.progress)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state, also with other ranks, workers or batch size.
-
-        Raises:
-            RequestError: not a sampler state.
-            StoreChangedError, FingerprintMismatchError, ConflictError: the state of another training run.
-        """
+        """Continue from a saved state, also with other ranks, workers or batch size; raises as `SamplerState.check`."""
         self.state.resume_at(self.state.progress_in(state))
 
 

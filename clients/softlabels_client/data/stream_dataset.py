@@ -102,8 +102,7 @@ class SoftTargetStream(ResumableEpochs, IterableDataset[DistillationBatch]):
         if self._shard is None:
             return super().state_dict()
         shard = self._shard
-        own = {"worker": shard.worker, "workers": shard.workers, "taken": shard.taken}
-        return self.state.state_at(shard.start) | own
+        return self.state.state_at(shard.start, worker=shard.worker, workers=shard.workers, taken=shard.taken)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state. In a worker, from that of the same worker out of equally many.
@@ -111,19 +110,20 @@ class SoftTargetStream(ResumableEpochs, IterableDataset[DistillationBatch]):
         Raises:
             RequestError: not a sampler state.
             StoreChangedError, FingerprintMismatchError, ConflictError: the state of another training run, or worker.
+            ChecksumError: a field was changed after the state was saved.
         """
-        progress = self.state.progress_in(state)
+        saved, progress = self.state.check(state), self.state.progress_in(state)
         shard = _WorkerShard.of_this_process(self.state.config_at(progress), progress)
-        saved, here = (state.get("worker", 0), state.get("workers", 1)), (shard.worker, shard.workers)
-        if saved != here and "taken" in state:
+        before, here = (saved.worker, saved.workers), (shard.worker, shard.workers)
+        if before != here and saved.taken is not None:
             raise ConflictError(
-                f"the state was saved in worker {saved[0]} of {saved[1]}, this is worker {here[0]} of {here[1]}: use "
+                f"the state was saved in worker {before[0]} of {before[1]}, this is worker {here[0]} of {here[1]}: use "
                 "equally many workers, or `stream_loader`, whose state resumes under any number",
-                kept=saved,
+                kept=before,
                 yours=here,
             )
         if get_worker_info() is not None:
-            shard.taken = int(state.get("taken", 0))
+            shard.taken = saved.taken or 0
             self._shard = shard
         else:
             self.state.resume_at(progress)

@@ -155,8 +155,7 @@ class _SamplerStateCallback(TrainerCallback, ExportableState):
         if not state.global_step or not isinstance(saved, dict):
             return
         before, here = saved["attributes"]["place"], self._sampler_state()
-        sampler.state.progress_in(before)
-        if before != here:
+        if sampler.state.progress_in(before) != sampler.state.progress_in(here):
             raise ConflictError(
                 f"after {state.global_step} steps the checkpoint had trained on {before['cursor']} samples of epoch "
                 f"{before['epoch']}; with these ranks, batch size and accumulation it would be {here['cursor']} of "

@@ -16,8 +16,9 @@ from softlabels.errors import DivergenceError, RequestError
 from softlabels.extras import needs_extra
 from softlabels.progress import QUIET, Progress
 from softlabels_client.data.dataset import SoftTargetDataset
+from softlabels_client.data.sampler import EpochProgress
 from softlabels_client.data.stream_dataset import epoch_loader
-from softlabels_client.training.checkpoint import CheckpointFolder
+from softlabels_client.training.checkpoint import CheckpointFolder, weights_digest
 from softlabels_client.training.settings import DistillSettings
 from softlabels_client.training.step import ErrorCount, batch_sums, make_optimizer, make_scheduler
 from softlabels_client.training.training_log import LogRow, PairRecord, TrainingLog
@@ -152,7 +153,9 @@ class _Trainer:
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one."""
-        if self.checkpoints is not None and (saved := self.checkpoints.newest()) is not None:
+        if self.checkpoints is not None and (saved := self.checkpoints.newest()) is None:
+            self.checkpoints.run = weights_digest(self.student)
+        elif self.checkpoints is not None:
             check_same_training(saved["training"], self.identity, where=str(self.checkpoints.path))
             load_student(self.student, saved)
             load_optimizer(self.optimizer, saved["optimizer"])
@@ -160,8 +163,7 @@ class _Trainer:
             set_rng_states(saved["draws"], self.device)
             self.state = TrainingState.from_tree(saved["state"], self.device)
             # The identity above covers the loader's order; only the position in it is new.
-            progress = {"epoch": self.state.epoch, "cursor": self.state.cursor}
-            self.loader.load_state_dict({**self.loader.state_dict(), **progress})
+            self.loader.begin_at(EpochProgress(epoch=self.state.epoch, cursor=self.state.cursor))
             self.resumed_at = self.state.step
         steps_per_epoch = -(-len(self.dataset) // self.rows_per_step)
         # After the optimizer's state was loaded, which would overwrite the rates that the scheduler sets.

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
 import softlabels
-from softlabels.errors import ConflictError, FingerprintMismatchError, RequestError, StoreChangedError
+from softlabels.errors import ChecksumError, ConflictError, FingerprintMismatchError, RequestError, StoreChangedError
 from softlabels.transfer_set import ArrayTransferSet, Samples
 from softlabels_client import SoftTargetDataset, data_loader
 from softlabels_client.data.dataset import data_identity
@@ -155,6 +155,15 @@ class TestState:
             with pytest.raises(RequestError):
                 sampler().load_state_dict(state)
 
+    @pytest.mark.parametrize("name", ["cursor", "epoch", "batches", "worker", "sum"])
+    def test_a_state_that_was_changed(self, name: str) -> None:
+        """Its own checksum tells: the samples that it skips or repeats would be nobody's wish."""
+        good = json.loads(json.dumps(sampler().state_dict()))
+        sampler().load_state_dict(good)
+        with pytest.raises(ChecksumError, match="sampler state was changed"):
+            sampler().load_state_dict({**good, name: 3})
+        sampler().load_state_dict({**good, name: 3, "sum": None})  # as earlier versions saved it
+
     def test_inputs_are_told_apart_by_their_ids(self, tiny_inputs: ArrayTransferSet) -> None:
         """Another order is another identity; a set that tells no ids is known by some of its samples."""
 
@@ -279,11 +288,11 @@ class TestLoaderState:
 
     def test_ranks_left_without_a_sample_get_an_empty_batch(self, dataset: Any) -> None:
         """So that all have as many: two samples for three ranks."""
-        state = sampler(200).state_dict() | {"cursor": 198}
+        state = sampler(200).state_dict() | {"cursor": 198, "sum": None}
         sizes = []
         for rank in range(3):
             loader = data_loader(dataset, batch_size=8, rank=rank, world_size=3)
-            loader.load_state_dict({**loader.state_dict(), "cursor": state["cursor"]})
+            loader.load_state_dict({**loader.state_dict(), "cursor": state["cursor"], "sum": None})
             (batch,) = loader
             sizes.append(len(batch))
             assert batch.inputs.shape == (len(batch), 4)

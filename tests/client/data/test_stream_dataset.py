@@ -144,7 +144,7 @@ class TestBatches:
             sizes = []
             for rank in range(3):
                 loader = stream_loader(stream_of(store, inputs, rank=rank, world_size=3))
-                loader.load_state_dict({**loader.state_dict(), "cursor": 198})
+                loader.load_state_dict({**loader.state_dict(), "cursor": 198, "sum": None})
                 (batch,) = loader
                 assert batch.inputs.shape == (len(batch), width)
                 sizes.append(len(batch))
@@ -296,7 +296,7 @@ class _KeepsPlaces(torch.utils.data.IterableDataset[Any]):
 
 
 def _fresh(stream: SoftTargetStream) -> dict[str, Any]:
-    return {**stream.state_dict(), "taken": 0}
+    return {**stream.state_dict(), "taken": 0, "sum": None}
 
 
 def _states_in_workers(stream: SoftTargetStream, taken: int) -> list[dict[str, Any]]:

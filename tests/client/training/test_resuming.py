@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -416,8 +417,67 @@ class TestCheckpointFolder:
             with pytest.raises(ManifestError, match="remove it"):
                 read_checkpoint(path)
         save_student(nn.Linear(2, 2), path)
-        with pytest.raises(FormatVersionError, match="softlabels-checkpoint/2"):
+        with pytest.raises(FormatVersionError, match="softlabels-checkpoint/3"):
             read_checkpoint(path)
+
+    def test_run_and_step_are_part_of_the_checksum(self, tmp_path: Path) -> None:
+        """Neither can be another one's, nor can bytes follow the file's end."""
+        folder = CheckpointFolder(tmp_path / "c")
+        folder.run = "0123456789abcdef" * 2
+        path = folder.write(12, {"a": torch.arange(4.0)})
+        whole = path.read_bytes()
+        for old, new in ((b'"step":"12"', b'"step":"13"'), (b"0123456789abcdef", b"0123456789abcdee")):
+            assert old in whole
+            path.write_bytes(whole.replace(old, new, 1))
+            with pytest.raises(ChecksumError, match="step-000000000012"):
+                read_checkpoint(path)
+        path.write_bytes(whole + b"\0")
+        with pytest.raises(ManifestError, match="step-000000000012"):
+            read_checkpoint(path)
+
+    def test_a_file_that_changes_after_it_was_read(self, tmp_path: Path) -> None:
+        """The state is in memory of its own, and neither changed nor cut with its file."""
+        folder = CheckpointFolder(tmp_path / "c")
+        path = folder.write(1, {"a": torch.arange(1 << 16)})
+        state = folder.newest()
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            file.write(b"\xff" * 4096)
+            file.truncate()
+        assert torch.equal(state["a"], torch.arange(1 << 16))
+
+    def test_an_older_checkpoint_under_a_newer_name(self, dataset: SoftTargetDataset, tmp_path: Path) -> None:
+        """Replayed from a copy: its own step says so, and removing it resumes from the one before."""
+        straight, resumed = student(), student()
+        distill(straight, dataset, SETTINGS)
+        folder = CheckpointFolder(tmp_path / "c", every=1)
+        with pytest.raises(BrokenOffError):
+            distill(student(), dataset, SETTINGS, progress=Fuse(400), checkpoints=folder)
+        paths = sorted((tmp_path / "c").iterdir())
+        shutil.copyfile(paths[0], paths[-1])
+        with pytest.raises(CheckpointMismatchError, match=f"of step {folder.steps[0]}, under the name of another"):
+            distill(student(), dataset, SETTINGS, checkpoints=CheckpointFolder(folder.path, resume=True))
+        paths[-1].unlink()
+        distill(resumed, dataset, SETTINGS, checkpoints=CheckpointFolder(folder.path, resume=True))
+        assert torch.equal(weights(resumed), weights(straight))
+
+    def test_a_checkpoint_of_another_run(self, dataset: SoftTargetDataset, tmp_path: Path) -> None:
+        """The same arguments and other first weights: what lies among another run's checkpoints is refused."""
+        runs = []
+        for name, first_weights in (("mine", 0), ("theirs", 1)):
+            folder, model = CheckpointFolder(tmp_path / name, every=1), student()
+            with torch.no_grad():
+                next(model.parameters()).add_(first_weights)
+            with pytest.raises(BrokenOffError):
+                distill(model, dataset, SETTINGS, progress=Fuse(400), checkpoints=folder)
+            runs.append(folder)
+        mine, theirs = (folder.path / f"step-{folder.steps[-1]:012}.safetensors" for folder in runs)
+        whole = mine.read_bytes()
+        shutil.copyfile(theirs, mine)
+        with pytest.raises(CheckpointMismatchError, match="began with different weights"):
+            distill(student(), dataset, SETTINGS, checkpoints=CheckpointFolder(tmp_path / "mine", resume=True))
+        mine.write_bytes(whole)
+        distill(student(), dataset, SETTINGS, checkpoints=CheckpointFolder(tmp_path / "mine", resume=True))
 
     @pytest.mark.parametrize("numbers", [{"every": 0}, {"keep": 0}, {"keep": True}], ids=str)
     def test_numbers_that_cannot_be(self, tmp_path: Path, numbers: dict[str, Any]) -> None:
