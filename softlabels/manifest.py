@@ -356,6 +356,19 @@ def _check_parts(manifest: Manifest) -> None:
         raise ValueError(f"arrays.{INPUTS} needs the layout 'single', one row a sample")
 
 
+def store_digest(manifest: Manifest) -> str:
+    """Return the digest that identifies this version of the store to caches and clients."""
+    if manifest.finished:
+        return manifest.digest
+    # Not the plan's own digest: nothing cached from an unfinished store may pass for the finished one.
+    return hashlib.sha256(b"unfinished" + bytes.fromhex(manifest.digest)).hexdigest()
+
+
+def constant_path(name: str) -> str:
+    """Return the path in a store of an array that the encoding learnt, whose digest is in `metadata_sha256`."""
+    return f"encoding/{name}.npy"
+
+
 def check_encoding(manifest: Manifest, encoding: Encoding) -> Encoding:
     """Return the encoding; raise ManifestError unless it writes the arrays that the manifest lists."""
     for name, spec in encoded_arrays(encoding, manifest.members).items():

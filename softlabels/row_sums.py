@@ -173,19 +173,21 @@ def _shift(count: int) -> _Operator:
 def _shift_one() -> _Operator:
     values = _bytes_in_place()
     for _ in range(8):
-        values = (values >> np.uint32(1)) ^ np.where(values & np.uint32(1), np.uint32(_POLYNOMIAL), np.uint32(0))
+        values = (values >> np.uint32(1)) ^ (values & np.uint32(1)) * np.uint32(_POLYNOMIAL)
     return values
 
 
 def _bytes_in_place() -> _Operator:
     """Return the map that changes nothing."""
-    return np.arange(256, dtype=np.uint32) << (8 * np.arange(4, dtype=np.uint32))[:, None]
+    table: _Operator = np.arange(256, dtype=np.uint32) << (8 * np.arange(4, dtype=np.uint32))[:, None]
+    return table
 
 
 def _apply(operator: _Operator, crcs: NDArray[np.uint32]) -> NDArray[np.uint32]:
     byte = np.uint32(255)
     low = operator[0][crcs & byte] ^ operator[1][(crcs >> np.uint32(8)) & byte]
-    return low ^ operator[2][(crcs >> np.uint32(16)) & byte] ^ operator[3][crcs >> np.uint32(24)]
+    mapped: NDArray[np.uint32] = low ^ operator[2][(crcs >> np.uint32(16)) & byte] ^ operator[3][crcs >> np.uint32(24)]
+    return mapped
 
 
 def _sums_of_columns(flat: NDArray[np.uint8]) -> NDArray[np.uint32]:

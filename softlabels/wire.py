@@ -1,8 +1,11 @@
-"""Wire formats: named arrays as one safetensors file (NumPy alone), and errors as RFC 9457 problem details.
+"""Wire formats: named arrays as one safetensors file, bound to the question they answer, and errors as problem details.
 
 safetensors (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length H; H bytes of JSON,
 `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}`, padded with spaces so that
 data begin at a multiple of 8; then the arrays' bytes, in the order of the header, without gaps.
+
+The last array of a reply, `crc32c`, is the CRC-32C of the question and of every byte of the file before it. The client
+computes it over the question that it asked: a reply to another one, however whole, has another checksum. Docs: http.md.
 """
 
 from __future__ import annotations
@@ -16,7 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.documents import as_json, canonical_json
 from softlabels.errors import ConflictError, NotFoundError, RequestError, SoftLabelsError, WireError, rebuild_error
+from softlabels.ids import IdArray, id_kind
+from softlabels.order import EpochConfig
+from softlabels.row_sums import bytes_of, crc32c
 
 MEDIA_TYPE = "application/vnd.safetensors"
 """Media type of a batch reply."""
@@ -27,11 +34,23 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_AXES = 32
 """More than any array here has; NumPy's own limit is 64."""
 
-CHECKSUM = "checksum"
-"""The last array of a reply, uint64 [1]; see `checksum_of`."""
+CHECKSUM = "crc32c"
+"""The last array of a reply, uint32 [1]."""
 
-END_FORMAT = "softlabels-end/1"
-"""Format name in the metadata of a stream's last frame; see docs/http.md."""
+CHECKSUM_BYTES = 4
+
+BATCH_FORMAT = "softlabels-batch/2"
+EPOCH_FORMAT = "softlabels-epoch/2"
+END_FORMAT = "softlabels-end/2"
+ERROR_FORMAT = "softlabels-error/1"
+CONSTANTS_FORMAT = "softlabels-constants/2"
+"""`format` in the metadata of a batch, a frame, a stream's last frame, a frame with an error, and of constants."""
+
+CHECKSUM_HEADER = "softlabels-crc32c"
+"""Header of replies in other formats: CRC-32C of the question and the whole body, eight hex digits."""
+
+VERIFY_HEADER = "softlabels-verify"
+"""Header of a request whose reply failed its checksum before: the server compares the rows with what was written."""
 
 PROBLEM_TYPE_PREFIX = "urn:softlabels:error:"
 
@@ -40,10 +59,12 @@ _TO_WIRE = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32"
 _FROM_WIRE = {wire: np.dtype(numpy) for numpy, wire in _TO_WIRE.items()}
 
 
-def header_bytes(shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(
+    shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str], *, size_bytes: int = 0
+) -> bytes:
     """Return the length field and header of a safetensors file whose arrays have these dtypes and shapes.
 
-    Arrays follow in the order of the mapping; with wider dtypes first, all are aligned.
+    Arrays follow in the order of the mapping; with wider dtypes first, all are aligned. Padded to `size_bytes`.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
@@ -53,40 +74,86 @@ def header_bytes(shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], me
         table[name] = {"dtype": wire_name, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text = text.ljust(max(len(text) + -len(text) % 8, size_bytes - 8))
     return len(text).to_bytes(8, "little") + text
 
 
-def word_sum(array: NDArray[Any]) -> int:
-    """Return the sum of an array's bytes as little-endian 64-bit words, modulo 2⁶⁴; the last word is padded with zeros.
-
-    It detects every single flipped bit, and other changes with high probability, at memory speed; the checksums of
-    the standard library are far slower. Sums of parts of whole words add up to the sum of the whole.
-    """
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    whole = len(flat) & ~7
-    # NumPy wraps around silently when it adds integers, which is the sum modulo 2⁶⁴.
-    total = int(np.add.reduce(flat[:whole].view("<u8"), dtype=np.uint64))
-    return (total + int.from_bytes(flat[whole:].tobytes(), "little")) % (1 << 64)
-
-
-def checksum_of(arrays: Iterable[NDArray[Any]]) -> NDArray[np.uint64]:
-    """Return the array `checksum` of a reply, [1]: the sum of the word sums of all its other arrays."""
-    return np.array([sum(map(word_sum, arrays)) % (1 << 64)], dtype="<u8")
-
-
-def to_buffers(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """Return a safetensors file as buffers to send one after the other; the arrays are not copied."""
+def to_bytes(
+    arrays: Mapping[str, NDArray[Any]],
+    metadata: Mapping[str, str],
+    *,
+    question: int | None = None,
+    header_size_bytes: int = 0,
+) -> bytes:
+    """Return a safetensors file; with the checksum of a question, that of question and file follows the arrays."""
     # Widest items first: with a header of whole 8-byte words, every array is aligned to its dtype.
     ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
-    packed = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("<")) for name, array in ordered.items()}
-    header = header_bytes({name: (array.dtype, array.shape) for name, array in packed.items()}, metadata)
-    return [header, *(array.reshape(-1).view(np.uint8).data for array in packed.values())]
+    shapes = {name: (array.dtype, array.shape) for name, array in ordered.items()}
+    if question is not None:
+        shapes[CHECKSUM] = (np.dtype("<u4"), (1,))
+    header = header_bytes(shapes, metadata, size_bytes=header_size_bytes)
+    file = b"".join([header, *map(bytes_of, ordered.values())])
+    return file if question is None else file + crc32c(file, question).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def to_bytes(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file in one piece."""
-    return b"".join(to_buffers(arrays, metadata))
+def batch_question(
+    digest: str,
+    *,
+    columns: Iterable[str],
+    fields: Iterable[str] | None,
+    temperature: float | None = None,
+    decode: str | None = None,
+) -> int:
+    """Return the checksum of a batch's question up to its columns, whose bytes continue it; see `column_bytes`.
+
+    Args:
+        digest: version of the store.
+        columns: names of the columns of the request, in order, `ids` first.
+        fields, temperature, decode: as in the request; None where it leaves them out.
+    """
+    question = {
+        "question": "batch",
+        "digest": digest,
+        "columns": list(columns),
+        "fields": None if fields is None else list(fields),
+        "temperature": None if temperature is None else float(temperature),
+        "decode": decode,
+    }
+    return crc32c(canonical_json(question) + b"\n")
+
+
+def column_bytes(ids: IdArray, *others: NDArray[np.int64] | None) -> bytes:
+    """Return the columns of a batch's question: a binary request body; string ids as canonical JSON."""
+    first = canonical_json(ids.tolist()) if id_kind(ids) == "str" else np.ascontiguousarray(ids, "<i8").tobytes()
+    return b"".join([first, *(np.ascontiguousarray(other, "<i8").tobytes() for other in others if other is not None)])
+
+
+def epoch_question(
+    digest: str, config: EpochConfig, *, fields: Iterable[str] | None, temperature: float | None = None
+) -> int:
+    """Return the checksum of an epoch's question up to the cursor, which `frame_question` continues."""
+    epoch = {name: value for name, value in as_json(config).items() if name != "cursor"}
+    question = {
+        "question": "epoch",
+        "digest": digest,
+        "epoch": epoch,
+        "fields": None if fields is None else list(fields),
+        "temperature": None if temperature is None else float(temperature),
+    }
+    return crc32c(canonical_json(question) + b"\n")
+
+
+def frame_question(epoch: int, cursor: int) -> int:
+    """Return the checksum of a frame's question: its epoch's, and the cursor before the frame.
+
+    The last frame has the cursor at which the stream began, which its counts are counted from.
+    """
+    return crc32c(b"%d\n" % cursor, epoch)
+
+
+def is_intact(file: memoryview, question: int) -> bool:
+    """Return whether a file ends with the checksum of this question and of its own bytes."""
+    return crc32c(file[:-CHECKSUM_BYTES], question) == int.from_bytes(file[-CHECKSUM_BYTES:], "little")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +278,17 @@ def to_problem(error: SoftLabelsError) -> dict[str, Any]:
         "code": error.code,
         "context": error.context,
     }
+
+
+def problem_in(layout: TensorLayout) -> SoftLabelsError:
+    """Return the error that a frame of format `softlabels-error/1` carries. Raises WireError if it carries none."""
+    try:
+        problem = json.loads(layout.metadata["problem"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise WireError(f"a frame announces an error and carries none: {error!r}") from error
+    if not isinstance(problem, dict):
+        raise WireError("a frame announces an error, and its problem details are not a JSON object")
+    return from_problem(problem)
 
 
 def from_problem(problem: Mapping[str, Any]) -> SoftLabelsError:

@@ -111,11 +111,6 @@ class ArrayReader:
                     rows=[row, row],
                 )
 
-    def word_sum(self, field: str, rows_B: NDArray[np.int64]) -> int | None:
-        """Return the sum of the 64-bit words of gathered rows, modulo 2⁶⁴; None where sums are not kept."""
-        array = self._mapped.get(field)
-        return None if array is None else array.word_sum(rows_B)
-
     def close(self) -> None:
         """Release the mapped files."""
         self._mapped.clear()

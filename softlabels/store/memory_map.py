@@ -14,13 +14,10 @@ from numpy.typing import NDArray
 from softlabels.manifest import ArraySpec, Manifest
 from softlabels.row_sums import masks
 from softlabels.store.address_space import ALIGNMENT_BYTES, AddressSpace
-from softlabels.store.chunks import CHECKSUM_BYTES, Part, chunk_stride, sums_path
+from softlabels.store.chunks import Part, chunk_stride, sums_path
 from softlabels.store.containers import StoreContainer
 from softlabels.store.ledger import Receipt
 from softlabels.store.safe_open import OpenFolder
-
-MIN_SUMMED_ROW_BYTES, MAX_SUMMED_ROWS = 256, 1 << 25
-"""Sums are kept for rows of at least this size, and at most this many of them: 8 bytes each, 256 MiB in all."""
 
 _SUM_BYTES = 4
 
@@ -86,9 +83,6 @@ class MappedArray(MappedRows):
             blocks_per_shard=shards.rows_per_shard // shards.rows_per_chunk,
             block_bytes=chunk_stride(spec, shards.rows_per_chunk),
         )
-        summed = self._row_bytes % 8 == 0 and self._row_bytes >= MIN_SUMMED_ROW_BYTES
-        rows = shards.count * shards.rows_per_shard
-        self._sums = np.zeros(rows, dtype=np.uint64) if summed and rows <= MAX_SUMMED_ROWS else None
 
     def verify(self, chunk: int, part: Part, folder: OpenFolder, container: StoreContainer) -> bool:
         """Mark a chunk, counted through the whole store, if it is what was written; return whether it is.
@@ -109,12 +103,6 @@ class MappedArray(MappedRows):
         found = np.frombuffer(self._space.buffer[begin : begin + self._block_bytes], dtype=np.uint8)
         intact = container.is_as_written(found, part, local)
         if intact:
-            if self._sums is not None:
-                # Sums of the bytes that were verified just now: what is sent later must still add up to them.
-                # Words may be unaligned, since 4 bytes of checksum follow each chunk; NumPy reads those correctly.
-                words = found[:-CHECKSUM_BYTES].reshape(self._rows_per_block, -1).view("<u8")
-                first = chunk * self._rows_per_block
-                self._sums[first : first + self._rows_per_block] = words.sum(axis=1, dtype=np.uint64)
             self._mark(chunk, begin, generation)
         return intact or self._space.generation != generation
 
@@ -122,10 +110,6 @@ class MappedArray(MappedRows):
         """Copy rows, [B, *row_shape]; None as in `gather`."""
         found = self.gather(rows_B)
         return None if found is None else found.view(self._dtype).reshape(len(rows_B), *self._row_shape)
-
-    def word_sum(self, rows_B: NDArray[np.int64]) -> int | None:
-        """Return the sum of gathered rows' 64-bit words, as they were when verified; None where sums are not kept."""
-        return None if self._sums is None else int(self._sums.take(rows_B).sum(dtype=np.uint64))
 
 
 class MappedSums(MappedRows):
@@ -160,4 +144,4 @@ class MappedSums(MappedRows):
         if found is None:
             return None
         salts_B = self._salts.take(rows_B // self._rows_per_block)
-        return found.view("<u4").reshape(len(rows_B), -1) ^ masks(salts_B, rows_B)[:, None]
+        return found.view("<u4").reshape(len(rows_B), self._row_bytes // _SUM_BYTES) ^ masks(salts_B, rows_B)[:, None]

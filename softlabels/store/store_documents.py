@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
 from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError, UnknownStoreError
-from softlabels.manifest import Manifest, check_encoding
+from softlabels.manifest import Manifest, check_encoding, constant_path
+from softlabels.manifest import store_digest as store_digest
 from softlabels.store.safe_open import OpenFolder, StoreRoot, safe_read
 
 MANIFEST = "manifest.json"
@@ -62,14 +63,6 @@ def plan_digest(manifest: Manifest) -> str:
     return manifest.plan_sha256 or manifest.digest
 
 
-def store_digest(manifest: Manifest) -> str:
-    """Return the digest that identifies this version of the store to caches and clients."""
-    if manifest.finished:
-        return manifest.digest
-    # Not the plan's own digest: nothing cached from an unfinished store may pass for the finished one.
-    return hashlib.sha256(b"unfinished" + bytes.fromhex(manifest.digest)).hexdigest()
-
-
 def npy_bytes(array: NDArray[Any]) -> bytes:
     """Return an array as the contents of a `.npy` file."""
     buffer = io.BytesIO()
@@ -79,7 +72,7 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 
 def constant_files(encoding: Encoding) -> dict[str, bytes]:
     """Return the files of an encoding's learnt arrays, by path; none for most encodings."""
-    return {_constant_path(name): npy_bytes(array) for name, array in encoding.constants.items()}
+    return {constant_path(name): npy_bytes(array) for name, array in encoding.constants.items()}
 
 
 def load_encoding(root: StoreRoot, manifest: Manifest) -> Encoding:
@@ -88,13 +81,9 @@ def load_encoding(root: StoreRoot, manifest: Manifest) -> Encoding:
     Raises:
         ManifestError: a learnt array is missing or damaged, or the store's arrays are not of this encoding.
     """
-    paths = {name: _constant_path(name) for name in manifest.encoding.constants}
+    paths = {name: constant_path(name) for name in manifest.encoding.constants}
     constants = {name: load_listed_npy(root, path, manifest) for name, path in paths.items()}
     return check_encoding(manifest, manifest.make_encoding(constants))
-
-
-def _constant_path(name: str) -> str:
-    return f"encoding/{name}.npy"
 
 
 def load_listed_npy(root: StoreRoot, path: str, manifest: Manifest) -> NDArray[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,15 @@ from softlabels.targets import EpochRows
 
 Verify: TypeAlias = Literal["first-read", "every-read"]
 """How often rows are compared with what was written, see `LocalRows`."""
+
+
+class SelectedRows(NamedTuple):
+    """Numbers of the R rows of B samples, positions [B], `row_offsets` [B + 1] of sequences, ids the rows must have."""
+
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    row_offsets: NDArray[np.int64] | None = None
+    ids: IdArray | None = None
 
 
 class LocalRows:
@@ -98,18 +107,57 @@ class LocalRows:
             UnknownIdError, BadIdsError, UnknownFieldError, RequestError, RowsNotCommittedError, ChecksumError,
             TruncatedError.
         """
+        return self.read(self.select(ids, views=views, spans=spans), fields)
+
+    def every_read(self) -> LocalRows:
+        """Return a reader of the same open files that compares each row it returns with what was written."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _verify="every-read")
+        return other
+
+    @of_one_version
+    def select(
+        self, ids: IdArray, *, views: NDArray[np.int64] | None = None, spans: NDArray[np.int64] | None = None
+    ) -> SelectedRows:
+        """Return the rows of these ids, whose arrays `read` returns and whose sums `row_sums`. Raises as `fetch`."""
         positions = self.positions_of(ids)
         layout = self.manifest.layout
         if layout.kind == "sequences":
             _check(views is None, f"{self.manifest.name!r} keeps sequences, not views: ask for spans")
-            return self._fetch_sequences(positions, fields, spans)
+            rows, row_offsets = self._sequences.rows(positions, spans)
+            return SelectedRows(rows=rows, positions=positions, row_offsets=row_offsets)
         _check(spans is None, f"{self.manifest.name!r} keeps no sequences: it has no spans to ask for")
         rows = positions
         if layout.kind == "views":
             rows = positions * layout.views + _checked_views(views, len(ids), self.manifest)
         else:
             _check(views is None, f"{self.manifest.name!r} keeps one row a sample: it has no views to ask for")
-        return self.fetch_rows(rows, fields, ids=ids)
+        return SelectedRows(rows=rows, positions=positions, ids=ids)
+
+    @of_one_version
+    def select_at(self, positions_B: NDArray[np.int64], *, view: int | None = None) -> SelectedRows:
+        """Return the rows of the samples at these positions of a finished store, all of one view."""
+        layout = self.manifest.layout
+        if layout.kind == "sequences":
+            rows, row_offsets = self._sequences.rows(positions_B, None)
+            return SelectedRows(rows=rows, positions=positions_B, row_offsets=row_offsets)
+        rows = positions_B if view is None else positions_B * layout.views + view
+        return SelectedRows(rows=rows, positions=positions_B)
+
+    @of_one_version
+    def read(self, selected: SelectedRows, fields: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        """Return these rows, with the arrays of `fetch`; raise as it does."""
+        if selected.row_offsets is None:
+            return self.fetch_rows(selected.rows, fields, ids=selected.ids)
+        # Ids and fingerprints of sequences are kept beside their rows.
+        found = self.fetch_rows(selected.rows, tuple(field for field in fields if field not in (IDS, FINGERPRINTS)))
+        if FINGERPRINTS in fields:
+            found[FINGERPRINTS] = self._sequences.fingerprints(selected.positions)
+        if IDS in fields:
+            assert self._index is not None, "made when positions were looked up"
+            found[IDS] = self._index.ids_at(selected.positions)
+        found[ROW_OFFSETS] = selected.row_offsets
+        return found
 
     def row_counts(self, ids: IdArray) -> NDArray[np.int64]:
         """Return how many rows each of these samples has, [B], without reading them."""
@@ -137,17 +185,6 @@ class LocalRows:
                 )
             self._index = self._open_index()
         return self._index.positions(ids)
-
-    @of_one_version
-    def _fetch_sequences(
-        self, positions: NDArray[np.int64], fields: tuple[str, ...], spans: NDArray[np.int64] | None
-    ) -> dict[str, NDArray[Any]]:
-        rows, row_offsets = self._sequences.rows(positions, spans)
-        found = self.fetch_rows(rows, tuple(field for field in fields if field != FINGERPRINTS))
-        if FINGERPRINTS in fields:
-            found[FINGERPRINTS] = self._sequences.fingerprints(positions)
-        found[ROW_OFFSETS] = row_offsets
-        return found
 
     @of_one_version
     def fetch_rows(
@@ -190,27 +227,7 @@ class LocalRows:
         self, positions_B: NDArray[np.int64], fields: tuple[str, ...], *, view: int | None = None
     ) -> dict[str, NDArray[Any]]:
         """Return rows of the samples at these positions of a finished store, all of one view, as `fetch` does."""
-        layout = self.manifest.layout
-        if layout.kind != "sequences":
-            return self.fetch_rows(positions_B if view is None else positions_B * layout.views + view, fields)
-        found = self._fetch_sequences(positions_B, tuple(field for field in fields if field != IDS), None)
-        if IDS in fields:
-            assert self._index is not None, "the store is finished"
-            found[IDS] = self._index.ids_at(positions_B)
-        return found
-
-    def word_sum_at(self, positions_B: NDArray[np.int64], field: str, *, view: int | None = None) -> int | None:
-        """Return the sum of the 64-bit words of rows that `at_positions` returned, modulo 2⁶⁴, without another read.
-
-        It is of the bytes as they were verified, so that a receiver notices bytes that changed later.
-
-        Returns:
-            None where sums are not kept: short rows, rows that are not whole words, compressed stores, sequences.
-        """
-        layout = self.manifest.layout
-        if layout.kind == "sequences":
-            return None
-        return self._arrays.word_sum(field, positions_B if view is None else positions_B * layout.views + view)
+        return self.read(self.select_at(positions_B, view=view), fields)
 
     def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """Yield the rows of each step of an epoch; raises as `fetch` does."""

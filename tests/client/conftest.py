@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from softlabels import wire
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.manifest import IdSpec, TeacherSpec, TemperatureSpec, TransferSetSpec
+from softlabels.row_sums import crc32c
 from softlabels.store import LocalRows, StoreWriter, plan_store
 from softlabels.transfer_set import ArrayTransferSet, sample_fingerprints
 from softlabels_client import RetryPolicy
@@ -176,18 +178,26 @@ class Impostor:
         """The batch that was asked for, with `change` made to it."""
 
         def act(connection: socket.socket, asked: Asked) -> bool:
-            blob = self.blob(np.frombuffer(asked.body, "<i8"), change)
+            query = dict(parse_qsl(urlsplit(asked.target).query))
+            blob = self.blob(np.frombuffer(asked.body, "<i8"), change, fields=query["fields"].split(","))
             return Peer.whole(200, blob, Content_Type=wire.MEDIA_TYPE)(connection, asked)
 
         return act
 
-    def blob(self, ids: NDArray[np.int64], change: Change | None = None) -> bytes:
-        """A reply's body for these ids."""
+    def blob(
+        self,
+        ids: NDArray[np.int64],
+        change: Change | None = None,
+        *,
+        fields: Iterable[str] = ("targets", "labels", "ids"),
+    ) -> bytes:
+        """A reply's body for these ids, with the checksum of what it holds."""
         arrays = self.rows.fetch(ids, ("targets", "labels", "fingerprints", "ids"))
         metadata = {"digest": self.rows.digest}
         if change is not None:
             change(arrays, metadata)
-        return wire.to_bytes({**arrays, "checksum": wire.checksum_of(arrays.values())}, metadata)
+        question = wire.batch_question(self.rows.digest, columns=["ids"], fields=fields)
+        return wire.to_bytes(arrays, metadata, question=crc32c(wire.column_bytes(ids), question))
 
 
 @pytest.fixture

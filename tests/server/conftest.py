@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
@@ -19,13 +20,14 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load
 
+from softlabels import wire
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.ids import IdArray, id_kind
 from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec
+from softlabels.row_sums import crc32c
 from softlabels.store import StoreWriter, plan_store
 from softlabels.transfer_set import sample_fingerprints
-from softlabels.wire import checksum_of
 from softlabels_server import Settings, StoreFolder, create_app
 from softlabels_server.process.server import listen, make_server, url_of
 
@@ -144,6 +146,7 @@ class Answer:
     status: int
     headers: urllib3.HTTPHeaderDict
     body: bytes
+    question: Callable[[str], int] | None = None
 
     def json(self) -> Any:
         """The body, which is JSON."""
@@ -168,7 +171,9 @@ class Answer:
             metadata = file.metadata()
         assert self.headers["softlabels-digest"] == metadata["digest"]
         arrays = load(self.body)
-        assert arrays.pop("checksum").tolist() == checksum_of(arrays.values()).tolist()
+        assert self.question is not None
+        assert wire.is_intact(memoryview(self.body), self.question(metadata["digest"]))
+        del arrays[wire.CHECKSUM]
         return arrays, metadata
 
 
@@ -181,22 +186,54 @@ class Asker:
         self.port = int(port)
         self._pool = urllib3.PoolManager(maxsize=16, retries=False, timeout=30.0)
 
-    def __call__(self, method: str, path: str, *, body: bytes | None = None, **headers: str) -> Answer:
-        """One request; in header names `_` stands for `-`."""
+    def __call__(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        question: Callable[[str], int] | None = None,
+        **headers: str,
+    ) -> Answer:
+        """One request; in header names `_` stands for `-`. A reply's checksum is compared with that of its question."""
         named = {key.replace("_", "-"): value for key, value in headers.items()}
         reply = self._pool.request(method, self.base + path, body=body, headers=named)
-        return Answer(status=reply.status, headers=reply.headers, body=reply.data)
+        if wire.CHECKSUM_HEADER in reply.headers and question is not None:
+            expected = crc32c(reply.data, question(reply.headers["softlabels-digest"]))
+            assert reply.headers[wire.CHECKSUM_HEADER] == f"{expected:08x}"
+        return Answer(status=reply.status, headers=reply.headers, body=reply.data, question=question)
 
     def batch(self, name: str, document: object, **headers: str) -> Answer:
         """A batch request in JSON; a string is sent as it is."""
         text = document if isinstance(document, str) else json.dumps(document)
         path = f"/v1/stores/{name}/batch"
-        return self("POST", path, body=text.encode(), content_type="application/json", **headers)
+
+        def question(digest: str) -> int:
+            keys: Any = json.loads(text)
+            columns = {key: keys[key] for key in ("ids", "views", "spans") if keys.get(key) is not None}
+            options = {key: keys.get(key) for key in ("fields", "temperature", "decode")}
+            before = wire.batch_question(digest, columns=columns, **options)
+            return crc32c(wire.column_bytes(*map(np.array, columns.values())), before)
+
+        return self("POST", path, body=text.encode(), question=question, content_type="application/json", **headers)
 
     def binary(self, name: str, ids: NDArray[np.int64], query: str = "", **headers: str) -> Answer:
         """A batch request with binary ids."""
-        path = f"/v1/stores/{name}/batch{query}"
-        return self("POST", path, body=ids.astype("<i8").tobytes(), content_type="application/octet-stream", **headers)
+        path, body = f"/v1/stores/{name}/batch{query}", ids.astype("<i8").tobytes()
+
+        def question(digest: str) -> int:
+            keys = dict(parse_qsl(query.removeprefix("?")))
+            temperature = float(keys["temperature"]) if "temperature" in keys else None
+            columns, fields = (
+                keys.get("columns", "ids").split(","),
+                keys["fields"].split(",") if "fields" in keys else None,
+            )
+            before = wire.batch_question(
+                digest, columns=columns, fields=fields, temperature=temperature, decode=keys.get("decode")
+            )
+            return crc32c(body, before)
+
+        return self("POST", path, body=body, question=question, content_type="application/octet-stream", **headers)
 
     def close(self) -> None:
         """Close the connections."""

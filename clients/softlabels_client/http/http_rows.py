@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -23,13 +25,14 @@ from softlabels.errors import (
     WireError,
 )
 from softlabels.ids import IdArray, id_kind
-from softlabels.manifest import IDS, ROW_OFFSETS, Manifest, check_encoding
+from softlabels.manifest import IDS, ROW_OFFSETS, Manifest, check_encoding, constant_path, store_digest
 from softlabels.order import EpochConfig
+from softlabels.row_sums import crc32c
 from softlabels.targets import EpochRows
 from softlabels_client.http.address import parse_address
 from softlabels_client.http.replies import ReplyStream
-from softlabels_client.http.reply_reader import FrameReader, ReplyReader
-from softlabels_client.http.retry import RetryPolicy
+from softlabels_client.http.reply_reader import ErrorFrame, FrameReader, ReplyReader
+from softlabels_client.http.retry import RetryPolicy, SumMismatchError, changed_on_the_way
 from softlabels_client.http.transport import HttpTransport
 
 BINARY = "application/octet-stream"
@@ -70,7 +73,8 @@ class HttpRows:
             self._transport.close()
             raise
         self._reader = ReplyReader(self.manifest, self.digest, self._where)
-        self._queries: dict[tuple[str, ...], str] = {}
+        # By arrays and columns: the query of a binary request, and the checksum of its question up to the columns.
+        self._questions: dict[tuple[str, ...], tuple[str, int]] = {}
 
     @cached_property
     def encoding(self) -> Encoding:
@@ -86,17 +90,9 @@ class HttpRows:
             f"{self._address.path}/constants",
             headers={"Accept": wire.MEDIA_TYPE},
             max_bytes=_MOST_CONSTANT_BYTES,
+            read=self._read_constants,
         )
-        arrays, metadata = wire.from_bytes(reply.body)
-        self._reader.check_version(metadata.get("digest"))
-        if set(arrays) != set(self.manifest.encoding.constants):
-            raise ManifestError(
-                f"{self._where} encodes rows with {', '.join(self.manifest.encoding.constants)} and sent "
-                f"{', '.join(sorted(arrays)) or 'nothing'}: no row can be decoded"
-            )
-        # Copied: constants outlive every batch, and as views they would keep the reply's buffer from being reused.
-        constants = {name: array.copy() for name, array in arrays.items()}
-        return check_encoding(self.manifest, self.manifest.make_encoding(constants))
+        return check_encoding(self.manifest, self.manifest.make_encoding(reply.content))
 
     def fetch(
         self,
@@ -126,15 +122,16 @@ class HttpRows:
         # The ids are always requested, to check that the rows are those of the samples asked for.
         names = tuple(dict.fromkeys((*fields, IDS)))
         most_bytes = self._most_reply_bytes(names, ids, spans)
-        query, body, media_type = self._batch_request(ids, names, views, spans)
+        query, body, media_type, question = self._batch_request(ids, names, views, spans)
         reply = self._transport.request(
             "POST",
             f"{self._address.path}/batch{query}",
             body=body,
             headers={"Content-Type": media_type, "Accept": wire.MEDIA_TYPE},
             max_bytes=most_bytes,
+            read=lambda blob: self._reader.read(blob, names, samples=len(ids), question=question),
         )
-        arrays, _ = self._reader.read(reply.body, names, samples=len(ids))
+        arrays: dict[str, NDArray[Any]] = reply.content
         returned = self._reader.ids_of(arrays[IDS])
         self._reader.check_ids(returned, ids)
         found = {name: arrays[name] for name in fields}
@@ -152,22 +149,31 @@ class HttpRows:
         Raises, while iterating: as `fetch`; a broken stream only once retries are used up.
         """
         names = tuple(dict.fromkeys((*fields, IDS)))
-        failures = 0
+        failures = mismatches = 0
         # No steps are left if the stream broke after the last one: all rows have been yielded.
         while len(steps := config.batches(self.manifest, self.digest)):
             stream: ReplyStream | None = None
             try:
                 query = urlencode({**config.to_query(), "fields": ",".join(names), "digest": self.digest}, safe=",")
-                stream = self._transport.open(f"{self._address.path}/epochs/{config.epoch}?{query}")
-                frames = FrameReader(stream, self._reader, names)
+                path = f"{self._address.path}/epochs/{config.epoch}?{query}"
+                # The server then compares the frame that failed with what was written, before any of it is sent.
+                stream = self._transport.open(path, verify=failures > 0)
+                question = wire.epoch_question(self.digest, config, fields=names)
+                frames = FrameReader(stream, self._reader, names, config, question)
                 for step in steps:
                     rows = frames.read(step)
                     yield rows
                     # Progress resets the count: retries are limited for each break, not for the whole epoch.
-                    config, failures = config.resumed_at(rows.cursor_after), 0
+                    config, failures, mismatches = config.resumed_at(rows.cursor_after), 0, 0
                 frames.read_end(steps)
                 stream.finish()
                 return
+            except ErrorFrame as frame:
+                raise frame.error from None
+            except SumMismatchError:
+                failures, mismatches = failures + 1, mismatches + 1
+                error = changed_on_the_way(self._where)
+                self._transport.pause_or_raise(error, failures, transient=mismatches < 2)
             except SoftLabelsError as error:
                 failures += 1
                 transient = isinstance(error, TruncatedError | WireError | ServerUnreachableError)
@@ -181,11 +187,18 @@ class HttpRows:
         self._transport.close()
 
     def _describe(self) -> tuple[Manifest, str]:
-        reply = self._transport.request(
-            "GET", self._address.path, headers={"Accept": JSON}, max_bytes=MAX_DOCUMENT_BYTES + _SLACK_BYTES
-        )
+        described: tuple[Manifest, str] = self._transport.request(
+            "GET",
+            self._address.path,
+            headers={"Accept": JSON},
+            max_bytes=MAX_DOCUMENT_BYTES + _SLACK_BYTES,
+            read=self._read_description,
+        ).content
+        return described
+
+    def _read_description(self, body: memoryview) -> tuple[Manifest, str]:
         try:
-            document = json.loads(bytes(reply.body))
+            document = json.loads(bytes(body))
             described, digest = document["manifest"], document["digest"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise WireError(
@@ -195,13 +208,29 @@ class HttpRows:
         if not isinstance(described, dict) or not isinstance(digest, str) or not digest:
             raise WireError(f"{self._where} did not answer with a store's description: manifest or digest is missing")
         manifest = Manifest.from_json(described)
-        # The digest of an unfinished store covers more than its plan, so only the server can compute it.
-        if manifest.finished and manifest.digest != digest:
+        if store_digest(manifest) != digest:
             raise ManifestError(
-                f"the manifest from {self._where} has digest {manifest.digest}, announced as {digest}: it was changed "
-                "in transit, or the server runs another version of softlabels"
+                f"the manifest from {self._where} has digest {store_digest(manifest)}, announced as {digest}: it was "
+                "changed in transit, or the server runs another version of softlabels"
             )
         return manifest, digest
+
+    def _read_constants(self, body: memoryview) -> dict[str, NDArray[Any]]:
+        arrays, metadata = wire.from_bytes(body)
+        self._reader.check_version(metadata.get("digest"))
+        if set(arrays) != set(self.manifest.encoding.constants):
+            raise ManifestError(
+                f"{self._where} encodes rows with {', '.join(self.manifest.encoding.constants)} and sent "
+                f"{', '.join(sorted(arrays)) or 'nothing'}: no row can be decoded"
+            )
+        constants = {}
+        for name, array in arrays.items():
+            # The file in the store, whose digest the manifest has: its own header, then the array's bytes.
+            file = metadata.get(f"npy:{name}", "").encode("latin-1", "replace") + array.tobytes()
+            if hashlib.sha256(file).hexdigest() != self.manifest.metadata_sha256.get(constant_path(name)):
+                raise SumMismatchError
+            constants[name] = np.load(io.BytesIO(file), allow_pickle=False)
+        return constants
 
     def _batch_request(
         self,
@@ -209,19 +238,22 @@ class HttpRows:
         names: tuple[str, ...],
         views: NDArray[np.int64] | None,
         spans: NDArray[np.int64] | None,
-    ) -> tuple[str, bytes, str]:
+    ) -> tuple[str, bytes, str, int]:
+        """Return query, body and media type of a batch request, and the checksum of its question."""
         keys = {name: values for name, values in (("views", views), ("spans", spans)) if values is not None}
+        found = self._questions.get((*names, *keys))
+        if found is None:
+            columns = {"columns": ",".join(("ids", *keys))} if keys else {}
+            wanted = {"fields": ",".join(names), "digest": self.digest, **columns}
+            question = wire.batch_question(self.digest, columns=("ids", *keys), fields=names)
+            found = self._questions[*names, *keys] = "?" + urlencode(wanted, safe=","), question
+        columns_sent = wire.column_bytes(ids, *keys.values())
+        question = crc32c(columns_sent, found[1])
         if id_kind(ids) == "str":
             keys_json = {name: values.tolist() for name, values in keys.items()}
             document = {"ids": ids.tolist(), "fields": names, "digest": self.digest, **keys_json}
-            return "", json.dumps(document).encode(), JSON
-        query = self._queries.get((*names, *keys))
-        if query is None:
-            columns = {"columns": ",".join(("ids", *keys))} if keys else {}
-            wanted = {"fields": ",".join(names), "digest": self.digest, **columns}
-            query = self._queries[*names, *keys] = "?" + urlencode(wanted, safe=",")
-        body = b"".join(np.ascontiguousarray(column, dtype="<i8").tobytes() for column in (ids, *keys.values()))
-        return query, body, BINARY
+            return "", json.dumps(document).encode(), JSON, question
+        return found[0], columns_sent, BINARY, question
 
     def _most_reply_bytes(self, names: tuple[str, ...], ids: IdArray, spans: NDArray[np.int64] | None) -> int:
         rows = len(ids)

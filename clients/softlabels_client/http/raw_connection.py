@@ -47,6 +47,16 @@ class RawConnection(http.client.HTTPConnection):
         # Negative: so far the socket object has a timeout, set by `http.client`, and the kernel has none.
         self._waits_s = -1.0
 
+    def is_quiet(self) -> bool:
+        """Return whether nothing has come since the last reply: no bytes that nobody asked for, and no end."""
+        if self._waits_s < 0:
+            self.sock.settimeout(None)  # with a timeout of its own, Python would wait before it looks
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+        return False
+
     def ask(self, head: bytes, body: bytes | None, deadline: Deadline) -> tuple[bytes, bytearray, int, int]:
         """Send a request and read the head of the reply.
 
@@ -82,9 +92,14 @@ class RawConnection(http.client.HTTPConnection):
 
     def parse_unusual(self, method: str, received: bytes) -> http.client.HTTPResponse:
         """Let `http.client` parse a reply whose first bytes, `received`, were read from the socket already."""
-        response = http.client.HTTPResponse(_ReplayedSocket(self.sock, received), method=method)  # type: ignore[arg-type]
+        self._parsed = _ReplayedSocket(self.sock, received)
+        response = http.client.HTTPResponse(self._parsed, method=method)  # type: ignore[arg-type]
         response.begin()
         return response
+
+    def parsed_bytes(self) -> int:
+        """Return how many bytes `http.client` has taken for the reply that it parses, with what it read ahead."""
+        return self._parsed.taken
 
     def use_timeout(self, seconds: float) -> None:
         """Have Python enforce the timeout, for replies that `http.client` reads."""
@@ -128,7 +143,7 @@ class _ReplayedSocket(io.RawIOBase):
     """The two things that `HTTPResponse` uses of a socket: `makefile`, and reads that first return `received`."""
 
     def __init__(self, sock: socket.socket, received: bytes) -> None:
-        self._sock, self._received = sock, memoryview(received)
+        self._sock, self._received, self.taken = sock, memoryview(received), 0
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """Return a file to read from; closing it leaves the socket open."""
@@ -139,11 +154,13 @@ class _ReplayedSocket(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        if not len(self._received):
-            return self._sock.recv_into(view)
-        count = min(len(view), len(self._received))
-        view[:count] = self._received[:count]
-        self._received = self._received[count:]
+        if len(self._received):
+            count = min(len(view), len(self._received))
+            view[:count] = self._received[:count]
+            self._received = self._received[count:]
+        else:
+            count = self._sock.recv_into(view)
+        self.taken += count
         return count
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +26,13 @@ class Reply:
         status: HTTP status.
         headers: by lower-case name.
         body: read-only.
+        content: what the request's `read` made of it.
     """
 
     status: int
     headers: Mapping[str, str]
     body: memoryview
+    content: Any = None
 
 
 @dataclass(kw_only=True, eq=False)

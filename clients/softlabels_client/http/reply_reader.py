@@ -1,7 +1,8 @@
-"""Replies checked against the request: store version, arrays, dtypes, shapes, checksum, ids; whole and in frames."""
+"""Replies checked against the request: checksum, store version, arrays, dtypes, shapes, ids; whole and in frames."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,19 +10,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels import wire
-from softlabels.errors import StoreChangedError, UnknownFieldError, WireError
+from softlabels.errors import FormatVersionError, SoftLabelsError, StoreChangedError, UnknownFieldError, WireError
 from softlabels.ids import IdArray, from_fixed_bytes
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, ArraySpec, Manifest
-from softlabels.order import RankBatches, StepBatch
+from softlabels.order import EpochConfig, RankBatches, StepBatch
 from softlabels.targets import EpochRows
 from softlabels.transfer_set import FINGERPRINT_BYTES
 from softlabels_client.http.replies import ReplyStream
+from softlabels_client.http.retry import SumMismatchError
 
 _MOST_HEADERS = 64
 """Headers remembered; replies to batches of one size have equal headers."""
 
 _MOST_HEADER_BYTES = 1 << 20
 """Longest frame header accepted; real ones name a dozen arrays in under 2 KiB."""
+
+
+_OLDER_FORMATS = frozenset({"softlabels-batch/1", "softlabels-epoch/1", "softlabels-end/1"})
+"""Their checksum misses exchanged words, and they do not say which question they answer."""
+
+
+class ErrorFrame(Exception):  # noqa: N818  not an error of its own
+    """The server ended a stream with the problem in `error`."""
+
+    def __init__(self, error: SoftLabelsError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class ReplyReader:
@@ -37,17 +51,19 @@ class ReplyReader:
         """Return the bytes of a row in these arrays. Raises UnknownFieldError."""
         return sum(self._spec(name).row_bytes for name in names)
 
-    def read(
-        self, blob: memoryview, names: tuple[str, ...], *, samples: int
-    ) -> tuple[dict[str, NDArray[Any]], Mapping[str, str]]:
-        """Return the arrays of a reply, as views of it, and its metadata.
+    def read(self, blob: memoryview, names: tuple[str, ...], *, samples: int, question: int) -> dict[str, NDArray[Any]]:
+        """Return the arrays of a reply, as views of it.
 
         Args:
             blob: body of the reply.
             names, samples: requested arrays, and number of requested samples.
+            question: checksum of the request, see `wire.batch_question`.
         Raises:
-            WireError: cut, inconsistent, or not the requested arrays. StoreChangedError: rows of another version.
+            SumMismatchError: changed on the way, or the reply to another request.
+            WireError: inconsistent, or not the requested arrays. StoreChangedError: rows of another version.
+            FormatVersionError: from a server of an older version.
         """
+        self.check_intact(blob, question)
         header = wire.raw_header(blob)
         # Names and samples are part of the key, since the same header is wrong as the reply to another request.
         layout = self._known.get((header, names, samples))
@@ -59,20 +75,22 @@ class ReplyReader:
             # Row counts of sequences are not part of the header, so those replies are checked each time.
             if ROW_OFFSETS not in arrays:
                 self._known[header, names, samples] = layout
-            return arrays, layout.metadata
-        return self.verified(layout.arrays(blob)), layout.metadata
+            return arrays
+        return layout.arrays(blob)
 
-    def verified(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return the arrays without their checksum. Raises WireError: missing or wrong checksum."""
-        checksum = arrays.pop(wire.CHECKSUM, None)
-        if checksum is None or checksum.dtype != np.dtype("<u8") or checksum.shape != (1,):
-            raise WireError(f"{self._where} sent rows without a checksum, so they cannot be verified")
-        if checksum[0] != wire.checksum_of(arrays.values())[0]:
-            raise WireError(
-                f"rows from {self._where} were changed in transit, since their checksum fails: check the network, or "
-                "the proxy before the server"
-            )
-        return arrays
+    def check_intact(self, blob: memoryview, question: int) -> None:
+        """Raise SumMismatchError unless a file ends with the checksum of this question and of its own bytes."""
+        if wire.is_intact(blob, question):
+            return
+        with contextlib.suppress(WireError):
+            found = wire.parse_header(blob).metadata.get("format")
+            if found in _OLDER_FORMATS:
+                raise FormatVersionError(
+                    f"{self._where} answers in {found}, whose rows cannot be verified: this softlabels reads "
+                    f"{wire.BATCH_FORMAT} and {wire.EPOCH_FORMAT}; upgrade the server",
+                    found=found,
+                )
+        raise SumMismatchError
 
     def ids_of(self, sent: NDArray[Any]) -> IdArray:
         """Return the ids in a reply's array. Raises WireError if they are not UTF-8."""
@@ -107,7 +125,7 @@ class ReplyReader:
         self, layout: wire.TensorLayout, blob: memoryview, names: tuple[str, ...], *, samples: int
     ) -> dict[str, NDArray[Any]]:
         """Return the arrays of a reply whose header is new, checked against the manifest. Raises as `read`."""
-        arrays = self.verified(layout.arrays(blob))
+        arrays = layout.arrays(blob)
         self.check_version(layout.metadata.get("digest"))
         rows = samples
         if self.manifest.layout.kind == "sequences":
@@ -141,29 +159,36 @@ class ReplyReader:
 
 
 class FrameReader:
-    """Reads and checks the frames of an epoch stream; `names` are the requested arrays.
+    """Reads and checks the frames of the stream of an epoch's rest; `names` are the requested arrays.
 
     Every frame is compared with what the client computes itself: the number of samples of the step, the cursor after it
     and, if ids are consecutive integers, the ids.
     """
 
-    def __init__(self, stream: ReplyStream, reader: ReplyReader, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, stream: ReplyStream, reader: ReplyReader, names: tuple[str, ...], config: EpochConfig, question: int
+    ) -> None:
         self._stream, self._reader, self._names = stream, reader, names
+        self._question, self._begin, self._cursor = question, config.cursor, config.cursor
         # The last parsed header, its layout, and the step whose frame it began.
         self._parsed: tuple[bytes, wire.TensorLayout, StepBatch] | None = None
 
     def read(self, step: StepBatch) -> EpochRows:
-        """Return the rows of this step. Raises WireError, TruncatedError, StoreChangedError."""
+        """Return the rows of this step.
+
+        Raises:
+            ErrorFrame, SumMismatchError, WireError, TruncatedError, StoreChangedError, FormatVersionError.
+        """
         header = self._header()
         known = self._known_layout(header, step)
         layout = known or wire.parse_header(header)
-        blob = self._blob(header, layout)
+        blob = self._intact(header, layout, self._cursor)
         if known is None:
             arrays = self._reader.check(layout, blob, self._names, samples=len(step.positions))
             _check_cursor(layout.metadata, step)
             self._parsed = header, layout, step
         else:
-            arrays = self._reader.verified(layout.arrays(blob))
+            arrays = layout.arrays(blob)
         ids = self._reader.ids_of(arrays[IDS])
         first_id = self._reader.manifest.ids.dense_start
         if first_id is not None:
@@ -171,14 +196,17 @@ class FrameReader:
         names = (*self._names, ROW_OFFSETS) if ROW_OFFSETS in arrays else self._names
         found: dict[str, NDArray[Any]] = {name: arrays[name] for name in names}
         found[IDS] = ids
+        self._cursor = step.cursor_after
         return EpochRows(ids=ids, arrays=found, repeated=step.repeated, cursor_after=step.cursor_after)
 
     def read_end(self, steps: RankBatches) -> None:
-        """Read the frame that ends a complete stream. Raises WireError, TruncatedError."""
-        layout = wire.parse_header(self._header())
+        """Read the frame that ends a complete stream. Raises as `read`."""
+        header = self._header()
+        layout = wire.parse_header(header)
+        self._intact(header, layout, self._begin)
         expected = (wire.END_FORMAT, str(steps.batch_count), str(steps.sample_count))
         found = tuple(layout.metadata.get(name) for name in ("format", "batches", "samples"))
-        if layout.entries or found != expected:
+        if found != expected:
             raise WireError(f"the stream ends with {layout.metadata}, not as an epoch of {steps.batch_count} batches")
 
     def _header(self) -> bytes:
@@ -195,14 +223,21 @@ class FrameReader:
             raise WireError("a frame's header is shorter than those before it: the stream is out of step")
         return start + bytes(self._stream.read(8 + length - len(start)))
 
-    def _blob(self, header: bytes, layout: wire.TensorLayout) -> memoryview:
+    def _intact(self, header: bytes, layout: wire.TensorLayout, cursor: int) -> memoryview:
+        """Read the rest of a frame and return all of it, unless it is another one or carries an error."""
         if layout.data_bytes > self._stream.left_bytes:
             raise WireError(f"a frame announces {layout.data_bytes} bytes, more than the stream has left")
         blob = self._stream.buffers.take(len(header) + layout.data_bytes)
         # The header stays before the arrays, because the layout's offsets count from the start of the file.
         blob[: len(header)] = header
         self._stream.read_into(blob[len(header) :])
-        return blob.toreadonly()
+        blob = blob.toreadonly()
+        if layout.metadata.get("format") == wire.ERROR_FORMAT:
+            # An error is in place of the next frame, also of the last.
+            self._reader.check_intact(blob, wire.frame_question(self._question, self._cursor))
+            raise ErrorFrame(wire.problem_in(layout))
+        self._reader.check_intact(blob, wire.frame_question(self._question, cursor))
+        return blob
 
     def _known_layout(self, header: bytes, step: StepBatch) -> wire.TensorLayout | None:
         """Return the last parsed layout if this header must, and does, equal the last one but for the cursor.

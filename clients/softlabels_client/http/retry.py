@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softlabels.errors import (
+    ChecksumError,
     RequestError,
     ServerUnreachableError,
     SoftLabelsError,
@@ -52,6 +53,19 @@ class RetryPolicy:
         """
         longest = min(self.first_pause_s * 2.0 ** (failures - 1), self.longest_pause_s)
         return max(longest * random.uniform(0.5, 1.0), asked_s or 0.0)
+
+
+class SumMismatchError(Exception):
+    """A reply does not have the checksum of its bytes and of the question: it is asked for again, once."""
+
+
+def changed_on_the_way(where: str) -> ChecksumError:
+    """Return the error for rows that failed their checksum twice, although the server found nothing wrong."""
+    return ChecksumError(
+        f"rows from {where} were changed on the way, or answer another question: their checksum failed, and again on "
+        "a new connection; check the network, and the proxy or cache before the server",
+        url=where,
+    )
 
 
 class Deadline:

@@ -12,12 +12,12 @@ import os
 import ssl
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from softlabels import wire
-from softlabels.errors import RequestError, SoftLabelsError, WireError
+from softlabels.errors import DamageError, RequestError, SoftLabelsError, TruncatedError, WireError
 from softlabels_client.http.address import StoreAddress, proxy_for
 from softlabels_client.http.raw_connection import Buffers, RawConnection, parse_usual, read_body
 from softlabels_client.http.replies import ParsedReply, RawStream, Reply, ReplyStream, check_length
@@ -25,6 +25,8 @@ from softlabels_client.http.retry import (
     RETRIED_STATUSES,
     Deadline,
     RetryPolicy,
+    SumMismatchError,
+    changed_on_the_way,
     connection_error,
     retry_after_s,
     status_error,
@@ -51,6 +53,7 @@ class _Request:
     headers: dict[str, str]
     max_bytes: int
     deadline: Deadline
+    read: Callable[[memoryview], Any]
 
 
 class HttpTransport:
@@ -101,6 +104,7 @@ class HttpTransport:
         max_bytes: int,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
+        read: Callable[[memoryview], Any] = lambda body: None,
     ) -> Reply:
         """Send a request, retrying it, and return its whole reply, of status 200.
 
@@ -108,22 +112,32 @@ class HttpTransport:
             method, body, headers: of the request; common headers are added.
             path: path below the server's base address.
             max_bytes: longest reply accepted; a longer one is refused before it is read.
+            read: checks the body and returns the reply's `content`. If it raises, the connection is closed, since
+                what else comes on it may belong to another request; after SumMismatchError the request is sent again
+                once, with a header that has the server verify the rows.
         Raises:
+            ChecksumError: the reply was changed on the way, twice.
             TruncatedError: the reply was cut each time.
             WireError: the reply is longer than `max_bytes`, compressed, or of unknown length.
             ServerUnreachableError: no usable reply within the deadline.
             SoftLabelsError: the class that the server's problem details name.
         """
-        request = self._prepared(method, path, body, headers or {}, max_bytes)
+        request = self._prepared(method, path, body, headers or {}, max_bytes, read)
         url, failures = self._address.base_url + path, 0
         while True:
             asked_s: float | None = None
             try:
                 reply = self._exchange(request)
-            # Before OSError, of which it is a subclass: a reply that breaks the protocol is not requested again.
-            except WireError:
-                raise
+            except SumMismatchError:
+                self.close()  # an idle connection may be as far out of step
+                if wire.VERIFY_HEADER in request.headers:
+                    raise changed_on_the_way(url) from None
+                request = replace(request, headers={**request.headers, wire.VERIFY_HEADER: "1"})
+                continue
             except (OSError, http.client.HTTPException) as error:
+                # A reply that breaks the protocol, or that `read` refuses, is not requested again.
+                if isinstance(error, DamageError) and not isinstance(error, TruncatedError):
+                    raise
                 failure = connection_error(error, url=url, timeout_s=self._timeout_s)
                 # A retry cannot make a certificate valid.
                 transient = not isinstance(error, ssl.SSLCertVerificationError)
@@ -141,9 +155,14 @@ class HttpTransport:
                 # would stay open until the next collection of reference cycles.
                 del failure
 
-    def open(self, path: str) -> ReplyStream:
-        """Request a streaming reply; sent once. Raises as `request`, at the first failure."""
-        request = self._prepared("GET", path, None, {"Accept": wire.MEDIA_TYPE}, 0)
+    def open(self, path: str, *, verify: bool = False) -> ReplyStream:
+        """Request a streaming reply; sent once. Raises as `request`, at the first failure.
+
+        Args:
+            verify: have the server compare the first frame with what was written.
+        """
+        headers = {"Accept": wire.MEDIA_TYPE, **({wire.VERIFY_HEADER: "1"} if verify else {})}
+        request = self._prepared("GET", path, None, headers, 0)
         url = self._address.base_url + path
         try:
             with contextlib.ExitStack() as on_failure:
@@ -211,7 +230,13 @@ class HttpTransport:
             self.close()
 
     def _prepared(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], max_bytes: int
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        max_bytes: int,
+        read: Callable[[memoryview], Any] = lambda body: None,
     ) -> _Request:
         sent = {"Accept-Encoding": "identity", "User-Agent": "softlabels", **headers}
         if self._token is not None:
@@ -223,20 +248,26 @@ class HttpTransport:
             headers=sent,
             max_bytes=max_bytes,
             deadline=Deadline(self._timeout_s),
+            read=read,
         )
 
     def _exchange(self, request: _Request) -> Reply:
         if not self._is_raw:
             return self._exchange_parsed(self._send_pooled(request), request)
         self._forget_after_fork()
-        idle = None
-        with contextlib.suppress(IndexError):
-            idle = self._idle.pop()
+        idle = self._idle_connection()
         if idle is not None:
             # If the server closed it while idle, that says nothing about its health: a fresh connection decides.
             with contextlib.suppress(*_STALE):
                 return self._exchange_raw(idle, request)
         return self._exchange_raw(self._new_connection(request), request)
+
+    def _idle_connection(self) -> RawConnection | None:
+        with contextlib.suppress(IndexError):
+            while not (connection := self._idle.pop()).is_quiet():
+                connection.close()
+            return connection
+        return None
 
     def _new_connection(self, request: _Request) -> RawConnection:
         return RawConnection(self._address.host, self._address.port, timeout=request.deadline.left_s())
@@ -250,13 +281,16 @@ class HttpTransport:
             usual = parse_usual(head)
             received = memoryview(buffer)
             if usual is None:
-                parsed, is_reusable = self._parsed(connection, request, bytes(received[:end]))
+                parsed, keeps_alive = self._parsed(connection, request, bytes(received[:end]))
                 reply = self._exchange_parsed(parsed, request)
+                # Whether nothing came behind the body: `http.client` reads ahead. Of chunks it is not known.
+                body_bytes = -1 if parsed.length is None else parsed.length
+                is_reusable = keeps_alive and connection.parsed_bytes() == begin + body_bytes
             else:
                 headers, length = usual
                 check_length(length, request.max_bytes)
                 body = read_body(connection, length, received[begin:end], request.deadline, self._buffers)
-                reply = Reply(status=200, headers=headers, body=body)
+                reply = Reply(status=200, headers=headers, body=body, content=request.read(body))
         except BaseException:
             # KeyboardInterrupt too: half a reply may still arrive on this connection, so it cannot be used again.
             connection.close()
@@ -272,10 +306,11 @@ class HttpTransport:
         # Not closed on success: the caller keeps a raw connection, and urllib3 takes its own back at the body's end.
         try:
             body = parsed.read_whole(limit, request.deadline)
+            content = request.read(body) if parsed.status == 200 else None
         except BaseException:
             parsed.close()
             raise
-        return Reply(status=parsed.status, headers=parsed.headers, body=body)
+        return Reply(status=parsed.status, headers=parsed.headers, body=body, content=content)
 
     def _open_raw(self, request: _Request) -> ReplyStream:
         # Never an idle connection, which the server may have closed: a streaming request is sent only once.
@@ -302,7 +337,7 @@ class HttpTransport:
         )
 
     def _parsed(self, connection: RawConnection, request: _Request, received: bytes) -> tuple[ParsedReply, bool]:
-        """Let `http.client` parse an unusual reply; also return whether the connection can be used again."""
+        """Let `http.client` parse an unusual reply; also return whether the server keeps the connection."""
         connection.use_timeout(request.deadline.left_s())
         response = connection.parse_unusual(request.method, received)
         parsed = ParsedReply(

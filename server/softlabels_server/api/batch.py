@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from softlabels import wire
 from softlabels.errors import RequestError, StoreChangedError, UnknownFieldError
 from softlabels.ids import id_kind, to_fixed_bytes
 from softlabels.manifest import FINGERPRINTS, IDS, LABELS
+from softlabels.row_sums import crc32c
 from softlabels.softmath import check_temperature
+from softlabels.store import LocalRows
 from softlabels.target_store import TargetStore, check_transfer_set
 from softlabels.targets import check_unlocked
 from softlabels_server.api.replies import MEDIA_TYPES, Format, accepted_format, encode_arrays, send_buffers
@@ -33,7 +36,15 @@ from softlabels_server.api.requests import (
     too_large,
 )
 from softlabels_server.catalog import ServedStore, StoreFolder
-from softlabels_server.fast_path.response_plan import PLANS_EXTENSION, layout_for, make_response_plan, metadata_of
+from softlabels_server.fast_path.response_plan import (
+    PLANS_EXTENSION,
+    GatheredRows,
+    gather,
+    layout_for,
+    make_response_plan,
+    metadata_of,
+)
+from softlabels_server.fast_path.socket_writer import as_view
 from softlabels_server.settings import Settings
 
 BINARY = "application/octet-stream"
@@ -58,12 +69,14 @@ class BatchEndpoint:
             return
         check_version(store, if_match=headers.get("if-match"))
         plan = plan_batch(store, selection, self.settings)
-        gather = partial(plan.buffers, reply_format)
-        buffers = await store.executor_policy.run(gather, reply_bytes=plan.reply_bytes)
+        # Of no other request is it known that the rows are still what was written, unless its format has their sums.
+        verify = reply_format != "safetensors" or wire.VERIFY_HEADER in headers
+        make = partial(plan.buffers, reply_format, verify=verify)
+        buffers, checksum = await store.executor_policy.run(make, reply_bytes=plan.reply_bytes)
         # After the gather, so that only a request that could be answered gets a plan.
-        if reply_format == "safetensors":
+        if not verify:
             self._keep_response_plan(scope, plan)
-        await send_buffers(send, buffers, media_type=MEDIA_TYPES[reply_format], digest=store.digest)
+        await send_buffers(send, buffers, media_type=MEDIA_TYPES[reply_format], digest=store.digest, checksum=checksum)
 
     async def _read(self, scope: Scope, receive: Receive, headers: Headers, store: ServedStore) -> BatchSelection:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -92,7 +105,8 @@ class BatchEndpoint:
             return
         columns = ("ids",) if selection.views is None else ("ids", "views")
         count = len(selection.ids)
-        keep(partial(make_response_plan, self.stores, store, columns, count, plan.names, plan.temperature))
+        question = selection.question(store.digest)
+        keep(partial(make_response_plan, self.stores, store, columns, count, plan.names, plan.temperature, question))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,41 +127,47 @@ class BatchPlan:
     temperature: float
     reply_bytes: int
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays of the reply, rows in the order asked.
-
-        Raises:
-            UnknownIdError, BadIdsError, RequestError, RowsNotCommittedError, DamageError.
-        """
-        rows, selection, options = self.store.rows, self.selection, self.selection.options
-        stored = tuple(name for name in self.names if name != IDS or IDS in self.store.manifest.arrays)
-        arrays = rows.fetch(selection.ids, stored, views=selection.views, spans=selection.spans)
-        if options.decode is not None and (options.fields is None or TARGETS in options.fields):
-            arrays = {options.decode: self._decoded(options.decode), **arrays}
-        # From the store, not from the request, so that a client can detect a wrong row. Sequences have no ids beside
-        # their rows; their index is verified as a whole when the store is opened.
-        ids: Any = arrays.get(IDS, selection.ids)
+    def _gather(self, *, verify: bool) -> GatheredRows:
+        selection, options = self.selection, self.selection.options
+        is_decoded = options.decode is not None and (options.fields is None or TARGETS in options.fields)
+        rows = self.store.rows.every_read() if verify or is_decoded else self.store.rows
+        gathered = gather(rows, selection.ids, self.names, views=selection.views, spans=selection.spans)
+        arrays = gathered.arrays
+        if is_decoded:
+            arrays = {str(options.decode): self._decoded(rows), **arrays}
+        # From the store, not from the request, so that a client can detect a wrong row.
+        ids: Any = arrays[IDS]
         if id_kind(ids) == "str":
-            ids = to_fixed_bytes(ids, width_bytes=self.store.manifest.ids.width_bytes)
-        arrays[IDS] = ids
-        return arrays
+            arrays[IDS] = to_fixed_bytes(ids, width_bytes=self.store.manifest.ids.width_bytes)
+        return replace(gathered, arrays=arrays)
 
-    def buffers(self, reply_format: Format = "safetensors") -> list[bytes | memoryview]:
-        """Return the reply as buffers to send one after the other. Raises as `arrays` and `encode_arrays`."""
-        store, arrays = self.store, self.arrays()
-        samples, decode = len(self.selection.ids), self.selection.options.decode
+    def buffers(
+        self, reply_format: Format = "safetensors", *, verify: bool = False
+    ) -> tuple[list[bytes | NDArray[Any]], int | None]:
+        """Return the reply as buffers to send one after the other, and its checksum if it is not part of them.
+
+        Args:
+            verify: compare the rows with what was written.
+        Raises:
+            UnknownIdError, BadIdsError, RequestError, RowsNotCommittedError, DamageError; and as `encode_arrays`.
+        """
+        store, selection = self.store, self.selection
+        gathered = self._gather(verify=verify)
+        question = crc32c(selection.column_bytes, selection.question(store.digest))
+        samples, decode = len(selection.ids), selection.options.decode
         if reply_format == "safetensors":
-            layout = layout_for(store, arrays, temperature=self.temperature, samples=samples, decode=decode)
-            return layout.buffers(arrays)
+            layout = layout_for(store, gathered.arrays, temperature=self.temperature, samples=samples, decode=decode)
+            return layout.buffers(gathered, question), None
         metadata = metadata_of(store, self.temperature, samples=samples, decode=decode)
-        return encode_arrays(reply_format, arrays, metadata)
+        buffers = encode_arrays(reply_format, gathered.arrays, metadata)
+        return buffers, reduce(lambda before, buffer: crc32c(as_view(buffer), before), buffers, question)
 
-    def _decoded(self, decode: str) -> NDArray[np.float32]:
+    def _decoded(self, rows: LocalRows) -> NDArray[np.float32]:
         selection = self.selection
-        targets = TargetStore(self.store.rows, where=self.store.name).batch(
+        targets = TargetStore(rows, where=self.store.name).batch(
             selection.ids, temperature=self.temperature, views=selection.views, spans=selection.spans, labels=False
         )
-        return targets.tempered() if decode == "logits" else targets.p()
+        return targets.tempered() if selection.options.decode == "logits" else targets.p()
 
 
 def plan_batch(store: ServedStore, selection: BatchSelection, settings: Settings) -> BatchPlan:

@@ -1,6 +1,8 @@
 """Epoch route, GET /v1/stores/{name}/epochs/{epoch}: a rank's batches as one stream of safetensors frames.
 
-The frames are cut into chunks of about equal size, which are gathered one at a time while the reader keeps up.
+The frames are cut into chunks of about equal size, which are gathered one at a time while the reader keeps up. A frame
+that cannot be read is replaced by one that carries the error; where a part of it was sent already, the connection is
+closed, and a client that asks for the rest with `Softlabels-Verify` gets the error first.
 """
 
 from __future__ import annotations
@@ -18,22 +20,26 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from softlabels import wire
+from softlabels.errors import SoftLabelsError
 from softlabels.ids import to_fixed_bytes
 from softlabels.manifest import IDS, ROW_OFFSETS, ArraySpec
 from softlabels.order import EpochConfig, RankBatches, StepBatch
-from softlabels.wire import END_FORMAT
+from softlabels.row_sums import append_arrays, append_sum, crc32c, join_arrays
+from softlabels.store.store_reader import LocalRows, SelectedRows
 from softlabels_server.api.batch import array_names, check_version, checked_temperature, opened
+from softlabels_server.api.problems import explained, to_problem_json
 from softlabels_server.api.replies import accepted_format
 from softlabels_server.api.requests import RowOptions, parse_query, read_query, too_large
 from softlabels_server.catalog import ServedStore, StoreFolder
 from softlabels_server.fast_path.response_plan import metadata_of, reply_headers
-from softlabels_server.fast_path.socket_writer import AdaptiveChunkSize, Chunk, send_chunks
+from softlabels_server.fast_path.socket_writer import SOCKET_EXTENSION, AdaptiveChunkSize, Chunk, as_view, send_chunks
 from softlabels_server.settings import Settings
-
-FRAME_FORMAT = "softlabels-epoch/1"
 
 _LARGEST_NUMBER, _LARGEST_COUNT = 10**16, 10**10
 """More digits than any cursor and than any row count of a frame; the size of the headers is computed with these."""
+
+_ERROR_BYTES = 4096
+"""Least size of the header of the last frame: an error that replaces a frame then fits into the announced length."""
 
 _CURSOR_MARK = "<cursor>"
 """Placeholder for the cursor in a header that is made once for many frames."""
@@ -55,6 +61,7 @@ class EpochEndpoint:
         check_version(store, if_match=headers.get("if-match"))
         query = scope["query_string"].decode("latin-1")
         stream = plan_stream(store, scope["path_params"]["epoch"], query, self.settings)
+        stream.verify_first = wire.VERIFY_HEADER in headers
         # In a thread: for sequences it adds up the row counts of the whole epoch.
         size_bytes = await run_in_threadpool(stream.checked_size, self.settings.max_reply_bytes)
         lines = reply_headers(size_bytes, digest=store.digest)
@@ -64,12 +71,16 @@ class EpochEndpoint:
             return
         size = AdaptiveChunkSize()
         timeout_s = self.settings.stall_timeout_s
-        if await send_chunks(scope, send, stream.chunks(size), size, stall_timeout_s=timeout_s):
+        if not await send_chunks(scope, send, stream.chunks(size), size, stall_timeout_s=timeout_s):
+            return
+        if not stream.is_cut:
             # The writer has accounted for every byte of the body, so uvicorn takes an empty message as its end.
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        elif (access := scope.get("extensions", {}).get(SOCKET_EXTENSION)) is not None:
+            access.abort()  # what was written is still sent
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class EpochStream:
     """A checked epoch request.
 
@@ -79,6 +90,9 @@ class EpochStream:
         batches: its steps.
         names: arrays of a frame, those with larger items first, so that all are aligned.
         temperature: temperature in each frame's metadata.
+        question: checksum of the request, see `wire.epoch_question`.
+        verify_first: compare the first frame with what was written before any of it is sent.
+        is_cut: whether an error ended the stream.
     """
 
     store: ServedStore
@@ -86,29 +100,58 @@ class EpochStream:
     batches: RankBatches
     names: tuple[str, ...]
     temperature: float
+    question: int
+    verify_first: bool = False
+    is_cut: bool = False
 
     @cached_property
     def end_frame(self) -> bytes:
         """Last frame, a safetensors file without arrays: a stream without it is incomplete."""
         metadata = {
-            "format": END_FORMAT,
+            "format": wire.END_FORMAT,
             "digest": self.store.digest,
             "batches": str(self.batches.batch_count),
             "samples": str(self.batches.sample_count),
             "left_out": str(self.batches.left_out),
         }
-        return wire.header_bytes({}, metadata)
+        return self._last_frame(metadata, self.config.cursor)
+
+    def _last_frame(self, metadata: Mapping[str, str], cursor: int) -> bytes:
+        question = wire.frame_question(self.question, cursor)
+        size_bytes = max(self._header_bytes, _ERROR_BYTES)
+        return wire.to_bytes({}, metadata, question=question, header_size_bytes=size_bytes)
+
+    def _error_frame(self, error: SoftLabelsError, cursor: int) -> bytes:
+        """Return the frame that tells of an error; of a long one without its context, or only the beginning."""
+        frame = b""
+        for message, context in ((error.message, error.context), (error.message, {}), (error.message[:500], {})):
+            shorter = type(error)(message, **context)
+            metadata = {"format": wire.ERROR_FORMAT, "problem": to_problem_json(shorter)}
+            frame = self._last_frame(metadata, cursor)
+            if len(frame) <= len(self.end_frame):
+                break
+        return frame
 
     def chunks(self, size: AdaptiveChunkSize) -> Iterator[Chunk]:
         """Yield the frames in order as lists of buffers, each gathered on demand.
 
         Args:
             size: target size of the next chunk.
-        Raises:
-            RowsNotCommittedError, DamageError.
         """
+        cursor, whole = self.config.cursor, self.verify_first or self.store.has_row_offsets
         for step in self.batches:
-            yield from self._frame(step, size)
+            is_begun = False
+            try:
+                for chunk in self._whole_frame(step, cursor) if whole else self._frame(step, cursor, size):
+                    yield chunk
+                    is_begun = True
+            except Exception as failure:  # noqa: BLE001  a client waits for its next frame, whatever the reason
+                self.is_cut = True
+                error = explained(failure, f"GET /v1/stores/{self.store.name}/epochs/{self.config.epoch}")
+                if not is_begun:
+                    yield [self._error_frame(error, cursor)]
+                return
+            cursor, whole = step.cursor_after, self.store.has_row_offsets
         yield [self.end_frame]
 
     def checked_size(self, most_bytes: int) -> int:
@@ -118,8 +161,7 @@ class EpochStream:
         if self.config.batch_size > most:
             raise too_large(self.config.batch_size, most)
         samples, frames = self.batches.sample_count, self.batches.batch_count
-        # 8 bytes: the checksum of a frame, one uint64.
-        size = frames * (self._header_bytes + 8) + len(self.end_frame)
+        size = frames * (self._header_bytes + wire.CHECKSUM_BYTES) + len(self.end_frame)
         if not self.store.has_row_offsets:
             return size + samples * sum(row_bytes.values())
         row_counts = [int(self.store.rows.row_counts_at(step.positions).sum()) for step in self.batches]
@@ -130,38 +172,51 @@ class EpochStream:
         per_sample = sum(row_bytes.values()) - per_row
         return size + sum(row_counts) * per_row + samples * per_sample + 8 * (samples + frames)  # n + 1 row offsets
 
-    def _frame(self, step: StepBatch, target: AdaptiveChunkSize) -> Iterator[Chunk]:
-        if self.store.has_row_offsets:
-            arrays = self._arrays(step.positions, self.names)
-            header = self._header(step, {name: array.shape[0] for name, array in arrays.items()})
-            yield [header, *(arrays[name] for name in self._specs), wire.checksum_of(arrays.values())]
-            return
-        count = len(step.positions)
-        pending: list[bytes | NDArray[Any]] = [self._header(step, dict.fromkeys(self.names, count))]
-        size = total = 0
+    def _whole_frame(self, step: StepBatch, cursor: int) -> Iterator[Chunk]:
+        """Yield a frame in one piece, once all of it is read."""
+        rows = self.store.rows.every_read() if self.verify_first else self.store.rows
+        selected = rows.select_at(step.positions, view=self._view)
+        found = self._read(rows, selected, self.names)
+        arrays = {name: found[name] for name in self._specs}
+        header = self._header(step, {name: array.shape[0] for name, array in arrays.items()})
+        before = crc32c(header, wire.frame_question(self.question, cursor))
+        checksum = append_arrays(before, arrays, rows.row_sums(selected.rows), rows.manifest.row_sum_names)
+        yield [header, *arrays.values(), np.array([checksum], dtype="<u4")]
+
+    def _frame(self, step: StepBatch, cursor: int, target: AdaptiveChunkSize) -> Iterator[Chunk]:
+        """Yield a frame in chunks of about the target size, each read once the one before it is sent."""
+        rows = self.store.rows
+        selected = rows.select_at(step.positions, view=self._view).rows
+        count = len(selected)
+        header = self._header(step, dict.fromkeys(self.names, count))
+        checksum = crc32c(header, wire.frame_question(self.question, cursor))
+        sums = rows.row_sums(selected)
+        if sums is not None:
+            order = tuple((rows.manifest.row_sum_names.index(name), self._specs[name].row_bytes) for name in self.names)
+            checksum = append_sum(checksum, join_arrays(sums, order), count * sum(size for _, size in order))
+        pending: list[bytes | NDArray[Any]] = [header]
+        size = 0
         for name in self.names:
             begin, row_bytes = 0, self._specs[name].row_bytes
             while begin < count:
                 if 2 * size >= target.chunk_bytes:
                     yield pending
                     pending, size = [], 0
-                # Equal parts, as close as possible to the target size. Eight rows are whole 64-bit words for any dtype,
-                # so that the word sums of the parts add up to the array's checksum.
+                # Equal parts, as close as possible to the target size.
                 left = count - begin
-                parts = max(1, round(left * row_bytes / target.chunk_bytes))
-                at_once = -(-left // (8 * parts)) * 8
-                positions = step.positions[begin : begin + at_once]
-                found = self._arrays(positions, (name,))[name]
-                stored_sum = None if name == IDS else self.store.rows.word_sum_at(positions, name, view=self._view)
-                total += wire.word_sum(found) if stored_sum is None else stored_sum
+                at_once = -(-left // max(1, round(left * row_bytes / target.chunk_bytes)))
+                part = SelectedRows(rows=selected[begin : begin + at_once], positions=selected[:0])
+                found = self._read(rows, part, (name,))[name]
+                if sums is None:
+                    checksum = crc32c(as_view(found), checksum)
                 size += found.nbytes
                 begin += at_once
                 pending.append(found)
                 del found  # or this generator would hold the array while and after it is sent
-        yield [*pending, np.array([total % (1 << 64)], dtype="<u8")]
+        yield [*pending, np.array([checksum], dtype="<u4")]
 
-    def _arrays(self, positions: NDArray[np.int64], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        found = self.store.rows.at_positions(positions, names, view=self._view)
+    def _read(self, rows: LocalRows, selected: SelectedRows, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        found = rows.read(selected, names)
         if IDS in found and self.store.manifest.ids.kind == "str":
             ids: Any = found[IDS]
             found[IDS] = to_fixed_bytes(ids, width_bytes=self.store.manifest.ids.width_bytes)
@@ -201,11 +256,11 @@ class EpochStream:
         shapes = {name: (np.dtype(spec.dtype), (rows[name], *spec.row_shape)) for name, spec in self._specs.items()}
         metadata = {
             **metadata_of(self.store, self.temperature, samples=samples),
-            "format": FRAME_FORMAT,
+            "format": wire.EPOCH_FORMAT,
             "cursor": str(cursor),
             "repeated": str(repeated),
         }
-        return wire.header_bytes({**shapes, wire.CHECKSUM: (np.dtype("<u8"), (1,))}, metadata)[8:]
+        return wire.header_bytes({**shapes, wire.CHECKSUM: (np.dtype("<u4"), (1,))}, metadata)[8:]
 
     @cached_property
     def _specs(self) -> dict[str, ArraySpec]:
@@ -234,6 +289,7 @@ def plan_stream(store: ServedStore, epoch: str, query: str, settings: Settings) 
         batches=config.batches(store.manifest, store.digest),
         names=_wide_first(store, array_names(store, options.fields)),
         temperature=temperature,
+        question=wire.epoch_question(store.digest, config, fields=options.fields, temperature=options.temperature),
     )
 
 

@@ -50,17 +50,36 @@ def reply_to(
     error: SoftLabelsError, *, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return the reply for an error, with another HTTP status than that of its class if one is given."""
-    problem = {**to_problem(error), "status": status or error.status}
-    body = json.dumps(_jsonable(problem), allow_nan=False).encode()
-    return Response(body, status_code=problem["status"], media_type=MEDIA_TYPE, headers=headers)
+    body = to_problem_json(error, status=status)
+    return Response(body, status_code=status or error.status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def explained(error: Exception, where: str) -> SoftLabelsError:
+    """Return the error to tell a client, and log what the operator must see.
+
+    Args:
+        error: any exception; unexpected ones are told without details, and logged under an incident number.
+        where: method and path of the request.
+    """
+    if isinstance(error, SoftLabelsError):
+        if error.status >= 500:
+            # Damage on the server's side: its operator must see it, not only the client.
+            _log.error("%s: %s", where, error, exc_info=error)
+        return error
+    incident = secrets.token_hex(6)
+    _log.error("%s: incident %s", where, incident, exc_info=error)
+    return SoftLabelsError(
+        f"the server met an unexpected error; its log has the details under incident {incident}", incident=incident
+    )
+
+
+def to_problem_json(error: SoftLabelsError, *, status: int | None = None) -> str:
+    """Return an error as problem details, with another HTTP status than that of its class if one is given."""
+    return json.dumps(_jsonable({**to_problem(error), "status": status or error.status}), allow_nan=False)
 
 
 async def _product_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, SoftLabelsError)
-    if error.status >= 500:
-        # Damage on the server's side: its operator must see it, not only the client.
-        _log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
-    return reply_to(error)
+    return reply_to(explained(error, f"{request.method} {request.url.path}"))
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -99,15 +118,10 @@ class _UnexpectedErrors:
 
         try:
             await self._app(scope, receive, watched_send)
-        except Exception:
+        except Exception as error:
             if started or scope["type"] != "http":
                 raise  # too late for another reply: uvicorn closes the connection
-            incident = secrets.token_hex(6)
-            _log.exception("%s %s: incident %s", scope["method"], scope["path"], incident)
-            failure = SoftLabelsError(
-                f"the server met an unexpected error; its log has the details under incident {incident}",
-                incident=incident,
-            )
+            failure = explained(error, f"{scope['method']} {scope['path']}")
             await reply_to(failure)(scope, receive, send)
 
 

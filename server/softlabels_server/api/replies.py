@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
+from softlabels import wire
 from softlabels.errors import BatchTooLargeError, RequestError
 from softlabels.ids import from_fixed_bytes
 from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS
 from softlabels.wire import MEDIA_TYPE
 from softlabels_server.fast_path.response_plan import reply_headers
-from softlabels_server.fast_path.socket_writer import as_buffer
+from softlabels_server.fast_path.socket_writer import as_view
 
 Format: TypeAlias = Literal["safetensors", "arrow", "npy", "json"]
 
@@ -34,7 +35,9 @@ MAX_JSON_NUMBERS = 1_000_000
 """JSON is meant for reading: a number takes ten times the bytes and thousands of times the encoding time."""
 
 
-async def send_buffers(send: Send, buffers: Sequence[bytes | memoryview], *, media_type: str, digest: str) -> None:
+async def send_buffers(
+    send: Send, buffers: Sequence[bytes | NDArray[Any]], *, media_type: str, digest: str, checksum: int | None
+) -> None:
     """Send a reply of several buffers without joining them.
 
     The transport may hold the buffers after this returns, so they must not be modified.
@@ -44,12 +47,16 @@ async def send_buffers(send: Send, buffers: Sequence[bytes | memoryview], *, med
         buffers: body, in order.
         media_type: media type of the body.
         digest: version of the store.
+        checksum: checksum of question and body, for formats that do not carry it themselves.
     """
-    headers = reply_headers(sum(map(len, buffers)), digest=digest, media_type=media_type)
+    views = list(map(as_view, buffers))
+    headers = reply_headers(sum(map(len, views)), digest=digest, media_type=media_type)
+    if checksum is not None:
+        headers.append((wire.CHECKSUM_HEADER.encode(), b"%08x" % checksum))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    last = len(buffers) - 1
-    for position, buffer in enumerate(buffers):
-        await send({"type": "http.response.body", "body": buffer, "more_body": position < last})
+    last = len(views) - 1
+    for position, view in enumerate(views):
+        await send({"type": "http.response.body", "body": view, "more_body": position < last})
 
 
 def accepted_format(accept: str | None) -> Format:
@@ -73,7 +80,7 @@ def accepted_format(accept: str | None) -> Format:
 
 def encode_arrays(
     reply_format: Format, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
-) -> list[bytes | memoryview]:
+) -> list[bytes | NDArray[Any]]:
     """Return arrays and metadata as buffers in any format but safetensors, which `ReplyLayout` writes.
 
     Raises:
@@ -128,19 +135,24 @@ def _nested(array: NDArray[Any]) -> Any:
     return array.tolist()
 
 
-def _npy(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
+def npy_header(array: NDArray[Any]) -> bytes:
+    """Return the bytes before an array's own in a `.npy` file, as `numpy.save` writes them."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return header.getvalue()
+
+
+def _npy(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | NDArray[Any]]:
     names = [name for name in arrays if name != IDS] or [IDS]
     if len(names) != 1:
         raise RequestError(
             f"a .npy file has one array, this reply {', '.join(names)}: name one in `fields` or ask for {MEDIA_TYPE}"
         )
     array = np.ascontiguousarray(arrays[names[0]])
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return [header.getvalue(), as_buffer(array)]
+    return [npy_header(array), array]
 
 
-def _arrow(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> memoryview:
+def _arrow(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> NDArray[np.uint8]:
     try:
         pa: Any = importlib.import_module("pyarrow")
     except ImportError as error:
@@ -159,7 +171,7 @@ def _arrow(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> m
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    return memoryview(sink.getvalue())
+    return np.frombuffer(sink.getvalue(), dtype=np.uint8)
 
 
 def _is_text(name: str, array: NDArray[Any]) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from softlabels import wire
 from softlabels.documents import Document, parse_document
 from softlabels.errors import BadIdsError, BatchTooLargeError, EmptyBatchError, RequestError, UnknownIdError
 from softlabels.ids import IdArray, as_ids
@@ -108,12 +109,27 @@ class BatchSelection:
         views: [B], view of each sample, for stores with views.
         spans: [B, 2], row ranges of sequences; None for whole ones.
         options: all other keys of the request.
+        columns: names of the columns in the order of the request.
+        column_bytes: their bytes, see `wire.column_bytes`.
     """
 
     ids: IdArray
     views: NDArray[np.int64] | None = None
     spans: NDArray[np.int64] | None = None
-    options: BatchOptions = field(default_factory=BatchOptions)
+    options: BatchOptions
+    columns: tuple[str, ...]
+    column_bytes: bytes
+
+    def question(self, digest: str) -> int:
+        """Return the checksum of the request up to the columns, to a store of this digest."""
+        options = self.options
+        return wire.batch_question(
+            digest,
+            columns=self.columns,
+            fields=options.fields,
+            temperature=options.temperature,
+            decode=options.decode,
+        )
 
 
 def from_json(body: bytes, manifest: Manifest, settings: Settings) -> BatchSelection:
@@ -133,11 +149,17 @@ def from_json(body: bytes, manifest: Manifest, settings: Settings) -> BatchSelec
     for name, values in (("views", request.views), ("spans", request.spans)):
         if values is not None and len(values) != count:
             raise RequestError(f"request body: `{name}` has {len(values)} entries for {count} ids: give one per id")
+    ids = _checked_ids(request.ids, manifest, settings)
+    views = None if request.views is None else np.array(request.views, dtype=np.int64)
+    spans = None if request.spans is None else np.array(request.spans, dtype=np.int64).reshape(count, 2)
+    named = {"ids": ids, "views": views, "spans": spans}
     return BatchSelection(
-        ids=_checked_ids(request.ids, manifest, settings),
-        views=None if request.views is None else np.array(request.views, dtype=np.int64),
-        spans=None if request.spans is None else np.array(request.spans, dtype=np.int64).reshape(count, 2),
+        ids=ids,
+        views=views,
+        spans=spans,
         options=request,
+        columns=tuple(name for name, values in named.items() if values is not None),
+        column_bytes=wire.column_bytes(ids, views, spans),
     )
 
 
@@ -158,7 +180,7 @@ def from_binary(body: bytes, query: str, settings: Settings) -> BatchSelection:
         )
     count = len(body) // sample_bytes
     _check_count(count, settings)
-    return BatchSelection(**split_columns(body, columns, count), options=options)
+    return BatchSelection(**split_columns(body, columns, count), options=options, columns=columns, column_bytes=body)
 
 
 def read_query(query: str) -> dict[str, str]:

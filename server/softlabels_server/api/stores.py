@@ -10,12 +10,12 @@ from pydantic import BaseModel, Field
 from softlabels import __version__, wire
 from softlabels.wire import to_problem
 from softlabels_server.api.openapi import FILE, PROBLEMS, problem
+from softlabels_server.api.replies import npy_header
 from softlabels_server.api.requests import etag_of, names_digest
 from softlabels_server.catalog import BrokenStore, ServedStore, StoreFolder
 from softlabels_server.fast_path.response_plan import DIGEST_HEADER
 
 CONSTANTS_PATH = "/v1/stores/{name}/constants"
-CONSTANTS_FORMAT = "softlabels-constants/1"
 
 StoreName: TypeAlias = Annotated[str, Path(description="name of the store")]
 IfNoneMatch: TypeAlias = Annotated[str | None, Header(description="ETag of the client's copy")]
@@ -115,8 +115,11 @@ def make_router(stores: StoreFolder) -> APIRouter:
         headers = {**_version_headers(store), DIGEST_HEADER: store.digest}
         if names_digest(if_none_match, store.digest):
             return Response(status_code=304, headers=headers)
-        metadata = {"format": CONSTANTS_FORMAT, "store": store.name, "digest": store.digest}
-        file = wire.to_bytes(store.encoding.constants, metadata)
+        constants = store.encoding.constants
+        # With the bytes before it in its file, a client computes the SHA-256 that the manifest has of the file.
+        files = {f"npy:{key}": npy_header(array).decode("latin-1") for key, array in constants.items()}
+        metadata = {"format": wire.CONSTANTS_FORMAT, "store": store.name, "digest": store.digest, **files}
+        file = wire.to_bytes(constants, metadata)
         return Response(file, media_type=wire.MEDIA_TYPE, headers=headers)
 
     return router

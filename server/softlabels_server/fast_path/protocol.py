@@ -169,13 +169,13 @@ class FastPathProtocol(asyncio.Protocol):
         self.response_plans[head] = plan, credentials_in(head)
 
     def _answer(self, plan: ResponsePlan, data: bytes, body_begin: int) -> bool:
-        arrays = plan.answer(memoryview(data)[body_begin:])
-        if arrays is None:
+        body = plan.answer(memoryview(data)[body_begin:])
+        if body is None:
             return False
         self._stop_waiting_for_header()
         # Not part of the plan, since uvicorn renews the date in these headers every second.
         date = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
-        self._send([b"HTTP/1.1 200 OK\r\n" + date + plan.head + plan.layout.header, *arrays])
+        self._send([b"HTTP/1.1 200 OK\r\n" + date + plan.head, *body])
         self.server_state.total_requests += 1
         self._answered_s = self.loop.time()
         # uvicorn starts this timer after its own replies, and cancels it when it receives data: it may not be running.

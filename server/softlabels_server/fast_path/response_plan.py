@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from softlabels import wire
 from softlabels.errors import SoftLabelsError
+from softlabels.ids import IdArray
 from softlabels.manifest import IDS
+from softlabels.row_sums import append_arrays, crc32c
+from softlabels.store import LocalRows
 from softlabels_server.catalog import ServedStore, StoreFolder
-from softlabels_server.fast_path.socket_writer import as_buffer
 
 PLANS_EXTENSION = "softlabels.response_plans"
 """ASGI scope extension: a function that stores a plan for the head of this request."""
@@ -35,9 +37,6 @@ MAX_LAYOUTS = 256
 MAX_HEAD_BYTES = 4096
 """Longer heads are not looked up: a trainer's is a tenth of it."""
 
-REPLY_FORMAT = "softlabels-batch/1"
-"""`format` in the metadata of a batch reply; docs/http.md describes it."""
-
 DIGEST_HEADER = "softlabels-digest"
 """Response header: version of the store that the rows come from."""
 
@@ -46,6 +45,37 @@ COLUMN_WIDTHS: Mapping[str, int] = {"ids": 1, "views": 1, "spans": 2}
 
 Shapes: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
 """Name, dtype and shape of each array."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatheredRows:
+    """Rows of a reply.
+
+    Attributes:
+        arrays: one per field, by name.
+        sums: [R, `sum_names`] CRC-32C of stored arrays' rows, kept since they were written; None where they are not.
+    """
+
+    arrays: dict[str, NDArray[Any]]
+    sums: NDArray[np.uint32] | None
+    sum_names: tuple[str, ...]
+
+
+def gather(
+    rows: LocalRows,
+    ids: IdArray,
+    names: tuple[str, ...],
+    *,
+    views: NDArray[np.int64] | None = None,
+    spans: NDArray[np.int64] | None = None,
+) -> GatheredRows:
+    """Return rows with the sums that were kept of them: what is sent must still be what was written.
+
+    Raises as `LocalRows.fetch`.
+    """
+    selected = rows.select(ids, views=views, spans=spans)
+    arrays = rows.read(selected, names)
+    return GatheredRows(arrays=arrays, sums=rows.row_sums(selected.rows), sum_names=rows.manifest.row_sum_names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +92,15 @@ class ReplyLayout:
     names: tuple[str, ...]
     size_bytes: int
 
-    def buffers(self, arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
-        """Return the file as buffers to send one after the other, without copying the arrays."""
-        ordered = [arrays[name] for name in self.names]
-        return [self.header, *map(as_buffer, ordered), as_buffer(wire.checksum_of(ordered))]
+    def buffers(self, gathered: GatheredRows, question: int) -> list[bytes | NDArray[Any]]:
+        """Return the file as buffers to send one after the other, without copying the arrays.
+
+        Args:
+            question: checksum of the request.
+        """
+        arrays = {name: gathered.arrays[name] for name in self.names}
+        checksum = append_arrays(crc32c(self.header, question), arrays, gathered.sums, gathered.sum_names)
+        return [self.header, *arrays.values(), np.array([checksum], dtype="<u4")]
 
 
 def layout_for(
@@ -93,7 +128,7 @@ def _make_layout(shapes: Shapes, metadata: Mapping[str, str]) -> ReplyLayout:
     wide_first = sorted(shapes, key=lambda entry: -np.dtype(entry[1]).itemsize)
     table = {name: (np.dtype(dtype), shape) for name, dtype, shape in wide_first}
     names = tuple(table)
-    table[wire.CHECKSUM] = (np.dtype("<u8"), (1,))
+    table[wire.CHECKSUM] = (np.dtype("<u4"), (1,))
     header = wire.header_bytes(table, metadata)
     size = sum(dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for dtype, shape in table.values())
     return ReplyLayout(header=header, names=names, size_bytes=len(header) + size)
@@ -103,7 +138,7 @@ def metadata_of(store: ServedStore, temperature: float, *, samples: int, decode:
     """Return the metadata of a reply, all strings."""
     manifest = store.manifest
     metadata = {
-        "format": REPLY_FORMAT,
+        "format": wire.BATCH_FORMAT,
         "store": store.name,
         "digest": store.digest,
         "encoding": json.dumps({"name": manifest.encoding.name, "params": dict(manifest.encoding.params)}),
@@ -140,6 +175,7 @@ class ResponsePlan:
         names: arrays to gather.
         layout: order of the arrays and the header before them.
         head: header lines of the reply; the status line and the date precede them.
+        question: checksum of the request up to its columns.
     """
 
     stores: StoreFolder
@@ -150,20 +186,20 @@ class ResponsePlan:
     names: tuple[str, ...]
     layout: ReplyLayout
     head: bytes
+    question: int
 
-    def answer(self, body: memoryview) -> list[NDArray[Any]] | None:
-        """Return the arrays of the reply in order, or None where the batch route has to answer."""
+    def answer(self, body: memoryview) -> list[bytes | NDArray[Any]] | None:
+        """Return the buffers of the reply's body, or None where the batch route has to answer."""
         store, policy = self.store, self.store.executor_policy
         if self.stores.opened(store.name) is not store or not policy.may_run_in_loop(self.layout.size_bytes):
             return None
         keys = split_columns(body, self.columns, self.count)
         try:
-            arrays = policy.run_in_loop(partial(store.rows.fetch, keys.pop(IDS), self.names, **keys))
+            gathered = policy.run_in_loop(partial(gather, store.rows, keys.pop(IDS), self.names, **keys))
         except SoftLabelsError:
             # The batch route meets the same error and answers it, so that every error reply has one origin.
             return None
-        found = [arrays[name] for name in self.layout.names]
-        return [*found, wire.checksum_of(found)]
+        return self.layout.buffers(gathered, crc32c(body, self.question))
 
 
 def make_response_plan(
@@ -173,6 +209,7 @@ def make_response_plan(
     count: int,
     names: tuple[str, ...],
     temperature: float,
+    question: int,
 ) -> ResponsePlan:
     """Return the plan of a request for fixed-size rows; for arguments see `ResponsePlan`."""
     specs = {name: store.spec_of(name) for name in names}
@@ -190,6 +227,7 @@ def make_response_plan(
         names=names,
         layout=layout,
         head=lines + b"\r\n",
+        question=question,
     )
 
 

@@ -111,7 +111,7 @@ class TestMetadata:
         """Store, version, encoding and temperatures come with every batch, as strings."""
         _, metadata = ask.batch("halves", {"ids": [1000], "temperature": 20}).arrays(tmp_path)
         assert metadata == {
-            "format": "softlabels-batch/1",
+            "format": "softlabels-batch/2",
             "store": "halves",
             "digest": stores.manifests["halves"].digest,
             "encoding": json.dumps({"name": "f16", "params": {}}),

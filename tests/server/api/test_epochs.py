@@ -6,13 +6,15 @@ import json
 import socket
 import time
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from softlabels import wire
 from softlabels.errors import WireError
-from softlabels.order import EpochOrder
+from softlabels.order import EpochConfig, EpochOrder
 from softlabels.wire import parse_header, raw_header
 
 
@@ -22,9 +24,26 @@ def frames(body: bytes) -> list[tuple[dict[str, Any], dict[str, str]]]:
     while body:
         layout = parse_header(memoryview(body))
         size = layout.data_begin + layout.data_bytes
-        found.append((load(body[:size]), dict(layout.metadata)))
+        arrays = load(body[:size])
+        del arrays[wire.CHECKSUM]
+        found.append((arrays, dict(layout.metadata)))
         body = body[size:]
     return found
+
+
+def check_sums(body: bytes, query: str, epoch: int) -> None:
+    """Compare the checksum of each frame with that of the question, which goes on at the cursor before the frame."""
+    keys = dict(parse_qsl(query))
+    fields = keys.pop("fields").split(",") if "fields" in keys else None
+    config = EpochConfig.from_query({**keys, "epoch": str(epoch)})
+    digest = parse_header(memoryview(body)).metadata["digest"]
+    question, cursor = wire.epoch_question(digest, config, fields=fields), config.cursor
+    while body:
+        layout = parse_header(memoryview(body))
+        size = layout.data_begin + layout.data_bytes
+        cursor = config.cursor if layout.metadata["format"] == wire.END_FORMAT else cursor
+        assert wire.is_intact(memoryview(body)[:size], wire.frame_question(question, cursor))
+        cursor, body = int(layout.metadata.get("cursor", -1)), body[size:]
 
 
 def stream(ask: Any, name: str, query: str, epoch: int = 0) -> list[tuple[dict[str, Any], dict[str, str]]]:
@@ -32,6 +51,7 @@ def stream(ask: Any, name: str, query: str, epoch: int = 0) -> list[tuple[dict[s
     answer = ask("GET", f"/v1/stores/{name}/epochs/{epoch}?{query}")
     assert answer.status == 200, answer.body[:300]
     assert int(answer.headers["content-length"]) == len(answer.body)
+    check_sums(answer.body, query, epoch)
     return frames(answer.body)
 
 
@@ -43,7 +63,7 @@ class TestStream:
         *batches, (nothing, end) = stream(ask, name, "seed=7&batch_size=32&fields=targets,labels", epoch=3)
         order = EpochOrder(manifest.digest, 100, seed=7, epoch=3).positions_at(np.arange(100))
         assert nothing == {}
-        assert (end["format"], end["batches"], end["samples"], end["left_out"]) == ("softlabels-end/1", "4", "100", "0")
+        assert (end["format"], end["batches"], end["samples"], end["left_out"]) == ("softlabels-end/2", "4", "100", "0")
         np.testing.assert_array_equal(np.concatenate([b["labels"] for b, _ in batches]), rows.labels[order])
         decoded = np.concatenate([manifest.make_encoding().decode(arrays) for arrays, _ in batches])
         np.testing.assert_allclose(decoded, rows.logits_BC[order], rtol=2**-8)

@@ -16,6 +16,7 @@ from softlabels_server import Settings, StoreFolder
 from softlabels_server.api.batch import plan_batch
 from softlabels_server.api.requests import BatchRequest, BatchSelection, from_binary, from_json
 from softlabels_server.catalog import ServedStore
+from softlabels_server.fast_path.socket_writer import as_view
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -49,10 +50,10 @@ def answer(body: bytes, store: ServedStore) -> int | SoftLabelsError:
     """How many rows the reply has, or why there is none."""
     try:
         request = from_json(body, store.manifest, Settings())
-        buffers = plan_batch(store, request, Settings()).buffers()
+        buffers, _ = plan_batch(store, request, Settings()).buffers()
     except SoftLabelsError as error:
         return error
-    return len(request.ids) if sum(map(len, buffers)) > 0 else -1
+    return len(request.ids) if sum(len(as_view(buffer)) for buffer in buffers) > 0 else -1
 
 
 class TestJson:
@@ -115,13 +116,15 @@ class TestBinary:
 class TestPlan:
     def test_the_size_is_known_beforehand(self, served: dict[str, ServedStore]) -> None:
         """`reply_bytes` is what the arrays come to, without their checksum."""
-        plan = plan_batch(served["dense"], BatchSelection(ids=np.arange(5)), Settings())
+        plan = plan_batch(served["dense"], from_binary(bytes(40), "", Settings()), Settings())
         assert plan.reply_bytes == 5 * (7 * 4 + 4 + 8)
-        *_, checksum = buffers = plan.buffers()
-        assert sum(map(len, buffers[1:])) == plan.reply_bytes + len(checksum)
+        _, *arrays, checksum = plan.buffers()[0]
+        assert sum(len(as_view(array)) for array in arrays) == plan.reply_bytes
+        assert len(as_view(checksum)) == 4
 
     def test_rows_are_not_joined_into_one_piece(self, served: dict[str, ServedStore]) -> None:
         """One buffer a field behind the header, and the checksum, so that nothing is copied before it is sent."""
-        header, *arrays = plan_batch(served["dense"], BatchSelection(ids=np.arange(5)), Settings()).buffers()
+        plan = plan_batch(served["dense"], from_binary(bytes(40), "", Settings()), Settings())
+        header, *arrays = plan.buffers()[0]
         assert isinstance(header, bytes)
-        assert [type(buffer) for buffer in arrays] == [memoryview] * 4
+        assert [type(buffer) for buffer in arrays] == [np.ndarray] * 4

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from softlabels import wire
 from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.errors import ChecksumError, TruncatedError
@@ -46,26 +44,6 @@ def made(root: Path, *, classes: int, samples: int = 200, views: int = 1) -> Loc
             )
     writer.finish()
     return LocalRows(root)
-
-
-class TestWordSums:
-    """Kept for rows of whole words that are long enough to be worth it."""
-
-    @pytest.mark.parametrize("view", [None, 2])
-    def test_they_are_the_sums_of_the_rows_that_were_gathered(self, tmp_path: Path, view: int | None) -> None:
-        """In any order, rows repeated, the short last shard included."""
-        rows = made(tmp_path / "store", classes=128, views=1 if view is None else 3)
-        chosen = np.random.default_rng(0).integers(0, 200, 64)
-        for positions in (chosen, np.array([199, 199, 0]), np.arange(200)):
-            found: Any = rows.at_positions(positions, ("targets",), view=view)["targets"]
-            assert rows.word_sum_at(positions, "targets", view=view) == wire.word_sum(found)
-
-    def test_none_are_kept_of_short_or_odd_rows(self, tmp_path: Path) -> None:
-        """Whoever asks adds up what was gathered."""
-        for classes in (10, 129):
-            rows = made(tmp_path / str(classes), classes=classes)
-            rows.at_positions(np.arange(10), ("targets",))
-            assert rows.word_sum_at(np.arange(10), "targets") is None
 
 
 def shard_files(root: Path, field: str = "targets") -> list[Path]:
