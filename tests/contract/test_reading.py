@@ -316,7 +316,9 @@ def _cut(made: Any, *, samples: int) -> Any:
 
 
 def _files(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    # Locks name the process that held them last; they are not part of the store.
+    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.parent.name != "locks")
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 def _in_child(check: Callable[[], bool]) -> int | None:
