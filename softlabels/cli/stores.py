@@ -164,7 +164,7 @@ def _verified(report: Report, where: Path) -> list[str]:
         return [f"{where}: sound; {checked}"]
     lines = [f"{where}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''}; {checked}"]
     lines += [f"  {fault}" for fault in report.faults]
-    if any(fault.kind not in ("unfinished", "agreement") for fault in report.faults):
+    if any(fault.kind not in ("unfinished", "agreement") and fault.path != "ledger" for fault in report.faults):
         lines.append(f"repair with: softlabels repair {where}")
     elif any(fault.kind == "agreement" for fault in report.faults):
         lines.append("every stored byte is as it was written: `softlabels repair` has nothing to mend here")
@@ -241,7 +241,8 @@ def merge_stores(
     for shard, message in sorted(done.damaged.items()):
         print(f"  shard {shard} is damaged: {message}")
     if done.digest is None:
-        print(f"{into}: {len(done.missing)} shards are missing; merge more, or: softlabels resume")
+        missing = "1 shard is" if len(done.missing) == 1 else f"{len(done.missing)} shards are"
+        print(f"{into}: {missing} missing; merge more, or: softlabels resume {into}")
         return 1
     print(f"{into}: complete, digest {done.digest}")
     return 0

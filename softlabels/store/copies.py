@@ -24,12 +24,12 @@ from softlabels.errors import (
     RowsNotCommittedError,
     ShardConflictError,
 )
-from softlabels.ids import to_fixed_bytes
 from softlabels.manifest import COMPRESSIONS, FORMAT_VERSION, Container, Manifest
 from softlabels.progress import ShowProgress, silent
 from softlabels.store.chunks import shard_rows, sums_path
 from softlabels.store.ledger import Ledger, Receipt
 from softlabels.store.safe_open import open_committed
+from softlabels.store.sample_index import rows_as_stored
 from softlabels.store.store_documents import JOB, PLAN, load_plan
 from softlabels.store.store_reader import LocalRows
 from softlabels.store.verify import inspect_documents
@@ -176,12 +176,9 @@ def _verified_arrays(rows: LocalRows, shard: int, receipt: Receipt) -> dict[str,
     total = FingerprintSum()
     if "ids" in arrays:
         total.add(arrays["ids"], arrays["fingerprints"])
-        if manifest.ids.kind == "str":
-            # `fetch_rows` decodes string ids; shards hold them as bytes.
-            arrays["ids"] = to_fixed_bytes(arrays["ids"], width_bytes=manifest.ids.width_bytes)
     if total.hexdigest() != receipt.fingerprint:
         raise ManifestError(f"shard {shard} of {manifest.name!r} holds other samples than its receipt says")
-    return arrays
+    return rows_as_stored(manifest, arrays)
 
 
 def _common_plan(sources: Sequence[Path], destination: Path) -> tuple[dict[Path, Ledger], Manifest]:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from softlabels.atomic_files import make_folder, purge, sync_folder, write_atomically
 from softlabels.documents import seal
-from softlabels.errors import DamageError, ShardClaimedError
+from softlabels.errors import DamageError, RowsNotCommittedError, ShardClaimedError
 from softlabels.manifest import Manifest
 from softlabels.progress import ShowProgress, silent
+from softlabels.store.chunks import masked, sums_of_shard, sums_path
 from softlabels.store.containers import container_of
 from softlabels.store.ledger import DAMAGED_FOLDER, LEDGER_FOLDER, Ledger, receipts_file, summarize
-from softlabels.store.sample_index import POSITIONS, SORTED_IDS, index_files
+from softlabels.store.sample_index import POSITIONS, SORTED_IDS, index_files, rows_as_stored
 from softlabels.store.shard_checks import Fault, Report
 from softlabels.store.store_documents import MANIFEST, PLAN, RECEIPTS
 from softlabels.store.store_plan import has_file
+from softlabels.store.store_reader import LocalRows
 from softlabels.store.verify import StoreDocuments, find_faults, inspect_documents
 from softlabels.store.writer import StoreWriter, stored_ids
 
@@ -85,9 +90,10 @@ def _move_out_and_rebuild(
         write_atomically(root / PLAN, [seal(plan.to_json())])
         done.rebuilt.append(PLAN)
     done.faults = (*plan_faults, *find_faults(root, Report(root=str(root)), show=show))
+    rebuilt = {shard for shard in _shards_of(done.faults) if _rebuild_sums(root, plan, ledger, shard, done)}
     # A faulty shard loses its receipt first, so that its rows stop existing before their bytes do; then the manifest
     # is moved out, and the shard's files last.
-    files = _drop_shards(root, ledger, done)
+    files = _drop_shards(root, ledger, done, keep=rebuilt)
     manifest = documents.manifest
     wrong = {fault.path for fault in done.faults if fault.path is not None and fault.shard is None} - {PLAN}
     done.mixed = LEDGER_FOLDER in wrong
@@ -112,10 +118,40 @@ def _move_out_and_rebuild(
     )
 
 
-def _drop_shards(root: Path, ledger: Ledger, done: Repair) -> list[str]:
-    """Move out the receipts of faulty shards; return the files that these shards leave behind."""
+def _shards_of(faults: Sequence[Fault]) -> list[int]:
+    return sorted({fault.shard for fault in faults if fault.shard is not None})
+
+
+def _rebuild_sums(root: Path, plan: Manifest, ledger: Ledger, shard: int, done: Repair) -> bool:
+    """Write the sums of a shard's rows again where only they are damaged; return whether that was so.
+
+    They follow from rows in intact chunks, and the receipt has the SHA-256 of their file: nothing has to be computed.
+    """
+    path = sums_path(shard)
+    if any(fault.path != path for fault in done.faults if fault.shard == shard):
+        return False
+    try:
+        with ledger.claim(shard), contextlib.closing(LocalRows(root)) as rows:
+            receipt = ledger.read(shard)
+            if receipt is None or receipt.salt is None:
+                return False
+            numbers = np.arange(*receipt.rows)
+            arrays = rows_as_stored(plan, rows.fetch_rows(numbers, tuple(plan.arrays)))
+            sums = masked(sums_of_shard(plan, arrays), numbers, receipt.salt).astype("<u4").tobytes()
+            if hashlib.sha256(sums).hexdigest() != receipt.files[path].sha256:
+                return False
+            _move_out(root, path, done.moved)
+            write_atomically(root / path, [sums])
+    except (DamageError, RowsNotCommittedError, ShardClaimedError):
+        return False
+    done.rebuilt.append(path)
+    return True
+
+
+def _drop_shards(root: Path, ledger: Ledger, done: Repair, *, keep: set[int]) -> list[str]:
+    """Move out the receipts of faulty shards but those to keep; return the files that these shards leave behind."""
     files: list[str] = []
-    for shard in sorted({fault.shard for fault in done.faults if fault.shard is not None}):
+    for shard in sorted(set(_shards_of(done.faults)) - keep):
         try:
             with ledger.claim(shard):
                 # A damaged receipt cannot name its files: they stay, until `resume` replaces them under the same paths.

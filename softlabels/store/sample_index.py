@@ -7,6 +7,7 @@ model, once per row would cost a quarter of the store.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.errors import BadIdsError, ManifestError, RequestError, ShapeMismatchError, UnknownIdError
-from softlabels.ids import IdArray, from_fixed_bytes, id_kind, utf8
+from softlabels.ids import IdArray, from_fixed_bytes, id_kind, to_fixed_bytes, utf8
 from softlabels.manifest import Manifest
 from softlabels.mapping_guard import stable_read
 from softlabels.store.safe_open import OpenFolder, StoreRoot
@@ -144,6 +145,13 @@ def index_files(ids: IdArray) -> dict[str, bytes]:
 def ids_of_rows(stored: NDArray[Any]) -> IdArray:
     """Return sample ids from rows of a store's array `ids`, where string ids are zero-padded UTF-8."""
     return from_fixed_bytes(stored) if stored.ndim == 2 else stored
+
+
+def rows_as_stored(manifest: Manifest, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return arrays that a reader returned as shards hold them: string ids as zero-padded UTF-8."""
+    if "ids" not in arrays or manifest.ids.kind != "str":
+        return dict(arrays)
+    return {**arrays, "ids": to_fixed_bytes(arrays["ids"], width_bytes=manifest.ids.width_bytes)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,13 @@ def inspect_documents(root: Path) -> StoreDocuments:
             faults.append(_document_fault(PLAN, "it is missing: without it nothing can be added to the store"))
         plan = _plan_of(manifest)
     elif plan is not None and manifest is not None and manifest.plan_sha256 != plan.digest:
-        faults.append(_document_fault(MANIFEST, f"it belongs to another plan than {PLAN}: do not mix stores' files"))
+        implied = _plan_of(manifest)
+        # The receipts decide which of the two came from another store: moving the wrong one out would lose every row.
+        if implied is not None and _has_receipts(root, implied) and not _has_receipts(root, plan):
+            faults.append(_document_fault(PLAN, f"it is not the plan of {MANIFEST} and the receipts: another store's"))
+            plan = implied
+        else:
+            faults.append(_document_fault(MANIFEST, f"it belongs to another plan than {PLAN}: of another store"))
     try:
         open_sealed(safe_read(root, JOB, max_bytes=MAX_DOCUMENT_BYTES), what=JOB)
     except FileNotFoundError:
@@ -132,6 +138,16 @@ def find_faults(
     yield from _shard_faults(ledger, plan, checks, valid, sample=sample, seed=seed, show=show)
     if manifest is None:
         yield from _unfinished(documents, plan, valid)
+
+
+def _has_receipts(root: Path, plan: Manifest) -> bool:
+    """Return whether a shard was committed under this plan."""
+    ledger = Ledger(root, plan)
+    for shard in ledger.committed():
+        with contextlib.suppress(ManifestError, OSError):
+            if ledger.read(shard) is not None:
+                return True
+    return False
 
 
 def _valid_receipts(ledger: Ledger, plan: Manifest, checks: ShardChecks) -> tuple[list[int], list[Fault]]:

@@ -114,6 +114,35 @@ class TestDamagedShard:
         assert verify(store).sound
 
 
+class TestSums:
+    @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "exchanged"])
+    def test_they_follow_from_intact_rows(self, store: Path, tree: Tree, flip: Flip, damage: str) -> None:
+        """Byte for byte as the receipt says: no row is computed again, and the store stays published."""
+        before = tree(store)
+        paths = [store / "sums" / f"{shard:08d}.u4" for shard in (1, 2)]
+        if damage == "flip":
+            flip(paths[0], byte=21)
+        elif damage == "cut":
+            paths[0].write_bytes(paths[0].read_bytes()[:10])
+        elif damage == "gone":
+            paths[0].unlink()
+        else:
+            one, two = (path.read_bytes() for path in paths)
+            paths[0].write_bytes(two)
+            paths[1].write_bytes(one)
+        done = repair(store)
+        assert (done.dropped, "manifest.json" in done.moved) == ([], False)
+        assert set(done.rebuilt) <= {str(path.relative_to(store)) for path in paths}
+        assert tree(store) == before
+
+    def test_not_from_damaged_rows(self, store: Path, flip: Flip) -> None:
+        """Rows and sums of one shard damaged: neither is made from the other."""
+        flip(store / "sums" / "00000001.u4", byte=21)
+        flip(shard_file(store, 1), byte=400)
+        done = repair(store)
+        assert (done.dropped, done.rebuilt) == ([1], [])
+
+
 class TestDocuments:
     @pytest.mark.parametrize("damage", ["flip", "empty", "delete"])
     @pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
@@ -146,6 +175,15 @@ class TestDocuments:
             (store / name).unlink()
         with pytest.raises(StoreExistsError):
             StoreWriter.create(store, type(source)(ids=source.ids, container=source.container, teacher="other").plan())
+
+    def test_the_plan_of_another_store(self, store: Path, source: Any, tmp_path: Path, tree: Tree) -> None:
+        """Copied over this one's: the receipts tell which is right, so that no shard is lost to the stranger."""
+        before = tree(store)
+        type(source)(ids=source.ids, container=source.container, teacher="other").write(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / "plan.json", store / "plan.json")
+        done = repair(store)
+        assert (done.dropped, done.rebuilt) == ([], ["plan.json"])
+        assert tree(store) == before
 
     def test_metadata_and_index(self, store: Path, tree: Tree, flip: Flip) -> None:
         """The format's own files and the id index are written again; the store stays published throughout."""
