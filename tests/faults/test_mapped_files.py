@@ -1,4 +1,4 @@
-"""Files that are cut, written to and replaced while readers gather from them: errors, and never other rows or an end."""
+"""Files that are cut, written to and replaced while readers gather from them: right rows or errors, to the end."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from softlabels.errors import DamageError, ManifestError, UnknownStoreError
+from softlabels.errors import DamageError, ManifestError, StoreChangedError, UnknownStoreError
 from softlabels_server import StoreFolder
 from softlabels_server.catalog import BrokenStore
 
@@ -100,6 +100,23 @@ class TestOpening:
         new = folder.get("x")
         assert new.digest != old.digest
         assert old.rows.fetch(rows_of().ids[:2], ("targets",))["targets"].shape == (2, 7)
+
+    def test_a_store_written_over_in_place_is_opened_again(self, write: Any, rows_of: Any, tmp_path: Path) -> None:
+        """Also where size and times of the files are kept: the time of the last change cannot be set."""
+        write(tmp_path / "x" / "s", rows_of(1))
+        write(tmp_path / "new" / "s", rows_of(2))
+        folder = StoreFolder(tmp_path / "x")
+        old = folder.get("s")
+        for path in sorted((tmp_path / "new" / "s").rglob("*")):
+            there = tmp_path / "x" / "s" / path.relative_to(tmp_path / "new" / "s")
+            if path.is_file() and there.exists():
+                before = there.stat()
+                there.write_bytes(path.read_bytes())
+                os.utime(there, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert folder.opened("s") is None
+        assert folder.get("s").digest != old.digest
+        with pytest.raises(StoreChangedError):
+            old.rows.fetch(rows_of().ids[:2], ("targets",))
 
     def test_threads_open_a_store_once(self, stores: Any) -> None:
         """All get the same object."""
