@@ -115,8 +115,8 @@ def check_unchanged(store: Path, data: TransferSet) -> None:
         ) from error
     if told is not None:
         raise TransferSetChangedError(
-            f"transfer set {data.name!r} changed under the job: {told}. Targets computed so far are of other samples than "
-            "those still to compute: put the data back as they were and resume, or begin another store. Where the "
+            f"transfer set {data.name!r} changed under the job: {told}. Targets computed so far are of other samples "
+            "than those still to compute: put the data back as they were and resume, or begin another store. Where the "
             f"contents are certainly the same (copied, with other times), delete {path} and resume"
         )
 
