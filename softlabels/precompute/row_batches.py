@@ -22,9 +22,10 @@ from softlabels.encodings import rng_keys
 from softlabels.errors import JobError
 from softlabels.ids import IdArray
 from softlabels.manifest import RowLayout, ViewSpec
+from softlabels.precompute.checks.data_snapshot import PlannedSamples
 from softlabels.precompute.job import ViewsTable
 from softlabels.store.sample_index import SampleTable
-from softlabels.transfer_set import TransferSet, sample_fingerprints
+from softlabels.transfer_set import Samples, TransferSet, sample_fingerprints
 from softlabels.views import ViewTransform, view_seeds
 from softlabels.views.transforms import RecordedTransform
 
@@ -67,11 +68,13 @@ class RowLoader(ABC):
 
     Attributes:
         layout, views, table: what the plan says of rows, views, and (for sequences) samples.
+        planned: some samples as they were when the job was planned, to compare whenever they are read again.
     """
 
     layout: RowLayout
     views: ViewSpec | None = None
     table: SampleTable | None = None
+    planned: PlannedSamples | None = None
 
     @abstractmethod
     def batches(self, rows: range, batch_size: int) -> Iterator[RowBatch]:
@@ -112,6 +115,8 @@ class RowLoader(ABC):
 class _OneInputPerRow(RowLoader):
     """Common part of layouts in which every input is one row."""
 
+    _data: TransferSet
+
     @abstractmethod
     def _batch(self, rows: NDArray[np.int64]) -> RowBatch: ...
 
@@ -122,6 +127,12 @@ class _OneInputPerRow(RowLoader):
     def select_rows(self, output: Tensor, batch: RowBatch) -> Tensor:
         """Return the output as it is."""
         return output
+
+    def _take(self, positions: NDArray[np.int64]) -> Samples:
+        taken = self._data.take(positions)
+        if self.planned is not None:
+            self.planned.check(positions, taken)
+        return taken
 
     def _cut(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[RowBatch]:
         for start in range(0, len(rows), batch_size):
@@ -144,7 +155,7 @@ class SingleRows(_OneInputPerRow):
         return self._cut(positions, batch_size)
 
     def _batch(self, rows: NDArray[np.int64]) -> RowBatch:
-        taken = self._data.take(rows)
+        taken = self._take(rows)
         inputs = np.ascontiguousarray(taken.inputs)
         return RowBatch(
             inputs=inputs,
@@ -193,7 +204,7 @@ class ViewRows(_OneInputPerRow):
     def _batch(self, rows: NDArray[np.int64]) -> RowBatch:
         positions, views = rows // self._count, rows % self._count
         distinct, which = np.unique(positions, return_inverse=True)
-        taken = self._data.take(distinct)
+        taken = self._take(distinct)
         ids = taken.ids[which]
         made, parameters = self._make_views(taken.inputs[which], view_seeds(self._store, ids, views))
         return RowBatch(

@@ -15,7 +15,13 @@ from softlabels.encodings import Encoding
 from softlabels.errors import UnknownStoreError
 from softlabels.manifest import Manifest
 from softlabels.precompute.checks.committed_rows import ask_teachers_again, check_origin
-from softlabels.precompute.checks.data_snapshot import check_planned, check_unchanged, planned_sha256, write_snapshot
+from softlabels.precompute.checks.data_snapshot import (
+    PlannedSamples,
+    check_planned,
+    check_unchanged,
+    planned_sha256,
+    write_snapshot,
+)
 from softlabels.precompute.job import FOUND, Job, load_kept_job
 from softlabels.precompute.pipeline.device import DeviceStreams
 from softlabels.precompute.pipeline.device_step import DeviceStep
@@ -72,7 +78,9 @@ def precompute(
     if not writer.finished:
         # Again, because data and teachers may have changed while the shards were computed, here or elsewhere.
         check_unchanged(root, data)
-        check_planned(planned.plan.transfer_set, planned_sha256(data, prepared.ids, prepared.rows.table))
+        check_planned(
+            planned.plan.transfer_set, planned_sha256(data, prepared.ids, prepared.rows.table or PlannedSamples(data))
+        )
         ask_teachers_again(root, prepared.ensemble, batch_size=kept.batch_size or batch_size)
     return writer.finish()
 

@@ -14,16 +14,16 @@ import zlib
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from softlabels.atomic_files import write_atomically
 from softlabels.documents import as_json, canonical_json
 from softlabels.errors import ManifestError, TransferSetChangedError
 from softlabels.manifest import IdSpec, TransferSetSpec
 from softlabels.store.sample_index import SampleTable
-from softlabels.transfer_set import TransferSet, sample_fingerprints
+from softlabels.transfer_set import UNLABELLED, Samples, TransferSet, sample_fingerprints
 from softlabels.transfer_sets import SupportsAllIds, SupportsIdentity, ids_sha256
 
 SNAPSHOT = "transfer_set.tsv.gz"
@@ -36,35 +36,57 @@ Fact = tuple[str, str]
 """Name of a file, and a text that changes whenever its contents do."""
 
 
-def planned_sha256(data: TransferSet, ids: IdSpec, table: SampleTable | None) -> str:
+class PlannedSamples:
+    """Digests of ids, labels and contents of `PLANNED_SAMPLES` samples, the first and the last among them."""
+
+    def __init__(self, data: TransferSet) -> None:
+        self._name = data.name
+        self._positions = np.unique(np.linspace(0, len(data) - 1, PLANNED_SAMPLES).astype(np.int64))
+        # One at a time: a job with batches of one may have samples of different shapes.
+        self.digests = [digest for position in self._positions for digest in _digests(data.take(position[None]))]
+
+    def check(self, positions: NDArray[np.int64], taken: Samples) -> None:
+        """Raise TransferSetChangedError if one of these samples is not what it was: nothing is made of changed data."""
+        known = np.flatnonzero(np.isin(positions, self._positions))
+        if len(known) == 0:
+            return
+        labels = None if taken.labels is None else taken.labels[known]
+        found = _digests(Samples(ids=taken.ids[known], inputs=taken.inputs[known], labels=labels))
+        for row, index, digest in zip(known, np.searchsorted(self._positions, positions[known]), found, strict=True):
+            if digest != self.digests[index]:
+                raise TransferSetChangedError(
+                    f"transfer set {self._name!r} changed under the job: sample {taken.ids[row].item()!r} at position "
+                    f"{positions[row]} is not what it was when this run began. Put the data back as they were and "
+                    "resume, or begin another store",
+                    id=taken.ids[row].item(),
+                )
+
+
+def _digests(samples: Samples) -> list[bytes]:
+    labels = np.full(len(samples.ids), UNLABELLED) if samples.labels is None else samples.labels
+    prints = [row.tobytes().hex() for row in sample_fingerprints(samples.inputs)]
+    facts = zip(samples.ids.tolist(), labels.tolist(), prints, strict=True)
+    return [hashlib.sha256(canonical_json(fact)).digest() for fact in facts]
+
+
+def planned_sha256(data: TransferSet, ids: IdSpec, found: SampleTable | PlannedSamples) -> str:
     """Return the digest of a transfer set that its plan holds.
 
-    It is of the number of samples, all ids (of a source that lists them without reading the samples), and ids, labels
-    and content fingerprints of `PLANNED_SAMPLES` samples, the first and the last among them; for sequences, of the
-    fingerprints of all.
+    It is of the number of samples, all ids (of a source that lists them without reading the samples), and of some
+    samples; for sequences, of the fingerprints of all.
 
     Args:
         ids: how the store keeps the ids.
-        table: the samples, for a layout of sequences.
+        found: the samples of a layout of sequences; else some samples.
     """
-    found: dict[str, Any] = {"samples": len(data), "ids": as_json(ids)}
-    blocks = None if table is None else iter([table.ids])
+    blocks = iter([found.ids]) if isinstance(found, SampleTable) else None
     if blocks is None and ids.dense_start is None:
         own = getattr(data, "ids", None)
         blocks = data.all_ids() if isinstance(data, SupportsAllIds) else None
         blocks = iter([own]) if isinstance(own, np.ndarray) else blocks
-    found["ids_sha256"] = None if blocks is None else ids_sha256(blocks)
-    total = hashlib.sha256(canonical_json(found))
-    if table is not None:
-        total.update(table.fingerprints.tobytes())
-        return total.hexdigest()
-    positions = np.unique(np.linspace(0, len(data) - 1, PLANNED_SAMPLES).astype(np.int64))
-    for position in positions:
-        # One at a time: a job with batches of one may have samples of different shapes.
-        taken = data.take(position[None])
-        total.update(canonical_json(taken.ids.tolist()))
-        total.update(sample_fingerprints(taken.inputs).tobytes())
-        total.update(b"" if taken.labels is None else taken.labels.astype("<i8").tobytes())
+    listed = None if blocks is None else ids_sha256(blocks)
+    total = hashlib.sha256(canonical_json({"samples": len(data), "ids": as_json(ids), "ids_sha256": listed}))
+    total.update(found.fingerprints.tobytes() if isinstance(found, SampleTable) else b"".join(found.digests))
     return total.hexdigest()
 
 

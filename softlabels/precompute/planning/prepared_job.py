@@ -20,7 +20,7 @@ from softlabels.encodings import Encoding
 from softlabels.encodings.selection import EncodingRequest, parse_encoding
 from softlabels.errors import JobError
 from softlabels.manifest import IdSpec, Manifest, TemperatureSpec, TransferSetSpec
-from softlabels.precompute.checks.data_snapshot import planned_sha256
+from softlabels.precompute.checks.data_snapshot import PlannedSamples, planned_sha256
 from softlabels.precompute.checks.teacher_checks import checked_logits, encoding_of_head
 from softlabels.precompute.job import Job
 from softlabels.precompute.pipeline.device import choose_device
@@ -29,6 +29,7 @@ from softlabels.precompute.row_batches import RowBatch, RowLoader, SingleRows, V
 from softlabels.precompute.sequence_rows import SequenceRows
 from softlabels.precompute.teachers import Teacher, align_classes, class_list_of_store, load_teacher
 from softlabels.softmath import Mean, check_temperature
+from softlabels.store.sample_index import SampleTable
 from softlabels.store.store_plan import kept_inputs, plan_store
 from softlabels.transfer_set import ArrayTransferSet, TransferSet
 from softlabels.transfer_sets import SupportsIdSpec, examine_ids
@@ -88,6 +89,14 @@ class PreparedJob:
         return IdSpec(kind="str", width_bytes=255) if first.dtype.kind == "U" else IdSpec(kind="int")
 
     @cached_property
+    def planned(self) -> SampleTable | PlannedSamples:
+        """Samples as they are now, whose digest the plan holds: from here on, they must be the same at every read."""
+        if self.rows.table is not None:
+            return self.rows.table
+        self.rows.planned = PlannedSamples(self.data)
+        return self.rows.planned
+
+    @cached_property
     def transfer_set(self) -> TransferSetSpec:
         """What the plan says of the transfer set as it is now."""
         source = self.job.transfer_set
@@ -96,7 +105,7 @@ class PreparedJob:
             source=source.source,
             arguments=dict(source.arguments),
             labelled=self.first_batch.labels is not None,
-            planned_sha256=planned_sha256(self.data, self.ids, self.rows.table),
+            planned_sha256=planned_sha256(self.data, self.ids, self.planned),
         )
 
     def pilot(self, spec: TemperatureSpec, *, rows: int = PILOT_ROWS) -> NDArray[np.float32]:

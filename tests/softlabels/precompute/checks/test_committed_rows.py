@@ -18,7 +18,7 @@ from softlabels.errors import ConflictError, JobError, TeacherChangedError, Tran
 from softlabels.manifest import IdSpec
 from softlabels.precompute import load_job, precompute, resume, teacher_from_module
 from softlabels.precompute.checks.committed_rows import ask_about_stores
-from softlabels.precompute.checks.data_snapshot import PLANNED_SAMPLES, planned_sha256
+from softlabels.precompute.checks.data_snapshot import PLANNED_SAMPLES, PlannedSamples, planned_sha256
 from softlabels.store.copies import merge
 from softlabels.store.store_documents import load_plan
 from softlabels.transfer_set import ArrayTransferSet
@@ -165,9 +165,10 @@ class TestData:
             keep_times(folder)
             return silent(total, description, unit)
 
-        with pytest.raises(TransferSetChangedError):
+        with pytest.raises(TransferSetChangedError, match=r"sample 3.. at position 3.. is not what it was"):
             precompute(load_job(folder / "job.toml"), show=change)  # type: ignore[arg-type]
         assert not (folder / "store" / "manifest.json").exists()
+        assert not (folder / "store" / "ledger" / "00000003.json").exists(), "no row of the changed data is committed"
 
     def test_the_digest_is_of_ids_labels_and_contents(self) -> None:
         """Whatever the source is called, and however ids are cut into blocks."""
@@ -175,7 +176,8 @@ class TestData:
 
         def digest(ids: np.ndarray, inputs: np.ndarray = x, labels: np.ndarray | None = None) -> str:
             spec = IdSpec(kind="str", width_bytes=9) if ids.dtype.kind == "U" else IdSpec(kind="int")
-            return planned_sha256(ArrayTransferSet("x", inputs, ids=ids, labels=labels), spec, None)
+            data = ArrayTransferSet("x", inputs, ids=ids, labels=labels)
+            return planned_sha256(data, spec, PlannedSamples(data))
 
         names = np.array([f"s{n}" for n in range(100)])
         swapped = names.copy()
