@@ -13,7 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from softlabels.documents import MAX_DOCUMENT_BYTES, canonical_json, open_sealed
-from softlabels.errors import ManifestError, UnknownStoreError
+from softlabels.errors import DamageError, ManifestError, UnknownStoreError
 from softlabels.manifest import Manifest
 from softlabels.progress import ShowProgress, silent
 from softlabels.store.chunks import chunks_in, shard_rows
@@ -23,6 +23,11 @@ from softlabels.store.safe_open import safe_open, safe_read
 from softlabels.store.sample_index import POSITIONS, SORTED_IDS, DenseIdIndex, SortedIdIndex, make_index
 from softlabels.store.shard_checks import Fault, Report, ShardChecks
 from softlabels.store.store_documents import JOB, MANIFEST, PLAN, RECEIPTS, load_document, load_encoding
+
+_REPLACED = (
+    "the receipts are not those that the manifest was published with: a shard was replaced afterwards, which one is "
+    "not known; restore the store from a copy, or compute it again in an empty folder"
+)
 
 _NOT_CONTENTS = (LOCK_FOLDER, STAGING_FOLDER, DAMAGED_FOLDER)
 
@@ -130,7 +135,7 @@ def find_faults(
     report.committed = len(valid)
     yield from receipt_faults
     if manifest is not None:
-        yield from _ledger_faults(ledger, manifest, plan, valid, clean=not receipt_faults)
+        yield from _ledger_faults(root, ledger, manifest, plan, valid, damaged, clean=not receipt_faults)
     yield from metadata_faults
     yield from index_faults
     if manifest is not None:
@@ -169,8 +174,31 @@ def _valid_receipts(ledger: Ledger, plan: Manifest, checks: ShardChecks) -> tupl
     return valid, faults
 
 
+def _are_published(root: Path, ledger: Ledger, manifest: Manifest, valid: list[int]) -> bool:
+    """Return whether these receipts are those that the store was published with, though the table of them is damaged.
+
+    The manifest has a digest over the whole table, so what is left of the table for the other shards must fit as well.
+    """
+    size = hashlib.sha256().digest_size
+    try:
+        raw = safe_read(root, RECEIPTS, max_bytes=MAX_DOCUMENT_BYTES + manifest.shards.count * size)
+    except (DamageError, OSError):
+        return False
+    table = bytearray(raw[-manifest.shards.count * size :])
+    for receipt in ledger.receipts(valid):
+        table[receipt.shard * size : (receipt.shard + 1) * size] = bytes.fromhex(receipt.sha256)
+    return hashlib.sha256(table).hexdigest() == manifest.ledger
+
+
 def _ledger_faults(
-    ledger: Ledger, manifest: Manifest, plan: Manifest, valid: list[int], *, clean: bool
+    root: Path,
+    ledger: Ledger,
+    manifest: Manifest,
+    plan: Manifest,
+    valid: list[int],
+    damaged: set[str | None],
+    *,
+    clean: bool,
 ) -> Iterator[Fault]:
     """Yield where the receipts, each of them valid, are not those that the manifest was made from."""
     missing = sorted(set(range(plan.shards.count)) - set(valid))
@@ -178,14 +206,12 @@ def _ledger_faults(
         message = "its receipt is missing from a finished store: its rows cannot be read"
         for shard in missing if clean else ():
             yield Fault(kind="missing", message=message, shard=shard, path=ledger.path_of(shard))
+        if manifest.format_version >= 2 and RECEIPTS in damaged and not _are_published(root, ledger, manifest, valid):
+            yield _document_fault(LEDGER_FOLDER, _REPLACED)
         return
     summary = summarize(ledger.receipts(valid))
     if summary.sha256 != manifest.ledger:
-        message = (
-            "the receipts are not those that the manifest was published with: a shard was replaced afterwards, which "
-            "one is not known; restore the store from a copy, or compute it again in an empty folder"
-        )
-        yield _document_fault(LEDGER_FOLDER, message)
+        yield _document_fault(LEDGER_FOLDER, _REPLACED)
     if manifest.transfer_set.fingerprint != (plan.transfer_set.fingerprint or summary.fingerprint):
         yield _document_fault(MANIFEST, "the transfer set's fingerprint is not the receipts' sum")
     if canonical_json(manifest.audit) != canonical_json(summary.audit):

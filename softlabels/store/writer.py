@@ -17,8 +17,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from softlabels.atomic_files import TEMPORARY, make_folder, sync_folder, write_atomically
-from softlabels.audit import Audit
-from softlabels.documents import as_json, open_sealed, seal
+from softlabels.documents import seal
 from softlabels.encodings import Encoding
 from softlabels.errors import (
     ChecksumError,
@@ -30,8 +29,8 @@ from softlabels.errors import (
 )
 from softlabels.ids import IdArray, to_fixed_bytes
 from softlabels.manifest import Manifest
-from softlabels.store.array_reader import checked_part
 from softlabels.store.chunks import ShardFile, masked, salt_of, shard_rows, sums_of_shard, sums_path
+from softlabels.store.commit_checks import check_publishable, check_readable, check_same_contents, check_values
 from softlabels.store.containers import container_of
 from softlabels.store.ledger import (
     LEDGER_FOLDER,
@@ -39,13 +38,20 @@ from softlabels.store.ledger import (
     FileRecord,
     Ledger,
     Receipt,
-    parse_receipt,
     receipts_file,
     summarize,
 )
-from softlabels.store.sample_index import SampleTable, index_files, make_index
+from softlabels.store.sample_index import SampleTable, index_files
 from softlabels.store.shard_checks import Report, ShardChecks
-from softlabels.store.store_documents import JOB, MANIFEST, RECEIPTS, constant_files, load_manifest, load_plan
+from softlabels.store.store_documents import (
+    JOB,
+    MANIFEST,
+    RECEIPTS,
+    constant_files,
+    load_document,
+    load_manifest,
+    load_plan,
+)
 from softlabels.store.store_plan import has_file, initialize_store
 from softlabels.store.store_reader import LocalRows
 from softlabels.transfer_set import UNLABELLED, FingerprintSum
@@ -122,13 +128,13 @@ class StoreWriter:
 
         Raises:
             TruncatedError: a shard is missing. BadIdsError: a sample id is repeated.
-            ManifestError: a metadata file is missing or damaged.
+            ManifestError: a metadata file is missing or damaged, or the store was published with other shards.
         """
         plan = self.plan
         with self.ledger.exclusive():
             # Under the lock: of several processes that finish a store, one publishes it and the others return here.
             if self.finished:
-                return load_manifest(self.root)
+                return self._published()
             missing = self.missing_shards()
             if missing:
                 raise TruncatedError(
@@ -161,10 +167,22 @@ class StoreWriter:
                 metadata_sha256=written | dict(plan.metadata_sha256),
             )
             raw = seal(manifest.to_json())
-            _check_publishable(self.root, manifest, raw)
+            check_publishable(self.root, manifest, raw)
             # Last of all: where the manifest exists, everything that it covers is durable.
             write_atomically(self.root / MANIFEST, [raw])
             return manifest
+
+    def _published(self) -> Manifest:
+        """Return the manifest; raise ManifestError where it is of another plan, or of other shards than are there."""
+        manifest = load_document(self.root, MANIFEST)
+        if manifest.plan_sha256 != self.ledger.plan_sha256:
+            raise ManifestError(
+                f"{self.root / MANIFEST} belongs to another plan than the shards beside it: run `softlabels repair`, "
+                "then `softlabels resume`"
+            )
+        for _ in Ledger(self.root, manifest).receipts(range(manifest.shards.count)):
+            pass  # which compares each of them with what was published
+        return manifest
 
     def commit(
         self,
@@ -200,11 +218,11 @@ class StoreWriter:
             audit=audit,
             salt=salt,
         )
-        _check_readable(receipt, self.plan)
+        check_readable(receipt, self.plan)
         # Another process may have committed the shard after it was listed as missing and before it was claimed here.
         existing = self.ledger.read(shard)
         if existing is not None:
-            _check_same_contents(self.root, existing, files)
+            check_same_contents(self.root, existing, files)
             return existing
         records = {}
         for file in files:
@@ -283,6 +301,7 @@ class ShardClaim:
             audit: `Audit.to_json()` of these rows.
         Raises:
             ShapeMismatchError: arrays of another shape or dtype than planned, or other ids than planned.
+            NonFiniteLogitsError: targets with NaN. RequestError: labels that are no classes.
             ShardConflictError: the shard is committed with other contents.
         """
         plan = self._writer.plan
@@ -310,6 +329,7 @@ class ShardClaim:
                     f"array {name!r} of shard {self.shard} is {arrays[name].dtype}{list(arrays[name].shape)}, the plan "
                     f"says {spec.dtype}{list(expected)}"
                 )
+        check_values(arrays, plan, self.rows)
         return self._writer.commit(self.shard, arrays, fingerprint=total.hexdigest(), audit=audit)
 
     def _check_dense_ids(self, ids: IdArray) -> None:
@@ -337,48 +357,3 @@ def stored_ids(root: Path, manifest: Manifest) -> IdArray:
     joined: IdArray = np.concatenate([rows.fetch_rows(numbers, ("ids",))["ids"] for numbers in shards])
     # With views an id is repeated once per view; the index is of samples.
     return joined[:: manifest.layout.views]
-
-
-def _check_publishable(root: Path, manifest: Manifest, raw: bytes) -> None:
-    """Raise unless a reader will open the store once its manifest exists, and find what was written."""
-    damaged = [path for path, digest in manifest.metadata_sha256.items() if not has_file(root / path, digest)]
-    if damaged:
-        raise ChecksumError(
-            f"{root / damaged[0]} was written and cannot be read back: the store is not published; check the disk and "
-            "the memory of this machine, then run `softlabels resume`"
-        )
-    read = Manifest.from_json(open_sealed(raw, what=str(root / MANIFEST)))
-    assert read.digest == manifest.digest, "the manifest as it is read is the one that was made"
-    make_index(root, read)
-    Ledger(root, read).read(read.shards.count - 1)
-
-
-def _check_readable(receipt: Receipt, plan: Manifest) -> None:
-    """Raise unless every reader will accept a receipt; called before anything of the shard is on disk."""
-    what = f"the receipt of shard {receipt.shard}"
-    try:
-        parsed = parse_receipt(seal(as_json(receipt)), what=what)
-        Audit.from_json(parsed.audit)
-        FingerprintSum.from_hexdigest(parsed.fingerprint)
-        for name in plan.arrays:
-            checked_part(parsed, name, plan)
-    except (TypeError, ValueError, KeyError, AttributeError, ManifestError) as error:
-        raise ShapeMismatchError(
-            f"{what} could not be read again ({type(error).__name__}: {error}), so nothing was written: `audit` must "
-            "be what `Audit.to_json()` returned, and `fingerprint` what `FingerprintSum.hexdigest()` did"
-        ) from error
-
-
-def _check_same_contents(root: Path, existing: Receipt, files: list[ShardFile]) -> None:
-    for file in files:
-        digest = hashlib.sha256()
-        for buffer in file.buffers:
-            digest.update(buffer)
-        # Digests of files suffice: the same arrays give the same bytes in both containers (docs/adr/0005).
-        record = existing.files.get(file.path)
-        if record is None or record.sha256 != digest.hexdigest():
-            raise ShardConflictError(
-                f"shard {existing.shard} of {root} is committed with other contents than these: the teacher is not "
-                "deterministic, or the inputs changed; committed shards never change",
-                shard=existing.shard,
-            )

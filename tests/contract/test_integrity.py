@@ -13,7 +13,15 @@ import pytest
 import softlabels
 from softlabels.atomic_files import write_atomically
 from softlabels.documents import as_json, open_sealed, seal
-from softlabels.errors import ChecksumError, ConflictError, ManifestError, ShapeMismatchError, ShardConflictError
+from softlabels.errors import (
+    ChecksumError,
+    ConflictError,
+    ManifestError,
+    NonFiniteLogitsError,
+    RequestError,
+    ShapeMismatchError,
+    ShardConflictError,
+)
 from softlabels.row_sums import sums_of_rows
 from softlabels.store import LocalRows, StoreWriter
 from softlabels.store.chunks import masked, salt_of, sums_path
@@ -155,6 +163,24 @@ class TestShardOfAnotherRun:
         assert (done.mixed, done.dropped, done.digest) == (True, [], None)
         assert (first.root / "manifest.json").read_bytes() == before
 
+    @pytest.mark.parametrize("mixed", [False, True], ids=["of one run", "of two runs"])
+    def test_beside_a_damaged_receipt_and_damaged_digests(self, two_runs: Any, mixed: bool) -> None:
+        """What is left of the digests still tells whether the other receipts are the published ones."""
+        first, second = two_runs
+        before = softlabels.open(first.root).digest
+        (first.root / "ledger/00000001.json").write_text("{}")
+        contents = bytearray((first.root / RECEIPTS).read_bytes())
+        contents[-40] ^= 1  # of shard 2
+        (first.root / RECEIPTS).write_bytes(contents)
+        if mixed:
+            replace_shard(first.root, second.root, 2)
+        done = repair(first.root)
+        assert (done.mixed, done.dropped, done.digest) == (mixed, [1], None)
+        assert (first.root / "manifest.json").exists() == mixed
+        if not mixed:
+            first.write()
+            assert softlabels.open(first.root).digest == before
+
     def test_an_old_store_is_not_published_as_a_mixture(self, two_runs: Any) -> None:
         """Version 1 has a digest over all receipts only: `verify` tells, `repair` leaves the store as it is."""
         first, second = (
@@ -221,6 +247,55 @@ class TestReadBack:
         monkeypatch.undo()
         made.write()
         assert verify(made.root).sound
+
+    def test_rows_that_verify_would_refuse(self, make_store: Any, kind: Any) -> None:
+        """NaN and labels that are no classes are refused before anything is on disk."""
+        made = make_store(kind)
+        writer = StoreWriter.create(made.root, made.plan)
+        rows, labels = made.encoded["targets"][:64].copy(), made.labels[:64].copy()
+        rows[63, 9], labels[5] = np.nan, 10
+        with pytest.raises(NonFiniteLogitsError, match="NaN"), writer.claim(0) as claim:
+            claim.commit(**{**made.shard(0), "encoded": {"targets": rows}})
+        with pytest.raises(RequestError, match="label 10 of row 5"), writer.claim(0) as claim:
+            claim.commit(**{**made.shard(0), "labels": labels})
+        assert writer.missing_shards() == [0, 1, 2, 3]
+
+    def test_an_index_that_a_disk_changes(self, make_store: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The store is not published with an index that is not the one that was written."""
+        made = make_store(kind, ids="strings")
+        writer = made.write(finish=False)
+
+        def damaged(path: Path, buffers: Any, **options: Any) -> tuple[int, str]:
+            done = write_atomically(path, buffers, **options)
+            if path.name == "positions.npy":
+                contents = bytearray(path.read_bytes())
+                contents[-3] ^= 1
+                path.write_bytes(contents)
+            return done
+
+        monkeypatch.setattr("softlabels.store.writer.write_atomically", damaged)
+        with pytest.raises(ChecksumError, match="not published"):
+            writer.finish()
+        assert not writer.finished
+        monkeypatch.undo()
+        writer.finish()
+        assert verify(made.root).sound
+
+    def test_a_manifest_of_another_plan(self, make_store: Any, kind: Any) -> None:
+        """A run that has nothing left to do looks whether what is published is its store."""
+        made, other = make_store(kind, name="a"), make_store(kind, name="b", labelled=False)
+        writer = made.write()
+        other.write()
+        shutil.copyfile(other.root / "manifest.json", made.root / "manifest.json")
+        with pytest.raises(ManifestError, match="another plan"):
+            writer.finish()
+
+    def test_shards_that_are_not_the_published_ones(self, two_runs: Any) -> None:
+        """Nor are the shards of another run of the same plan."""
+        first, second = two_runs
+        replace_shard(first.root, second.root, 3)
+        with pytest.raises(ManifestError, match="was published with"):
+            StoreWriter.resume(first.root).finish()
 
 
 class TestOlderFormat:

@@ -567,3 +567,17 @@ def slopes(loss_B: Any, z: Array, step: float = 1e-5) -> Array:
         nudge[:, column] = step
         out[:, column] = (loss_B(z + nudge) - loss_B(z - nudge)) / (2 * step)
     return out
+
+
+class TestHasNan:
+    @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8"])
+    def test_it_is_isnan(self, dtype: str) -> None:
+        """Of both signs and every payload; infinities, zeros and whole numbers are none."""
+        for bits in (b"\xff" * 8, np.array(np.nan, dtype).tobytes()):
+            array = np.zeros((300, 1000), dtype=dtype)
+            array[0, :3] = np.inf, -np.inf, -0.0
+            assert not softmath.has_nan(array)
+            array.reshape(-1)[-7:-6] = np.frombuffer(bits[: array.itemsize], dtype=dtype)
+            assert softmath.has_nan(array)
+            assert softmath.has_nan(array[::-1, ::2]) == bool(np.isnan(array[::-1, ::2]).any())
+        assert not softmath.has_nan(np.full(3, -1, dtype=np.int64))

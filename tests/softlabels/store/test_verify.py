@@ -155,8 +155,10 @@ class TestSense:
     def damage(self, source: Any, root: Path, **changes: Any) -> list[Any]:
         """Faults of a store whose second shard was committed with these changes."""
         writer = StoreWriter.create(root, source.plan())
-        for shard in range(4):
-            source.commit(writer, shard, **(changes if shard == 1 else {}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("softlabels.store.writer.check_values", lambda *given: None)  # writers of 0.1.0 did not look
+            for shard in range(4):
+                source.commit(writer, shard, **(changes if shard == 1 else {}))
         writer.finish()
         return verify(root, every_fault=True).faults
 
