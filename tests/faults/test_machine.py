@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from softlabels.errors import SoftLabelsError, StoreExistsError, UnknownStoreError
+from softlabels.store.copies import merge
 from softlabels.store.repair import repair
 from softlabels.store.verify import verify
 
@@ -91,6 +93,16 @@ class StoreMachine(RuleBasedStateMachine):
             left = [fault for fault in verify(self.root, every_fault=True).faults if fault.kind != "unfinished"]
             assert all(fault.kind == "missing" and str(fault.path).startswith("index/") for fault in left), left
             assert self.kind.sequences or not left
+
+    @rule()
+    def merge_elsewhere(self) -> None:
+        """What can be united with nothing else is a store without a wrong row."""
+        target = self.root.with_name("merged")
+        with contextlib.suppress(SoftLabelsError):
+            merge([self.root], target)
+        if target.exists():
+            self.refuse_wrong_rows(target, self.kind_name)
+            shutil.rmtree(target)
 
     # What befalls it.
 

@@ -284,21 +284,23 @@ class Server:
             self._process = None
 
     def close(self) -> None:
-        """End it."""
+        """End it, as `kill -9` does."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def _start(self) -> None:
-        with self._log.open("wb") as output:
-            command = [sys.executable, "-m", "softlabels", "serve", str(self._folder), "--port", "0", *self._options]
-            self._process = subprocess.Popen(command, stdout=output, stderr=output)
-        give_up = time.monotonic() + SERVER_START_S
-        while time.monotonic() < give_up and self._process.poll() is None:
-            if found := re.search(r" at (http://\S+)", self._log.read_text()):
-                self._address = found.group(1)
-                return
-            time.sleep(0.02)
+        # The port of before, so that clients find the server again; another one where somebody else took it.
+        for port in (self._address.rpartition(":")[2] or "0", "0"):
+            with self._log.open("wb") as output:
+                command = [sys.executable, "-m", "softlabels", "serve", str(self._folder), "--port", port]
+                self._process = subprocess.Popen([*command, *self._options], stdout=output, stderr=output)
+            give_up = time.monotonic() + SERVER_START_S
+            while time.monotonic() < give_up and self._process.poll() is None:
+                if found := re.search(r" at (http://\S+)", self._log.read_text()):
+                    self._address = found.group(1)
+                    return
+                time.sleep(0.02)
         raise RuntimeError(f"the server did not start:\n{self._log.read_text()}")
 
 
