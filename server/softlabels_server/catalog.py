@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from softlabels.documents import Document
 from softlabels.errors import DamageError, ManifestError, SoftLabelsError, UnknownStoreError
 from softlabels.manifest import FINGERPRINTS, IDS, STORE_NAME, ArraySpec
 from softlabels.store.store_documents import MANIFEST, PLAN, load_manifest
@@ -18,6 +19,32 @@ from softlabels_server.fast_path.executor_policy import ExecutorPolicy
 
 Signature: TypeAlias = tuple[str, int, int, int]
 """Name, inode, size and change time (ns) of a store's manifest file; a new version has another."""
+
+
+class Damage(Document, frozen=True):
+    """Damage of one version of a store, found by a background check; `shard` is None where it concerns every row."""
+
+    store: str
+    signature: Signature
+    shard: int | None
+    message: str
+
+
+class ScrubState(Document, frozen=True):
+    """State of the background check of all stores.
+
+    Attributes:
+        rounds: number of finished rounds.
+        finished_s: Unix time at which the last one ended.
+        read_bytes, total_bytes: progress of the round under way.
+    """
+
+    interval_s: float
+    rounds: int = 0
+    finished_s: float | None = None
+    read_bytes: int = 0
+    total_bytes: int = 0
+    damage: tuple[Damage, ...] = ()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -84,6 +111,7 @@ class StoreFolder:
             raise UnknownStoreError(
                 f"{str(root)!r} is not a folder: give the folder that holds the stores, or one store's"
             )
+        self.scrub: ScrubState | None = None
         self._opened: dict[str, ServedStore] = {}
         self._lock = threading.Lock()
         self._own_name = None
@@ -130,8 +158,21 @@ class StoreFolder:
             if store is None:
                 # A replaced version is not closed: replies being sent still read it, and it is freed with the last.
                 self._opened.pop(name, None)
-                store = self._opened[name] = self._open(name)
+                store = self._open(name)
+                self._refuse_damaged(store)
+                self._opened[name] = store
             return store
+
+    def version_of(self, name: str) -> tuple[Signature | None, Path]:
+        """Return the signature of the version on disk, None without a store of that name, and its folder."""
+        return self._signature_of(name), self.root if self._own_name is not None else self.root / name
+
+    def note_scrub(self, state: ScrubState) -> None:
+        """Show the state of the background check in /health, and refuse the shards that it found damaged."""
+        with self._lock:
+            self.scrub = state
+            for store in self._opened.values():
+                self._refuse_damaged(store)
 
     def close(self) -> None:
         """Close every store."""
@@ -140,14 +181,18 @@ class StoreFolder:
                 store.rows.close()
             self._opened.clear()
 
+    def _refuse_damaged(self, store: ServedStore) -> None:
+        damage = () if self.scrub is None else self.scrub.damage
+        version = store.name, store.signature
+        store.rows.refuse({found.shard: found.message for found in damage if (found.store, found.signature) == version})
+
     def _open(self, name: str) -> ServedStore:
         # Before the files are read: if the store is replaced meanwhile, the next request notices and opens it again.
-        signature = self._signature_of(name)
+        signature, path = self.version_of(name)
         if signature is None:
             near = get_close_matches(name, self.names(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/stores lists the stores"
             raise UnknownStoreError(f"there is no store {name[:128]!r} on this server{hint}", name=name[:128])
-        path = self.root if self._own_name is not None else self.root / name
         try:
             return ServedStore(name=name, path=path, rows=LocalRows(path), signature=signature)
         except SoftLabelsError:

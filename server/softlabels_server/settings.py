@@ -18,6 +18,8 @@ ENV_PREFIX = "SOFTLABELS_"
 MAX_WORKERS = 256
 """More than the cores of any machine that this was tested on: a larger number is a typing error."""
 
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
 Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 WholeSeconds: TypeAlias = Annotated[int, Field(gt=0)]
 Count: TypeAlias = Annotated[int, Field(gt=0)]
@@ -73,6 +75,12 @@ class Settings(BaseSettings):
     workers: int = Field(
         default=1, ge=1, le=MAX_WORKERS, description="number of processes that answer; each opens the stores itself"
     )
+    scrub: str | None = Field(
+        default=None,
+        pattern=r"^[1-9][0-9]{0,5}[smhd]$",
+        description="compare every file of the served stores with what was written, once in this time: 24h for once a "
+        "day, also with s, m or d; damaged shards are refused",
+    )
     access_log: bool = Field(default=False, description="log a line for each request")
 
     def __init__(self, **values: Any) -> None:
@@ -106,6 +114,11 @@ class Settings(BaseSettings):
         if isinstance(token, str) and not (token.isascii() and token.isprintable() and token.strip()):
             raise ValueError("the token must be printable ASCII and not empty: it travels in a header")
         return values
+
+    @property
+    def scrub_interval_s(self) -> float | None:
+        """`scrub` in seconds."""
+        return None if self.scrub is None else float(self.scrub[:-1]) * _UNITS_S[self.scrub[-1]]
 
     @property
     def on_loopback(self) -> bool:

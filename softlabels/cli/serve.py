@@ -66,6 +66,7 @@ def serve(
 
 def _serve(stores: StoreFolder, settings: Settings, listener: socket, announcement: str) -> None:
     from softlabels_server import create_app
+    from softlabels_server.process.scrub import scrubbing
     from softlabels_server.process.server import make_server
     from softlabels_server.process.workers import WorkerSupervisor
 
@@ -73,7 +74,8 @@ def _serve(stores: StoreFolder, settings: Settings, listener: socket, announceme
         print(announcement, flush=True)
 
     if settings.workers == 1:
-        make_server(create_app(stores, settings), settings, announce=announce).run(sockets=[listener])
+        with scrubbing(stores.root, settings, stores.note_scrub):
+            make_server(create_app(stores, settings), settings, announce=announce).run(sockets=[listener])
         return
     # Every worker maps the stores again; what this process opened was for the announcement.
     stores.close()

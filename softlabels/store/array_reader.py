@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -40,6 +40,7 @@ class ArrayReader:
         self._mapped: dict[str, MappedArray] = {}
         self._decoded: dict[str, Callable[[int], NDArray[Any]]] = {}
         self._sums: MappedSums | None = None
+        self.refused: Mapping[int | None, str] = {}
         self._sum_columns = {name: column for column, name in enumerate(snapshot.manifest.row_sum_names)}
 
     def gather(self, fields: Iterable[str], rows_B: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -51,9 +52,16 @@ class ArrayReader:
         Raises:
             RowsNotCommittedError, ChecksumError, TruncatedError, ManifestError.
         """
+        if self.refused:
+            self._check_refused(rows_B)
         if self._manifest.shards.compression is not None:
             return {field: self._gather_compressed(field, rows_B) for field in fields}
         return stable_read(lambda: {field: self._gather_mapped(field, rows_B) for field in fields})
+
+    def _check_refused(self, rows_B: NDArray[np.int64]) -> None:
+        for shard, message in self.refused.items():
+            if shard is None or (rows_B // self._manifest.shards.rows_per_shard == shard).any():
+                raise ChecksumError(message, shard=shard)
 
     def _gather_mapped(self, field: str, rows_B: NDArray[np.int64]) -> NDArray[Any]:
         array = self._mapped.get(field)

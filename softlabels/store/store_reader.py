@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -237,6 +237,13 @@ class LocalRows:
             arrays = self.at_positions(step.positions, wanted, view=view)
             ids: Any = arrays[IDS]
             yield EpochRows(ids=ids, arrays=arrays, repeated=step.repeated, cursor_after=step.cursor_after)
+
+    def refuse(self, shards: Mapping[int | None, str]) -> None:
+        """Raise ChecksumError with these messages wherever rows of these shards are read; None stands for every shard.
+
+        For shards that another check found damaged; replaces what was refused before.
+        """
+        self._arrays.refused = dict(shards)
 
     def close(self) -> None:
         """Release the mapped files."""

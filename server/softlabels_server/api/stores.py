@@ -28,12 +28,24 @@ _MAY_BE_CACHED: dict[int | str, dict[str, Any]] = {
 _CONSTANTS_REPLY = {"description": "The arrays; `ETag` is the store's digest", "content": {wire.MEDIA_TYPE: FILE}}
 
 
+class ScrubHealth(BaseModel):
+    """State of the background check. Names of stores are in the log, since anyone may read this."""
+
+    interval_s: float = Field(description="every file is read once in this time")
+    rounds: int = Field(description="finished rounds")
+    finished_s: float | None = Field(description="Unix time at which the last round ended; absent before")
+    read_bytes: int = Field(description="read in the round under way")
+    total_bytes: int = Field(description="to read in this round")
+    damaged: int = Field(description="shards refused as damaged; a file that a whole store depends on counts as one")
+
+
 class Health(BaseModel):
     """State of the server."""
 
     status: str = Field(description="`ok` whenever the server answers")
     version: str = Field(description="version of softlabels that serves")
     stores: int = Field(description="number of stores now")
+    scrub: ScrubHealth | None = Field(description="background check; absent without `serve --scrub`")
 
 
 class StoreSummary(BaseModel):
@@ -75,9 +87,14 @@ def make_router(stores: StoreFolder) -> APIRouter:
     # Routes are plain functions, not coroutines, so that FastAPI runs them in threads: opening stores reads disks.
     router = APIRouter()
 
-    @router.get("/health", summary="State of the server", tags=["server"])
+    @router.get("/health", summary="State of the server", tags=["server"], response_model_exclude_none=True)
     def health() -> Health:
-        return Health(status="ok", version=__version__, stores=len(stores.names()))
+        state = stores.scrub
+        scrub = None
+        if state is not None:
+            numbers = {name: getattr(state, name) for name in ScrubHealth.model_fields if name != "damaged"}
+            scrub = ScrubHealth(**numbers, damaged=len(state.damage))
+        return Health(status="ok", version=__version__, stores=len(stores.names()), scrub=scrub)
 
     @router.get("/v1/stores", summary="List the stores", tags=["stores"], responses=PROBLEMS)
     def list_stores(request: Request) -> StoreList:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import threading
@@ -24,9 +25,12 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
 
+import msgspec
+
 from softlabels.errors import RequestError, WorkerDiedError
 from softlabels_server.api.app import create_app
-from softlabels_server.catalog import StoreFolder
+from softlabels_server.catalog import ScrubState, StoreFolder
+from softlabels_server.process.scrub import scrubbing
 from softlabels_server.process.server import make_server, set_up_logging, stop_signals_handled_by
 from softlabels_server.settings import Settings
 
@@ -51,6 +55,7 @@ class _Worker:
     started_s: float = 0.0
     restart_s: float = 0.0
     was_ready: bool = False
+    scrub: Connection | None = None
 
 
 class WorkerSupervisor:
@@ -84,6 +89,7 @@ class WorkerSupervisor:
         self._workers = [_Worker(number + 1) for number in range(settings.workers)]
         self._is_announced = False
         self._signal_count = 0
+        self._scrub_state, self._scrub_lock = b"", threading.Lock()
 
     def run(self) -> None:
         """Run the workers until SIGINT or SIGTERM, then let replies finish; a second signal ends them at once.
@@ -93,7 +99,10 @@ class WorkerSupervisor:
         """
         # Started now, because its start unblocks SIGINT, which `_start` has to block.
         resource_tracker.ensure_running()
-        with stop_signals_handled_by(self._count_signal):
+        with (
+            stop_signals_handled_by(self._count_signal),
+            scrubbing(self._root, self._settings, self._tell_scrub_state),
+        ):
             try:
                 while not self._signal_count:
                     for worker in self._workers:
@@ -122,11 +131,24 @@ class WorkerSupervisor:
         if process.exitcode is not None and not self._signal_count:
             self._reap(worker, process)
 
+    def _tell_scrub_state(self, state: ScrubState) -> None:
+        """Send the state of the background check to every worker; called in its thread."""
+        self._scrub_state = msgspec.json.encode(state)
+        for pipe in [worker.scrub for worker in self._workers if worker.scrub is not None]:
+            self._send_scrub_state(pipe)
+
+    def _send_scrub_state(self, pipe: Connection) -> None:
+        with self._scrub_lock, contextlib.suppress(OSError):  # the worker is gone
+            # A worker that does not read must not stop the check: it gets the next state.
+            if self._scrub_state and select.select([], [pipe], [], 0)[1]:
+                pipe.send_bytes(self._scrub_state)
+
     def _start(self, worker: _Worker) -> None:
         reader, writer = self._context.Pipe(duplex=False)
+        scrub_reader, scrub_writer = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=_serve,
-            args=(self._root, self._settings, self._listener, writer),
+            args=(self._root, self._settings, self._listener, writer, scrub_reader),
             name=f"softlabels-worker-{worker.number}",
         )
         # Ctrl-C reaches every process of a terminal. A worker must be stopped by the supervisor alone: a second signal
@@ -138,6 +160,9 @@ class WorkerSupervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # The worker now holds the only write end, so its death closes the pipe and `poll` reports it.
         writer.close()
+        scrub_reader.close()
+        worker.scrub = scrub_writer
+        self._send_scrub_state(scrub_writer)
         worker.process, worker.ready, worker.started_s = process, reader, time.monotonic()
 
     def _reap(self, worker: _Worker, process: SpawnProcess) -> None:
@@ -151,6 +176,7 @@ class WorkerSupervisor:
         now = time.monotonic()
         worker.restart_s = now + (RESTART_DELAY_S if now - worker.started_s < SHORT_LIFE_S else 0.0)
         worker.process = None
+        worker.scrub = None  # and not closed: another thread may be writing to it
         process.close()
         self._say(f"worker {worker.number} {how} and is started again; its clients connect to the others meanwhile")
 
@@ -174,9 +200,12 @@ class WorkerSupervisor:
         self._signal_count += 1
 
 
-def _serve(root: Path, settings: Settings, listener: socket.socket, ready: Connection) -> None:
+def _serve(
+    root: Path, settings: Settings, listener: socket.socket, ready: Connection, scrub_states: Connection
+) -> None:
     set_up_logging(settings)
-    app = create_app(StoreFolder(root), settings)
+    stores = StoreFolder(root)
+    app = create_app(stores, settings)
 
     def report_ready() -> None:
         ready.send_bytes(b"ready")
@@ -192,6 +221,12 @@ def _serve(root: Path, settings: Settings, listener: socket.socket, ready: Conne
         logging.getLogger(__name__).warning("the process that started this worker is gone: stopping")
         server.should_exit = True
 
+    def follow_scrub() -> None:
+        with contextlib.suppress(EOFError):
+            while True:
+                stores.note_scrub(msgspec.json.decode(scrub_states.recv_bytes(), type=ScrubState))
+
+    threading.Thread(target=follow_scrub, daemon=True, name="follow-scrub").start()
     # A daemon: it waits for as long as the parent lives, and must not keep a stopped worker from exiting.
     threading.Thread(target=follow_parent, daemon=True, name="follow-parent").start()
     server.run(sockets=[listener])
