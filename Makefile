@@ -5,7 +5,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 PYTEST := .venv/bin/python -m pytest
 # Two processes, a file of tests each: most tests wait for processes that they start. docs/adr/0028-tests-in-two-processes.md
 TOGETHER = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not faults and not alone"
-ALONE = $(PYTEST) -m "alone and not slow and not faults"
+ALONE = $(PYTEST) -m "alone and not slow and not faults" $$(grep -rl --include='test_*.py' pytest.mark.alone tests)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
