@@ -124,9 +124,6 @@ class TeacherSpec(Document, frozen=True):
 
     Attributes:
         weights, weights_sha256: name and SHA-256 of the file; without a file, the digest of the weights in memory.
-        preprocess, preprocess_table: reference to, or table of, what turned samples into the model's inputs.
-        kind: where the model came from: `python`, `torchscript`, `export`, `onnx`, `transformers`, ...
-        revision: version that a model hub resolved the name to.
         state_sha256: digest of what the model computes with: its loaded state, and files named in `arguments`.
         libraries: versions of the libraries that ran it, beyond those of the whole store.
         class_list_sha256: digest of the teacher's class list; its columns were reordered to the store's.
@@ -150,17 +147,14 @@ class TeacherSpec(Document, frozen=True):
 
 
 class TransferSetSpec(Document, frozen=True):
-    """What the targets were computed for; `fingerprint`, of all samples, is None until every shard is committed.
-
-    `planned_sha256` is of all ids and of some samples when the store was planned; None in version 1.
-    """
+    """What the targets were computed for."""
 
     name: str
     source: str
     arguments: Mapping[str, Any]
-    fingerprint: str | None = None
+    fingerprint: str | None = None  # of all samples; None until every shard is committed
     labelled: bool = False
-    planned_sha256: Sha256 | None = None
+    planned_sha256: Sha256 | None = None  # of all ids and some samples, when the store was planned; None in version 1
 
 
 class ShardSpec(Document, frozen=True):
@@ -213,11 +207,9 @@ class Manifest(Document, frozen=True):
 
     Attributes:
         members: number of teachers whose rows are stored side by side; None when their mean is stored.
-        views: how views were made; None where each sample has one row, without augmentation.
         precision: precision of the teachers under autocast; None for float32.
         ledger: digest over all receipts; None while the store is unfinished.
         metadata_sha256: SHA-256 of the container's metadata files and of the id index, by path; empty in a plan.
-        class_list: class names in the order of the columns; None where the job gave none.
         audit: error of the encoding over every row written, see `softlabels.audit`.
         plan_sha256: digest of the plan that every receipt of this store names; None in the plan itself.
     """
@@ -312,9 +304,7 @@ class Manifest(Document, frozen=True):
     def from_json(cls, document: Mapping[str, Any]) -> Manifest:
         """Return the manifest of a JSON document, validated before anything is allocated for it.
 
-        Raises:
-            FormatVersionError: written by a newer softlabels.
-            ManifestError: a field is missing, unknown, of the wrong type, out of bounds or contradicts another.
+        Raises FormatVersionError where a newer softlabels wrote it, ManifestError where it is invalid.
         """
         # Before parsing, which would reject a newer version for a field that is unknown here.
         _check_version(document)
@@ -379,11 +369,8 @@ def check_encoding(manifest: Manifest, encoding: Encoding) -> Encoding:
 
 def encoded_arrays(encoding: Encoding, members: int | None) -> dict[str, ArraySpec]:
     """Return the arrays of an encoding's rows, with a leading axis for members where those are stored."""
-    axis = () if members is None else (members,)
-    return {
-        name: ArraySpec(dtype=field.dtype.str, row_shape=(*axis, *field.row_shape))
-        for name, field in encoding.fields.items()
-    }
+    axis, fields = () if members is None else (members,), encoding.fields.items()
+    return {name: ArraySpec(dtype=field.dtype.str, row_shape=(*axis, *field.row_shape)) for name, field in fields}
 
 
 def check_store_name(name: str) -> str:
@@ -400,11 +387,8 @@ def _check_version(document: Mapping[str, Any]) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ManifestError(f"format_version of the manifest is {version!r}, not a positive integer")
     if version > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"this store has format version {version}, this softlabels reads up to {FORMAT_VERSION}: upgrade it",
-            found=version,
-            supported=FORMAT_VERSION,
-        )
+        message = f"this store has format version {version}, this softlabels reads up to {FORMAT_VERSION}: upgrade it"
+        raise FormatVersionError(message, found=version, supported=FORMAT_VERSION)
 
 
 def _expect(manifest: Manifest, name: str, dtype: str, row_shape: tuple[int, ...]) -> None:
