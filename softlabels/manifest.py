@@ -348,15 +348,9 @@ def _check_parts(manifest: Manifest) -> None:
 
 def store_digest(manifest: Manifest) -> str:
     """Return the digest that identifies this version of the store to caches and clients."""
-    if manifest.finished:
-        return manifest.digest
+    digest = manifest.digest
     # Not the plan's own digest: nothing cached from an unfinished store may pass for the finished one.
-    return hashlib.sha256(b"unfinished" + bytes.fromhex(manifest.digest)).hexdigest()
-
-
-def constant_path(name: str) -> str:
-    """Return the path in a store of an array that the encoding learnt, whose digest is in `metadata_sha256`."""
-    return f"encoding/{name}.npy"
+    return digest if manifest.finished else hashlib.sha256(b"unfinished" + bytes.fromhex(digest)).hexdigest()
 
 
 def check_encoding(manifest: Manifest, encoding: Encoding) -> Encoding:
@@ -371,13 +365,6 @@ def encoded_arrays(encoding: Encoding, members: int | None) -> dict[str, ArraySp
     """Return the arrays of an encoding's rows, with a leading axis for members where those are stored."""
     axis, fields = () if members is None else (members,), encoding.fields.items()
     return {name: ArraySpec(dtype=field.dtype.str, row_shape=(*axis, *field.row_shape)) for name, field in fields}
-
-
-def check_store_name(name: str) -> str:
-    """Return the name; raise ManifestError unless it can name a store."""
-    if STORE_NAME.fullmatch(name):
-        return name
-    raise ManifestError(f"{name!r} cannot name a store: use letters, digits, '.', '_' and '-', a letter or digit first")
 
 
 def _check_version(document: Mapping[str, Any]) -> None:

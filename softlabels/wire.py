@@ -46,6 +46,9 @@ ERROR_FORMAT = "softlabels-error/1"
 CONSTANTS_FORMAT = "softlabels-constants/2"
 """`format` in the metadata of a batch, a frame, a stream's last frame, a frame with an error, and of constants."""
 
+CONSTANT_PATH = "encoding/{name}.npy"
+"""Path in a store of an array that the encoding learnt; the manifest's `metadata_sha256` has its digest."""
+
 CHECKSUM_HEADER = "softlabels-crc32c"
 """Header of replies in other formats: CRC-32C of the question and the whole body, eight hex digits."""
 

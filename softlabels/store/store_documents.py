@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from softlabels.documents import MAX_DOCUMENT_BYTES, open_sealed
 from softlabels.encodings import Encoding
 from softlabels.errors import ManifestError, UnknownStoreError
-from softlabels.manifest import Manifest, check_encoding, constant_path
-from softlabels.manifest import store_digest as store_digest
+from softlabels.manifest import Manifest, check_encoding
 from softlabels.store.safe_open import OpenFolder, StoreRoot, safe_read
+from softlabels.wire import CONSTANT_PATH
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -72,7 +72,7 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 
 def constant_files(encoding: Encoding) -> dict[str, bytes]:
     """Return the files of an encoding's learnt arrays, by path; none for most encodings."""
-    return {constant_path(name): npy_bytes(array) for name, array in encoding.constants.items()}
+    return {CONSTANT_PATH.format(name=name): npy_bytes(array) for name, array in encoding.constants.items()}
 
 
 def load_encoding(root: StoreRoot, manifest: Manifest) -> Encoding:
@@ -81,7 +81,7 @@ def load_encoding(root: StoreRoot, manifest: Manifest) -> Encoding:
     Raises:
         ManifestError: a learnt array is missing or damaged, or the store's arrays are not of this encoding.
     """
-    paths = {name: constant_path(name) for name in manifest.encoding.constants}
+    paths = {name: CONSTANT_PATH.format(name=name) for name in manifest.encoding.constants}
     constants = {name: load_listed_npy(root, path, manifest) for name, path in paths.items()}
     return check_encoding(manifest, manifest.make_encoding(constants))
 

@@ -18,6 +18,7 @@ from softlabels.documents import seal
 from softlabels.encodings import Encoding
 from softlabels.errors import JobError, ManifestError, StoreExistsError
 from softlabels.manifest import (
+    STORE_NAME,
     ArraySpec,
     Container,
     EncodingSpec,
@@ -29,7 +30,6 @@ from softlabels.manifest import (
     TemperatureSpec,
     TransferSetSpec,
     ViewSpec,
-    check_store_name,
     encoded_arrays,
 )
 from softlabels.softmath import Mean
@@ -252,3 +252,10 @@ def _check_receipts(root: Path, plan: Manifest) -> None:
         own += 1
     if not own:
         raise StoreExistsError(f"{root} holds files that are not a store of this job: choose another path, or empty it")
+
+
+def check_store_name(name: str) -> str:
+    """Return the name; raise ManifestError unless it can name a store."""
+    if STORE_NAME.fullmatch(name):
+        return name
+    raise ManifestError(f"{name!r} cannot name a store: use letters, digits, '.', '_' and '-', a letter or digit first")

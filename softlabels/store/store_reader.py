@@ -19,13 +19,13 @@ from softlabels.errors import (
     UnknownFieldError,
 )
 from softlabels.ids import IdArray
-from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, Manifest
+from softlabels.manifest import FINGERPRINTS, IDS, ROW_OFFSETS, Manifest, store_digest
 from softlabels.mapping_guard import file_watch
 from softlabels.order import EpochConfig
 from softlabels.store.array_reader import ArrayReader
 from softlabels.store.sample_index import SequenceIndex, ids_of_rows, make_index
 from softlabels.store.snapshot import Snapshot, of_one_version
-from softlabels.store.store_documents import load_encoding, store_digest
+from softlabels.store.store_documents import load_encoding
 from softlabels.targets import EpochRows
 
 Verify: TypeAlias = Literal["first-read", "every-read"]

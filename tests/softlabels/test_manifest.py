@@ -20,9 +20,9 @@ from softlabels.manifest import (
     TemperatureSpec,
     TransferSetSpec,
     check_encoding,
-    check_store_name,
 )
 from softlabels.store import plan_store
+from softlabels.store.store_plan import check_store_name
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from softlabels.errors import (
     WireError,
 )
 from softlabels.ids import IdArray, id_kind
-from softlabels.manifest import IDS, ROW_OFFSETS, Manifest, check_encoding, constant_path, store_digest
+from softlabels.manifest import IDS, ROW_OFFSETS, Manifest, check_encoding, store_digest
 from softlabels.order import EpochConfig
 from softlabels.row_sums import crc32c
 from softlabels.targets import EpochRows
@@ -227,7 +227,9 @@ class HttpRows:
         for name, array in arrays.items():
             # The file in the store, whose digest the manifest has: its own header, then the array's bytes.
             file = metadata.get(f"npy:{name}", "").encode("latin-1", "replace") + array.tobytes()
-            if hashlib.sha256(file).hexdigest() != self.manifest.metadata_sha256.get(constant_path(name)):
+            if hashlib.sha256(file).hexdigest() != self.manifest.metadata_sha256.get(
+                wire.CONSTANT_PATH.format(name=name)
+            ):
                 raise SumMismatchError
             constants[name] = np.load(io.BytesIO(file), allow_pickle=False)
         return constants

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from softlabels.documents import seal
-from softlabels.store.store_documents import load_manifest, load_plan, store_digest
+from softlabels.manifest import store_digest
+from softlabels.store.store_documents import load_manifest, load_plan
 from softlabels.transfer_set import ArrayTransferSet
 from tests.faults.fork_server import KINDS, MORE_KINDS, SAMPLES, Kind
 
