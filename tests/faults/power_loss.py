@@ -177,11 +177,27 @@ class Disk:
 
     _do_faccessat = _do_faccessat2 = _do_access
 
+    def _do_pwrite64(self, call: Call) -> bool:
+        opened = self.open_files.get((call.pid, call.descriptor))
+        if opened is None or opened[0] < 0:
+            return False
+        raw = b"".join(s.encode("latin-1") for s in call.strings)[: call.result]
+        self.inodes[opened[0]].writes.append((int(call.arguments.rpartition(",")[2]), raw))
+        return True
+
     def _do_ftruncate(self, call: Call) -> bool:
+        opened = self.open_files.get((call.pid, call.descriptor))
+        if opened is None or opened[0] < 0:
+            return False
+        # A negative offset is a change of length: to −1 − offset bytes.
+        self.inodes[opened[0]].writes.append((-1 - int(call.arguments.rpartition(",")[2]), b""))
+        return True
+
+    def _do_truncate(self, call: Call) -> bool:
         raise AssertionError(f"this call is not modelled yet: {call.name}({call.arguments[:80]})")
 
-    _do_pwrite64 = _do_pwritev = _do_truncate = _do_link = _do_linkat = _do_symlink = _do_ftruncate
-    _do_copy_file_range = _do_sendfile = _do_mkdirat = _do_unlinkat = _do_creat = _do_open = _do_ftruncate
+    _do_pwritev = _do_link = _do_linkat = _do_symlink = _do_copy_file_range = _do_truncate
+    _do_sendfile = _do_mkdirat = _do_unlinkat = _do_creat = _do_open = _do_truncate
 
     def crashes(self, rng: np.random.Generator, count: int) -> Iterator[dict[str, bytes | None]]:
         """Yield what the disk may hold after a power loss now: contents by path, None for folders."""
@@ -226,7 +242,8 @@ class Disk:
         for number, (offset, written) in enumerate(inode.writes):
             if offset < 0:
                 if number < inode.safe or rng.random() < chance:
-                    raw.clear()
+                    size = -1 - offset
+                    raw[size:] = bytes(max(0, size - len(raw)))
                 continue
             for begin in range(0, len(written), SECTOR) if number >= inode.safe else (0,):
                 piece = written[begin : begin + SECTOR] if number >= inode.safe else written
