@@ -20,7 +20,7 @@ from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
 from softlabels.transfer_set import Samples
 from softlabels.transfer_sets.sample_ids import IDS_PER_BLOCK, examine_ids
-from softlabels.transfer_sets.source_files import FileTransferSet, existing_path
+from softlabels.transfer_sets.source_files import NPY_ERRORS, FileTransferSet, existing_path
 from softlabels.transfer_sets.sources import Source
 
 OpenArrays = Callable[[], dict[str, Any]]
@@ -195,7 +195,7 @@ def _mapped(path: Path, sample: tuple[str, tuple[int, ...]] | None) -> NDArray[A
                 raise ValueError(f"{path.stat().st_size} bytes are not a whole number of samples of {dtype.itemsize}")
             return np.memmap(path, dtype=dtype, mode="r")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, TypeError, EOFError) as error:
+    except NPY_ERRORS as error:
         raise JobError(f"{path} cannot be mapped as an array of numbers or strings: {error}") from error
     if not isinstance(array, np.ndarray):
         raise JobError(f"{path} holds several arrays, which cannot be mapped: save each as a .npy file")

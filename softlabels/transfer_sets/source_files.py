@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import re
+import tokenize
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MAX_FILES_PER_PATTERN = 1_000_000
 """More files than any brace pattern is meant to name; a typing error must not fill the memory."""
+
+NPY_ERRORS = (ValueError, TypeError, SyntaxError, EOFError, OverflowError, tokenize.TokenError)
+"""What `np.load` raises for damaged bytes: it parses the header of a .npy file as a Python literal."""
 
 
 class FileTransferSet:

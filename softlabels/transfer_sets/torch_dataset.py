@@ -15,7 +15,7 @@ from softlabels.manifest import IdSpec
 from softlabels.references import load_reference
 from softlabels.transfer_set import MapStyleDataset, SequenceTransferSet
 from softlabels.transfer_sets.sample_ids import examine_ids
-from softlabels.transfer_sets.source_files import existing_path, file_states, match_files
+from softlabels.transfer_sets.source_files import NPY_ERRORS, existing_path, file_states, match_files
 from softlabels.transfer_sets.sources import Source
 
 _PROBED_ITEMS = 3
@@ -134,7 +134,7 @@ def _ids(made: Any, ids: str | None, base: Path | None) -> IdArray | None:
     path = existing_path(ids, base, what="file of ids")
     try:
         stored: NDArray[Any] = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except NPY_ERRORS as error:
         raise JobError(f"{path} cannot be read as an array of ids: {error}") from error
     return as_ids(stored)
 

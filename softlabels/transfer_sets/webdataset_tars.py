@@ -20,7 +20,7 @@ from softlabels.ids import IdArray
 from softlabels.transfer_set import UNLABELLED, Samples
 from softlabels.transfer_sets.images import EXTENSIONS, ImageDecoder, ImageSource
 from softlabels.transfer_sets.sample_ids import PackedStrings
-from softlabels.transfer_sets.source_files import FileTransferSet, match_files
+from softlabels.transfer_sets.source_files import NPY_ERRORS, FileTransferSet, match_files
 
 ABSENT = -1
 """Offset of the label of a sample that has none."""
@@ -233,7 +233,7 @@ def _read(file: Any, offset: Any, size: Any, what: str) -> bytes:
 def _array(body: bytes, name: str) -> NDArray[Any]:
     try:
         return np.asarray(np.load(io.BytesIO(body), allow_pickle=False))
-    except (ValueError, EOFError, OSError) as error:
+    except (*NPY_ERRORS, OSError) as error:
         raise UnreadableSampleError(f"sample {name!r} is not an array in npy format: {error}", sample=name) from error
 
 

@@ -121,6 +121,7 @@ class TestFiles:
             ("zarr", {"path": "empty"}, "empty cannot be opened as a Zarr group"),
             ("npy", {"inputs": "x.bin"}, r"x\.bin cannot be mapped"),
             ("npy", {"inputs": "all.npz"}, "several arrays"),
+            ("npy", {"inputs": "torn.npy"}, r"torn\.npy cannot be mapped"),
             ("npy", {"inputs": "x.bin", "dtype": "<f4"}, "both `dtype` and `shape`"),
             ("npy", {"inputs": "x.bin", "dtype": "<f4", "shape": [3]}, "whole number of samples"),
             ("npy", {"inputs": "x.bin", "dtype": "O", "shape": [3]}, "whole number of samples|object"),
@@ -137,6 +138,8 @@ class TestFiles:
         (tmp_path / "empty").mkdir()
         np.savez(tmp_path / "all.npz", inputs=ROWS)
         np.save(tmp_path / "number.npy", np.float32(3))
+        np.save(tmp_path / "torn.npy", np.zeros((4, 3)))
+        (tmp_path / "torn.npy").write_bytes((tmp_path / "torn.npy").read_bytes().replace(b"}", b"{", 1))
         np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
         with pytest.raises(JobError, match=words):
             load(tmp_path, kind, **arguments)

@@ -75,6 +75,19 @@ class TestOnnx:
         (tmp_path / "net.onnx.data").write_bytes(bytes(data))
         assert load("onnx:net.onnx").spec.weights_sha256 != before
 
+    def test_numbers_in_a_file_of_any_name_count_in_the_state(self, load, net: nn.Module, tmp_path: Path) -> None:
+        """The graph names the file; no other file beside it counts."""
+        save_graph(net, tmp_path / "net.onnx")
+        whole = onnx.load(tmp_path / "net.onnx")
+        onnx.save(whole, tmp_path / "net.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+        before = load("onnx:net.onnx").spec.state_sha256
+        (tmp_path / "other.bin").write_bytes(b"x")
+        assert load("onnx:net.onnx").spec.state_sha256 == before
+        data = bytearray((tmp_path / "w.bin").read_bytes())
+        data[0] ^= 1
+        (tmp_path / "w.bin").write_bytes(bytes(data))
+        assert load("onnx:net.onnx").spec.state_sha256 != before
+
     def test_an_output_by_name(self, load, net: nn.Module, batch: Tensor, tmp_path: Path) -> None:
         """One that is there is taken; one that is not, or that holds no logits, is refused with those there are."""
         save_graph(net, tmp_path / "net.onnx")
