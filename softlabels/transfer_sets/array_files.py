@@ -18,6 +18,7 @@ from softlabels.errors import JobError, ShapeMismatchError, UnreadableSampleErro
 from softlabels.extras import needs_extra
 from softlabels.ids import IdArray, as_ids
 from softlabels.manifest import IdSpec
+from softlabels.mapping_guard import GuardedRange
 from softlabels.transfer_set import Samples
 from softlabels.transfer_sets.sample_ids import IDS_PER_BLOCK, examine_ids
 from softlabels.transfer_sets.source_files import NPY_ERRORS, FileTransferSet, existing_path
@@ -187,13 +188,29 @@ def _open_zarr(folder: Path, names: dict[str, str]) -> dict[str, Any]:
     return {key: _zarr_array(zarr, group, name, folder) for key, name in names.items()}
 
 
-def _mapped(path: Path, sample: tuple[str, tuple[int, ...]] | None) -> NDArray[Any]:
+class _MappedArray:
+    """An array that is mapped from a file; reading one that was cut meanwhile raises OSError, and no SIGBUS."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.shape, self._array = array.shape, array
+        self._guard = GuardedRange(array.ctypes.data, array.nbytes)
+
+    def rows(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """Return copies of the rows at these positions. Raises OSError."""
+        found = np.asarray(self._array[positions])
+        # Also for pages that an earlier read lost: they stay zeros for as long as the file is mapped.
+        if self._guard.lost_pages:
+            raise OSError("the file became shorter after it was opened")
+        return found
+
+
+def _mapped(path: Path, sample: tuple[str, tuple[int, ...]] | None) -> _MappedArray:
     try:
         if sample is not None:
             dtype = np.dtype(sample)
             if dtype.hasobject or path.stat().st_size % dtype.itemsize:
                 raise ValueError(f"{path.stat().st_size} bytes are not a whole number of samples of {dtype.itemsize}")
-            return np.memmap(path, dtype=dtype, mode="r")
+            return _MappedArray(np.memmap(path, dtype=dtype, mode="r"))
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_ERRORS as error:
         raise JobError(f"{path} cannot be mapped as an array of numbers or strings: {error}") from error
@@ -201,7 +218,7 @@ def _mapped(path: Path, sample: tuple[str, tuple[int, ...]] | None) -> NDArray[A
         raise JobError(f"{path} holds several arrays, which cannot be mapped: save each as a .npy file")
     if array.ndim == 0:
         raise JobError(f"{path} holds a single number, not an array of samples")
-    return array
+    return _MappedArray(array)
 
 
 def _dataset(h5py: Any, file: Any, name: str, path: Path) -> Any:
@@ -226,8 +243,8 @@ def _zarr_array(zarr: Any, group: Any, path: str, folder: Path) -> Any:
     return found
 
 
-def _read_mapped(array: Any, positions: NDArray[np.int64]) -> NDArray[Any]:
-    return np.asarray(array[positions])
+def _read_mapped(array: _MappedArray, positions: NDArray[np.int64]) -> NDArray[Any]:
+    return array.rows(positions)
 
 
 def _read_hdf5(array: Any, positions: NDArray[np.int64]) -> NDArray[Any]:

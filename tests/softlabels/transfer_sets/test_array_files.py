@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -182,3 +183,14 @@ class TestFiles:
 def _rows_of(pickled: bytes, positions: list[int]) -> np.ndarray:
     found: np.ndarray = pickle.loads(pickled).take(np.array(positions)).inputs
     return found
+
+    def test_a_mapped_file_that_is_cut_is_an_error_and_ends_no_process(self, tmp_path: Path) -> None:
+        """Also for rows of pages that are still there: whoever cut the file may have written to it too."""
+        np.save(tmp_path / "x.npy", np.ones((50_000, 4), dtype=np.float32))
+        data = load_transfer_set("npy", {"inputs": "x.npy"}, base=tmp_path)
+        assert (data.take(np.array([49_999])).inputs == 1).all()
+        os.truncate(tmp_path / "x.npy", 8192)
+        with pytest.raises(UnreadableSampleError, match="became shorter"):
+            data.take(np.array([49_999]))
+        with pytest.raises(UnreadableSampleError, match="became shorter"):
+            data.take(np.array([0]))
