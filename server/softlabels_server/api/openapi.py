@@ -54,6 +54,19 @@ _EXAMPLES = {
 _NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 _EPOCH = {"name": "epoch", "in": "path", "required": True, "schema": {"type": "integer"}}
 _IF_MATCH = {"name": "If-Match", "in": "header", "description": "as `digest`", "schema": {"type": "string"}}
+_VERIFY = {
+    "name": "Softlabels-Verify",
+    "in": "header",
+    "description": "`1`: compare the rows with what was written, after a reply whose checksum failed",
+    "schema": {"type": "string"},
+}
+_REPLY_HEADERS = {
+    "Softlabels-Digest": {"description": "version of the store", "schema": {"type": "string"}},
+    "Softlabels-CRC32C": {
+        "description": "CRC-32C of question and body in hex, for formats that do not end with it; docs/http.md",
+        "schema": {"type": "string"},
+    },
+}
 
 
 def _schema_of(model: type[msgspec.Struct]) -> dict[str, Any]:
@@ -85,7 +98,7 @@ def _row_replies(description: str, media_types: list[str]) -> dict[int | str, di
     return {
         "200": {
             "description": description,
-            "headers": {"Softlabels-Digest": {"description": "version of the store", "schema": {"type": "string"}}},
+            "headers": _REPLY_HEADERS,
             "content": dict.fromkeys(media_types, FILE),
         },
         "406": problem("No available format is acceptable"),
@@ -102,7 +115,7 @@ def _batch_operation() -> dict[str, Any]:
         "summary": "Rows by sample id, in the order asked",
         "description": "Query parameters go with binary ids only; a JSON body has all options.",
         "operationId": "batch",
-        "parameters": [_NAME, _IF_MATCH, *_query_parameters(BatchQuery)],
+        "parameters": [_NAME, _IF_MATCH, _VERIFY, *_query_parameters(BatchQuery)],
         "requestBody": {
             "required": True,
             "content": {"application/json": json_body, "application/octet-stream": binary_body},
@@ -124,7 +137,14 @@ def _epoch_operation() -> dict[str, Any]:
         "summary": "One rank's batches of an epoch, as one stream",
         "description": "The order follows from the store's digest, the seed and the epoch number.",
         "operationId": "epoch",
-        "parameters": [_NAME, _EPOCH, _IF_MATCH, *_query_parameters(EpochConfig), *_query_parameters(RowOptions)],
+        "parameters": [
+            _NAME,
+            _EPOCH,
+            _IF_MATCH,
+            _VERIFY,
+            *_query_parameters(EpochConfig),
+            *_query_parameters(RowOptions),
+        ],
         "responses": _row_replies(description, [wire.MEDIA_TYPE]),
     }
 
