@@ -350,7 +350,7 @@ def open_store(
             own checksum, which also notices what a disk, another machine or a write through shared memory changes; a
             batch of 256 × 2 KB then takes twice as long. Rows from a server are compared each time in any case.
     Raises:
-        UnknownStoreError: nothing there; MissingExtraError: a local store, and `softlabels[store]` is not installed;
+        UnknownStoreError: nothing there; MissingExtraError: a compressed store needs `softlabels[store]`;
         RequestError, FormatVersionError, ManifestError, ServerUnreachableError.
     """
     wanted = cache is not None and cache is not False

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from softlabels.extras import needs_extra
-
-with needs_extra("store", "a store on disk (other than one behind http(s))"):
-    from softlabels.store.sample_index import SampleTable
-    from softlabels.store.store_plan import plan_store
-    from softlabels.store.store_reader import LocalRows
-    from softlabels.store.writer import ShardClaim, StoreWriter
+from softlabels.store.sample_index import SampleTable
+from softlabels.store.store_plan import plan_store
+from softlabels.store.store_reader import LocalRows
+from softlabels.store.writer import ShardClaim, StoreWriter
 
 __all__ = ["LocalRows", "SampleTable", "ShardClaim", "StoreWriter", "plan_store"]

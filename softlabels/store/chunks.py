@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from softlabels.atomic_files import Buffer
 from softlabels.documents import Document
+from softlabels.extras import needs_extra
 from softlabels.manifest import ArraySpec, Manifest, StorePath
 from softlabels.row_sums import crc32c, masks, sums_of_rows
 
@@ -263,7 +264,8 @@ def _entry(joined: str, number: int) -> bytes:
 
 
 def _codec(compression: str) -> Any:
-    import numcodecs
+    with needs_extra("store", "reading and writing compressed stores"):
+        import numcodecs
 
     if compression == "zstd":
         return numcodecs.Zstd(level=ZSTD_LEVEL)

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.extras import needs_extra
 from softlabels.manifest import FORMAT, Manifest
 from softlabels.row_sums import crc32c
 from softlabels.store.chunks import (
@@ -40,7 +41,8 @@ class ZarrContainer:
     def metadata(self, plan: Manifest) -> dict[str, bytes]:
         """Return the `zarr.json` of the group and of every array, as zarr-python writes them."""
         # Imported where it is used: readers of a store do not need zarr-python (docs/adr/0005).
-        import zarr
+        with needs_extra("store", "writing and checking stores in Zarr"):
+            import zarr
         from zarr.storage import MemoryStore
 
         facts = {"format": FORMAT, "format_version": plan.format_version, "manifest": "manifest.json"}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from softlabels.atomic_files import Buffer
 from softlabels.errors import JobError
+from softlabels.extras import needs_extra
 from softlabels.manifest import FORMAT, ArraySpec, Manifest, ShardSpec
 from softlabels.store.chunks import (
     CHECKSUM_BYTES,
@@ -123,7 +124,8 @@ def _new_file(image: io.BytesIO, store: str) -> Iterator[Any]:
     open it, and two versions of the library write the same bytes. For the same reason no object stores a time.
     """
     # Imported where it is used: readers of a store do not need h5py (docs/adr/0005).
-    import h5py
+    with needs_extra("store", "writing and checking stores in HDF5"):
+        import h5py
 
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_obj_track_times(False)
@@ -138,7 +140,8 @@ def _new_file(image: io.BytesIO, store: str) -> Iterator[Any]:
 
 def _new_dataset(file: Any, geometry: _Geometry, name: str, array: ArraySpec) -> Any:
     """Create a chunked dataset without rows, with its chunk index in place."""
-    import h5py
+    with needs_extra("store", "writing and checking stores in HDF5"):
+        import h5py
 
     properties = _dataset_properties(array)
     properties.set_chunk((geometry.shards.rows_per_chunk, *array.row_shape))
@@ -158,7 +161,8 @@ def _new_dataset(file: Any, geometry: _Geometry, name: str, array: ArraySpec) ->
 
 
 def _dataset_properties(array: ArraySpec) -> Any:
-    import h5py
+    with needs_extra("store", "writing and checking stores in HDF5"):
+        import h5py
 
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_obj_track_times(False)
@@ -168,7 +172,8 @@ def _dataset_properties(array: ArraySpec) -> Any:
 
 
 def _create(file: Any, name: str, array: ArraySpec, space: Any, properties: Any) -> Any:
-    import h5py
+    with needs_extra("store", "writing and checking stores in HDF5"):
+        import h5py
 
     kind = h5py.h5t.py_create(np.dtype(array.dtype), logical=True)
     dataset = h5py.h5d.create(file.id, name.encode(), kind, space, properties)
@@ -194,7 +199,8 @@ def _checked_offset(dataset: Any, geometry: _Geometry, name: str, array: ArraySp
 
 
 def _unexpected_layout(name: str) -> JobError:
-    import h5py
+    with needs_extra("store", "writing and checking stores in HDF5"):
+        import h5py
 
     return JobError(
         f"HDF5 {h5py.version.hdf5_version} with h5py {h5py.__version__} does not lay the chunks of {name!r} out one "
@@ -203,7 +209,8 @@ def _unexpected_layout(name: str) -> JobError:
 
 
 def _virtual_file(plan: Manifest) -> bytes:
-    import h5py
+    with needs_extra("store", "writing and checking stores in HDF5"):
+        import h5py
 
     image = io.BytesIO()
     with _new_file(image, plan.name) as file:

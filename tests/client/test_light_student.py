@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from softlabels.store.copies import convert_store
+
 BLOCK = """
 import sys
 blocked = sys.argv[1].split(",")
@@ -80,9 +82,15 @@ class TestStudentProcess:
         assert "MissingExtraError" in done.stderr
         assert "softlabels[torch]" in done.stderr
 
-    def test_a_store_on_disk_names_its_extra(self, tiny_store: Path) -> None:
-        """A path needs the store's libraries; the message says which extra, and that a URL needs none."""
-        done = run(FETCH, "zarr,h5py", str(tiny_store))
+    def test_a_store_on_disk_is_read_without_its_libraries(self, tiny_store: Path) -> None:
+        """Chunks are mapped and checked by the base install; only compressed ones need a library."""
+        done = run(FETCH, "torch,zarr,h5py,numcodecs,fastapi", str(tiny_store))
+        assert (done.returncode, done.stdout) == (0, "(3, 10) False\n"), done.stderr
+
+    def test_a_compressed_store_names_its_extra(self, tiny_store: Path, tmp_path: Path) -> None:
+        """The message says what to install."""
+        convert_store(tiny_store, tmp_path / "small", compression="zstd")
+        done = run(FETCH, "numcodecs", str(tmp_path / "small"))
         assert done.returncode == 1
         assert "softlabels[store]" in done.stderr
 

@@ -206,9 +206,9 @@ class TestPlanning:
         [
             (np.zeros((2, 3), dtype=">f4"), "little-endian"),
             (np.zeros((2, 3), dtype=np.bool_), "'|u1'"),
-            (np.zeros((2, 3), dtype=np.complex64), "whole numbers and floats"),
+            (np.zeros((2, 3), dtype=np.complex64), "whole numbers or floats"),
             (np.zeros((2, 3, 0)), "none of them empty"),
-            (np.array(["a", "b"]), "whole numbers and floats"),
+            (np.array(["a", "b"]), "whole numbers or floats"),
         ],
     )
     def test_what_no_store_holds_is_refused(self, inputs: np.ndarray, words: str) -> None:

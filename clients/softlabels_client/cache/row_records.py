@@ -84,7 +84,10 @@ class GuardedMap(mmap.mmap):
     @classmethod
     def of(cls, fd: int, size_bytes: int) -> GuardedMap:
         """Return a map of the first bytes of a file."""
-        made = cls(fd, size_bytes, prot=mmap.PROT_READ)
+        try:
+            made = cls(fd, size_bytes, prot=mmap.PROT_READ)
+        except ValueError as error:  # Python looks at the size again: the file was cut since ours did
+            raise OSError(f"a cache file was cut while it was read: {error}") from error
         # Held by the map: its addresses may be another's as soon as it is gone.
         made.guard = GuardedRange(np.frombuffer(made, np.uint8).ctypes.data, size_bytes)
         return made

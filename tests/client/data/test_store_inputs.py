@@ -159,7 +159,7 @@ class TestOverHttp:
                 return dict(load(reply.read()))
 
         np.testing.assert_array_equal(ask(fields=["inputs", "labels"])["inputs"], PIXELS[[8, 2]])
-        assert set(ask()) == {"targets", "labels", "ids", "checksum"}
+        assert set(ask()) == {"targets", "labels", "ids", "crc32c"}
         described = json.loads(urllib.request.urlopen(f"{address}/v1/stores/alone", timeout=30).read())
         assert described["manifest"]["arrays"]["inputs"] == {"dtype": "|u1", "row_shape": [3, 4]}
 

@@ -14,7 +14,13 @@ from softlabels.audit import Audit
 from softlabels.encodings import Hidden, hidden_encoding, make_encoding, row_bytes
 from softlabels.encodings.hidden import KEPT_AS, KeptAs
 from softlabels.encodings.selection import parse_encoding
-from softlabels.errors import EncodingError, ManifestError, ShapeMismatchError, UnknownEncodingError
+from softlabels.errors import (
+    EncodingError,
+    ManifestError,
+    NonFiniteLogitsError,
+    ShapeMismatchError,
+    UnknownEncodingError,
+)
 from softlabels.manifest import IdSpec, TemperatureSpec, TransferSetSpec
 from softlabels.store import StoreWriter, plan_store
 from softlabels.store.shard_checks import Report
@@ -188,12 +194,15 @@ class TestStore:
         with pytest.raises(ManifestError, match="not what was written"):
             softlabels.open(tmp_path)
 
-    def test_a_hidden_state_that_is_not_finite_is_found(self, tmp_path: Path) -> None:
-        """`verify` checks the stored numbers without computing logits."""
+    def test_a_hidden_state_that_is_not_finite_is_found(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A writer refuses it; `verify` checks the stored numbers too, without computing logits."""
         encoding = hidden_encoding(head("f16"))
         assert write_states(tmp_path / "good", encoding, {"targets": states().astype("<f2")}).sound
         broken = states().astype("<f2")
         broken[5, 1] = np.nan
+        with pytest.raises(NonFiniteLogitsError):
+            write_states(tmp_path / "refused", encoding, {"targets": broken})
+        monkeypatch.setattr("softlabels.store.writer.check_values", lambda *given: None)  # as writers of 0.1.0
         report = write_states(tmp_path / "bad", encoding, {"targets": broken})
         assert "NaN or Inf" in str(report.faults[0])
         assert report.faults[0].rows == (5, 5)
