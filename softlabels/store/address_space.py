@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -26,6 +27,25 @@ address are aligned alike; a random row then misses one level of the processor's
 _PROT_NONE = 0
 # Not in the mmap module of Python 3.11; Linux's value on x86-64 and arm64.
 _MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
+
+
+class MappingLock:
+    """Lock under which files are mapped: threads that met the same file would clear each other's marks without end.
+
+    Attributes:
+        held: the lock; a new one in a child process, where the thread that held it at the fork does not exist.
+    """
+
+    def __init__(self) -> None:
+        self.held = threading.Lock()
+
+    def after_fork(self) -> None:
+        """Make a new lock in a child process."""
+        self.held = threading.Lock()
+
+
+mapping_lock = MappingLock()
+os.register_at_fork(after_in_child=mapping_lock.after_fork)
 
 
 class AddressSpace:
@@ -81,31 +101,29 @@ class AddressSpace:
         Raises:
             TruncatedError: the file is missing or too short. ManifestError: it is not a plain file.
         """
-        # A multiple of the huge page's size: both ends of a mapping must be aligned alike, see ALIGNMENT_BYTES.
-        first = offset - offset % ALIGNMENT_BYTES
-        descriptor = open_committed(folder, inside, min_bytes=offset + length)
-        try:
-            assert offset + length - first <= self._pitch, "MAP_FIXED would replace the next slot's mapping"
-            begin = ALIGNMENT_BYTES + slot * self._pitch
-            # Before the file is read for the first time: a write after that is noticed.
-            file_watch.add(descriptor, self, slot)
-            self._files[slot] = (folder, inside, offset + length)
-            bus_errors.install()
-            size, flags = offset + length - first, mmap.MAP_SHARED | MAP_FIXED
-            where = self._address + begin
-
-            def map_file() -> bool:
-                mapped: bool = libc.mmap(where, size, mmap.PROT_READ, flags, descriptor, first) != MAP_FAILED
-                return mapped
-
-            if not self._replace(slot, map_file):
-                raise OSError(ctypes.get_errno(), f"mapping {folder / inside}: {os.strerror(ctypes.get_errno())}")
-        finally:
-            # The mapping itself keeps the file open.
-            os.close(descriptor)
-        position = begin + offset - first
-        self.begin[slot] = position
-        return position
+        with mapping_lock.held:
+            if self.begin[slot]:
+                return int(self.begin[slot])  # another thread was first
+            # A multiple of the huge page's size: both ends of a mapping must be aligned alike, see ALIGNMENT_BYTES.
+            first = offset - offset % ALIGNMENT_BYTES
+            descriptor = open_committed(folder, inside, min_bytes=offset + length)
+            try:
+                assert offset + length - first <= self._pitch, "MAP_FIXED would replace the next slot's mapping"
+                begin = ALIGNMENT_BYTES + slot * self._pitch
+                # Before the file is read for the first time: a write after that is noticed.
+                file_watch.add(descriptor, self, slot)
+                self._files[slot] = (folder, inside, offset + length)
+                bus_errors.install()
+                # No read counts that began on what was mapped here before: its marks were cleared, which `stable_read`
+                # sees. And no other read is disturbed, as it would be by a change that is counted.
+                size, flags = offset + length - first, mmap.MAP_SHARED | MAP_FIXED
+                if libc.mmap(self._address + begin, size, mmap.PROT_READ, flags, descriptor, first) == MAP_FAILED:
+                    raise OSError(ctypes.get_errno(), f"mapping {folder / inside}: {os.strerror(ctypes.get_errno())}")
+            finally:
+                # The mapping itself keeps the file open.
+                os.close(descriptor)
+            self.begin[slot] = begin + offset - first
+            return begin + offset - first
 
     def invalidate(self, slot: int) -> None:
         """Clear the marks of a file, which has changed: it is opened, mapped and verified again before its next use."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from softlabels.audit import Audit
 from softlabels.encodings import make_encoding
 from softlabels.errors import ChecksumError, TruncatedError
 from softlabels.manifest import IdSpec, RowLayout, TemperatureSpec, TransferSetSpec
+from softlabels.mapping_guard import changes
 from softlabels.store import LocalRows, StoreWriter, plan_store
 
 
@@ -60,6 +63,24 @@ def flip(path: Path, at: int) -> None:
         file.seek(at)
         file.write(bytes([byte ^ 4]))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_threads_that_meet_at_unread_files_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """A file is mapped once, and no read has to be repeated because another thread mapped a file."""
+    made(tmp_path / "store", classes=8, samples=1_920).close()
+    expected = LocalRows(tmp_path / "store").at_positions(np.arange(1_920), ("targets",))["targets"]
+    rows, before, barrier = LocalRows(tmp_path / "store"), changes.count, threading.Barrier(16)
+
+    def read(seed: int) -> bool:
+        barrier.wait()
+        positions = np.random.default_rng(seed).permutation(1_920)
+        found = rows.at_positions(positions, ("targets", "ids"))
+        assert rows.row_sums(positions) is not None
+        return np.array_equal(found["targets"], expected[positions])
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(read, range(16)))
+    assert changes.count == before
 
 
 class TestFilesThatChange:
