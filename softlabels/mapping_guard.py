@@ -110,6 +110,7 @@ class Guarded(Protocol):
 
     def replace_lost_page(self, address: int) -> bool:
         """Map zeros over the page at an address and clear its marks; return False where none of these files is."""
+        ...
 
     def invalidate(self, slot: int) -> None:
         """Clear the marks of a file."""
@@ -211,6 +212,7 @@ class BusErrorGuard:
 
     def _handle(self, number: int, info: int, context: int) -> None:
         # An exception must not leave a handler: the faulting instruction would run again, and so for ever.
+        is_fault = True
         try:
             address = ctypes.c_uint64.from_address(info + _ADDRESS_OFFSET).value
             is_fault = ctypes.c_int.from_address(info + _CODE_OFFSET).value > 0

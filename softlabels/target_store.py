@@ -38,14 +38,17 @@ class RowSource(Protocol):
     @property
     def manifest(self) -> Manifest:
         """The store's manifest."""
+        ...
 
     @property
     def digest(self) -> str:
         """Digest of the store version that `fetch` reads."""
+        ...
 
     @property
     def encoding(self) -> Encoding:
         """The encoding of the rows, with the arrays that it learnt for this store."""
+        ...
 
     def fetch(
         self,
@@ -65,9 +68,11 @@ class RowSource(Protocol):
         Returns:
             One array a field, [B, ...]; for sequences the rows of all samples joined, with `row_offsets` [B + 1].
         """
+        ...
 
     def epoch(self, config: EpochConfig, fields: tuple[str, ...]) -> Iterator[EpochRows]:
         """Yield the rows of each step of an epoch, from the configuration's cursor on, with the arrays of `fetch`."""
+        ...
 
     def close(self) -> None:
         """Close files and connections."""

@@ -52,12 +52,15 @@ class ViewTransform(Protocol):
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the numbers recorded for each view; empty if the seed determines the view."""
+        ...
 
     def draw(self, sample: Tensor, seed: int) -> NDArray[np.float64]:
         """Return the numbers to record for the view with this seed, [parameters]."""
+        ...
 
     def view(self, sample: Tensor, *, seed: int, parameters: NDArray[np.float64]) -> Tensor:
         """Return the view of a sample with this seed and these parameters."""
+        ...
 
 
 class SeededTransform:

@@ -153,18 +153,20 @@ class _Trainer:
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one."""
-        if self.checkpoints is not None and (saved := self.checkpoints.newest()) is None:
-            self.checkpoints.run = weights_digest(self.student)
-        elif self.checkpoints is not None:
-            check_same_training(saved["training"], self.identity, where=str(self.checkpoints.path))
-            load_student(self.student, saved)
-            load_optimizer(self.optimizer, saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
-            set_rng_states(saved["draws"], self.device)
-            self.state = TrainingState.from_tree(saved["state"], self.device)
-            # The identity above covers the loader's order; only the position in it is new.
-            self.loader.begin_at(EpochProgress(epoch=self.state.epoch, cursor=self.state.cursor))
-            self.resumed_at = self.state.step
+        if self.checkpoints is not None:
+            saved = self.checkpoints.newest()
+            if saved is None:
+                self.checkpoints.run = weights_digest(self.student)
+            else:
+                check_same_training(saved["training"], self.identity, where=str(self.checkpoints.path))
+                load_student(self.student, saved)
+                load_optimizer(self.optimizer, saved["optimizer"])
+                self.scaler.load_state_dict(saved["scaler"])
+                set_rng_states(saved["draws"], self.device)
+                self.state = TrainingState.from_tree(saved["state"], self.device)
+                # The identity above covers the loader's order; only the position in it is new.
+                self.loader.begin_at(EpochProgress(epoch=self.state.epoch, cursor=self.state.cursor))
+                self.resumed_at = self.state.step
         steps_per_epoch = -(-len(self.dataset) // self.rows_per_step)
         # After the optimizer's state was loaded, which would overwrite the rates that the scheduler sets.
         self.scheduler = make_scheduler(
